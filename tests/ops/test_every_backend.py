@@ -16,6 +16,7 @@ import vlattn_fast as va
 from tests.helpers.ops.backends import each, finest
 from tests.helpers.ops.every_call import WITH_CPU, every_call, gradients, outputs_of, small
 from vlattn_fast import scores as S
+from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.checking.cases import Example, cases_of
 from vlattn_fast.checking.cases._dice import VECTOR_LAYOUTS, lay_out
 from vlattn_fast.ops import OPERATORS
@@ -85,3 +86,17 @@ def test_a_key_that_a_float_mask_hides_may_be_infinite(backend: str, operator: s
         found.append(results(example, tensors, backend))
     for name, x in found[0].items():
         assert torch.allclose(x, found[1][name], rtol=1e-4, atol=1e-5, equal_nan=False), name
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_tiles_of_a_row_change_nothing(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `streaming`, whose tiles hold a few rows of one head: each has the masks of its own rows."""
+    for example in with_masks(operator):
+        causal = {"is_causal": True} if "is_causal" in inspect.signature(example.call).parameters else {}
+        example = replace(example, options={**example.options, **causal})
+        tensors = example.in_dtype(torch.float64)
+        whole = results(example, tensors, "streaming")
+        with monkeypatch.context() as patch:
+            patch.setattr(_tiles, "TILE_ELEMENTS", 5)
+            for name, x in results(example, tensors, "streaming").items():
+                assert torch.allclose(x, whole[name], rtol=1e-9, atol=1e-12, equal_nan=True), (example.title, name)
