@@ -260,9 +260,16 @@ def test_without_biases_nothing_is_left(kind: str) -> None:
 
 
 def test_scores_have_the_scale_of_the_model() -> None:
-    """Granite multiplies by 1, and not by 1 / sqrt(head_dim)."""
-    table = va.score_parts(*small("GraniteForCausalLM"), 1, queries=(2, 7))
-    torch.testing.assert_close(table.scores, table.entropy_gap, **CLOSE)
+    """Granite has a factor of its own, and not 1 / sqrt(head_dim)."""
+    model, inputs = small("GraniteForCausalLM")
+    for layer in model.get_submodule("model.layers"):
+        layer.self_attn.scaling = 0.7
+    with torch.no_grad(), va.nn.capture_attention(model, layers=1) as captured:
+        model(**inputs)
+    scores = 0.7 * captured.query @ captured.key.mT
+    maps = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf).softmax(-1)
+    table = va.score_parts(model, inputs, 1, queries=(2, 7))
+    torch.testing.assert_close(table.scores, (maps * scores).sum(-1)[:, :, 2:].mean(-1), **CLOSE)
 
 
 def test_a_layer_may_add_to_a_part_in_place() -> None:
