@@ -61,7 +61,7 @@ class OtherRoundings(TorchDispatchMode):
 
     def _to_neighbours(self, x: Tensor) -> Tensor:
         """`x` with half of its numbers a step up or down, chosen by their magnitude, or by their index without `keeps_ties`."""
-        if not x.is_floating_point() or x.numel() == 0:
+        if not x.is_floating_point() or x.numel() == 0 or x._is_zerotensor():  # autograd's zeros have no memory to read
             return x
         frequency, phase = self.chance.uniform(300.0, 3000.0), self.chance.uniform(0.0, 6.28)
         of = x.abs().double().log() if self.keeps_ties else torch.arange(x.numel(), device=x.device).view(x.shape)
