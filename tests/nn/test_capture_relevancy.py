@@ -444,7 +444,6 @@ def test_refused_arguments() -> None:
     for options, says in (
         ({"method": "gradcam"}, "method must carry relevancy through the layers"),
         ({"method": "rollout", "higher_order": True}, "higher_order must be False for method 'rollout'"),
-        ({"start_layer": 1}, r"write method=va.methods.Gradient\(start_layer=1\)"),
         ({"method": va.methods.Gradient(sinks="remove")}, "method must have neither sinks= nor through_connector="),
         ({"method": va.methods.Gradient(through_connector=True)}, "method must have neither sinks= nor through_connector="),
         ({"higher_order": 1}, "higher_order must be"),

@@ -244,6 +244,8 @@ _HARMLESS = {
     "vision_feature_layer": "which of the collected ones",
     "image_sizes": "of the pixels",
     "image_num_crops": "of the pixels",
+    "qformer_input_ids": "of the Q-Former",
+    "qformer_attention_mask": "of the Q-Former",
     "deterministic": "of flash attention's backward pass",
 }
 
