@@ -365,6 +365,7 @@ def test_its_functions_equal_the_formulas(folder: Path) -> None:
 
 
 @needs_stable_abi
+@pytest.mark.slow
 def test_those_of_the_cpu_equal_the_formulas(folder: Path) -> None:
     """The loader itself chooses the variant on a machine without a GPU."""
     out = folder.parents[1]
