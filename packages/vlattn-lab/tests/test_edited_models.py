@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from vlattn_lab.model_classes import edited
 from vlattn_lab.model_classes.compare import outcome_of
-from vlattn_lab.model_classes.run import EDITS, classes
+from vlattn_lab.model_classes.run import EDITS, UNCHANGED, classes
 
 
 @pytest.mark.parametrize(
@@ -45,8 +46,9 @@ def test_attention_that_is_not_seen_is_refused() -> None:
     assert row.outcome == "refused" and "model must call attention through" in row.reason
 
 
-def test_the_stored_outcomes_are_of_classes_and_none_is_wrong() -> None:
-    table = json.loads(EDITS.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("stored", [EDITS, UNCHANGED], ids=lambda path: path.stem)
+def test_the_stored_outcomes_are_of_classes_and_none_is_wrong(stored: Path) -> None:
+    table = json.loads(stored.read_text(encoding="utf-8"))
     table.pop("transformers")
     assert sum(len(rows) for rows in table.values()) >= 20
     for mapping, rows in table.items():
