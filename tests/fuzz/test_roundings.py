@@ -41,6 +41,14 @@ def test_numbers_below_the_least_normal_one_move(dtype: torch.dtype) -> None:
     assert 0.45 < (steps != 0).double().mean() < 0.55 and set(steps.unique().tolist()) == {-1.0, 0.0, 1.0}
 
 
+def test_nearly_equal_numbers_move_apart() -> None:
+    """Logits of a row masked by -1e9 differ in their last digits, in which float64 still has the scores."""
+    x = -1e9 + torch.linspace(0.0, 1.0, 1000, dtype=torch.float64)
+    with OtherRoundings("seed", torch.float64):
+        moved = x * 1.0
+    assert 0.4 < (moved != x).double().mean() < 0.6
+
+
 def test_equal_numbers_may_become_different() -> None:
     x = torch.tensor([0.0, 0.3]).repeat(5000)
     with OtherRoundings("seed", torch.float32, keeps_ties=False):

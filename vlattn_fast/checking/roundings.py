@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
+
 
 class OtherRoundings(TorchDispatchMode):
     """Moves half of the numbers that each operation of torch gives, forward and backward, to a neighbour in their dtype.
@@ -63,10 +65,11 @@ class OtherRoundings(TorchDispatchMode):
         """`x` with half of its numbers a step up or down, chosen by their magnitude, or by their index without `keeps_ties`."""
         if not x.is_floating_point() or x.numel() == 0 or x._is_zerotensor():  # autograd's zeros have no memory to read
             return x
-        frequency, phase = self.chance.uniform(300.0, 3000.0), self.chance.uniform(0.0, 6.28)
-        of = x.abs().double().log() if self.keeps_ties else torch.arange(x.numel(), device=x.device).view(x.shape)
-        chance = torch.sin(frequency * of + phase)  # beyond +-0.707 for half of its period
-        away = (chance > 0.707).double() - (chance < -0.707).double()
+        of = x.abs().view(INTEGERS[x.dtype.itemsize]) if self.keeps_ties else torch.arange(x.numel(), device=x.device)
+        top = (
+            of.long() * (2 * self.chance.getrandbits(62) + 1) + self.chance.getrandbits(63) >> 62
+        )  # of all bits
+        away = ((top == 0).double() - (top == 1).double()).view(x.shape)  # each a quarter
         wide, eps, least = x.double(), torch.finfo(x.dtype).eps, torch.finfo(x.dtype).smallest_normal
         step = wide.abs().clamp(min=least) * eps  # numbers below the least normal one, of float16 6e-5, are as far apart as there
         neighbours = (wide + wide.sign() * away * step).to(x.dtype)

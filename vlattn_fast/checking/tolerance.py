@@ -97,6 +97,7 @@ def worst_ratio(statistics: Tensor, dtype: torch.dtype, scale: float = 0.0) -> T
     """The rule. Statistics (..., draws, 7) to (...): the number of errors, the mean squares of ours, the formula's and of the
     exact numbers, and the largest of each."""
     count, ours, formula, exact, most_ours, most_formula, most_exact = statistics.unbind(-1)
+    scale = max(scale, torch.finfo(dtype).smallest_normal)  # numbers below it, of float16 6e-5, are as far apart as there
     exact, most_exact = exact.clamp(min=scale**2), most_exact.clamp(min=scale)
     if dtype == torch.float64:
         return _over(most_ours.amax(-1), FLOAT64 * most_exact.amax(-1) + 4 * most_formula.amax(-1))

@@ -47,6 +47,8 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
     options: dict[str, Any] = {"rule": rule, "row_normalize": dice.pick("row_normalize", (False, True))}
     query_heads = dice.pick("Hq", (key_heads, heads))
     kind = dice.pick("values", ("normal", "normal", "small", "constant", "signs", "one-hot", "with zero rows"))
+    if kind == "signs":
+        dim += 1 - dim % 2  # entries of one magnitude in an odd number of columns never add up to 0, which row_normalize makes 1
     key = F.normalize(dice.numbers((batch, key_heads, length, dim), kind, dtype), dim=-1)
     tensors = {"query": dice.numbers((batch, query_heads, length, dim), kind, dtype), "key": key}
     differentiable = True
