@@ -37,7 +37,7 @@ from vlattn_fast.kernels._tiles import (
     FEATURES,
     ROW_MULTIPLE,
     Heads,
-    Masks,
+    MaskPointers,
     add_products,
     aligned,
     cdiv,
@@ -70,7 +70,7 @@ class Tangents(NamedTuple):
     q: Heads
     k: Heads
     v: Heads
-    bias: Masks | None
+    bias: MaskPointers | None
     end: None = None
 
 

@@ -18,7 +18,7 @@ from vlattn_fast.kernels._tiles import (
     LOG2_E,
     Dropout,
     Heads,
-    Masks,
+    MaskPointers,
     extended,
     head_at,
     load_side,
@@ -31,7 +31,7 @@ from vlattn_fast.kernels._tiles import (
 )
 
 
-class Call(NamedTuple):
+class ScoreCall(NamedTuple):
     """All kernels of score_attention and its backward pass take it, as x. p_pres: what `_prepare` has made of query and key.
     product: where the constant MASK is GROUP_PRODUCT. grad and scale are there in the backward pass."""
 
@@ -39,7 +39,7 @@ class Call(NamedTuple):
     k: Heads
     v: Heads
     p_pres: tuple[Tensor, Tensor]
-    masks: Masks
+    masks: MaskPointers
     dropout: Dropout | None
     H: int
     N: int
@@ -267,7 +267,7 @@ def keep_layout(b, UNITS: tl.constexpr, PRECISION: tl.constexpr):
     """b, kept in the layout that it has, for scores over hidden units.
 
     Without this the compiler carries the layouts of what follows back to the masks, and fails at their single bits (Triton 3.6
-    and 3.9). Masks of these scores are therefore computed apart, passed through here and added.
+    and 3.9). MaskPointers of these scores are therefore computed apart, passed through here and added.
     """
     if UNITS and PRECISION != "widen":
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=False, pack=1)

@@ -16,7 +16,7 @@ from vlattn_fast.kernels._stacked_weights import clip, columns, map_configuratio
 from vlattn_fast.kernels._tiles import launched, load_tile, store_tile
 
 
-class Attention(NamedTuple):
+class Attended(NamedTuple):
     """Each query row's attention to each context set."""
 
     alpha: Tensor  # (L, X, M)
@@ -26,7 +26,7 @@ class Attention(NamedTuple):
 
 
 def gradient_maps(
-    scores: Tensor, attention: Attention, grad: Tensor, queries: Queries, contexts: Contexts, options: Options
+    scores: Tensor, attention: Attended, grad: Tensor, queries: Queries, contexts: Contexts, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """W (parts, L, X * M), V = diag(by_norm_a) alpha (L, X, M), grad_dot and by_norm_q (X, L). `grad` is (X, Y)."""
     alpha, along, cosine, norm_a = attention

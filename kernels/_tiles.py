@@ -5,12 +5,12 @@ counts query rows, BLOCK_KV keys, BLOCK_D features; all are powers of two. N and
 count elements. The last stride is 1 (`aligned`). Logits are in base 2: scale * LOG2_E is multiplied in, so that exp2 gives the
 powers (where not, `below_max` does it). A log-sum-exp named `lse` is natural, one named `shift` is in base 2.
 
-A kernel takes what belongs together as one tuple: a tensor with its strides (`Heads`), the masks (`Masks`), as x all that the
-kernels of an operator share, and as C the constants of a call; it is compiled for each C. C of an operator with
-attn_mask has MASK (see `GROUP_BIAS`), KEY_MASK and CAUSAL. Triton 3.6 assigns and compares no tuple that holds None, takes no
-nested targets, and makes a tensor of each constant that is assigned: C is passed on. In loops it forgets constants, such as
-strides of 1, of the tuples in a tuple, unless this tuple has a constant behind them: `Call` of _scores.py has `end`, and other
-kernels unpack x before.
+A kernel takes what belongs together as one tuple: a tensor with its strides (`Heads`), the masks (`MaskPointers`), as x all that
+the kernels of an operator share, and as C the constants of a call; it is compiled for each C. C of an operator with attn_mask has
+MASK (see `GROUP_BIAS`), KEY_MASK and CAUSAL. Triton 3.6 assigns and compares no tuple that holds None, takes no nested targets,
+and makes a tensor of each constant that is assigned: C is passed on. In loops it forgets constants, such as strides of 1, of the
+tuples in a tuple, unless this tuple has a constant behind them: `ScoreCall` of _scores.py has `end`, and other kernels unpack x
+before.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def heads_of(x: Tensor, stride: tuple[int, ...] | None = None) -> Heads:
     return _new_heads(p=x, stride_b=stride_b, stride_h=stride_h, stride_n=stride_n)
 
 
-class Masks(NamedTuple):
+class MaskPointers(NamedTuple):
     """attn_mask with its strides, 0 where it is broadcast, and the key padding mask (B, M). Any tensor stands in if absent.
 
     Beside a group bias what is `prepared` with the strides of samples and heads, and the number of groups; else zeros.
@@ -172,7 +172,7 @@ class Masks(NamedTuple):
     num_groups: int = 0
 
 
-_new_heads, _new_masks = by_name(Heads), by_name(Masks)
+_new_heads, _new_masks = by_name(Heads), by_name(MaskPointers)
 
 
 def masks_and_kind(
@@ -182,7 +182,7 @@ def masks_and_kind(
     num_keys: int,
     row_bias: Tensor | None = None,
     key_groups: Tensor | None = None,
-) -> tuple[Masks, int]:
+) -> tuple[MaskPointers, int]:
     """The masks, and the constant MASK. `like` is the query (B, H, N, D), which stands in for absent masks."""
     if attn_mask is None and key_mask is None and row_bias is None:
         return _new_masks(p=like, p_keys=like), 0
@@ -215,7 +215,7 @@ def masks_and_product(
     row_bias: Tensor | None,
     key_groups: Tensor | None,
     scale: float | None,
-) -> tuple[Masks, int, BiasProduct | None]:
+) -> tuple[MaskPointers, int, BiasProduct | None]:
     """`masks_and_kind`, and what a product takes that adds the bias to logits of this scale. None: it may not."""
     if (
         row_bias is None
@@ -519,7 +519,7 @@ def masks_at(masks, i_b, i_h, M):
     of_bias = p_bias, masks.bias_stride_b, masks.bias_stride_h, p_masked, masks.masked_stride_b
     of_groups = masks.p_words + i_b * (M + RUNS + 1), masks.num_groups
     strides = masks.stride_b, masks.stride_h, masks.stride_n, masks.stride_m
-    return Masks(p, *strides, masks.p_keys + i_b * M, *of_bias, *of_groups)
+    return MaskPointers(p, *strides, masks.p_keys + i_b * M, *of_bias, *of_groups)
 
 
 @triton.jit
@@ -551,7 +551,7 @@ def transposed(masks):
     of_bias = masks.p_bias, masks.bias_stride_b, masks.bias_stride_h, masks.p_masked, masks.masked_stride_b
     of_groups = masks.p_words, masks.num_groups
     strides = masks.stride_b, masks.stride_h, masks.stride_m, masks.stride_n
-    return Masks(masks.p, *strides, masks.p_keys, *of_bias, *of_groups)
+    return MaskPointers(masks.p, *strides, masks.p_keys, *of_bias, *of_groups)
 
 
 @triton.jit

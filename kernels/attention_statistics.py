@@ -33,7 +33,7 @@ from vlattn_fast.kernels._statistics_backward import scores_of
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     Heads,
-    Masks,
+    MaskPointers,
     aligned,
     below_max,
     block_and_head,
@@ -93,7 +93,7 @@ class Rows(NamedTuple):
     mean_x: Tensor
 
 
-class Call(NamedTuple):
+class StatisticsCall(NamedTuple):
     """All kernels of attention_statistics take it, as x. groups: a tensor and its stride of samples. weight: (B, H, N).
     parameter: see `softcapped`; None without a softcap."""
 
@@ -101,7 +101,7 @@ class Call(NamedTuple):
     k: Heads
     groups: tuple[Tensor, int]
     weight: Tensor
-    masks: Masks
+    masks: MaskPointers
     H: int
     GROUP_K: int
     N: int
@@ -214,7 +214,7 @@ def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardIn
     groups = query if key_groups is None else aligned(key_groups)
     if few(num_groups) > 0:
         groups = as_members(groups, num_groups)
-    x = Call(
+    x = StatisticsCall(
         q=heads_of(query),
         k=heads_of(key),
         groups=(groups, groups.stride(0)),

@@ -65,7 +65,7 @@ class Cache(NamedTuple):
     W: int
 
 
-class Call(NamedTuple):
+class PagedCall(NamedTuple):
     """The kernels that read keys take it, as x. groups: a tensor, its stride of requests, and K. parameter: see `softcapped`;
     None without."""
 
@@ -196,7 +196,7 @@ def _arguments(inputs: PagedAttentionStatisticsInputs) -> dict[str, Any]:
         R=table.shape[0],
         W=table.shape[1],
     )
-    x = Call(
+    x = PagedCall(
         p_query=query,
         stride_t=query.stride(0),
         stride_h=query.stride(1),

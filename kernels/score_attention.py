@@ -49,7 +49,7 @@ from vlattn_fast.kernels._group_bias import (
 )
 from vlattn_fast.kernels._products_backward import OwnRows, RowStats, new_rows
 from vlattn_fast.kernels._scores import (
-    Call,
+    ScoreCall,
     activate,
     head_of,
     inverse_norm,
@@ -110,7 +110,7 @@ from vlattn_fast.kernels._tiles import (
 Shape = tuple[int, ...]
 
 
-_new_call = by_name(Call)
+_new_call = by_name(ScoreCall)
 
 
 class Constants(NamedTuple):
@@ -398,7 +398,7 @@ def _config(kernel: str, constants: Constants, dtype: torch.dtype, num_q: int, n
     return staged(config, constants.MASK)
 
 
-def _parts(x: Call, constants: Constants, keys: int) -> Parts:
+def _parts(x: ScoreCall, constants: Constants, keys: int) -> Parts:
     """Where `_forward_kernel` leaves what it has of each part of so many keys."""
     like, heads, number = x.q.p, x.q.p.shape[0] * x.H, cdiv(x.M, keys)
     b_max, b_sum = (like.new_empty(heads, x.N, number, dtype=torch.float32) for _ in range(2))

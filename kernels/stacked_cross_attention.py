@@ -22,7 +22,7 @@ from torch import Tensor
 from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._stacked_cosines import aggregate, attended_cosines
-from vlattn_fast.kernels._stacked_gradients import Attention, gradient_maps
+from vlattn_fast.kernels._stacked_gradients import Attended, gradient_maps
 from vlattn_fast.kernels._stacked_inputs import EPS, Contexts, Options, Queries, chunks, sides
 from vlattn_fast.kernels._stacked_products import add_product, products
 from vlattn_fast.kernels._stacked_weights import weight_parts, weights, weights_and_parts
@@ -86,14 +86,14 @@ def backward(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tenso
     return (grad_c, grad_q) if direction == "t2i" else (grad_q, grad_c)
 
 
-def _attend(scores: Tensor, queries: Queries, contexts: Contexts, options: Options) -> Attention:
+def _attend(scores: Tensor, queries: Queries, contexts: Contexts, options: Options) -> Attended:
     """The attention of 16-bit inputs, whose attended vectors are formed in registers."""
     alpha, parts = weights_and_parts(scores, queries, contexts, options)
     along = alpha.transpose(0, 1) @ contexts.gram
-    return Attention(alpha, along, *attended_cosines(parts, queries, contexts))
+    return Attended(alpha, along, *attended_cosines(parts, queries, contexts))
 
 
-def _attend_in_float64(scores: Tensor, queries: Queries, contexts: Contexts, options: Options) -> Attention:
+def _attend_in_float64(scores: Tensor, queries: Queries, contexts: Contexts, options: Options) -> Attended:
     """The attention of float32 inputs. |a|^2 = alpha C C^T alpha^T and q . a = (alpha - 1/m) s + q . mean(C)."""
     alpha = weights(scores, queries, contexts, options, torch.float64)
     by_set = alpha.transpose(0, 1)  # (X, L, M)
@@ -102,4 +102,4 @@ def _attend_in_float64(scores: Tensor, queries: Queries, contexts: Contexts, opt
     score = scores.view(-1, contexts.sets, contexts.size).transpose(0, 1)
     dot = ((by_set - contexts.share[..., None]) * score).sum(2) + contexts.mean @ queries.wide.mT
     cosine = dot / (queries.norms * norm_a).clamp_(min=EPS.value)
-    return Attention(alpha, along, cosine, norm_a)
+    return Attended(alpha, along, cosine, norm_a)

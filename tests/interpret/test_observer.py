@@ -114,7 +114,7 @@ def test_a_model_is_restored_after_an_error_of_a_subscriber(name: str) -> None:
 
 def test_events_are_equal_however_a_model_attends() -> None:
     """SDPA, transformers' interface, nn.MultiheadAttention and attention that is written out by hand give the same event."""
-    from vlattn_fast.attach.events import Attend, Attention, Subscriber
+    from vlattn_fast.attach.events import Attend, AttentionEvent, Subscriber
     from vlattn_fast.attach.observer import Observer
 
     class Written(torch.nn.Module):
@@ -132,9 +132,9 @@ def test_events_are_equal_however_a_model_attends() -> None:
 
     class Notes(Subscriber):
         def __init__(self) -> None:
-            self.events: list[Attention] = []
+            self.events: list[AttentionEvent] = []
 
-        def on_attention(self, event: Attention, attend: Attend) -> Any:
+        def on_attention(self, event: AttentionEvent, attend: Attend) -> Any:
             self.events.append(event)
             return attend(event)
 

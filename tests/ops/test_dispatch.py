@@ -268,7 +268,7 @@ def test_the_error_arrives_as_raised_without_fullgraph() -> None:
     torch._dynamo.reset()
 
 
-def a_call(operator: str, device: str = "cpu") -> calls.Call:
+def a_call(operator: str, device: str = "cpu") -> calls.CallShape:
     case = verify.cases(operators=[operator])[0]
     call = OPERATORS[operator].describe(**case.arguments(case.in_dtype(torch.bfloat16)))
     return call._replace(device_type=device, sizes={**call.sizes, "queries": 577})
@@ -341,7 +341,7 @@ def test_limits_on_lengths_cost_no_graph_where_no_kernel_runs_anyway() -> None:
     ],
 )
 def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = calls.Call("some", torch.bfloat16, "cuda", {"head_dim": 256}, {})
+    call = calls.CallShape("some", torch.bfloat16, "cuda", {"head_dim": 256}, {})
     assert limits.triton_refusals(call) == [] == limits.triton_refusals(call._replace(capability=(8, 0)))
     monkeypatch.setattr(limits, "_FAULTY_ON_SM_100", False)
     assert limits.triton_refusals(call._replace(capability=(10, 0))) == []
@@ -360,7 +360,7 @@ def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeyp
 )
 def test_what_no_cpu_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refusals = table.table("some")["cpu"].refusals
-    call = calls.Call("some", torch.bfloat16, "cpu", {}, {})
+    call = calls.CallShape("some", torch.bfloat16, "cpu", {}, {})
     monkeypatch.setattr(native, "library", native.library._replace(exists=True))
     assert refusals(call) == []
     assert refusals(call._replace(**change)) == [words]
@@ -377,13 +377,13 @@ def test_what_no_cpu_kernel_takes(change: dict[str, Any], words: str, monkeypatc
     ],
 )
 def test_what_no_cuda_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def limits(call: calls.Call) -> list[tuple[str, bool]]:
+    def limits(call: calls.CallShape) -> list[tuple[str, bool]]:
         return [("an own limit", "rows" in call.sizes)]
 
     refusals = table.table("some", cuda=limits)["cuda"].refusals
     library = _shared_library.library._replace(exists=True, device_type="cuda")
     monkeypatch.setattr(_shared_library, "library", library)
-    call = calls.Call("some", torch.bfloat16, "cuda", {}, {}, (8, 0))
+    call = calls.CallShape("some", torch.bfloat16, "cuda", {}, {}, (8, 0))
     assert refusals(call) == [] == refusals(call._replace(capability=None))
     assert refusals(call._replace(**change)) == [words]
     assert refusals(call._replace(device_type="cpu", capability=None)) != []

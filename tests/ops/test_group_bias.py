@@ -22,12 +22,12 @@ from tests.helpers.ops.group_cases import DV, GK, GQ, ON_GROUPS, TITLES, B, D, H
 from vlattn_fast import scores as S
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.checking.cases import Sizes, cases_of
-from vlattn_fast.dispatch.call import Call
+from vlattn_fast.dispatch.call import CallShape
 from vlattn_fast.ops import OPERATORS
 
 
 def takes(operator: str, backend: str) -> bool:
-    call = Call(operator, torch.float32, "cpu", defaultdict(int), defaultdict(bool, group_bias=True, score="dot"))
+    call = CallShape(operator, torch.float32, "cpu", defaultdict(int), defaultdict(bool, group_bias=True, score="dot"))
     return not any("group_bias" in reason for reason in OPERATORS[operator].backends[backend].refusals(call))
 
 

@@ -18,7 +18,7 @@ from tests.helpers.ops.backends import DEVICE, on
 from vlattn_fast import scores as S
 from vlattn_fast.backends import native
 from vlattn_fast.checking import verify
-from vlattn_fast.dispatch.call import Call
+from vlattn_fast.dispatch.call import CallShape
 from vlattn_fast.dispatch.choice import select
 from vlattn_fast.ops import OPERATORS
 from vlattn_fast.ops.score_attention import BACKENDS, describe_call
@@ -45,7 +45,7 @@ OTHERS = {
 }
 
 
-def describe(query: Tensor = Q, key: Tensor = K, value: Tensor = V, **options: Any) -> Call:
+def describe(query: Tensor = Q, key: Tensor = K, value: Tensor = V, **options: Any) -> CallShape:
     return describe_call(query=query, key=key, value=value, **options)
 
 
@@ -192,7 +192,7 @@ def test_what_the_fused_kernels_of_a_gpu_take(change: dict[str, Any], monkeypatc
 def test_where_cudnn_loses_gradients_under_a_mask_it_is_refused() -> None:
     """On sm_90 torch prefers cuDNN. With keys 64 beyond a multiple of 128 its backward pass counts keys that are not there."""
 
-    def on_hopper(keys: int, dtype: torch.dtype = torch.bfloat16, major: int = 9, **options: Any) -> Call:
+    def on_hopper(keys: int, dtype: torch.dtype = torch.bfloat16, major: int = 9, **options: Any) -> CallShape:
         query, key = torch.empty(2, 2, 6, 8, dtype=dtype), torch.empty(2, 2, keys, 8, dtype=dtype)
         return describe(query, key, key, **options)._replace(device_type="cuda", capability=(major, 0))
 

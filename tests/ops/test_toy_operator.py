@@ -23,7 +23,7 @@ from vlattn_fast.benchmarks import cliffs, host
 from vlattn_fast.checking import fuzz, info, verify
 from vlattn_fast.checking.cases import Example, Sizes
 from vlattn_fast.checking.cases._dice import DIMS, LENGTHS, Dice
-from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import launcher, load, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
@@ -73,13 +73,13 @@ def row_products(left: Tensor, right: Tensor, *, backend: str = "auto") -> Tenso
     return out
 
 
-def describe_call(left: Tensor, right: Tensor) -> Call:
+def describe_call(left: Tensor, right: Tensor) -> CallShape:
     for name, x in (("left", left), ("right", right)):
         if x.is_nested or x.layout != torch.strided or type(x).__name__ == "DTensor":
             raise TypeError(f"{name} must be a dense torch.Tensor (B, N, D); got another")
     if right.dtype != left.dtype:
         raise TypeError(f"right must have the dtype of left; got {right.dtype}")
-    return make_call("row_products", left, {"rows": left.shape[1], "features": left.shape[2]}, {})
+    return call_shape("row_products", left, {"rows": left.shape[1], "features": left.shape[2]}, {})
 
 
 _forward_op = define(

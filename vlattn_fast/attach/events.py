@@ -1,6 +1,6 @@
 """What an `Observer` tells its subscribers about a model: which modules run, and each attention call.
 
-A call is one `Attention`, whether the model calls torch's scaled_dot_product_attention, nn.MultiheadAttention, transformers'
+A call is one `AttentionEvent`, whether the model calls torch's scaled_dot_product_attention, nn.MultiheadAttention, transformers'
 attention interface or this package's score_attention, or writes attention out by hand. `RUNNING` is the run that takes the calls
 of this thread.
 """
@@ -37,7 +37,7 @@ class ModuleRun:
 
 
 @dataclass(frozen=True, eq=False)
-class Attention:
+class AttentionEvent:
     """One attention call."""
 
     run: ModuleRun  # of the module that calls
@@ -62,7 +62,7 @@ class Attention:
         return self.written is None and self.given[0].ndim == 3
 
     @classmethod
-    def from_sdpa(cls, run: ModuleRun, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Attention | None:
+    def from_sdpa(cls, run: ModuleRun, args: Sequence[Any], kwargs: Mapping[str, Any]) -> AttentionEvent | None:
         """A call of scaled_dot_product_attention; None if the tensors have neither three nor four dimensions each."""
         options: dict[str, Any] = {"attn_mask": None, "is_causal": False, "scale": None, "enable_gqa": False}
         options |= {**dict(zip(_SDPA, args, strict=False)), **kwargs}
@@ -89,7 +89,7 @@ class Attention:
         return output.squeeze(1) if self.is_one_head else output
 
 
-Attend = Callable[[Attention], Any]
+Attend = Callable[[AttentionEvent], Any]
 
 
 class Subscriber:
@@ -133,11 +133,11 @@ class Subscriber:
         modes of torch see them."""
         return True
 
-    def on_attention(self, event: Attention, attend: Attend) -> Any:
+    def on_attention(self, event: AttentionEvent, attend: Attend) -> Any:
         """An attention call."""
         return attend(event)
 
-    def on_output(self, event: Attention, output: Any, result: Any) -> None:
+    def on_output(self, event: AttentionEvent, output: Any, result: Any) -> None:
         """The model goes on with `result`: the output of a call in the shape that the model asked for."""
 
     def on_lse(self, inputs: ScoreAttentionInputs, lse: Tensor) -> None:

@@ -4,8 +4,8 @@ A call reaches it in one of three ways. The model calls torch's scaled_dot_produ
 package's score_attention, which a mode of torch sees. transformers' attention interface hands it over, if `parts` of the model
 name our function for the run. Or a module writes attention out by hand, which is followed (`attach.written`).
 
-Each call is one `Attention`, which goes from subscriber to subscriber. `explain`, `intervene`, the losses on attention, probes,
-prompt maps and QK-clip are subscribers.
+Each call is one `AttentionEvent`, which goes from subscriber to subscriber. `explain`, `intervene`, the losses on attention,
+probes, prompt maps and QK-clip are subscribers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vlattn_fast.attach.events import (
     SCORE_ATTENTION,
     SOFTMAX,
     Attend,
-    Attention,
+    AttentionEvent,
     ModuleRun,
     Subscriber,
     attention,
@@ -253,7 +253,7 @@ class Observer(Stepwise, TorchFunctionMode):
 
     def _sdpa(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sdpa = functional.scaled_dot_product_attention
-        event = Attention.from_sdpa(run, args, kwargs)
+        event = AttentionEvent.from_sdpa(run, args, kwargs)
         if event is not None:
             return self._answer(event, _plain if self._parts is not None else lambda _: sdpa(*args, **kwargs))
         if self._parts is not None:
@@ -266,7 +266,7 @@ class Observer(Stepwise, TorchFunctionMode):
         if not self._told["on_attention"]:
             return attention(query, key, value, masks)
         dropout_p = masks.pop("dropout_p", 0.0)
-        event = Attention(self.runs[-1], query, key, value, masks, (query, key, value), dropout_p)
+        event = AttentionEvent(self.runs[-1], query, key, value, masks, (query, key, value), dropout_p)
         output: Tensor = self._answer(event, _plain)
         return output
 
@@ -288,7 +288,7 @@ class Observer(Stepwise, TorchFunctionMode):
         inputs, self._before_sink = self._before_sink, None
         assert inputs is not None
 
-        def compute(event: Attention) -> Tensor:
+        def compute(event: AttentionEvent) -> Tensor:
             assert event.lse is not None and event.sink is not None
             return with_sink(output, event.lse, event.sink)
 
@@ -316,7 +316,7 @@ class Observer(Stepwise, TorchFunctionMode):
             padding = of["key_padding_mask"]
             padding = padding[None] if padding is not None and padding.ndim == 1 else padding
             masks = {"attn_mask": joined_masks(query, 0, of["attn_mask"], padding), "is_causal": False, "scale": None}
-        event = Attention(run, query, key, None, masks, (of["query"], of["key"], None), of["dropout_p"])
+        event = AttentionEvent(run, query, key, None, masks, (of["query"], of["key"], None), of["dropout_p"])
         return self._answer(event, lambda _: forward(*args, **kwargs))
 
     def _scores(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
@@ -330,7 +330,7 @@ class Observer(Stepwise, TorchFunctionMode):
                 query, key = product.query, product.transposed_key
                 masks = None if self._is_told() else product.masks(scores)  # which edits may change
                 run.product = None
-                event = Attention(run, query, key.transpose(-1, -2), None, masks, (query, key, None), written=product)
+                event = AttentionEvent(run, query, key.transpose(-1, -2), None, masks, (query, key, None), written=product)
                 for each in self._subscribers:
                     each.on_attention(event, lambda _: result)
         elif run.product is not None:
@@ -349,10 +349,10 @@ class Observer(Stepwise, TorchFunctionMode):
         product = self.maps.product(func, args, kwargs, result)
         if product is None:
             return result
-        event = Attention(run, product.probabilities, product.value, product.value, {}, product.given, written=product)
+        event = AttentionEvent(run, product.probabilities, product.value, product.value, {}, product.given, written=product)
         return self._answer(event, lambda _: product.output)
 
-    def _answer(self, event: Attention, compute: Callable[[Attention], Any]) -> Any:
+    def _answer(self, event: AttentionEvent, compute: Callable[[AttentionEvent], Any]) -> Any:
         """What the model continues with: the output of the call, computed by `compute`, after the subscribers."""
         watching = [_Watching(each) for each in [*_WATCHING] if each.runs and each.is_on()] if self.of_user else []
         subscribers = (*self._subscribers, *watching)
@@ -367,7 +367,7 @@ class Observer(Stepwise, TorchFunctionMode):
         """A context in which a run does not observe its own computation; other modes may see what an unchanged model computes."""
         return nullcontext() if self._parts is None else torch._C.DisableTorchFunction()
 
-    def _through(self, subscribers: Sequence[Subscriber], event: Attention, compute: Callable[[Attention], Any]) -> Any:
+    def _through(self, subscribers: Sequence[Subscriber], event: AttentionEvent, compute: Callable[[AttentionEvent], Any]) -> Any:
         if not subscribers:
             return compute(event)
         first, *others = subscribers
@@ -404,13 +404,13 @@ class _Watching(Subscriber):
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
 
-    def on_attention(self, event: Attention, attend: Attend) -> Any:
+    def on_attention(self, event: AttentionEvent, attend: Attend) -> Any:
         watching = self._observer
         if event.written is not None:
             return attend(event)
         return watching._through(watching._subscribers, replace(event, run=watching.runs[-1]), attend)
 
-    def on_output(self, event: Attention, output: Any, result: Any) -> None:
+    def on_output(self, event: AttentionEvent, output: Any, result: Any) -> None:
         for subscriber in self._observer._subscribers:
             subscriber.on_output(event, output, result)
 
@@ -478,14 +478,14 @@ def _shuffles(module: Any, args: tuple[Any, ...]) -> bool:
     return is_vilt and len(args) == 2 and args[0].shape == (int(args[1]),)
 
 
-def _scored(run: ModuleRun, inputs: ScoreAttentionInputs) -> Attention:
+def _scored(run: ModuleRun, inputs: ScoreAttentionInputs) -> AttentionEvent:
     """A call of score_attention."""
     masks = {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")} | bias_arguments(inputs)
     given = query, key, value = inputs.query, inputs.key, inputs.value
-    return Attention(run, query, key, value, masks, given, inputs.dropout_p, inputs=inputs)
+    return AttentionEvent(run, query, key, value, masks, given, inputs.dropout_p, inputs=inputs)
 
 
-def _plain(event: Attention) -> Tensor:
+def _plain(event: AttentionEvent) -> Tensor:
     """The call, computed by torch's function or by score_attention."""
     assert event.value is not None and event.masks is not None
     dropout = {"dropout_p": event.dropout_p} if event.dropout_p else {}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.attachments import add_mark, new_mark, read_mark
 from vlattn_fast._ground.groups import mask_of_groups
 from vlattn_fast._ground.tensors import joined
-from vlattn_fast.attach.events import Attend, Attention, ModuleRun, Subscriber
+from vlattn_fast.attach.events import Attend, AttentionEvent, ModuleRun, Subscriber
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.written import PRODUCTS
 
@@ -160,10 +160,10 @@ class TokenKinds(Subscriber):
                 self._outputs(module.map[0], result)
                 module.map = None
 
-    def on_output(self, event: Attention, output: Any, result: Any) -> None:
+    def on_output(self, event: AttentionEvent, output: Any, result: Any) -> None:
         add_mark(result, self._mark, self._kinds(event.given[:1]), keep=False)
 
-    def on_attention(self, event: Attention, attend: Attend) -> Any:
+    def on_attention(self, event: AttentionEvent, attend: Attend) -> Any:
         """Stores the call."""
         if self._learns and not torch.is_grad_enabled() and _runs_in_an_autograd_function():  # not a tower that is frozen
             raise ValueError(
@@ -247,7 +247,7 @@ def kind_of(name: str, modality: Mapping[str, str]) -> int:
     return IMAGE if name in _IMAGE_INPUTS or name.startswith("pixel_values") else 0
 
 
-def options_of(event: Attention) -> tuple[Mapping[str, Any] | None, str]:
+def options_of(event: AttentionEvent) -> tuple[Mapping[str, Any] | None, str]:
     """The options of a call for `attention_statistics`, and its core score."""
     if event.inputs is None:
         masks = event.masks

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from vlattn_fast.dispatch.call import Call, capability
+from vlattn_fast.dispatch.call import CallShape, capability
 from vlattn_fast.dispatch.choice import select
 from vlattn_fast.dispatch.table import BACKEND_NAMES
 
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "numpy", "triton", "transformers", "matplotlib", "scikit-le
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WIDTH = 118
 
-Calls = Mapping[tuple[str, str], Call]  # by dtype and by the name of the case
+Calls = Mapping[tuple[str, str], CallShape]  # by dtype and by the name of the case
 
 
 def lines() -> Iterator[str]:

@@ -32,7 +32,7 @@ def run_gpu_kernels_on_cpu(runner: OnCpu | None) -> OnCpu | None:
     return before
 
 
-class Call(NamedTuple):
+class CallShape(NamedTuple):
     """The metadata of a call that backends' limits use.
 
     It holds no tensor, so a laptop can ask what a backend supports on a GPU.
@@ -51,10 +51,10 @@ class Call(NamedTuple):
         return f"{self.operator}({', '.join(f'{name}={value}' for name, value in metadata.items())})"
 
 
-def make_call(operator: str, first: Tensor, sizes: dict[str, int], flags: dict[str, Any]) -> Call:
+def call_shape(operator: str, first: Tensor, sizes: dict[str, int], flags: dict[str, Any]) -> CallShape:
     """Returns the call of `operator` with dtype and device of its first tensor, `first`."""
     device = first.device
-    return Call(operator, first.dtype, device.type, sizes, flags, capability(device))
+    return CallShape(operator, first.dtype, device.type, sizes, flags, capability(device))
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:

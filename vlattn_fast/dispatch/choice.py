@@ -25,7 +25,7 @@ from vlattn_fast._ground.tensors import as_outputs, mask_padding
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.dispatch import call as calls
-from vlattn_fast.dispatch.call import Call
+from vlattn_fast.dispatch.call import CallShape
 from vlattn_fast.dispatch.table import BACKEND_NAMES, Table
 
 Arguments = TypeVar("Arguments", bound=tuple[Any, ...])
@@ -33,7 +33,7 @@ Plan = TypeVar("Plan")
 AUTO = os.environ.get("VLATTN_BACKEND", "auto")  # the backend that "auto" stands for, in calls of models, too
 
 
-def select(backends: Table, call: Call, backend: Any) -> str:
+def select(backends: Table, call: CallShape, backend: Any) -> str:
     """Returns the name of the backend that runs `call`: `backend`, or for "auto" the first that supports it. Backends that lead
     are tried first.
 

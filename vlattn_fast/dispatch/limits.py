@@ -11,18 +11,18 @@ from vlattn_fast._ground import extras
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.dispatch import call as calls
-from vlattn_fast.dispatch.call import Call
+from vlattn_fast.dispatch.call import CallShape
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-Limits = Callable[[Call], list[tuple[str, bool]]]  # of one operator's kernels: reasons, and whether each holds
+Limits = Callable[[CallShape], list[tuple[str, bool]]]  # of one operator's kernels: reasons, and whether each holds
 
 
-def accept(call: Call) -> list[Any]:
+def accept(call: CallShape) -> list[Any]:
     """No limits."""
     return []
 
 
-def limited(call: Call, limits: Limits) -> list[str]:
+def limited(call: CallShape, limits: Limits) -> list[str]:
     """Returns the reasons among `limits` that hold."""
     return [reason for reason, holds in limits(call) if holds]
 
@@ -31,7 +31,7 @@ _TRITON_MISSING = extras.missing("triton", 3, 6)
 _FAULTY_ON_SM_100 = bool(extras.missing("triton", 3, 9))  # in tensor memory, as the emulator ptx found
 
 
-def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
+def triton_refusals(call: CallShape, limits: Limits = accept) -> list[str]:
     """Returns why a Triton kernel with these `limits` does not run the call."""
     reasons = []
     if _TRITON_MISSING:
@@ -51,7 +51,7 @@ def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
     return reasons + limited(call, limits)
 
 
-def cpu_refusals(call: Call, limits: Limits = accept) -> list[str]:
+def cpu_refusals(call: CallShape, limits: Limits = accept) -> list[str]:
     """Returns why a CPU kernel with these `limits` does not run the call."""
     reasons = []
     if not native.library.exists:
@@ -63,7 +63,7 @@ def cpu_refusals(call: Call, limits: Limits = accept) -> list[str]:
     return reasons + limited(call, limits)
 
 
-def cuda_refusals(call: Call, limits: Limits) -> list[str]:
+def cuda_refusals(call: CallShape, limits: Limits) -> list[str]:
     """Returns why a CUDA C++ kernel with these `limits` does not run the call."""
     reasons = []
     if not _shared_library.library.exists:
@@ -81,9 +81,9 @@ def cuda_refusals(call: Call, limits: Limits) -> list[str]:
     return reasons + limited(call, limits)
 
 
-def no_kernel(call: Call, language: str) -> list[str]:
+def no_kernel(call: CallShape, language: str) -> list[str]:
     return [f"there is no {language} kernel for this operator"]
 
 
-def not_in_sdpa(call: Call) -> list[str]:
+def not_in_sdpa(call: CallShape) -> list[str]:
     return ["torch's scaled_dot_product_attention does not compute this operator"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from vlattn_fast.dispatch.call import Call
+from vlattn_fast.dispatch.call import CallShape
 from vlattn_fast.dispatch.choice import load
 from vlattn_fast.dispatch.table import Table
 
@@ -15,7 +15,7 @@ class Operator(NamedTuple):
     the metadata that backends' limits use. `backends`: its table."""
 
     call: Callable[..., Any]
-    describe: Callable[..., Call]
+    describe: Callable[..., CallShape]
     backends: Table
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.dispatch.call import Call
+from vlattn_fast.dispatch.call import CallShape
 from vlattn_fast.dispatch.limits import (
     Limits,
     accept,
@@ -22,7 +22,7 @@ from vlattn_fast.dispatch.limits import (
     triton_refusals,
 )
 
-Refusals = Callable[[Call], list[str]]
+Refusals = Callable[[CallShape], list[str]]
 BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "cpu", "triton", "cuda")
 
 
@@ -48,7 +48,7 @@ class Backend(NamedTuple):
     lse_dtype: torch.dtype | None = None
     saves: tuple[str, ...] = ()
     shared_sums: tuple[str, ...] = ()
-    leads: Callable[[Call], bool] | None = None
+    leads: Callable[[CallShape], bool] | None = None
 
     @property
     def exists(self) -> bool:
@@ -69,7 +69,7 @@ def table(
     masks_padding: tuple[str, ...] = ("cpu", "triton"),
     saves: dict[str, tuple[str, ...]] | None = None,
     shared_sums: Mapping[str, tuple[str, ...]] | None = None,
-    leads: Mapping[str, Callable[[Call], bool]] | None = None,
+    leads: Mapping[str, Callable[[CallShape], bool]] | None = None,
 ) -> Table:
     """Returns the backends of the operator `stem` in the order in which "auto" takes them. `leads` names calls with another
     order.

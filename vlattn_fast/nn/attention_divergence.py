@@ -16,7 +16,7 @@ from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.attention_divergence import attention_divergence, check_kind
 
 _Layer = CapturedLayer | QueryKey
-Attention = AttentionCapture | _Layer | Sequence[_Layer]
+Captured = AttentionCapture | _Layer | Sequence[_Layer]
 
 
 class AttentionDivergence(nn.Module):
@@ -62,7 +62,7 @@ class AttentionDivergence(nn.Module):
             check_bool(head_mean=head_mean)
         self.kind, self.beta, self.head_mean, self.reduction, self.backend = kind, beta, head_mean, reduction, backend
 
-    def forward(self, attention: Attention, other: Attention, query_mask: Tensor | None = None) -> Tensor:
+    def forward(self, attention: Captured, other: Captured, query_mask: Tensor | None = None) -> Tensor:
         """Computes the divergence of `attention` from `other`.
 
         Args:
@@ -110,7 +110,7 @@ class AttentionDivergence(nn.Module):
         return f"{self.kind!r}, beta={self.beta}, head_mean={self.head_mean}, reduction={self.reduction!r}"
 
 
-def _layers(name: str, attention: Attention) -> list[_Layer]:
+def _layers(name: str, attention: Captured) -> list[_Layer]:
     layers = [attention] if isinstance(attention, _Layer) else list(attention)
     if not layers or not all(isinstance(layer, _Layer) for layer in layers):
         given = ", ".join(type(layer).__name__ for layer in layers) or "none"

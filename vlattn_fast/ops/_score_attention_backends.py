@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from vlattn_fast._ground.score_kinds import kind_of
-from vlattn_fast.dispatch.call import Call
+from vlattn_fast.dispatch.call import CallShape
 from vlattn_fast.dispatch.table import table
 
 
-def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
+def _sdpa_limits(call: CallShape) -> list[tuple[str, bool]]:
     sizes, flags, on_cpu = call.sizes, call.flags, call.device_type == "cpu"
     query_elements = sizes["batch"] * sizes["heads"] * sizes["queries"] * sizes["head_dim"]
     return [
@@ -52,11 +52,11 @@ def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-def _cpu_limits(call: Call) -> list[tuple[str, bool]]:
+def _cpu_limits(call: CallShape) -> list[tuple[str, bool]]:
     return [("the CPU kernels do not have this kind of score", "cpu" not in kind_of(call.flags["score"]).kernels)]
 
 
-def _triton_limits(call: Call) -> list[tuple[str, bool]]:
+def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
     return [
         ("the Triton kernels do not have this kind of score", "triton" not in kind_of(call.flags["score"]).kernels),
         ("Triton kernels take scores of at most 256 features", call.sizes["features"] > 256),
@@ -64,7 +64,7 @@ def _triton_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
+def _cuda_limits(call: CallShape) -> list[tuple[str, bool]]:
     return [
         ("the CUDA C++ kernel takes exact additive scores", "cuda" not in kind_of(call.flags["score"]).kernels),
         ("the CUDA C++ kernel has no dropout", call.flags["dropout"]),
@@ -76,7 +76,7 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
 _SHARED_SUMS = dict.fromkeys(("triton", "cuda"), ("gradient of query",))
 
 
-def _in_16_bits_on_a_gpu(call: Call) -> bool:
+def _in_16_bits_on_a_gpu(call: CallShape) -> bool:
     return call.device_type == "cuda" and call.dtype in (torch.float16, torch.bfloat16)
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from vlattn_fast._ground.checks import autocasts, check_masks, check_sink, check_softcap
 from vlattn_fast._ground.named import by_name
 from vlattn_fast._ground.tensors import cast_by_autocast, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.dispatch.call import Call
+from vlattn_fast.dispatch.call import CallShape
 from vlattn_fast.dispatch.table import Table
 from vlattn_fast.ops._groups import check_groups, check_ranges
 from vlattn_fast.scores import softcapped
@@ -34,7 +34,7 @@ def arguments_of(call: Callable[..., Any]) -> Any:
     return by_name(namedtuple("Arguments", [each.name for each in parameters], defaults=defaults))
 
 
-def described(arguments: Any, describe: Callable[[Any], Call]) -> Callable[..., Call]:
+def described(arguments: Any, describe: Callable[[Any], CallShape]) -> Callable[..., CallShape]:
     """Returns a function of a public call's arguments, by name, that checks them and returns the call's metadata."""
     return lambda **named: describe(arguments(**named))
 

@@ -37,7 +37,7 @@ from vlattn_fast.backends.streaming.attention_divergence import (
     AttentionDivergenceJvpInputs,
     AttentionDivergenceSecondInputs,
 )
-from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import launcher, load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
@@ -46,7 +46,7 @@ from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._stages import arguments_of, described
 
 
-def _triton_limits(call: Call) -> list[tuple[str, bool]]:
+def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
     return [("Triton kernels take a head_dim of other_query of at most 256", call.sizes["other_dim"] > 256)]
 
 
@@ -144,7 +144,7 @@ def _plan(x: Any) -> _Plan:
     return _Plan(backend, *[resolve_scale(scale, scaled_dot_default(query.shape[3])) for scale, query in scales])
 
 
-def _describe(x: Any) -> Call:
+def _describe(x: Any) -> CallShape:
     """Checks a call except for its scales, and returns its metadata."""
     check_kind(x.kind, x.beta)
     check_bool(head_mean=x.head_mean, enable_gqa=x.enable_gqa)
@@ -165,7 +165,7 @@ def _describe(x: Any) -> Call:
         raise ValueError(f"query must have at least one head to reduce; got {describe(query)} and {describe(other)}")
     check_masks(query if other.shape[1] == query.shape[1] else query[:, :1], key, x.attn_mask, x.key_mask, x.is_causal)
     sizes = {"queries": query.shape[2], "keys": key.shape[2], "head_dim": query.shape[3], "other_dim": other.shape[3]}
-    return make_call("attention_divergence", query, sizes, {"kind": x.kind, "head_mean": x.head_mean})
+    return call_shape("attention_divergence", query, sizes, {"kind": x.kind, "head_mean": x.head_mean})
 
 
 def check_kind(kind: Any, beta: Any) -> None:

@@ -20,7 +20,7 @@ from vlattn_fast.backends.inputs import (
 )
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
 from vlattn_fast.dispatch import choice
-from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
@@ -135,7 +135,7 @@ def attention_map(
 Arguments = arguments_of(attention_map)
 
 
-def _describe(x: Any) -> Call:
+def _describe(x: Any) -> CallShape:
     """Checks a call, and returns its metadata."""
     check_choice("rule", x.rule, RULES)
     check_choice("head_reduction", x.head_reduction, HEAD_REDUCTIONS)
@@ -149,7 +149,7 @@ def _describe(x: Any) -> Call:
     (_, _, queries, head_dim), keys, value_dim = x.query.shape, x.key.shape[2], 0 if x.value is None else x.value.shape[3]
     sizes = {"queries": queries, "keys": keys, "head_dim": head_dim, "value_dim": value_dim}
     flags = {"rule": x.rule, "head_reduction": x.head_reduction, "row_normalize": x.row_normalize}
-    return make_call("attention_map", x.query, sizes, {**flags, **logit_flags(x)})
+    return call_shape("attention_map", x.query, sizes, {**flags, **logit_flags(x)})
 
 
 def _tensors_of_rule(x: Any) -> dict[str, Tensor]:

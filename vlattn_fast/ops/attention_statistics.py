@@ -31,7 +31,7 @@ from vlattn_fast.backends.inputs import (
 )
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics, LogitStatistics, chosen_statistics
 from vlattn_fast.dispatch import choice
-from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import gradients, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
@@ -149,7 +149,7 @@ class Features(NamedTuple):
     share: Tensor | None
 
 
-def describe_call(*, statistics: Any = None, **arguments: Any) -> Call:
+def describe_call(*, statistics: Any = None, **arguments: Any) -> CallShape:
     """Checks the arguments of a public call and returns its metadata."""
     x = Arguments(**arguments)
     if statistics is not None:
@@ -157,7 +157,7 @@ def describe_call(*, statistics: Any = None, **arguments: Any) -> Call:
     return _describe(x)
 
 
-def _describe(x: Any) -> Call:
+def _describe(x: Any) -> CallShape:
     """Checks a call except for the names of its statistics, and returns its metadata."""
     check_attention(x.query, x.key, x.enable_gqa)
     check_head_dim(x.query, x.key)
@@ -176,7 +176,7 @@ def _describe(x: Any) -> Call:
         _check_row_weight(x.row_weight, x.query)
     sizes = {"queries": x.query.shape[2], "keys": x.key.shape[2], "head_dim": x.query.shape[3]}
     flags = {"key_groups": x.key_groups is not None, "row_weight": x.row_weight is not None}
-    return make_call("attention_statistics", x.query, sizes, {**flags, **logit_flags(x)})
+    return call_shape("attention_statistics", x.query, sizes, {**flags, **logit_flags(x)})
 
 
 def make_statistics_plan(x: Any) -> StatisticsPlan:

@@ -26,7 +26,7 @@ from vlattn_fast.backends.reference.congruence_loss import (
     num_gradients,
     of_all_blocks,
 )
-from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import launcher, load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
@@ -35,11 +35,11 @@ from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._stages import arguments_of, described
 
 
-def _triton_limits(call: Call) -> list[tuple[str, bool]]:
+def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
     return [("Triton kernels take at most 16384 tokens of each modality", max(call.sizes["L"], call.sizes["V"]) > 16384)]
 
 
-def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
+def _cuda_limits(call: CallShape) -> list[tuple[str, bool]]:
     longest, head_dim = max(call.sizes["L"], call.sizes["V"]), call.sizes["head_dim"]
     rows = -(-longest // 16) * 16
     # of a tile of one head, and of the gradients at a map
@@ -146,7 +146,7 @@ def _plan(x: Any) -> tuple[str, float]:
     return select(BACKENDS, call, x.backend), resolve_scale(x.scale, scaled_dot_default(call.sizes["head_dim"]))
 
 
-def _describe(x: Any) -> Call:
+def _describe(x: Any) -> CallShape:
     """Checks a call except for its scale, and returns its metadata."""
     check_choice("kind", x.kind, KINDS)
     check_choice("direction", x.direction, DIRECTIONS)
@@ -166,7 +166,7 @@ def _describe(x: Any) -> Call:
     check_token_mask("text_mask", x.text_mask, "text query", text[0], L, "(B, L)")
     check_token_mask("image_mask", x.image_mask, "text query", text[0], V, "(B, V)")
     sizes = {"L": L, "V": V, "head_dim": head_dim, "num_heads": num_heads}
-    return make_call("congruence_loss", text[0], sizes, {"kind": x.kind, "direction": x.direction})
+    return call_shape("congruence_loss", text[0], sizes, {"kind": x.kind, "direction": x.direction})
 
 
 def _named_tensors(text: Any, image: Any, cross: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from vlattn_fast._ground.tensors import mask_padding, product, without_autocast
 from vlattn_fast.backends.inputs import AttentionMapInputs, RelevancyStepInputs, ScoreAttentionInputs
 from vlattn_fast.backends.streaming._scores import score_tile
 from vlattn_fast.dispatch import choice
-from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import load
 from vlattn_fast.dispatch.table import Table, table
 from vlattn_fast.ops._groups import group_bias_inputs
@@ -28,7 +28,7 @@ from vlattn_fast.ops._sinks import lse_with_sink
 from vlattn_fast.scores import Core
 
 
-def _limits(call: Call, kernels: str) -> list[tuple[str, bool]]:
+def _limits(call: CallShape, kernels: str) -> list[tuple[str, bool]]:
     return [
         ("the kernels do not have this kind of score", kernels not in kind_of(call.flags["score"]).kernels),
         ("no operator of torch stands for the kernels of a core score: nothing traces or transforms them", call.flags["traced"]),
@@ -137,7 +137,7 @@ def _run(backends: Table, function: str, inputs: Any, vector: Tensor | None, bac
     sizes = {"queries": queries, "keys": inputs.key.shape[2], "head_dim": features}
     sizes["value_dim"] = 0 if value is None else value.shape[3]
     flags = {"score": inputs.score, "traced": is_transformed() or torch.compiler.is_compiling()}
-    name = choice.select(backends, make_call(f"{function} of a core score", inputs.query, sizes, flags), backend)
+    name = choice.select(backends, call_shape(f"{function} of a core score", inputs.query, sizes, flags), backend)
     name = "streaming" if name == "reference" else name  # formulas take scores, and not their features
     if not backends[name].masks_padding:
         key, value = mask_padding(inputs.key_mask, inputs.key, value)

@@ -27,7 +27,7 @@ from vlattn_fast.backends.streaming.indexer_divergence import (
     IndexerDivergenceJvpInputs,
     IndexerDivergenceSecondInputs,
 )
-from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import launcher, load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
@@ -37,7 +37,7 @@ from vlattn_fast.ops._stages import arguments_of, described
 from vlattn_fast.ops.attention_divergence import autograd_of_sides, check_key
 
 
-def _triton_limits(call: Call) -> list[tuple[str, bool]]:
+def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
     return [
         ("Triton kernels take no topk_indices", call.flags["topk"]),
         ("Triton kernels take a head_dim of index_query of at most 256", call.sizes["index_dim"] > 256),
@@ -124,7 +124,7 @@ def _plan(x: Any) -> _Plan:
     return _Plan(backend, resolve_scale(x.scale, scaled_dot_default(x.query.shape[3])))
 
 
-def _describe(x: Any) -> Call:
+def _describe(x: Any) -> CallShape:
     """Checks a call except for its scale, and returns its metadata."""
     check_bool(enable_gqa=x.enable_gqa)
     for name, legend in _SHAPES.items():
@@ -145,7 +145,7 @@ def _describe(x: Any) -> Call:
         _check_indices(x.topk_indices, query)
     check_masks(query[:, :1], key, x.attn_mask, x.key_mask, x.is_causal)
     sizes = {"queries": queries, "keys": keys, "head_dim": query.shape[3], "index_heads": heads, "index_dim": dim}
-    return make_call("indexer_divergence", query, sizes, {"topk": x.topk_indices is not None})
+    return call_shape("indexer_divergence", query, sizes, {"topk": x.topk_indices is not None})
 
 
 def _check_indices(topk_indices: Any, query: Tensor) -> None:

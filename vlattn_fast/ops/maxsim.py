@@ -13,7 +13,7 @@ from torch import Tensor
 from vlattn_fast._ground.checks import check_device, check_floating, check_tensor, describe, is_differentiated
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, real_tokens, without_autocast
 from vlattn_fast.backends.inputs import MaxsimBackwardInputs, MaxsimInputs, MaxsimJvpInputs, MaxsimSecondInputs
-from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import launcher, load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
@@ -79,7 +79,7 @@ def _backend(x: Any) -> str:
     return select(BACKENDS, _describe(x), x.backend)
 
 
-def _describe(x: Any) -> Call:
+def _describe(x: Any) -> CallShape:
     """Checks a call, and returns its metadata."""
     queries, documents = x.queries, x.documents
     check_tensor("queries", queries, rank=3, shape="(A, N, D)")
@@ -101,7 +101,7 @@ def _describe(x: Any) -> Call:
             check_device(name, mask, tokens_name, tokens)
     (num_queries, query_tokens, features), (num_documents, keys, _) = queries.shape, documents.shape
     sizes = {"queries": num_queries, "tokens": query_tokens, "documents": num_documents, "keys": keys, "head_dim": features}
-    return make_call("maxsim", queries, sizes, {})
+    return call_shape("maxsim", queries, sizes, {})
 
 
 def _forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ from vlattn_fast.backends.reference.paged_attention_statistics import (
     PagedAttentionStatistics,
     chosen_statistics,
 )
-from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
@@ -123,7 +123,7 @@ def paged_attention_statistics(
 Arguments = arguments_of(paged_attention_statistics)
 
 
-def _describe(x: Any) -> Call:
+def _describe(x: Any) -> CallShape:
     """Checks a call except for the names of its statistics and the values of its integers, and returns its metadata."""
     _check_cache(x.query, x.key_cache)
     _check_requests(x)
@@ -137,7 +137,7 @@ def _describe(x: Any) -> Call:
     (requests, columns), block_size = x.block_table.shape, x.key_cache.shape[2]
     sizes = {"queries": x.query.shape[0], "requests": requests, "keys": columns * block_size, "head_dim": x.query.shape[2]}
     flags = {"key_groups": x.key_groups is not None, "softcap": x.softcap is not None, "window": x.window is not None}
-    return make_call("paged_attention_statistics", x.query, {**sizes, "block_size": block_size}, flags)
+    return call_shape("paged_attention_statistics", x.query, {**sizes, "block_size": block_size}, flags)
 
 
 def _check_cache(query: Any, key_cache: Any) -> None:
@@ -181,7 +181,7 @@ def _check_requests(x: Any) -> None:
         raise ValueError(f"key_cache must have at least one block if block_table has columns; got {describe(x.key_cache)}")
 
 
-def describe_call(*, statistics: Any = None, **arguments: Any) -> Call:
+def describe_call(*, statistics: Any = None, **arguments: Any) -> CallShape:
     """Checks the arguments of a public call and returns its metadata."""
     x = Arguments(**arguments)
     if statistics is not None:

@@ -31,7 +31,7 @@ from vlattn_fast.backends.streaming.recurrent_step import (
     RecurrentStepJvpInputs,
     RecurrentStepSecondInputs,
 )
-from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import launcher, load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
@@ -134,7 +134,7 @@ def _backend(x: Any) -> str:
     return select(BACKENDS, _describe(x), x.backend)
 
 
-def _describe(x: Any) -> Call:
+def _describe(x: Any) -> CallShape:
     """Checks a call, and returns its metadata."""
     check_choice("rule", x.rule, RULES)
     check_bool(row_normalize=x.row_normalize)
@@ -154,7 +154,7 @@ def _describe(x: Any) -> Call:
     check_carried("relevancy", x.relevancy, x.query)
     value_dim, (_, _, length, head_dim) = 0 if x.value is None else x.value.shape[3], x.query.shape
     sizes = {"queries": length, "head_dim": head_dim, "value_dim": value_dim, "rows": x.relevancy.shape[1]}
-    return make_call("recurrent_step", x.query, sizes, {"rule": x.rule, "row_normalize": x.row_normalize})
+    return call_shape("recurrent_step", x.query, sizes, {"rule": x.rule, "row_normalize": x.row_normalize})
 
 
 def _given(x: Any, *names: str) -> dict[str, Tensor]:

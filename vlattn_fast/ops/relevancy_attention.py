@@ -29,7 +29,7 @@ from vlattn_fast._ground.tensors import as_gradient, compute_dtype, empty_rows_f
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs
 from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.dispatch import choice
-from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype, table
@@ -52,7 +52,7 @@ from vlattn_fast.ops._stages import (
 from vlattn_fast.ops.score_attention import DERIVATIVES
 
 
-def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
+def _cuda_limits(call: CallShape) -> list[tuple[str, bool]]:
     sizes, size = call.sizes, max(call.sizes["head_dim"], call.sizes["value_dim"])
     row = 2 * ((64 if size <= 64 else 128) * call.dtype.itemsize + 16)  # bytes of shared memory, in two tiles
     longest = max(sizes["queries"], sizes["keys"])
@@ -69,7 +69,7 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     return [*limits, *_long_limits(call)]
 
 
-def _long_limits(call: Call) -> list[tuple[str, bool]]:
+def _long_limits(call: CallShape) -> list[tuple[str, bool]]:
     """Those of more than 256 queries and keys."""
     sizes, flags, long = call.sizes, call.flags, "of more than 256 queries and keys, the CUDA C++ kernel"
     return [
@@ -172,7 +172,7 @@ def relevancy_attention(
 Arguments = arguments_of(relevancy_attention)
 
 
-def _describe(x: Any) -> Call:
+def _describe(x: Any) -> CallShape:
     """Checks a call except for its weights, and returns its metadata."""
     if x.value is None:  # which only relevancy_step supports
         raise TypeError("value must be a torch.Tensor (B, Hkv, N, Dv); got None")
@@ -186,7 +186,7 @@ def _describe(x: Any) -> Call:
         )
     if x.carrier.dtype != compute_dtype(x.query):
         raise TypeError(f"carrier must be {compute_dtype(x.query)} for {x.query.dtype} attention; got {describe(x.carrier)}")
-    return make_call("relevancy_attention", x.query, sizes_of(x, x.carrier), flags_of(x))
+    return call_shape("relevancy_attention", x.query, sizes_of(x, x.carrier), flags_of(x))
 
 
 def check_abar(x: Any, tensors: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.inputs import ResidualWeightsInputs
 from vlattn_fast.backends.reference.relevancy_residual import BY_ROWS, WEIGHTINGS, Weighting, residual_sum
-from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import launcher, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
@@ -35,7 +35,7 @@ from vlattn_fast.ops._stages import arguments_of, described
 _SHARDED = dict.fromkeys(("residual", "branch", "residual_carrier", "branch_carrier"), NO_HEADS)
 
 
-def _limits(call: Call) -> list[tuple[str, bool]]:
+def _limits(call: CallShape) -> list[tuple[str, bool]]:
     return [("a callable weighting runs in PyTorch", call.flags["weighting"] == "callable")]
 
 
@@ -108,7 +108,7 @@ def _backend(x: Any) -> str:
     return select(BACKENDS, _describe(x), x.backend)
 
 
-def _describe(x: Any) -> Call:
+def _describe(x: Any) -> CallShape:
     """Checks a call, and returns its metadata."""
     residual, branch = x.residual, x.branch
     check_tensor("residual", residual, rank=3, shape="(B, N, C)")
@@ -132,7 +132,7 @@ def _describe(x: Any) -> Call:
     if not callable(x.weighting):
         check_choice("weighting", x.weighting, WEIGHTINGS)
     sizes = dict(zip(("batch", "tokens", "features"), residual.shape, strict=True)) | {"rows": first.shape[1]}
-    return make_call("relevancy_residual", residual, sizes, {"weighting": "callable" if callable(x.weighting) else x.weighting})
+    return call_shape("relevancy_residual", residual, sizes, {"weighting": "callable" if callable(x.weighting) else x.weighting})
 
 
 def _weights(residual: Tensor, branch: Tensor, grad: Tensor, *, weighting: str, backend: str) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepSecondInputs,
 )
 from vlattn_fast.dispatch import choice
-from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.ops import _relevancy_shards
@@ -100,14 +100,14 @@ def relevancy_step(
 Arguments = arguments_of(relevancy_step)
 
 
-def _describe(x: Any) -> Call:
+def _describe(x: Any) -> CallShape:
     """Checks a call except for the tensors that its rule needs, and its log-sum-exp, and returns its metadata."""
     if x.value is None and x.grad_output is not None:
         raise ValueError("value must be given with grad_output; got None")
     optional = {"value": x.value, "grad_output": x.grad_output}
     check_abar(x, {name: tensor for name, tensor in optional.items() if tensor is not None})
     check_carried("relevancy", x.relevancy, x.query)
-    return make_call("relevancy_step", x.query, sizes_of(x, x.relevancy), flags_of(x))
+    return call_shape("relevancy_step", x.query, sizes_of(x, x.relevancy), flags_of(x))
 
 
 def _plan(x: Any) -> DotPlan:

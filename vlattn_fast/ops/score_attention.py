@@ -48,7 +48,7 @@ from vlattn_fast.backends.inputs import (
 )
 from vlattn_fast.backends.sdpa import score_attention as sdpa
 from vlattn_fast.dispatch import choice
-from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype
@@ -194,7 +194,7 @@ def _check(x: Any, score: scores.Score) -> None:
     score.check(x.query, x.key)
 
 
-def _describe(x: Any) -> Call:
+def _describe(x: Any) -> CallShape:
     """Checks a call, and returns its metadata."""
     score = scores.resolve(x.score)
     _check(x, score)
@@ -215,7 +215,7 @@ def _describe(x: Any) -> Call:
         "varying_scale": x.scale is not None and varies(x.scale),
         "transformed": is_transformed(),
     }
-    return make_call("score_attention", x.query, sizes, flags)
+    return call_shape("score_attention", x.query, sizes, flags)
 
 
 def _multiplies_16_bits(query: Tensor) -> bool:

@@ -20,7 +20,7 @@ from vlattn_fast.backends.inputs import (
     StackedCrossAttentionSecondInputs,
 )
 from vlattn_fast.backends.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
-from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import launcher, load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
@@ -29,7 +29,7 @@ from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._stages import arguments_of, described
 
 
-def _triton_limits(call: Call) -> list[tuple[str, bool]]:
+def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
     contexts = call.sizes["regions" if call.flags["direction"] == "t2i" else "words"]
     return [
         ("the Triton kernels compute no score but a dot product", call.flags["score"] != "dot"),
@@ -191,7 +191,7 @@ def _backend(x: Any) -> str:
     return select(BACKENDS, _describe(x), x.backend)
 
 
-def _describe(x: Any) -> Call:
+def _describe(x: Any) -> CallShape:
     """Checks a call except for the values of lengths, and returns its metadata."""
     images, captions = x.images, x.captions
     score = check_options(x.direction, x.first_norm, x.smooth, x.aggregation, x.lambda_lse, x.score)
@@ -208,7 +208,7 @@ def _describe(x: Any) -> Call:
     query, context = (captions, images) if x.direction == "t2i" else (images, captions)
     score.check(query[:, None], context[:, None])
     flags = {"direction": x.direction, "first_norm": x.first_norm, "aggregation": x.aggregation, "score": score.name}
-    return make_call("stacked_cross_attention", images, sizes, flags)
+    return call_shape("stacked_cross_attention", images, sizes, flags)
 
 
 def check_options(direction: Any, first_norm: Any, smooth: Any, aggregation: Any, lambda_lse: Any, score: Any) -> scores.Score:

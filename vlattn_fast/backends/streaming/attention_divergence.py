@@ -94,7 +94,7 @@ class Side(Protocol):
         ...
 
 
-class Attention(NamedTuple):
+class Products(NamedTuple):
     """scale q k^T; the key has a head for each of the query's."""
 
     query: Tensor
@@ -200,10 +200,10 @@ def zeros_like(*tensors: Tensor) -> list[Tensor]:
     return [torch.zeros(x.shape, dtype=compute_dtype(x), device=x.device) for x in tensors]
 
 
-def _sides(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs) -> tuple[Attention, Attention]:
+def _sides(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs) -> tuple[Products, Products]:
     query, other = inputs.query, inputs.other_query
-    own = Attention(query, expand_heads(inputs.key, query.shape[1]), inputs.scale)
-    return own, Attention(other, expand_heads(inputs.other_key, other.shape[1]), inputs.other_scale)
+    own = Products(query, expand_heads(inputs.key, query.shape[1]), inputs.scale)
+    return own, Products(other, expand_heads(inputs.other_key, other.shape[1]), inputs.other_scale)
 
 
 def _tiles(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs, sides: tuple[Side, Side]) -> Iterator[Tile]:

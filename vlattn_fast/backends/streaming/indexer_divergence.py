@@ -14,7 +14,7 @@ from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
 from vlattn_fast.backends.inputs import derivative_inputs
 from vlattn_fast.backends.streaming._forward_mode import tangents_of
 from vlattn_fast.backends.streaming._tiles import Masks
-from vlattn_fast.backends.streaming.attention_divergence import Attention, Tile, divergences, gradients, tiles_of, zeros_like
+from vlattn_fast.backends.streaming.attention_divergence import Products, Tile, divergences, gradients, tiles_of, zeros_like
 
 
 class IndexerDivergenceInputs(NamedTuple):
@@ -130,11 +130,11 @@ def second(inputs: NamedTuple) -> tuple[Tensor | None, ...]:
     return tangents_of(of_both, inputs, IndexerDivergenceBackwardInputs, FIELDS)
 
 
-def _sides(inputs: _Inputs) -> tuple[Attention, _Indexer]:
-    attention = Attention(inputs.query, expand_heads(inputs.key, inputs.query.shape[1]), inputs.scale)
+def _sides(inputs: _Inputs) -> tuple[Products, _Indexer]:
+    attention = Products(inputs.query, expand_heads(inputs.key, inputs.query.shape[1]), inputs.scale)
     return attention, _Indexer(inputs.index_query, inputs.index_key, inputs.index_weights)
 
 
-def _tiles(inputs: _Inputs, sides: tuple[Attention, _Indexer]) -> Iterator[Tile]:
+def _tiles(inputs: _Inputs, sides: tuple[Products, _Indexer]) -> Iterator[Tile]:
     masks = Masks(inputs.attn_mask, inputs.key_mask, None, None, inputs.is_causal)
     return tiles_of(sides, masks, inputs.query, inputs.key.shape[2], head_mean=True, chosen=inputs.topk_indices)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer
-from vlattn_fast.interpret.adapters.adapter import Score
+from vlattn_fast.interpret.adapters.adapter import TargetScore
 from vlattn_fast.interpret.adapters.tokens import Tokens
 
 _NEEDED = {
@@ -55,7 +55,7 @@ class Action:
                 raise ValueError(f"time must be from 0 (the action) to 1 (noise); got {self.time}")
 
 
-class Velocity(Score, name="velocity"):
+class Velocity(TargetScore, name="velocity"):
     """A policy's action; its logits (B, steps, dimensions) are the velocity towards the noise."""
 
     among_logits = False

@@ -146,7 +146,7 @@ class Adapter:
     others: tuple[Adapter, ...] = ()
 
     def __post_init__(self) -> None:
-        Score.check_name("score", self.score)
+        TargetScore.check_name("score", self.score)
 
     def standard(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs with the names that transformers gives images and texts."""
@@ -159,10 +159,10 @@ class Adapter:
         return {named.get(name, name): value for name, value in inputs.items()}
 
     @property
-    def scoring(self) -> Score:
+    def scoring(self) -> TargetScore:
         """How the default score is computed."""
         kind = self.towers[0].kind if self.towers else Tokens if self.answers == "input_ids" else Decoded
-        return Score.named[self.score](self.logits, kind, self.background)
+        return TargetScore.named[self.score](self.logits, kind, self.background)
 
 
 # --- explained positions ---
@@ -219,7 +219,7 @@ POSITION_RULES = {
 
 
 @dataclass(frozen=True)
-class Score(Named):
+class TargetScore(Named):
     """Which number of the outputs is explained: `logits[b, class]`. Subclasses with a name are other kinds."""
 
     field: str  # of the outputs, which holds the logits
@@ -267,11 +267,11 @@ class Score(Named):
         return logits.gather(1, torch.tensor(chosen, device=logits.device)[:, None])[:, 0], chosen
 
 
-class Class(Score, name="class"):
+class Class(TargetScore, name="class"):
     pass
 
 
-class Token(Score, name="token"):
+class Token(TargetScore, name="token"):
     """The next token after a prompt: `logits[b, position, token]`."""
 
     among = "tokens"
@@ -289,7 +289,7 @@ class Token(Score, name="token"):
         return super().per_row(logits, arguments)
 
 
-class Pair(Score, name="pair"):
+class Pair(TargetScore, name="pair"):
     """The similarity of an image and a text: `logits_per_image[i, i]`."""
 
     among = "texts"
@@ -317,7 +317,7 @@ class Pair(Score, name="pair"):
         return self.logits(outputs).diagonal(), target
 
 
-class Query(Score, name="query"):
+class Query(TargetScore, name="query"):
     """The largest class logit of an object query: `max logits[b, query, :-1]`."""
 
     among = "object queries"

@@ -131,5 +131,5 @@ def _overlaps(intervals: Tensor, lines: Tensor) -> Tensor:
     return (intervals[:, 1:].minimum(lines[1:]) - intervals[:, :1].maximum(lines[:-1])).clamp(min=0).double()
 
 
-Score = Callable[[Tensor, Tensor, Truth], float]
-BOX_SCORES: dict[str, Score] = {"pointing": pointing, "iou": intersection_over_union, "mass": mass}
+BoxScore = Callable[[Tensor, Tensor, Truth], float]
+BOX_SCORES: dict[str, BoxScore] = {"pointing": pointing, "iou": intersection_over_union, "mass": mass}

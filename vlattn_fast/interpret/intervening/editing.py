@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.attachments import add_hook
 from vlattn_fast._ground.groups import mask_of_groups
 from vlattn_fast._ground.tensors import joined
-from vlattn_fast.attach.events import RUNNING, SOFTMAX, Attend, Attention, ModuleRun, Subscriber, edits_of, first_argument
+from vlattn_fast.attach.events import RUNNING, SOFTMAX, Attend, AttentionEvent, ModuleRun, Subscriber, edits_of, first_argument
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import Steps, uncompiled
 from vlattn_fast.attach.written import is_masked_score
@@ -220,7 +220,7 @@ class EditedCalls(Subscriber):
     def takes_calls(self) -> bool:
         return bool(self._attending)
 
-    def on_attention(self, event: Attention, attend: Attend) -> Tensor:
+    def on_attention(self, event: AttentionEvent, attend: Attend) -> Tensor:
         """The attention (B, H, N, Dv) of one call, with its edits."""
         if event.written is not None:
             taken_maps = self._attending[-1].taken_maps if self._attending else {}
@@ -243,7 +243,7 @@ class EditedCalls(Subscriber):
         plan, self._attending[-1].begun = self._attending[-1].begun, None
         return plan
 
-    def _with_groups(self, plan: CallPlan, event: Attention, start: int, total: int) -> Attention:
+    def _with_groups(self, plan: CallPlan, event: AttentionEvent, start: int, total: int) -> AttentionEvent:
         """The call with the bias of its edited edges."""
         query, masks, groups = event.query, self.masks(plan, event), _groups(plan, event.query, event.key.shape[2], start, total)
         mask = masks["attn_mask"]
@@ -311,7 +311,7 @@ class EditedCalls(Subscriber):
         with torch._C.DisableTorchFunction():
             return result.view(scores.shape).masked_fill(empty, 0.0).view(taken.shape)
 
-    def masks(self, plan: CallPlan, event: Attention) -> dict[str, Any]:
+    def masks(self, plan: CallPlan, event: AttentionEvent) -> dict[str, Any]:
         """The options of a call with edited edges."""
         masks = dict(event.masks or {})
         mask = masks.setdefault("attn_mask", None)
@@ -375,7 +375,7 @@ class ExplainedEdits(Subscriber):
         assert run.module is not None
         self._edits.enter_tower(run.module, (*args, *kwargs.values()))
 
-    def on_attention(self, event: Attention, attend: Attend) -> Tensor:
+    def on_attention(self, event: AttentionEvent, attend: Attend) -> Tensor:
         plan = None if event.run.path is None else self._edits.next_plan(event.run.module or self._edits.model)
         if plan is None:
             return attend(event)
@@ -389,7 +389,7 @@ class ExplainedEdits(Subscriber):
             event = self._with_edges(plan, event, start, total)
         return with_heads(plan, attend(event), start)
 
-    def _with_edges(self, plan: CallPlan, event: Attention, start: int, total: int) -> Attention:
+    def _with_edges(self, plan: CallPlan, event: AttentionEvent, start: int, total: int) -> AttentionEvent:
         row_bias, key_groups = self._edits.row_bias(plan, event.query, event.key.shape[2], start, total)
         each = torch.arange(event.query.shape[2], device=event.query.device)
         masks = self._edits.masks(plan, event)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_index
-from vlattn_fast.attach.events import Attention
+from vlattn_fast.attach.events import AttentionEvent
 from vlattn_fast.attach.session import named
 from vlattn_fast.interpret.intervening.edits import EDITS, EdgeEdit, Edit, Patch, ScaleHeads, StateEdit
 from vlattn_fast.interpret.intervening.grouping import Groups
@@ -61,7 +61,7 @@ class CallPlan:
     gate: Tensor | None = None  # (H,), a factor of the outputs
     shift: Tensor | None = None  # (H, Dv), added to them
     patched: list[Patched] = field(default_factory=list)
-    meets: Callable[[Attention], None] | None = None  # called with the call, before it is computed
+    meets: Callable[[AttentionEvent], None] | None = None  # called with the call, before it is computed
     through: Callable[[Tensor], Tensor] | None = None  # the outputs (B, H, N, Dv) -> those that replace them
     queries: Groups | None = None
     keys: Groups | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_choice
-from vlattn_fast.attach.events import Attention
+from vlattn_fast.attach.events import AttentionEvent
 from vlattn_fast.attach.session import at_rest, never_compiled
 from vlattn_fast.backends.reference.attention_statistics import LogitStatistics
 from vlattn_fast.interpret.intervening.edits import Numbers, check_numbers
@@ -185,7 +185,13 @@ def _query_weights(queries: Any, tower: Any) -> Tensor:
 
 
 def _split(
-    leaves: Leaves, event: Attention, parts: str, layer: int, heads: Sequence[int], weights: Tensor, sets: Mapping[str, Tensor]
+    leaves: Leaves,
+    event: AttentionEvent,
+    parts: str,
+    layer: int,
+    heads: Sequence[int],
+    weights: Tensor,
+    sets: Mapping[str, Tensor],
 ) -> ScoreParts:
     options, query, key = constant_options(event), event.query, event.key
     scale = query.shape[-1] ** -0.5 if options.get("scale") is None else float(options["scale"])

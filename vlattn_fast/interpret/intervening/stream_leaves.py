@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vlattn_fast._ground.attachments import add_hook, add_pre_hook
-from vlattn_fast.attach.events import Attention, ModuleRun, Subscriber
+from vlattn_fast.attach.events import AttentionEvent, ModuleRun, Subscriber
 from vlattn_fast.attach.frozen import Frozen, is_held
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import Steps, named
@@ -48,7 +48,7 @@ class Leaves:
     """The parts of the stream of a tower, the calls of attention that a run met, and the outputs of a run to the end."""
 
     leaves: list[Leaf] = field(default_factory=list)
-    events: dict[ModelCall, Attention] = field(default_factory=dict)
+    events: dict[ModelCall, AttentionEvent] = field(default_factory=dict)
     outputs: Any = None
 
     def add(self, name: str, value: Tensor, call: ModelCall | None = None) -> Tensor:
@@ -136,7 +136,7 @@ def run_with_leaves(plans: Plans, tower: TracedTower, what: str, last: ModelCall
     return leaves
 
 
-def _keep_and_end(leaves: Leaves, call: ModelCall, event: Attention) -> None:
+def _keep_and_end(leaves: Leaves, call: ModelCall, event: AttentionEvent) -> None:
     leaves.events[call] = event
     raise _Found
 
@@ -190,7 +190,7 @@ def _keep_state(kept: list[Tensor], state: Tensor, start: int, total: int) -> Te
     return state
 
 
-def constant_options(event: Attention) -> dict[str, Any]:
+def constant_options(event: AttentionEvent) -> dict[str, Any]:
     """The options of a call without dropout; a mask that the model computes from its tokens is a constant."""
     options = {name: option for name, option in (event.masks or {}).items() if name != "dropout_p"}
     return {name: option.detach() if isinstance(option, Tensor) else option for name, option in options.items()}

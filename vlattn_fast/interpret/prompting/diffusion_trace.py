@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.events import Attend, Attention, ModuleRun, Subscriber
+from vlattn_fast.attach.events import Attend, AttentionEvent, ModuleRun, Subscriber
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.ops.attention_map import attention_map
 
@@ -152,12 +152,12 @@ class TextAttention(Subscriber):
         if func in _CONCATENATIONS and self._modules and self._counts:
             self._concatenation(*args, **kwargs)
 
-    def on_attention(self, event: Attention, attend: Attend) -> Any:
+    def on_attention(self, event: AttentionEvent, attend: Attend) -> Any:
         if self._modules and self._counts and event.value is not None and event.inputs is None:
             self._count(event)
         return attend(event)
 
-    def _count(self, event: Attention) -> None:
+    def _count(self, event: AttentionEvent) -> None:
         modules = reversed(self._modules)
         module = next((each for each in modules if hasattr(each.run.module, "processor")), self._modules[-1])
         query, key, options = event.query, event.key, dict(event.masks or {})

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from vlattn_fast._ground.attachments import add_mark, new_mark, read_mark
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
-from vlattn_fast.attach.events import Attend, Attention, ModuleRun, Subscriber, edits_of, is_map
+from vlattn_fast.attach.events import Attend, AttentionEvent, ModuleRun, Subscriber, edits_of, is_map
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import in_layers, is_checkpointed, layers_of, named
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
@@ -203,7 +203,7 @@ class Trace(SeesMixers, Subscriber):
         self.moves.hand_on(view, tensor, dim)
         return view
 
-    def on_attention(self, event: Attention, attend: Attend) -> Tensor:
+    def on_attention(self, event: AttentionEvent, attend: Attend) -> Tensor:
         """The attention (B, H, N, D) of one call, as the model computes it; with relevancy, if the tower is explained.
         Dropout is off but in a run that trains."""
         tensors, masks = self._parts_of(event, attend)
@@ -216,7 +216,7 @@ class Trace(SeesMixers, Subscriber):
         self._output = output
         return output
 
-    def _parts_of(self, event: Attention, attend: Attend) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    def _parts_of(self, event: AttentionEvent, attend: Attend) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
         """Query, key and value with their marks, and the options of the call; with a `Scored` if its output is known already."""
         given, masks = event.given, dict(event.masks or {})
         if event.written is not None:
@@ -243,7 +243,7 @@ class Trace(SeesMixers, Subscriber):
         inputs = inputs._replace(query=self._frozen(inputs.query), key=self._frozen(inputs.key))
         return inputs if self.trains else inputs._replace(seed=None, dropout_p=0.0)
 
-    def on_output(self, event: Attention, output: Tensor, result: Tensor) -> None:
+    def on_output(self, event: AttentionEvent, output: Tensor, result: Tensor) -> None:
         if result is not self._output:
             self._marked_as(result, self._output, -1 if event.is_one_head else None)
 

@@ -26,7 +26,7 @@ Methods = Mapping[str, va.methods.Method]
 
 
 @dataclass(frozen=True)
-class Score:
+class SceneScore:
     """The explained score: target(outputs) -> (B,), and the row of tokens that it is read from, as `va.explain` takes both."""
 
     target: Callable[[Any], Tensor]
@@ -42,7 +42,7 @@ class Scene:
     inputs: dict[str, Tensor]
     mask: Tensor  # (SIDE, SIDE), where the head's saliency exceeds one half
     box: tuple[int, int]  # the first row and column of patches
-    scores: dict[str, Score]
+    scores: dict[str, SceneScore]
 
 
 def similarity(reference: Tensor) -> Callable[[Any], Tensor]:
@@ -70,8 +70,8 @@ def scene(name: str, model: nn.Module, head: SaliencyHead) -> Scene:
     grid = torch.zeros(SIDE // patch, SIDE // patch)
     grid[row : row + BOX, column : column + BOX] = 1 / BOX**2
     scores = {
-        "class token": Score(similarity(states[:, 0]), "cls"),
-        "saliency in a box": Score(
+        "class token": SceneScore(similarity(states[:, 0]), "cls"),
+        "saliency in a box": SceneScore(
             lambda outputs: head.saliency(outputs.last_hidden_state)[:, rows, columns].mean((1, 2)),
             torch.cat([torch.zeros(1), grid.flatten()]),
         ),

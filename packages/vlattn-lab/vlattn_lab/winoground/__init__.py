@@ -23,11 +23,11 @@ from vlattn_fast.interpret.evaluating.ties import rounding
 from vlattn_fast.interpret.result.figures.photos import open_image
 
 Pair = tuple[Sequence[Any], Sequence[Any]]
-Score = Callable[[Any, Any], Any]  # a number, or a tensor of one
+PairScore = Callable[[Any, Any], Any]  # a number, or a tensor of one
 SCORES = ("text", "image", "group")
 
 
-def evaluate(score: Score, pairs: Iterable[Pair]) -> dict[str, float]:
+def evaluate(score: PairScore, pairs: Iterable[Pair]) -> dict[str, float]:
     """Shares of the pairs with right scores; a tie counts as wrong, and so do scores that only their rounding tells apart.
 
     - "text": each image scores higher with its caption (equation 1);
@@ -59,7 +59,7 @@ def load_pairs(directory: str | Path) -> Iterator[Pair]:
     return (pair_of(directory, example) for example in read_examples(directory))
 
 
-def judge(score: Score, pair: Pair, number: int) -> dict[str, bool]:
+def judge(score: PairScore, pair: Pair, number: int) -> dict[str, bool]:
     """Whether each of the three scores counts the pair as right. `number` is the pair's, for errors."""
     images, captions = pair
     if len(images) != 2 or len(captions) != 2:

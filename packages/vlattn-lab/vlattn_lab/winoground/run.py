@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.measuring.records import grouped, markdown
-from vlattn_lab.winoground import SCORES, Score, judge, pair_of, read_examples, shares
+from vlattn_lab.winoground import SCORES, PairScore, judge, pair_of, read_examples, shares
 
 TAGS = ("collapsed_tag", "num_main_preds", "secondary_tag")  # of a line of examples.jsonl: the groups of the paper's table
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(markdown(["pairs", "number", *SCORES], [["chance", "", "0.250", "0.250", "0.167"], *lines]))
 
 
-def load_score(folder: str | Path) -> Score:
+def load_score(folder: str | Path) -> PairScore:
     """The score of a saved model of transformers, from a local folder: the logit of its image-text matching head, or the
     similarity of its two towers.
 
