@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 import vlattn_fast as va
 from tests.helpers import saved_models
 from vlattn_fast.cli import app
-from vlattn_fast.interpret.explaining.loading import build_inputs, load_model
-from vlattn_fast.interpret.intervening.intervene_command import cut_of, scale_of
+from vlattn_fast.interpret.explaining.loading import build_inputs, generate, load_model
+from vlattn_fast.interpret.intervening.intervene_command import cut_of, generated, scale_of
 
 
 def run(*arguments: str):
@@ -44,6 +44,14 @@ def test_a_decoder_says_another_answer(tmp_path: Path, photo: str) -> None:
     nothing = run("--model", str(model), "--image", photo, "--text", "a red", "--scale", "0:0:1", "--generate", "3")
     first, second = nothing.stdout.splitlines()
     assert second.split("'")[1] == first.split("'")[1]
+
+
+def test_an_answer_that_ends_at_once_is_none(tmp_path: Path) -> None:
+    model, processor = load_model(str(saved_models.save_llama(tmp_path / "llama")))
+    inputs = build_inputs(model, processor, None, ["a red"])
+    ((token,),) = generate(model, inputs, 1)
+    model.generation_config.eos_token_id = token
+    assert generated(model, inputs, 1) is None
 
 
 def test_scores_of_a_dual_encoder(tmp_path: Path, photo: str) -> None:

@@ -13,7 +13,6 @@ from tests.helpers.interpret.cases import LLAMA, in_double, last_real_row, livel
 from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE, Decoder, next_logits
 from tests.helpers.interpret.stored_maps import METHODS, Place, assert_rows, rows_of
 from vlattn_fast.interpret import explain
-from vlattn_fast.interpret.explaining.answer import BareAnswer
 
 pytestmark = pytest.mark.usefixtures("published")
 
@@ -248,7 +247,7 @@ def test_a_text_that_begins_as_its_prompt_does_is_whole():
     for text in ("4 9 17", ["4 9 17"]):
         assert explain(model, inputs, answer=text, processor=Words()).answer == [[4, 9, 17]]
     assert explain(model, inputs, answer=[4, 9, 17]).answer == [[17]]  # ids are what `generate` returns
-    assert explain(model, inputs, answer=BareAnswer([[4, 9, 17]])).answer == [[4, 9, 17]]
+    assert explain(model, inputs, answer=[4, 9, 4, 9, 17]).answer == [[4, 9, 17]]
 
 
 def test_an_answer_beyond_the_vocabulary_is_refused():

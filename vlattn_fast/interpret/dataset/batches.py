@@ -18,7 +18,7 @@ from torch import Tensor
 from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.dataset.items import Item, Items
 from vlattn_fast.interpret.dataset.pieces import split
-from vlattn_fast.interpret.explaining.answer import BareAnswer, token_ids
+from vlattn_fast.interpret.explaining.answer import token_ids, with_prompts
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.explaining.inputs import prepare_inputs
 from vlattn_fast.interpret.explaining.loading import build_inputs, check_parts, generate, on_device
@@ -209,7 +209,7 @@ class Batches:
             for name, value in first.inputs.items()
         }
         inputs = on_device(joined, self.model)
-        answer: Any = None if first.answer is None else BareAnswer(one.answer or [] for one in group)
+        answer = None if first.answer is None else [one.answer or [] for one in group]
         if answer is None and self.options.generate is not None:
             answer = generate(self.model, inputs, self.options.generate)
             if len({len(row) for row in answer}) > 1:  # a batch has answers of one length
@@ -217,6 +217,8 @@ class Batches:
                 for one, row in zip(group, answer, strict=True):
                     by_length.setdefault(len(row), []).append(replace(one, answer=row))
                 return [result for part in by_length.values() for result in self._explain(part)]
+        if answer is not None:
+            answer = with_prompts(answer, inputs, self.adapter)
         paired, options = self.adapter.scoring.pairs, self.options
         targets = None if paired or first.target is None else [index for one in group for index in one.target or []]
         alike = SIMILARITY if targets and set(targets) == {SIMILARITY} else targets

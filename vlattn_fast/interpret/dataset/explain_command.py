@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.dataset.batches import Options
-from vlattn_fast.interpret.explaining.answer import token_ids
+from vlattn_fast.interpret.explaining.answer import with_prompts
 from vlattn_fast.interpret.explaining.explain import explain, explain_layers, find_sinks
 from vlattn_fast.interpret.explaining.loading import build_inputs, generate, load_model, on_device
 from vlattn_fast.interpret.relevancy.method import Method
@@ -39,7 +40,7 @@ def explain_one(
     inputs = on_device(build_inputs(model, processor, opened, texts), model)
     answer: Any = options.answer
     if options.generate is not None:
-        answer = generate(model, inputs, options.generate)
+        answer = with_prompts(generate(model, inputs, options.generate), inputs, find_adapter(model))
     asked: dict[str, Any] = {"target": options.target, "answer": answer, "position": options.position, "processor": processor}
     if per is None:
         explanation, *others = (explain(model, inputs, method=method, **asked) for method in methods)
@@ -56,20 +57,20 @@ def explain_one(
         explanation.save_html(out, **photo, others=others, title=title if len(title) <= 80 else title[:79] + "…")
     else:
         explanation.plot(**photo).savefig(out, dpi=120)
-    yield from _scores(explanation, answer, processor, per)
+    yield from _scores(explanation, processor, per)
     if line := sinks_line(find_sinks(model, inputs, processor=processor) if finds_sinks else explanation.sinks):
         yield line
     yield f"wrote {out}"
 
 
-def _scores(explanation: Explanation, answer: Any, processor: Any, per: str | None) -> Iterator[str]:
+def _scores(explanation: Explanation, processor: Any, per: str | None) -> Iterator[str]:
     scores = [] if explanation.scores is None else explanation.scores.tolist()
+    answer = explanation.answer
     if answer is not None and per is not None:
         yield f"answer: {score_text(scores[0], explanation.of)}"
     elif answer is not None:
-        for number, score in enumerate(scores[0]):
-            word = processor.decode(token_ids(answer, processor, 1)[0][number])
-            yield f"token {number}: {score_text(score, explanation.of)} {word!r}"
+        for number, (token, score) in enumerate(zip(answer[0], scores[0], strict=True)):
+            yield f"token {number}: {score_text(score, explanation.of)} {processor.decode(token)!r}"
     for sample, score in enumerate(scores if answer is None else []):
         aim = "" if explanation.target is None else f" (target {explanation.target[sample]})"
         yield f"score {sample}: {score:.6g}{aim}"

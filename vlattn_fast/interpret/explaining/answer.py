@@ -87,8 +87,8 @@ def explained_number(of: str, logits: Tensor, index: Tensor) -> Tensor:
     return chosen - logits.scatter(-1, index[..., None], -torch.inf).logsumexp(-1)
 
 
-class BareAnswer(list[list[int]]):
-    """Token ids of whole answers, without their prompts."""
+class EmptyAnswer(ValueError):
+    """An answer ends at once."""
 
 
 def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], adapter: Adapter, model: nn.Module) -> Answer:
@@ -105,7 +105,7 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], adapt
     if not isinstance(prompts, Tensor) or prompts.ndim != 2:
         raise ValueError(f"inputs must contain '{adapter.answers}' (B, N), the prompt of the answer; got none")
     ids = token_ids(answer, tokenizer, len(prompts))
-    is_bare = isinstance(answer, BareAnswer) or _is_text(answer)  # a text may begin like its prompt
+    is_bare = _is_text(answer)  # a text may begin like its prompt
     if begins:
         prompts, ids = _after_start(ids, prompts, model, is_bare)
         inputs = {**inputs, adapter.answers: prompts}
@@ -346,10 +346,10 @@ def _before_answers(model: nn.Module, ids: list[list[int]]) -> list[int]:
 
 
 def without_ends(answers: list[list[int]], ends: set[int]) -> list[list[int]]:
-    """Answers without their first token of `ends` and all after it. ValueError if nothing is left of one."""
+    """Answers without their first token of `ends` and all after it. EmptyAnswer if nothing is left of one."""
     cut = [row[: next((number for number, token in enumerate(row) if token in ends), len(row))] for row in answers]
     if not all(cut):
-        raise ValueError("each answer must have a token before its end token; got an empty one")
+        raise EmptyAnswer("each answer must have a token before its end token; got an empty one")
     return cut
 
 
@@ -367,6 +367,12 @@ def _after_prompts(ids: list[list[int]], prompts: Tensor, model: nn.Module) -> l
     ):
         return ids
     return without_ends([row[prompts.shape[1] :] for row in ids], end_tokens(model))
+
+
+def with_prompts(answers: list[list[int]], inputs: Mapping[str, Any], adapter: Adapter) -> list[list[int]]:
+    """Answers as `model.generate` returns them, each after its prompt: one may begin like its prompt, and is whole."""
+    prompts = inputs.get(adapter.answers)
+    return answers if prompts is None else [[*prompt, *row] for prompt, row in zip(prompts.tolist(), answers, strict=True)]
 
 
 def _check_vocabulary(ids: list[list[int]], model: nn.Module) -> None:

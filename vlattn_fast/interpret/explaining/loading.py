@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.extras import extra, progress
 from vlattn_fast.interpret.adapters.registry import find_adapter
-from vlattn_fast.interpret.explaining.answer import BareAnswer, end_tokens, without_ends
+from vlattn_fast.interpret.explaining.answer import end_tokens, without_ends
 
 _CHANGES_PROMPTS = ("BlipForConditionalGeneration",)  # it replaces the first token and drops the last
 _ADDS_IMAGE_TOKENS = ("Blip2Processor", "InstructBlipProcessor", "Florence2Processor")  # they add the image's tokens themselves
@@ -196,7 +196,7 @@ def on_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
     return placed
 
 
-def generate(model: Any, inputs: Mapping[str, Any], count: int) -> BareAnswer:
+def generate(model: Any, inputs: Mapping[str, Any], count: int) -> list[list[int]]:
     """At most `count` tokens after each prompt, the most likely one each time; the token that ends an answer is left out.
     ValueError if the model is not a decoder with an adapter, or an answer has no token."""
     adapter = find_adapter(model)
@@ -215,4 +215,4 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> BareAnswer:
         greedy = {"max_new_tokens": count, "do_sample": False, "num_beams": 1, "suppress_tokens": never or None}
         made = model.generate(**inputs, **greedy, stopping_criteria=[ends])
     prompt = inputs.get(adapter.answers)  # without one a decoder after an encoder begins with its start token
-    return BareAnswer(without_ends(made[:, 1 if prompt is None else prompt.shape[1] :].tolist(), end_tokens(model)))
+    return without_ends(made[:, 1 if prompt is None else prompt.shape[1] :].tolist(), end_tokens(model))

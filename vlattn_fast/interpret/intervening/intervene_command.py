@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vlattn_fast.interpret.adapters.registry import find_adapter
-from vlattn_fast.interpret.explaining.answer import BareAnswer
+from vlattn_fast.interpret.explaining.answer import EmptyAnswer, with_prompts
 from vlattn_fast.interpret.explaining.loading import build_inputs, generate, on_device
 from vlattn_fast.interpret.intervening.asking import Asked
 from vlattn_fast.interpret.intervening.edits import EdgeEdit, HeadEdit, Knockout, ScaleHeads
@@ -86,7 +86,7 @@ def intervene_one(
             answer = generate(model, inputs, count)
             with intervene(model, inputs, edits):
                 edited = generated(model, inputs, count)
-            asked = Asked.check(model, inputs, target=None, answer=answer, **how)
+            asked = Asked.check(model, inputs, target=None, answer=with_prompts(answer, inputs, adapter), **how)
             chances = [float(asked.probabilities(asked.run(Plans(asked.traced, each)))[0]) for each in ((), edits)]
             yield f"unedited: {processor.decode(answer[0])!r}, probability {chances[0]:.4g}, with the edits {chances[1]:.4g}"
             yield f"edited:   {'nothing' if edited is None else repr(processor.decode(edited[0]))}"
@@ -100,11 +100,9 @@ def intervene_one(
             yield f"score {number}: {before:.6g} unedited, {after:.6g} edited{aim}"
 
 
-def generated(model: Any, inputs: Any, count: int) -> BareAnswer | None:
+def generated(model: Any, inputs: Any, count: int) -> list[list[int]] | None:
     """A decoder's answers; None if one ends at once."""
     try:
         return generate(model, inputs, count)
-    except ValueError as error:
-        if "end of the text" not in str(error):
-            raise
+    except EmptyAnswer:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
@@ -20,12 +20,21 @@ from vlattn_fast._ground.attachments import add_mark, new_mark, read_mark
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
 from vlattn_fast.attach.events import Attend, AttentionEvent, ModuleRun, Subscriber, edits_of, is_map
 from vlattn_fast.attach.observer import Observer
+from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Reader, Reading
 from vlattn_fast.attach.session import in_layers, is_checkpointed, layers_of, named
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.adapters.adapter import Adapter
 from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, Joint, Part, check_cross, joint_keys
 from vlattn_fast.interpret.relevancy.method import Link, Method
-from vlattn_fast.interpret.relevancy.recurrent_calls import SeesMixers, check_recurrences, check_rules, replacements
+from vlattn_fast.interpret.relevancy.recurrent_calls import (
+    check_recurrences,
+    check_rules,
+    mixing_call,
+    recurs,
+    replacements,
+    run_call,
+    unseen_convolution,
+)
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, begun, note_lost_gradient, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
@@ -44,7 +53,7 @@ class _NewCall(NamedTuple):
     is_same: bool  # its keys are the tokens of its queries
 
 
-class Trace(SeesMixers, Subscriber):
+class Trace(Subscriber):
     """The towers of one run of a model. It is a context, and observes the run.
 
     Args:
@@ -69,7 +78,8 @@ class Trace(SeesMixers, Subscriber):
         self._joined = JoinedKeys(self._part, strict=self.finds_towers)
         self.moves = TokenMoves(self._marks.calls, self._marks.constants)
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
-        self._begin_mixers()
+        self._convolutions: dict[int, tuple[Reading, Tensor]] = {}  # by the module's run: the last one, and its output
+        self._convolved = set[int]()  # the runs of modules that called torch's convolution themselves
         self._key_mark = new_mark("keys")  # of a tensor: the towers whose self-attention took it for its keys, as bits
         self._follows = type(method).follow is not Method.follow  # most methods do not
         roots = [submodule(model, tower.path, tower) for tower in adapter.towers]
@@ -238,6 +248,36 @@ class Trace(SeesMixers, Subscriber):
             views = zip((event.query, event.key, event.value), given, strict=True)
             query, key, value = (x if x is source else self._marked_as(x, source, dim) for x, source in views)
         return (query, key, value), masks
+
+    def on_recurrence(
+        self, run: ModuleRun, reader: Reader, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The result as the model computes it; relevancy goes along."""
+        path = run.path
+        if path is None or not self._concerns(path):
+            return NotImplemented
+        module = self.model.get_submodule(path)
+        result, reading, output = run_call(reader, FunctionCall(function, args, kwargs, module), path, self.observer.aside)
+        mixer = reading.mixer
+        if isinstance(mixer, Convolution) and recurs(module):
+            self._convolutions[run.number] = reading, output
+            return reading.with_output(result, self._marked_as(output, mixer.value))
+        if isinstance(mixer, Convolution) and not reading.is_only_mixer:
+            raise ValueError(
+                f"model must use supported functions for its recurrence; got {named(path, module)}, whose short convolution "
+                "comes before attention or an unsupported recurrence"
+            )
+        before = self._convolutions.get(run.number)
+        if before is None and run.number in self._convolved and reading.channels is not None:
+            raise unseen_convolution(path, module)
+        mixing = mixing_call(path, module, reading, output, before, self.observer.aside)
+        with torch._C.DisableTorchFunction():
+            if isinstance(mixer, Convolution):
+                self._marked_as(mixing.query, mixer.value, 3)
+            calls = self._marks.calls((mixing.query, mixing.value))
+            output, owner = self._attend(run, mixing, calls)
+            self._attended(mixing, owner, calls, output)
+        return reading.with_output(result, output[..., 0] if isinstance(mixer, Convolution) else output)
 
     def on_inputs(self, run: ModuleRun, inputs: ScoreAttentionInputs) -> ScoreAttentionInputs:
         inputs = inputs._replace(query=self._frozen(inputs.query), key=self._frozen(inputs.key))

@@ -12,17 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.events import RUNNING, ModuleRun
+from vlattn_fast.attach.events import RUNNING
 from vlattn_fast.attach.handwritten import defining_class
-from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Reader, Reading, Recurrence
 from vlattn_fast.attach.recurrences.table import CLASSES, CONVOLUTIONS, FORWARDS, FUNCTIONS
 from vlattn_fast.attach.session import is_checkpointed, named
 from vlattn_fast.attach.tensor_parallel import has_dtensors
 from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
-from vlattn_fast.interpret.relevancy.traced_call import TracedCall
-from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
 
 # The packages whose functions compute what their names say. Others may have another recurrence under such a name.
 _KNOWN = ("transformers.", "vlattn_fast.")
@@ -49,63 +45,26 @@ RECURRENT = (
 )
 
 
-class SeesMixers:
-    """The part of a trace that takes these calls."""
-
-    model: nn.Module
-    observer: Observer
-    _marks: TensorMarks
-    _concerns: Callable[[str], bool]
-    _marked_as: Callable[..., Tensor]
-    _attend: Callable[[ModuleRun, TracedCall, int], tuple[Tensor, TowerTrace | None]]
-    _attended: Callable[[TracedCall, TowerTrace | None, int, Tensor], None]
-
-    def _begin_mixers(self) -> None:
-        self._convolutions: dict[int, tuple[Reading, Tensor]] = {}  # by the module's run: the last one, and its output
-        self._convolved = set[int]()  # the runs of modules that called torch's convolution themselves
-
-    def on_recurrence(
-        self, run: ModuleRun, reader: Reader, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """The result as the model computes it; relevancy goes along."""
-        path = run.path
-        if path is None or not self._concerns(path):
-            return NotImplemented
-        module = self.model.get_submodule(path)
-        call = FunctionCall(function, args, kwargs, module)
-        is_foreign = not str(getattr(function, "__module__", "")).startswith(_KNOWN)
-        try:
-            with _unsaved():  # a checkpoint's second run has no reader
-                reading = reader(call)
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # of other arguments
-            if is_foreign:
-                raise _another(path, module) from error
-            raise
-        _check(reading, call, path)
-        with self.observer.aside():
-            result = function(*args, **kwargs)
-            output, mixer = reading.output_of(result), reading.mixer
-            if is_foreign and not _computes(mixer, call, output):
-                raise _another(path, module)
-        if isinstance(mixer, Convolution) and recurs(module):
-            self._convolutions[run.number] = reading, output
-            return reading.with_output(result, self._marked_as(output, mixer.value))
-        if isinstance(mixer, Convolution) and not reading.is_only_mixer:
-            raise ValueError(
-                f"model must use supported functions for its recurrence; got {named(path, module)}, whose short convolution "
-                "comes before attention or an unsupported recurrence"
-            )
-        before = self._convolutions.get(run.number)
-        if before is None and run.number in self._convolved and reading.channels is not None:
-            raise _unseen_convolution(path, module)
-        mixing = _mixing_call(path, module, reading, output, before, self.observer.aside)
-        with torch._C.DisableTorchFunction():
-            if isinstance(mixer, Convolution):
-                self._marked_as(mixing.query, mixer.value, 3)
-            calls = self._marks.calls((mixing.query, mixing.value))
-            output, owner = self._attend(run, mixing, calls)
-            self._attended(mixing, owner, calls, output)
-        return reading.with_output(result, output[..., 0] if isinstance(mixer, Convolution) else output)
+def run_call(
+    reader: Reader, call: FunctionCall, path: str, aside: Callable[[], AbstractContextManager[None]]
+) -> tuple[Any, Reading, Tensor]:
+    """The result of a model's call, computed as the model does, `aside` of the trace; what the call is, and the output of its
+    mixer. ValueError if relevancy cannot go through it."""
+    is_foreign = not str(getattr(call.function, "__module__", "")).startswith(_KNOWN)
+    try:
+        with _unsaved():  # a checkpoint's second run has no reader
+            reading = reader(call)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # of other arguments
+        if is_foreign:
+            raise _another(path, call.module) from error
+        raise
+    _check(reading, call, path)
+    with aside():
+        result = call.function(*call.args, **call.kwargs)
+        output = reading.output_of(result)
+        if is_foreign and not _computes(reading.mixer, call, output):
+            raise _another(path, call.module)
+    return result, reading, output
 
 
 def _check(reading: Reading, call: FunctionCall, path: str) -> None:
@@ -131,7 +90,7 @@ def _another(path: str, module: nn.Module) -> ValueError:
     )
 
 
-def _mixing_call(
+def mixing_call(
     path: str,
     module: nn.Module,
     reading: Reading,
@@ -167,7 +126,7 @@ def _convolution_before(
     """The convolution that gave the values (B, H, N, Dv), of their channels; None without one."""
     if before is None:
         if any(isinstance(part, nn.Conv1d) for part in module.modules()):
-            raise _unseen_convolution(path, module)
+            raise unseen_convolution(path, module)
         return None
     (reading, output), count = before, value.shape[2]
     values = value.detach().transpose(2, 3).flatten(1, 2)
@@ -182,7 +141,7 @@ def _convolution_before(
     return reading.mixer.part(channels, count)
 
 
-def _unseen_convolution(path: str, module: nn.Module) -> ValueError:
+def unseen_convolution(path: str, module: nn.Module) -> ValueError:
     where = named(path, module)
     return ValueError(f"model must call its short convolutions with causal_conv1d_fn; got {where}, whose own cannot be traced")
 
