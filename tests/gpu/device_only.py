@@ -12,13 +12,14 @@ import vlattn_fast as va
 from vlattn_fast.benchmarks._gpu import without_synchronising
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example
+from vlattn_fast.dispatch.table import refusals
 from vlattn_fast.ops import OPERATORS
 
 
 def runs(backend: str, case: Example) -> bool:
     operator = OPERATORS[case.operator]
     call = operator.describe(**case.arguments(case.in_dtype(torch.bfloat16)))
-    return not operator.backends[backend].refusals(call._replace(device_type="cuda"))
+    return not refusals(operator.backends, backend, call._replace(device_type="cuda"))
 
 
 CASES = [

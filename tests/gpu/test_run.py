@@ -119,7 +119,7 @@ def test_verify_runs_the_compiled_kernels_and_goes_on(rehearsed):
         assert row["passed"] is (None if "refused" in row else True) and row["commit"] == "abc123"
         assert {"sources", "versions", "time", "seconds"} <= row.keys()
         assert row["device"].endswith(f", sm_{ARCHITECTURE} emulated")
-    assert rows[none]["refused"] == ["there is no CUDA C++ kernel for this operator"]
+    assert rows[none]["refused"] == ["the operator has no backend 'cuda'"]
     assert "the CUDA C++ kernels are not built" in str(rows[cuda].get("refused")) or CUDA
     for row in (rows[triton], *([rows[cuda]] if CUDA else [])):
         assert 0 <= row["ratio"] <= 1 and "numbers of 1 draws" in row["says"]

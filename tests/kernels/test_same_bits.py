@@ -16,7 +16,7 @@ BATCH = 3
 SIZES = Sizes(17, 17, 16, 16, regions=5, words=4, features=16, images=BATCH, captions=2, batch=BATCH, heads=4)
 
 
-@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if operator.backends["triton"].exists])
+@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if "triton" in operator.backends])
 def test_same_bits(name: str) -> None:
     run = Run(next(iter(calls(name, SIZES))), "triton", torch.float32, BATCH)
     whole = run.results()

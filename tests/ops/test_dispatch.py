@@ -29,7 +29,7 @@ Q, K, V = torch.zeros(2, 4, 3, 6), torch.zeros(2, 4, 5, 6), torch.zeros(2, 4, 5,
 C = torch.zeros(2, 1, 3)
 W, U = torch.zeros(6, 6), torch.zeros(6)
 TABLES = {name: operator.backends for name, operator in OPERATORS.items()}
-WITH_TRITON = [name for name, backends in TABLES.items() if backends["triton"].exists]
+WITH_TRITON = [name for name, backends in TABLES.items() if "triton" in backends]
 
 
 def attend(*args: Any, **options: Any) -> Callable[[], Any]:
@@ -277,12 +277,12 @@ def a_call(operator: str, device: str = "cpu") -> calls.CallShape:
 @pytest.mark.parametrize("operator", TABLES)
 def test_asking_needs_no_tensor_and_no_device(operator: str) -> None:
     """A laptop can ask what an H200 would refuse; reasons are constant words (a printed size costs a graph per size)."""
-    for name, backend in TABLES[operator].items():
+    for name in ("reference", "streaming", "sdpa", "cpu", "triton", "cuda"):
         for device in ("cpu", "cuda", "xpu"):
-            reasons = backend.refusals(a_call(operator, device))
+            reasons = table.refusals(TABLES[operator], name, a_call(operator, device))
             assert isinstance(reasons, list) and all(isinstance(reason, str) and reason for reason in reasons), name
             assert not any("577" in reason for reason in reasons)
-    assert TABLES[operator].keys() == {"reference", "streaming", "sdpa", "cpu", "triton", "cuda"}
+    assert TABLES[operator].keys() >= {"reference", "streaming"}
 
 
 @pytest.mark.parametrize("operator", TABLES)
@@ -294,8 +294,8 @@ def test_auto_takes_the_first_that_can_and_a_name_raises_its_reasons(operator: s
     assert able[0] == ("cpu" if "cpu" in able else "sdpa" if by_torch else "streaming")
     on_a_gpu = "sdpa" if by_torch else "triton" if operator in WITH_TRITON else "streaming"
     assert choice.select(backends, a_call(operator, "cuda"), "auto") == on_a_gpu
-    for name, backend in backends.items():
-        reasons = backend.refusals(call)
+    for name in ("reference", "streaming", "sdpa", "cpu", "triton", "cuda"):
+        reasons = table.refusals(backends, name, call)
         if not reasons:
             assert choice.select(backends, call, name) == name
             continue
@@ -419,11 +419,11 @@ def test_the_capability_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_takes_no_triton_kernel_that_a_device_cannot_run(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not before Ampere, and not on AMD, whose devices torch calls cuda as well."""
     call = a_call(operator, "cuda")._replace(capability=(9, 0))
-    table = {name: backend for name, backend in TABLES[operator].items() if name != "sdpa"}
-    assert choice.select(table, call, "auto") == "triton"
-    assert choice.select(table, call._replace(capability=(7, 5)), "auto") == "streaming"
+    backends = {name: backend for name, backend in TABLES[operator].items() if name != "sdpa"}
+    assert choice.select(backends, call, "auto") == "triton"
+    assert choice.select(backends, call._replace(capability=(7, 5)), "auto") == "streaming"
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert choice.select(table, call._replace(capability=None), "auto") == "streaming"
+    assert choice.select(backends, call._replace(capability=None), "auto") == "streaming"
 
 
 @pytest.mark.skipif("VLATTN_PTX" in os.environ, reason="the emulator takes tensors of the CPU from its first kernel on")

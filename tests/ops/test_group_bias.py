@@ -23,12 +23,13 @@ from vlattn_fast import scores as S
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.checking.cases import Sizes, cases_of
 from vlattn_fast.dispatch.call import CallShape
+from vlattn_fast.dispatch.table import refusals
 from vlattn_fast.ops import OPERATORS
 
 
 def takes(operator: str, backend: str) -> bool:
     call = CallShape(operator, torch.float32, "cpu", defaultdict(int), defaultdict(bool, group_bias=True, score="dot"))
-    return not any("group_bias" in reason for reason in OPERATORS[operator].backends[backend].refusals(call))
+    return not any("group_bias" in reason for reason in refusals(OPERATORS[operator].backends, backend, call))
 
 
 def backends(operator: str = "score_attention") -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example
 from vlattn_fast.dispatch.choice import load
+from vlattn_fast.dispatch.table import refusals
 from vlattn_fast.ops import OPERATORS
 
 Made = tuple[Callable[..., Any], tuple[Any, ...]]  # a launcher and its arguments
@@ -30,7 +31,7 @@ def runs(backend: str, case: Example) -> bool:
     if (backend, case.operator) == READS_LENGTHS:
         return False
     call = operator.describe(**case.arguments(case.in_dtype(torch.bfloat16)))
-    return not operator.backends[backend].refusals(call._replace(device_type="cuda"))
+    return not refusals(operator.backends, backend, call._replace(device_type="cuda"))
 
 
 CASES = [

@@ -8,7 +8,6 @@ import sys
 import xml.etree.ElementTree
 from collections.abc import Sequence
 from functools import partial
-from importlib.util import find_spec
 
 from tools.gpu.session import LAST, TREE, Item, Row, Session, hung
 
@@ -51,8 +50,8 @@ def everything(run: Session) -> bool:
     files = [file for file in files if not file.removeprefix("tests/").removesuffix(".py").endswith(LEFT_OUT)]
     counts = {file: -(-(TREE / file).stat().st_size // BYTES_AN_ITEM) for file in files}
     done &= pytests(run, [_shard(file, i, n) for file, n in counts.items() for i in range(n)])
-    kernels = [(backend, operator) for backend in BACKENDS for operator in OPERATORS if backend != "cuda" or run.library.exists()]
-    kernels = [(backend, operator) for backend, operator in kernels if find_spec(OPERATORS[operator].backends[backend].module)]
+    kernels = [(backend, operator) for backend in BACKENDS for operator, one in OPERATORS.items() if backend in one.backends]
+    kernels = [(backend, operator) for backend, operator in kernels if backend != "cuda" or run.library.exists()]
     return memcheck(run) and racecheck(run) and sanitize(run, list(TOOLS), kernels) and done
 
 

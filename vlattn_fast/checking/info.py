@@ -12,7 +12,7 @@ import torch
 
 from vlattn_fast.dispatch.call import CallShape, capability
 from vlattn_fast.dispatch.choice import select
-from vlattn_fast.dispatch.table import BACKEND_NAMES
+from vlattn_fast.dispatch.table import BACKEND_NAMES, refusals
 
 PACKAGES = ("torch", "numpy", "triton", "transformers", "matplotlib", "scikit-learn")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -83,7 +83,7 @@ def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> I
         }
         table = operator.backends
         cells = [
-            _cell(name, calls, {key: table[backend].refusals(call) for key, call in calls.items()}, notes)
+            _cell(name, calls, {key: refusals(table, backend, call) for key, call in calls.items()}, notes)
             for backend in lines[0][1:-1]
         ]
         chosen: dict[str, None] = {}

@@ -26,7 +26,7 @@ from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.dispatch import call as calls
 from vlattn_fast.dispatch.call import CallShape
-from vlattn_fast.dispatch.table import BACKEND_NAMES, Table
+from vlattn_fast.dispatch.table import BACKEND_NAMES, Table, refusals
 
 Arguments = TypeVar("Arguments", bound=tuple[Any, ...])
 Plan = TypeVar("Plan")
@@ -53,7 +53,7 @@ def select(backends: Table, call: CallShape, backend: Any) -> str:
         for name in (*leading, *backends):
             if not backends[name].refusals(call) and not (name in ("triton", "cuda") and call.device_type == "cpu"):
                 return name
-    reasons = backends[backend].refusals(call)
+    reasons = refusals(backends, backend, call)
     if reasons:
         raise ValueError(f"backend={backend!r} cannot run {call}: {'; '.join(reasons)}")
     return str(backend)

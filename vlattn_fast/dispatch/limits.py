@@ -79,11 +79,3 @@ def cuda_refusals(call: CallShape, limits: Limits) -> list[str]:
     if reasons and torch.compiler.is_compiling():
         return reasons  # comparing sizes would cost a graph for each outcome
     return reasons + limited(call, limits)
-
-
-def no_kernel(call: CallShape, language: str) -> list[str]:
-    return [f"there is no {language} kernel for this operator"]
-
-
-def not_in_sdpa(call: CallShape) -> list[str]:
-    return ["torch's scaled_dot_product_attention does not compute this operator"]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from vlattn_fast.dispatch.call import CallShape
 from vlattn_fast.dispatch.choice import load
-from vlattn_fast.dispatch.table import Table
+from vlattn_fast.dispatch.table import Table, refusals
 
 
 class Operator(NamedTuple):
@@ -30,4 +30,4 @@ class Operator(NamedTuple):
 
     def refusals(self, backend: str, arguments: Mapping[str, Any]) -> list[str]:
         """Returns why the backend does not support the call with these arguments, which are checked."""
-        return self.backends[backend].refusals(self.describe(**arguments))
+        return refusals(self.backends, backend, self.describe(**arguments))

@@ -11,16 +11,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.dispatch.call import CallShape
-from vlattn_fast.dispatch.limits import (
-    Limits,
-    accept,
-    cpu_refusals,
-    cuda_refusals,
-    limited,
-    no_kernel,
-    not_in_sdpa,
-    triton_refusals,
-)
+from vlattn_fast.dispatch.limits import Limits, accept, cpu_refusals, cuda_refusals, limited, triton_refusals
 
 Refusals = Callable[[CallShape], list[str]]
 BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "cpu", "triton", "cuda")
@@ -50,13 +41,8 @@ class Backend(NamedTuple):
     shared_sums: tuple[str, ...] = ()
     leads: Callable[[CallShape], bool] | None = None
 
-    @property
-    def exists(self) -> bool:
-        """Returns whether there is a kernel of the operator in this language."""
-        return not (isinstance(self.refusals, partial) and self.refusals.func is no_kernel)
 
-
-Table = dict[str, Backend]
+Table = dict[str, Backend]  # without backends that have no kernel of the operator
 
 
 def table(
@@ -81,17 +67,17 @@ def table(
     On the CPU our kernels come before torch's own attention, which is slower in stored rows; on a GPU torch's comes first. CUDA
     C++ comes after Triton: on an H100 it took 3.3 times as long for the congruence loss. "auto" never takes the reference.
     """
-    refusals: dict[str, tuple[Refusals, str]] = {
-        "cpu": (_kernel("CPU", cpu_refusals, cpu), "vlattn_fast.backends.cpu"),
-        "sdpa": (not_in_sdpa if sdpa is None else partial(limited, limits=sdpa), "vlattn_fast.backends.sdpa"),
-        "triton": (_kernel("Triton", triton_refusals, triton), "vlattn_fast.kernels"),
-        "cuda": (_kernel("CUDA C++", cuda_refusals, cuda), "vlattn_fast.backends.cuda"),
-        "streaming": (accept, "vlattn_fast.backends.streaming"),
-        "reference": (accept, "vlattn_fast.backends.reference"),
+    backends: dict[str, tuple[Callable[..., list[str]], Limits | None, str]] = {
+        "cpu": (cpu_refusals, cpu, "vlattn_fast.backends.cpu"),
+        "sdpa": (limited, sdpa, "vlattn_fast.backends.sdpa"),
+        "triton": (triton_refusals, triton, "vlattn_fast.kernels"),
+        "cuda": (cuda_refusals, cuda, "vlattn_fast.backends.cuda"),
+        "streaming": (limited, accept, "vlattn_fast.backends.streaming"),
+        "reference": (limited, accept, "vlattn_fast.backends.reference"),
     }
     return {
         name: Backend(
-            refuses,
+            partial(refuses, limits=limits),
             f"{folder}.{stem}",
             masks_padding=name in masks_padding,
             lse_dtype=torch.float64 if name == "cpu" else None,  # P = exp(logit - lse) is no more exact than the lse is
@@ -99,13 +85,14 @@ def table(
             shared_sums=(shared_sums or {}).get(name, ()),
             leads=(leads or {}).get(name),
         )
-        for name, (refuses, folder) in refusals.items()
+        for name, (refuses, limits, folder) in backends.items()
+        if limits is not None
     }
 
 
-def _kernel(language: str, refuses: Callable[..., list[str]], limits: Limits | None) -> Refusals:
-    """Returns the limits of an operator's kernel in this language, if there is one."""
-    return partial(no_kernel, language=language) if limits is None else partial(refuses, limits=limits)
+def refusals(backends: Table, name: str, call: CallShape) -> list[str]:
+    """Returns all reasons why the backend `name` does not support the call."""
+    return backends[name].refusals(call) if name in backends else [f"the operator has no backend {name!r}"]
 
 
 def lse_dtype(backend: Backend, query: Tensor) -> torch.dtype:
