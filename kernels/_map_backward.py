@@ -64,7 +64,6 @@ from vlattn_fast.kernels._tiles import (
     rows_and_head,
     seeing_queries_of_heads,
     side_at,
-    staged,
     store_head,
     store_tile,
     within,
@@ -135,7 +134,7 @@ def config_of(kernel: str, launch: Launch, block_t: int = 0) -> Config:
 def _config(
     kernel: str, constants: score_attention.Constants, dtype: torch.dtype, num_q: int, num_k: int, block_t: int
 ) -> Config:
-    config = configuration(
+    return configuration(
         "relevancy_attention",
         kernel,
         dtype=dtype,
@@ -146,7 +145,6 @@ def _config(
         masked=constants.MASK % GROUP_BIAS.value != 0,
         score=constants.SCORE,
     )
-    return staged(config, constants.MASK)
 
 
 def statistics(launch: Launch, lse: Tensor | None, summed: bool = False, limit: tl.constexpr = CALLER_LSE) -> RowStats:

@@ -50,7 +50,6 @@ from vlattn_fast.kernels._scores import (
 )
 from vlattn_fast.kernels._tiles import (
     FEATURES,
-    OLD_TRITON,
     ROW_MULTIPLE,
     add_products,
     aligned_step,
@@ -725,8 +724,8 @@ def _keys_and_rows(x, KEY_HEADS, T, GROUP: tl.constexpr, C: tl.constexpr, BLOCK_
 def _zero_gradients(x, C: tl.constexpr, BLOCK_KV: tl.constexpr, MORE: tl.constexpr):
     """Zeros for the sums of dK and dV, and for cosine's along the norms. MORE: dQ or carried rows have products, too."""
     # beside those Triton 3.9, too, makes copies of the one number (`first_sums`)
-    b_dk = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.A, C.BLOCK_A, MORE or OLD_TRITON)
-    b_dv = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.DV, C.BLOCK_DV, MORE or OLD_TRITON)
+    b_dk = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.A, C.BLOCK_A, MORE)
+    b_dv = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.DV, C.BLOCK_DV, MORE)
     return b_dk, b_dv, tl.zeros([BLOCK_KV], dtype=tl.float32)
 
 

@@ -26,7 +26,7 @@ from triton.language.target_info import cuda_capability_geq
 
 from vlattn_fast._ground.named import by_name
 from vlattn_fast._ground.tensors import cast_float_mask
-from vlattn_fast.kernels._configurations import Config, multiplies_biases
+from vlattn_fast.kernels._configurations import multiplies_biases
 from vlattn_fast.kernels._group_bias import (
     BOOL_MASK,
     FLOAT_MASK,
@@ -223,7 +223,6 @@ def masks_and_product(
         or scale is None
         or attn_mask is not None
         or like.dtype == torch.float32
-        or OLD_TRITON
         or not multiplies_biases()
         or not 0 < row_bias.shape[3] <= MULTIPLIED.value
         or not 2.0**-40 < abs(scale) < 2.0**40
@@ -233,12 +232,6 @@ def masks_and_product(
     keys = like if key_mask is None else key_mask.contiguous()
     masks = _new_masks(p=like, p_keys=keys, **_of_bias(bias, masked, words), num_groups=row_bias.shape[3])
     return masks, GROUP_PRODUCT.value, product
-
-
-def staged(config: Config, mask: int) -> Config:
-    """The configuration of a kernel with this constant MASK. Under a group bias Triton 3.6 fails to compile loops of several
-    stages for sm_90, silently in its pass for them; 3.9 compiles them, and none between was tried."""
-    return {**config, "num_stages": 1} if mask >= GROUP_BIAS.value and OLD_TRITON else config
 
 
 def launched(call: dict[str, Any]) -> dict[str, Any]:
@@ -413,7 +406,7 @@ def row_products(b_x, x, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def zero_sums(dtype, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr = OLD_TRITON):
+def zero_sums(dtype, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr = False):
     """Zeros [ROWS,SIZE] for `add_products`, as a tuple: one for each part of tiles [y,BLOCK]. dtype, EACH: see `first_sums`."""
     if wide(dtype, BLOCK):
         b_sums = ()
@@ -431,7 +424,7 @@ def has_wgmma():
 
 
 @triton.jit
-def first_sums(dtype, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr = OLD_TRITON):
+def first_sums(dtype, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr = False):
     """Zeros [ROWS,COLUMNS] for sums of products of `dtype`. The compiler does not know them on sm_90, if `dtype` has 16 bits.
 
     A loop's last product may be in flight when the loop ends (wgmma). Triton writes known zeros where a path without tiles joins
@@ -442,7 +435,7 @@ def first_sums(dtype, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.conste
     """
     b = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     if COMPILED and dtype != tl.float32 and has_wgmma():
-        if EACH:
+        if EACH or OLD_TRITON:
             b = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=False, pack=1)
         else:
             zero = tl.inline_asm_elementwise(
