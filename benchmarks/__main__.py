@@ -1,4 +1,4 @@
-"""Times operators and tasks, only their host code (`host`) or steps of size (`cliffs`), or writes the report (`report`)."""
+"""Times operators and tasks, or only their host code (`host`) or steps of size (`cliffs`)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ import sys
 from pathlib import Path
 
 from vlattn_fast.benchmarks._choice import choose
-from vlattn_fast.benchmarks._records import HERE, RESULTS
 from vlattn_fast.benchmarks._run import run
 
 
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] == ["report"]:
-        return _report(words[1:])
     if words[:1] == ["host"]:
         from vlattn_fast.benchmarks import host
 
@@ -25,9 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return cliffs.main(words[1:])
     parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks", description=__doc__)
-    parser.add_argument(
-        "names", nargs="*", help="Benchmarks or files of them (see --list). Default: all. Or `report`, `host` or `cliffs`."
-    )
+    parser.add_argument("names", nargs="*", help="Benchmarks or files of them (see --list). Default: all. Or `host` or `cliffs`.")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="Device. Default: cpu.")
     parser.add_argument("--quick", action="store_true", help="Use small sizes and few rounds; store results only with --out.")
     parser.add_argument("--no-compile", dest="compiled", action="store_false", help="Leave out variants under torch.compile.")
@@ -46,22 +41,6 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     return 0 if passed else 1
-
-
-def _report(arguments: list[str]) -> int:
-    from vlattn_fast.benchmarks._report import write
-
-    parser = argparse.ArgumentParser(
-        prog="python -m vlattn_fast.benchmarks report", description="Writes the report of stored results."
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS, help=f"Folder of the results. Default: {RESULTS}.")
-    in_a_clone = RESULTS.parent == HERE
-    default = HERE.parent / "build" / "report.md" if in_a_clone else Path("report.md")
-    parser.add_argument("--out", type=Path, default=default, help=f"File to write. Default: {default}.")
-    options = parser.parse_args(arguments)
-    for path in write(options.results, options.out):
-        print(f"wrote {path}")
-    return 0
 
 
 if __name__ == "__main__":

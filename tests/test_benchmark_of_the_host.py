@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from tools.pages import report
 from vlattn_fast.benchmarks import __main__ as command
-from vlattn_fast.benchmarks import _report
 
 
 def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
@@ -54,7 +54,7 @@ def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
         goal = {row["host"]: row["goal_us"] for row in found if row["pass"] == "forward"}
         names = ("score_attention", "relevancy_attention", "congruence_loss", "attention_map", "SDPA")
         assert [goal[name] for name in names] == goals
-    _report.write(tmp_path, tmp_path / "report.md")
+    report.write(tmp_path, tmp_path / "report.md")
     text = (tmp_path / "report.md").read_text()
     assert "| call | triton, forward | triton, forward+backward | cpu, forward | cpu, forward+backward |" in text
     map_rows = {row["backend"]: row["above_sdpa_us"] for row in rows if row["host"] == "attention_map"}

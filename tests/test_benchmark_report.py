@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vlattn_fast.benchmarks import __main__ as command
-from vlattn_fast.benchmarks import _choice, _pictures, _records, _report
+from tools.pages import report, report_pictures
+from vlattn_fast.benchmarks import _choice, _records
 
 DECLARED = _choice.declared()
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def test_the_report_shows_the_newest_rows(tmp_path):
     _records.append(rows, results / "h200.json")
     _records.append([{"part": "correctness", "passed": True}], results / "checks.json")
     _records.append([made_up(variant="reference compiled", p50_us=2468.0, peak_bytes=9 * 2**20)], results / "h200.json")
-    command.main(["report", "--results", str(results), "--out", str(out)])
+    report.write(results, out)
     text, plot = out.read_text(), (tmp_path / "report" / "h200.png").read_bytes()
     assert plot.startswith(b"\x89PNG")
     # ours, its time, how much longer the one baseline takes, the time over the bound's, both peaks
@@ -67,7 +67,7 @@ def test_the_report_shows_the_newest_rows(tmp_path):
     origin = "1. NVIDIA H200: `python -m vlattn_fast.benchmarks`, commit abc, torch 2.13.0, 2026-01-01T00:00:00Z."
     assert origin in text and "CLIP: B 2, N 577; bfloat16; NVIDIA H200; run 1." in text
     assert "](report/h200.png)" in text
-    command.main(["report", "--results", str(results), "--out", str(out)])
+    report.write(results, out)
     assert (out.read_text(), (tmp_path / "report" / "h200.png").read_bytes()) == (text, plot)
 
 
@@ -81,15 +81,15 @@ def test_the_pictures_have_a_panel_for_each_operator(tmp_path, monkeypatch):
     """Not one strip: as many panels as operators, a line for each benchmark of an operator, and a shape that a screen shows."""
     pytest.importorskip("matplotlib")
     panels = {}
-    draw = _pictures._draw_panel
-    monkeypatch.setattr(_pictures, "_draw_panel", lambda *x: (panels.update({x[1]: sorted(x[2])}), draw(*x)))
+    draw = report_pictures._draw_panel
+    monkeypatch.setattr(report_pictures, "_draw_panel", lambda *x: (panels.update({x[1]: sorted(x[2])}), draw(*x)))
     rows = [
         made_up(benchmark=benchmark.name, sizes=benchmark.workload.full, dtype=dtype, variant=variant, ratio_to_bound=ratio)
         for benchmark in DECLARED
         for dtype, variant, ratio in (("float32", "triton", 2.0), ("float32", "published", 7.0))
     ]
     (tmp_path / "h200.json").write_text(json.dumps(rows))
-    _, baselines, scaling = _report.write(tmp_path, tmp_path / "report.md")
+    _, baselines, scaling = report.write(tmp_path, tmp_path / "report.md")
     assert panels.keys() == {name for name in _choice.MODULES if name != "scaling"}
     for module, lines in panels.items():
         assert len(lines) == sum(benchmark.name.startswith(f"{module}/") for benchmark in DECLARED)
@@ -105,7 +105,7 @@ def test_settings_of_one_machine_stand_side_by_side(tmp_path):
     rows = [made_up(**cpu), made_up(**cpu | {"variant": "published", "p50_us": 2468.0})]
     rows += [{**row, "threads": 1, "ratio_to_bound": 1.5} for row in rows]
     (tmp_path / "cpu.json").write_text(json.dumps(rows))
-    _report.write(tmp_path, tmp_path / "report.md")
+    report.write(tmp_path, tmp_path / "report.md")
     text = (tmp_path / "report.md").read_text()
     assert "## CPU: one, AVX512, 2 threads" in text
     assert "| benchmark | CPU: one, AVX512, 2 threads | CPU: one, AVX512, 1 thread |" in text
@@ -116,7 +116,7 @@ def test_a_sentence_stands_under_the_rows_that_it_is_of(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [made_up(variant=name, note="its tiles were not stored") for name in ("triton", "triton, graph")]
     _records.append([*rows, made_up(variant="SDPA", is_bound=True)], tmp_path / "h200.json")
-    _report.write(tmp_path, tmp_path / "report.md")
+    report.write(tmp_path, tmp_path / "report.md")
     table = (tmp_path / "report.md").read_text().split("### attention_map")[1]
     assert table.endswith("50 |\n\ntriton, triton, graph: its tiles were not stored\n")
 
@@ -141,7 +141,7 @@ def test_a_stored_row_without_a_comparison_has_not_passed():
 
 def test_the_times_of_an_h100_are_stored():
     """Milliseconds on the device and on the host; the call of a plain product by "auto" takes SDPA."""
-    stored = _report.newest(json.loads((ROOT / "benchmarks/results/h100-80gb-hbm3.json").read_text()))
+    stored = report.newest(json.loads((ROOT / "benchmarks/results/h100-80gb-hbm3.json").read_text()))
     rows = {(row["benchmark"], row["variant"]): row for row in stored}
     costs = (ROOT / "docs" / "costs.md").read_text(encoding="utf-8")
     calls = {
@@ -174,7 +174,7 @@ def test_the_times_of_an_h100_are_stored():
 def test_the_report_of_the_stored_rows_shows_every_benchmark(tmp_path):
     pytest.importorskip("matplotlib")
     results, out = _records.HERE / "results", tmp_path / "report.md"
-    written = _report.write(results, out)
+    written = report.write(results, out)
     text = out.read_text(encoding="utf-8")
     stored = [row for path in results.glob("*.json") for row in json.loads(path.read_text()) if isinstance(row, dict)]
     headings = [line.removeprefix("### ") for line in text.splitlines() if line.startswith("### ")]
@@ -183,6 +183,6 @@ def test_the_report_of_the_stored_rows_shows_every_benchmark(tmp_path):
 
 
 def test_the_report_without_a_row(tmp_path):
-    _report.write(tmp_path, tmp_path / "report.md")
+    report.write(tmp_path, tmp_path / "report.md")
     text = (tmp_path / "report.md").read_text()
     assert "On a GPU: not measured." in text and "On a CPU: not measured." in text

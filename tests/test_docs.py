@@ -268,12 +268,12 @@ def test_costs_that_another_machine_measured(tmp_path):
 
 
 def test_the_sites_costs_are_the_stored_rows():
-    from vlattn_fast.benchmarks import _report
+    from tools.pages import report
 
     table = extension()["cost"](["attention_map"])
     stored = json.loads(text("benchmarks/results/cpu.json"))
-    opening, *_ = _report._by_setting(_report.newest(stored), stored)  # of the report
-    most = [r for r in stored if _report._setting(r) == opening]
+    opening, *_ = report._by_setting(report.newest(stored), stored)  # of the report
+    most = [r for r in stored if report._setting(r) == opening]
     rows = {(r["benchmark"], r["variant"]): r for r in most if r["benchmark"].startswith("attention_map/")}  # the newest of each
     heading, _, *lines = table.splitlines()
     names = [name.strip("* ") for name in heading.strip("|").split("|")][1:]
@@ -346,15 +346,15 @@ DERIVATIVES = "jvp", "hvp", "over forward", "second derivatives"  # which SDPA h
 @pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/costs.md"])
 def test_the_price_is_that_of_the_stored_rows(name):
     """Our fastest backend over SDPA, in every setting of the machine: of operators, and of score functions."""
-    from vlattn_fast.benchmarks import _report
+    from tools.pages import report
     from vlattn_fast.benchmarks._formula import OURS
 
     page = " ".join(text(name).split())
     said = re.search(r"takes ([\d.]+) to ([\d.]+) times .* and ([\d.]+) to ([\d.]+) times with another score", page)
     assert said
     ratios: dict[bool, list[float]] = {True: [], False: []}
-    stored = _report.newest(json.loads(text("benchmarks/results/cpu.json")))
-    for (_, benchmark, *_), variants in _report._by_benchmark(stored).items():
+    stored = report.newest(json.loads(text("benchmarks/results/cpu.json")))
+    for (_, benchmark, *_), variants in report._by_benchmark(stored).items():
         of_an_operator = not benchmark.startswith(("scaling/", "task_")) and not any(words in benchmark for words in DERIVATIVES)
         if of_an_operator and "SDPA" in variants:
             ours = min((variants[backend] for backend in OURS if backend in variants), key=lambda row: row["p50_us"])

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vlattn_fast.benchmarks import _report
+from tools.pages import report
 
 ROOT = Path(__file__).parents[2]
 DOCS, ROWS = ROOT / "docs", ROOT / "benchmarks" / "results"
@@ -80,4 +80,4 @@ def build(folder: Path) -> None:
             page.write_text(made, encoding="utf-8")
     for name in DRAWN:
         draw(folder / name)
-    _report.write(ROWS, folder / REPORT)
+    report.write(ROWS, folder / REPORT)

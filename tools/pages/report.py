@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlattn_fast.benchmarks import _pictures
+from tools.pages import report_pictures
 from vlattn_fast.benchmarks._choice import declared
 from vlattn_fast.benchmarks._formula import OURS
 from vlattn_fast.benchmarks._run import figures, share_of_limit
@@ -34,8 +34,8 @@ kernels run on a few hundred numbers. `python -m vlattn_fast.benchmarks host` me
 """
 INTRODUCTION = """## How it was measured
 
-`python -m vlattn_fast.benchmarks report` writes this page from the rows in `benchmarks/results/`, and `make bench` measures
-them. The newest row of each variant is shown.
+`make docs` writes this page from the rows in `benchmarks/results/`, and `make bench` measures them. The newest row of each
+variant is shown.
 
 - Variants run in turns in one process; on a CPU each variant of `task_explain_models` and of `task_long` has a process of its
   own. p20, p50 and p80 are percentiles over single calls, and *calls* is their number; it is one for the longer inputs of
@@ -76,12 +76,12 @@ def write(results: Path, out: Path) -> list[Path]:
         parts.append(f"## {first}\n")
         parts.append(_summary(settings[first]))
         best = [record for record in _best(settings[first]) if not record["is_bound"] and not _is_scaling(record)]
-        written.append(_pictures.draw_baselines(best, pictures / f"{name}.png", first))
+        written.append(report_pictures.draw_baselines(best, pictures / f"{name}.png", first))
         parts.append(f"![Median time over that of the bound]({written[-1].relative_to(out.parent)})\n")
         if rest:
             parts.append(_settings(settings))
         if scaling := [record for record in settings[first] if _is_scaling(record)]:
-            written.append(_pictures.draw_scaling(_best(scaling), pictures / f"{name}-scaling.png", first))
+            written.append(report_pictures.draw_scaling(_best(scaling), pictures / f"{name}-scaling.png", first))
             parts.append(f"![Time and memory over the length]({written[-1].relative_to(out.parent)})\n")
     parts.extend(_host([record for records in stored.values() for record in records if "host" in record]))
     out.write_text("\n".join([*parts, INTRODUCTION, *_tables([record for records in files.values() for record in records])]))
@@ -141,7 +141,7 @@ def _best(records: Sequence[Record]) -> list[Record]:
     best = []
     for variants in _by_benchmark(records).values():
         if ours := _fastest(variants, OURS):
-            best.append({**ours, "variant": _pictures.BEST})
+            best.append({**ours, "variant": report_pictures.BEST})
         best.extend(record for name, record in variants.items() if name in BASELINES or record["is_bound"])
     return best
 
