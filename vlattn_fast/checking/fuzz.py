@@ -31,7 +31,7 @@ from vlattn_fast.ops import OPERATORS
 # How often each backend is drawn. Without a GPU the Triton and CUDA C++ kernels are interpreted and emulated, which is slow.
 BACKENDS = ("streaming",) * 7 + ("cpu",) * 7 + ("auto",) * 2 + ("sdpa", "triton", "cuda", "reference")
 TANGENTS = 0.25  # of the calls with gradients: those of outputs and gradients, which are products with second derivatives
-ROUNDINGS = 4  # of the formula; the unluckiest one counts
+ROUNDINGS = 12  # of the formula; the unluckiest one counts
 DTYPES = (torch.float32,) * 4 + (torch.bfloat16, torch.float16) * 2 + (torch.float64,)
 
 
@@ -151,8 +151,8 @@ def _runs(
         if got.keys() != exact.keys():
             raise AssertionError(f"outputs must be {list(exact)}; got {list(got)}")
         formula = results(example, tensors, "")
-        for found, x in formula.items():  # those of rows normalised by a tiny sum divide by its cube, beyond the dtype's range
-            if found.startswith("tangent of gradient") and bool((x.isfinite() < exact[found].isfinite()).any()):
+        for found, x in formula.items():  # derivatives of rows with a tiny sum divide by its powers, beyond the dtype's range
+            if not found.startswith("output") and bool((x.isfinite() < exact[found].isfinite()).any()):
                 got[found], exact[found] = torch.zeros_like(got[found]), torch.zeros_like(exact[found])
         if other_roundings:
             keeps_ties = dice.drawn.get("kind") not in ("cacr", "iais_distributed")  # these two compare for a maximum
