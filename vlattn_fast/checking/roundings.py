@@ -66,9 +66,7 @@ class OtherRoundings(TorchDispatchMode):
         if not x.is_floating_point() or x.numel() == 0 or x._is_zerotensor():  # autograd's zeros have no memory to read
             return x
         of = x.abs().view(INTEGERS[x.dtype.itemsize]) if self.keeps_ties else torch.arange(x.numel(), device=x.device)
-        top = (
-            of.long() * (2 * self.chance.getrandbits(62) + 1) + self.chance.getrandbits(63) >> 62
-        )  # of all bits
+        top = of.long() * (2 * self.chance.getrandbits(62) + 1) + self.chance.getrandbits(63) >> 62  # of all bits
         away = ((top == 0).double() - (top == 1).double()).view(x.shape)  # each a quarter
         wide, eps, least = x.double(), torch.finfo(x.dtype).eps, torch.finfo(x.dtype).smallest_normal
         step = wide.abs().clamp(min=least) * eps  # numbers below the least normal one, of float16 6e-5, are as far apart as there
