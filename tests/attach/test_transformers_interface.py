@@ -9,9 +9,9 @@ import torch
 import transformers
 
 import vlattn_fast as va
-from vlattn_fast.checking.models.mixers import each_within
-from vlattn_fast.checking.models.shrink import small_model
-from vlattn_fast.checking.models.stored import Double, Maps, in_double, stored_rows
+from tools.tiny_models.mixers import each_within
+from tools.tiny_models.shrink import small_model
+from tools.tiny_models.stored import Double, Maps, in_double, stored_rows
 
 IDS = torch.randint(3, 90, (1, 11), generator=torch.Generator().manual_seed(4))
 INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}

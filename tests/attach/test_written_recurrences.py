@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tools.tiny_models.inputs import texts
+from tools.tiny_models.shrink import small_model
+from tools.tiny_models.stored import in_double
 from vlattn_fast.attach.recurrences.table import FORWARDS
-from vlattn_fast.checking.models.inputs import texts
-from vlattn_fast.checking.models.shrink import small_model
-from vlattn_fast.checking.models.stored import in_double
 
 MODELS = {
     "MiniMaxLightningAttention": "MiniMaxForCausalLM",

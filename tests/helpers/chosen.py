@@ -11,7 +11,9 @@ import re
 import pytest
 
 # There cases are sizes, dtypes, masks and options of a call. Elsewhere a case is a thing of its own: a page, a file, an example.
-FOLDERS = tuple(f"tests/{name}/" for name in ("attach", "cpu", "cuda", "interpret", "kernels", "nn", "ops", "power"))
+FOLDERS = tuple(
+    f"tests/{name}/" for name in ("attach", "cpu", "cuda", "interpret", "kernels", "model_classes", "nn", "ops", "power")
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from tests.helpers.nn.models import DEEP, MODELS, answer, of_real_tokens, words
+from tools.tiny_models.inputs import texts
+from tools.tiny_models.shrink import small_model
 from vlattn_fast import explain, scores
-from vlattn_fast.checking.models.inputs import texts
-from vlattn_fast.checking.models.shrink import small_model
 from vlattn_fast.nn import register_attention, replace_attention
 
 NAMES = ["CLIP, sdpa", "Llama, sdpa", "BERT", "ViT"]

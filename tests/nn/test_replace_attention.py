@@ -19,10 +19,10 @@ from transformers import BertConfig, BertModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.helpers.nn.models import MODELS, answer, lxmert, of_real_tokens, visual_bert
+from tools.tiny_models.inputs import texts
+from tools.tiny_models.shrink import small_model
 from vlattn_fast import explain, scores
 from vlattn_fast.backends.reference.score_attention import score_attention
-from vlattn_fast.checking.models.inputs import texts
-from vlattn_fast.checking.models.shrink import small_model
 from vlattn_fast.nn import ScoreAttention, replace_attention
 from vlattn_fast.nn.score_attention import LearnedScore
 

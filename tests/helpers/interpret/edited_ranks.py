@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import vlattn_fast as va
 from tests.helpers.interpret import cases, parallel_cases
 from tests.helpers.releases import OLDER
-from vlattn_fast.checking.models.stored import in_double
+from tools.tiny_models.stored import in_double
 
 ACROSS = ("language", "vision")  # of mllama
 Made = tuple[Any, dict[str, Any]]

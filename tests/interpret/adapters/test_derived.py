@@ -16,8 +16,8 @@ from tests.helpers.interpret.cases import TEXT, last_real_row, lively
 from tests.helpers.interpret.decoder_cases import DECODERS, LLAMA, Decoder, next_logits, two_images, words
 from tests.helpers.interpret.stored_maps import BOUNDS, Place, check
 from tests.helpers.interpret.tower_cases import METHODS
-from vlattn_fast.checking.models.inputs import inputs_of
-from vlattn_fast.checking.models.shrink import small_model
+from tools.tiny_models.inputs import inputs_of
+from tools.tiny_models.shrink import small_model
 from vlattn_fast.interpret import ADAPTERS, explain
 from vlattn_fast.interpret.adapters import registry
 from vlattn_fast.interpret.adapters.derived import derive_adapter

@@ -374,8 +374,8 @@ def test_a_batch_whose_tiles_cannot_be_told_apart(monkeypatch):
 
 def test_a_picture_without_patches_is_no_padding():
     """SmolVLM, as Idefics 3, leaves out pictures of zeros; then its placeholders would have no features."""
-    from vlattn_fast.checking.models.inputs import inputs_of
-    from vlattn_fast.checking.models.shrink import small_model
+    from tools.tiny_models.inputs import inputs_of
+    from tools.tiny_models.shrink import small_model
 
     model = small_model(transformers.SmolVLMForConditionalGeneration)
     made = (make() for make in inputs_of("image-text", model))

@@ -16,8 +16,8 @@ import vlattn_fast as va
 from tests.helpers.interpret.cases import LLAMA, lively
 from tests.helpers.interpret.decoder_cases import DECODERS
 from tests.helpers.interpret.edited_maps import llama, made
-from vlattn_fast.checking.models.shrink import small_model
-from vlattn_fast.checking.models.stored import in_double
+from tools.tiny_models.shrink import small_model
+from tools.tiny_models.stored import in_double
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
 

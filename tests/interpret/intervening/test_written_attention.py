@@ -16,8 +16,8 @@ import vlattn_fast as va
 from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.edited_maps import hooked
 from tests.helpers.interpret.tower_cases import HEADS, Stack, second
+from tools.tiny_models.stored import in_double
 from vlattn_fast.attach.events import SOFTMAX
-from vlattn_fast.checking.models.stored import in_double
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
 Made = tuple[Any, dict[str, Any], str]  # the path of the output projections

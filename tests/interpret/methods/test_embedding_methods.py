@@ -19,8 +19,8 @@ from tests.helpers.interpret.cases import CASES, lively, vit
 from tests.helpers.interpret.decoder_cases import DECODERS, LLAMA, next_logits
 from tests.helpers.interpret.encoder_cases import vilt
 from tests.helpers.interpret.stored_maps import with_floats
-from vlattn_fast.checking.models.inputs import inputs_of
-from vlattn_fast.checking.models.shrink import small_model
+from tools.tiny_models.inputs import inputs_of
+from tools.tiny_models.shrink import small_model
 from vlattn_fast.interpret import evaluate, explain
 
 pytestmark = pytest.mark.usefixtures("published")

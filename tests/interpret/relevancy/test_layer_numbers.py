@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import vlattn_fast as va
 from tests.interpret.relevancy.test_recurrences_of_models import IDS, INPUTS, made, near, of_last, stored
-from vlattn_fast.checking.models.mixers import each_within
-from vlattn_fast.checking.models.stored import Double, in_double, stored_rows
+from tools.tiny_models.mixers import each_within
+from tools.tiny_models.stored import Double, in_double, stored_rows
 from vlattn_fast.interpret.intervening.traced_model import trace_model
 
 transformers = pytest.importorskip("transformers")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
+from tools.tiny_models.mixers import Mixed, each_within
+from tools.tiny_models.shrink import lively
+from tools.tiny_models.stored import Double, Maps, in_double, stored_rows
 from vlattn_fast.attach.recurrences.reading import Convolution
-from vlattn_fast.checking.models.mixers import Mixed, each_within
-from vlattn_fast.checking.models.shrink import lively
-from vlattn_fast.checking.models.stored import Double, Maps, in_double, stored_rows
 from vlattn_fast.interpret import explain, explain_layers
 from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
 from vlattn_fast.interpret.relevancy.traced_call import Recursion

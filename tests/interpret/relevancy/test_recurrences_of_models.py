@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.interpret.decoder_cases import next_logits
+from tools.tiny_models.mixers import Mixed, each_within
+from tools.tiny_models.shrink import lively, small_model
+from tools.tiny_models.stored import Double, Maps, in_double, stored_rows
 from vlattn_fast.attach.session import overridden
-from vlattn_fast.checking.models.mixers import Mixed, each_within
-from vlattn_fast.checking.models.shrink import lively, small_model
-from vlattn_fast.checking.models.stored import Double, Maps, in_double, stored_rows
 from vlattn_fast.interpret import explain, explain_layers
 from vlattn_fast.interpret.relevancy.recurrent_calls import replacements
 from vlattn_fast.nn import capture_relevancy

@@ -1,4 +1,4 @@
-"""`freeze` beside norms that are written out with detached denominators: `python -m vlattn_lab.model_classes --held`."""
+"""`freeze` beside norms that are written out with detached denominators: `python -m tools.model_classes --held`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tools.model_classes import held
+from tools.model_classes.compare import BOUND, outcome_of
+from tools.model_classes.run import HELD, classes
 from vlattn_fast.attach import frozen
-from vlattn_lab.model_classes import held
-from vlattn_lab.model_classes.compare import BOUND, outcome_of
-from vlattn_lab.model_classes.run import HELD, classes
 
 
 @pytest.mark.parametrize(

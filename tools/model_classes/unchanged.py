@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _pop_mode, _push_mode
 
+from tools.model_classes.compare import BOUND, Row, described, next_logits
 from vlattn_fast import Steer, intervene
 from vlattn_fast.interpret.intervening.traced_model import trace_model
 from vlattn_fast.nn import register_attention, replace_attention
-from vlattn_lab.model_classes.compare import BOUND, Row, described, next_logits
 
 NAME = "by_name"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

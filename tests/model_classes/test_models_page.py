@@ -8,10 +8,10 @@ import typing
 
 import pytest
 
+from tools.model_classes.run import EDITS, HELD, TABLE, UNCHANGED
+from tools.pages.models_page import KINDS, MAPPED, listed_models, measured_models, row
 from vlattn_fast.interpret.adapters.encoders import ENCODERS
 from vlattn_fast.interpret.adapters.two_towers import LINKED
-from vlattn_lab.model_classes.run import EDITS, HELD, TABLE, UNCHANGED
-from vlattn_lab.pages.models_page import KINDS, MAPPED, listed_models, measured_models, row
 
 
 def test_the_tables_show_every_class():

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from vlattn_lab.model_classes import edited, held, unchanged
-from vlattn_lab.model_classes.compare import Judge, Row, compared, outcome_of
+from tools.model_classes import edited, held, unchanged
+from tools.model_classes.compare import Judge, Row, compared, outcome_of
 
 EDITS = Path(__file__).with_name("edits.json")
 HELD = Path(__file__).with_name("held.json")

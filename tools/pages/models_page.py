@@ -1,4 +1,4 @@
-"""The tables of docs/models.md: the listed classes, and what `python -m vlattn_lab.model_classes` stored."""
+"""The tables of docs/models.md: the listed classes, and what `python -m tools.model_classes` stored."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import re
 from collections import Counter
 from typing import Any
 
+from tools.model_classes.compare import BOUND
+from tools.model_classes.edited import WITHOUT
+from tools.model_classes.held import KEPT
+from tools.model_classes.run import EDITS, HELD, TABLE, UNCHANGED
+from tools.model_classes.unchanged import LOSS, WAYS
 from vlattn_fast.interpret import Adapter
 from vlattn_fast.interpret.adapters.decoders import DECODERS
 from vlattn_fast.interpret.adapters.encoders import ENCODERS
 from vlattn_fast.interpret.adapters.two_towers import LINKED
-from vlattn_lab.model_classes.compare import BOUND
-from vlattn_lab.model_classes.edited import WITHOUT
-from vlattn_lab.model_classes.held import KEPT
-from vlattn_lab.model_classes.run import EDITS, HELD, TABLE, UNCHANGED
-from vlattn_lab.model_classes.unchanged import LOSS, WAYS
 
 KINDS = {"Encoders": ENCODERS, "Decoders": DECODERS, "Towers that attend to one another": LINKED}
 MAPPED = {
@@ -60,10 +60,10 @@ def row(name: str, adapter: Adapter) -> str:
 
 
 def measured(table: dict[str, Any]) -> str:
-    """The stored outcomes of `python -m vlattn_lab.model_classes`."""
+    """The stored outcomes of `python -m tools.model_classes`."""
     text = f"""## Classes of transformers {table["transformers"]}
 
-`python -m vlattn_lab.model_classes` builds a small random model of each class, from the class's default config with small sizes
+`python -m tools.model_classes` builds a small random model of each class, from the class's default config with small sizes
 and the values that only configs of checkpoints have, and explains it without further arguments in float64. It compares the
 relevancy vectors with the published rule on the maps of eager attention. *Equal* is a difference of at most {BOUND:.0e} of a
 vector's largest value. An image must change the logits. *Not supported* is an error that names its reason. A class *cannot be
@@ -74,12 +74,12 @@ built* if its default config with small sizes does not run. It *cannot be compar
 
 
 def edited(table: dict[str, Any]) -> str:
-    """The stored outcomes of `python -m vlattn_lab.model_classes --edits`."""
+    """The stored outcomes of `python -m tools.model_classes --edits`."""
     equal = [reason for mapping in MAPPED for _, outcome, reason in table.get(mapping, {}).values() if outcome == "equal"]
     both = sum(WITHOUT not in reason for reason in equal)
     text = f"""## Edited attention and states
 
-`python -m vlattn_lab.model_classes --edits` uses the same models. With `va.intervene` it cuts edges of two heads in all layers
+`python -m tools.model_classes --edits` uses the same models. With `va.intervene` it cuts edges of two heads in all layers
 and steers a layer (`Knockout`, `Steer`), and scales states after this layer and outputs of its MLP at some positions (`Residual`,
 `Mlp`). It compares the logits with those of eager attention with edited maps and of hooks on the modules. *Equal* is a difference
 of at most {BOUND:.0e} of what the edits change; {both} of {len(equal)} equal model types have both kinds of states. A class
@@ -98,7 +98,7 @@ def held(table: dict[str, Any], explained: dict[str, Any]) -> str:
                 kept[name] = f"`{name}`" + (f" ({', '.join(parts)})" if parts else "")
     text = f"""## Norms held fixed
 
-`python -m vlattn_lab.model_classes --held` uses the same models. It holds the denominators of norms fixed (`freeze=("norms",)`)
+`python -m tools.model_classes --held` uses the same models. It holds the denominators of norms fixed (`freeze=("norms",)`)
 and compares the gradient of the score at all embeddings with that of a plain implementation, in which each norm has a detached
 denominator. If relevancy vectors can be compared, those of `va.methods.Gradient(freeze=("norms",))` and of
 `va.methods.Gradient(freeze=("norms", "attention"))` are compared with the published rule on the plain implementation's maps.
@@ -121,7 +121,7 @@ def unchanged(table: dict[str, Any]) -> str:
         lines += f"| {MAPPED[mapping]} | {len(reasons)} | {' | '.join(cells)} |\n"
     text = f"""## Attention by a name
 
-`python -m vlattn_lab.model_classes --unchanged` uses the same models, with three functions that must change nothing: "scaled_dot"
+`python -m tools.model_classes --unchanged` uses the same models, with three functions that must change nothing: "scaled_dot"
 *by name* (`va.nn.register_attention`), *edited* with `Steer(weight=1.0)` in `va.intervene`, and *replaced* by "scaled_dot"
 (`va.nn.replace_attention`). Prompts are padded on either side; windows and indexers leave out keys. *Equal* is a difference from
 eager attention, or from the model's default attention, of at most {BOUND:.0e} of the largest value in float64, and of {LOSS:.0f}
@@ -171,7 +171,7 @@ def _short(reason: str) -> str:
 
 
 def measured_models() -> str:
-    """What `python -m vlattn_lab.model_classes` stored, in four sections."""
+    """What `python -m tools.model_classes` stored, in four sections."""
     explained, *others = (json.loads(path.read_text(encoding="utf-8")) for path in (TABLE, EDITS, HELD, UNCHANGED))
     stored_edits, stored_held, stored_unchanged = others
     return "\n".join([measured(explained), edited(stored_edits), held(stored_held, explained), unchanged(stored_unchanged)])

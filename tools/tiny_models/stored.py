@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from vlattn_fast.checking.models.mixers import Mixed, Mixers
+from tools.tiny_models.mixers import Mixed, Mixers
 
 SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
 PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__, torch.einsum, functional.linear}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlattn_fast.checking.models.checkpoints import CHECKPOINTS
+from tools.tiny_models.checkpoints import CHECKPOINTS
 
 VOCABULARY, HEADS, HEAD, LAYERS = 99, 4, 16, 2
 HIDDEN = HEADS * HEAD

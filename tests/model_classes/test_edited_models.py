@@ -1,4 +1,4 @@
-"""Edits beside eager attention with edited maps, as `python -m vlattn_lab.model_classes --edits` compares them for any class."""
+"""Edits beside eager attention with edited maps, as `python -m tools.model_classes --edits` compares them for any class."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vlattn_lab.model_classes import edited
-from vlattn_lab.model_classes.compare import outcome_of
-from vlattn_lab.model_classes.run import EDITS, UNCHANGED, classes
+from tools.model_classes import edited
+from tools.model_classes.compare import outcome_of
+from tools.model_classes.run import EDITS, UNCHANGED, classes
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The stored outcomes of `python -m vlattn_lab.model_classes`: some are measured again, and none is wrong."""
+"""The stored outcomes of `python -m tools.model_classes`: some are measured again, and none is wrong."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 
-from tests.helpers.small_models import TEXT, lively
-from vlattn_lab.model_classes.compare import mixed_beside_attention, outcome_of
-from vlattn_lab.model_classes.run import TABLE, classes
+from tests.helpers.interpret.cases import TEXT, lively
+from tools.model_classes.compare import mixed_beside_attention, outcome_of
+from tools.model_classes.run import TABLE, classes
 
 OLDER = tuple(map(int, version("transformers").split(".")[:2])) < (5, 23)  # than that of the table
 LLAMA = dict(TEXT, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tools.model_classes.compare import BOUND, Row, described, next_logits
+from tools.tiny_models.stored import SOFTMAX
 from vlattn_fast import Knockout, Mlp, Residual, Steer, intervene
-from vlattn_fast.checking.models.stored import SOFTMAX
 from vlattn_fast.interpret.intervening.state_places import StatePlace, find_states
 from vlattn_fast.interpret.intervening.traced_model import ModelCall, trace_model
-from vlattn_lab.model_classes.compare import BOUND, Row, described, next_logits
 
 WEIGHT = 3.0
 FACTORS = {"residual": 0.5, "mlp": -1.5}

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tools.tiny_models.inputs import inputs_of
+from tools.tiny_models.mixers import each_within
+from tools.tiny_models.shrink import small_model
+from tools.tiny_models.stored import Double, Maps, in_double, stored_rows, stored_rows_between
 from vlattn_fast import Action, explain
-from vlattn_fast.checking.models.inputs import inputs_of
-from vlattn_fast.checking.models.mixers import each_within
-from vlattn_fast.checking.models.shrink import small_model
-from vlattn_fast.checking.models.stored import Double, Maps, in_double, stored_rows, stored_rows_between
 from vlattn_fast.methods import Gradient
 
 BOUND = 1e-9  # of a row's largest value beside the identity

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from tools.model_classes import compare
+from tools.model_classes.compare import BOUND, Row, described, score_of
+from tools.tiny_models.shrink import HEADS
+from tools.tiny_models.stored import SOFTMAX
 from vlattn_fast.attach.frozen import Frozen
-from vlattn_fast.checking.models.shrink import HEADS
-from vlattn_fast.checking.models.stored import SOFTMAX
-from vlattn_lab.model_classes import compare
-from vlattn_lab.model_classes.compare import BOUND, Row, described, score_of
 
 EQUAL = 1e-11  # how far a formula may be from a module's output, as a part of its largest number
 SEEN_CHANGE = 1e-6  # of the gradient, by constant denominators

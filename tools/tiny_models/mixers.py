@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.checking.models.inline_mixers import lightning, parts_of, token_shift, without_bias
+from tools.tiny_models.inline_mixers import lightning, parts_of, token_shift, without_bias
 
 LINEAR = 1e-10  # how far A times the values may be from the function's output, as a part of its largest number
 

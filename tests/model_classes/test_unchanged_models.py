@@ -1,11 +1,11 @@
-"""Functions that change nothing beside a model's own attention: `python -m vlattn_lab.model_classes --unchanged`."""
+"""Functions that change nothing beside a model's own attention: `python -m tools.model_classes --unchanged`."""
 
 from __future__ import annotations
 
 import pytest
 
-from vlattn_lab.model_classes import unchanged
-from vlattn_lab.model_classes.compare import outcome_of
+from tools.model_classes import unchanged
+from tools.model_classes.compare import outcome_of
 
 
 @pytest.mark.parametrize(

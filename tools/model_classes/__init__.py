@@ -2,5 +2,5 @@
 
 In: names of mappings and of model types.
 Out: table.json, edits.json and held.json: of each class, whether `va.explain` and `va.intervene` give what they must.
-Imports: nothing.
+Imports: tools.tiny_models.
 """
