@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ import vlattn_fast as va
 from tests.helpers.ops.every_call import CALLS, every_call, gradients, leaves, outputs_of
 from vlattn_fast import scores as S
 from vlattn_fast.checking.cases import Example
-from vlattn_fast.ops import attention_statistics
+from vlattn_fast.ops._groups import resolve_groups
 
 BACKENDS = ("auto", "streaming", "reference")
 
@@ -232,8 +231,7 @@ class OnDevice:
 def test_groups_on_a_gpu_are_read_once_or_not_at_all() -> None:
     groups = OnDevice([0, 2, 1])
     for num_groups, number, reads in ((2, 2, 0), (None, 3, 1)):
-        arguments = SimpleNamespace(key_groups=groups, num_groups=num_groups, group_bias=None)
-        assert attention_statistics._resolve_groups(arguments) == number and groups.reads == reads
+        assert resolve_groups(groups, num_groups) == number and groups.reads == reads  # type: ignore[arg-type]
 
 
 def test_a_group_out_of_range_counts_as_none() -> None:

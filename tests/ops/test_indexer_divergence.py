@@ -212,9 +212,9 @@ def test_a_detached_side_has_no_gradient(backend: str) -> None:
 
 
 def test_a_detached_attention_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlattn_fast.backends.streaming.attention_divergence import Attention
+    from vlattn_fast.backends.streaming.attention_divergence import Products
 
-    monkeypatch.setattr(Attention, "add_gradients", lambda *_: pytest.fail("its gradient is computed"))
+    monkeypatch.setattr(Products, "add_gradients", lambda *_: pytest.fail("its gradient is computed"))
     x = {name: value.requires_grad_(name.startswith("index")) for name, value in tensors().items()}
     va.indexer_divergence(**x).sum().backward()
     with pytest.raises(pytest.fail.Exception, match="its gradient is computed"):

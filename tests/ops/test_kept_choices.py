@@ -37,14 +37,14 @@ class Asked:
     def __init__(self) -> None:
         self.times = 0
 
-    def __call__(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         self.times += 1
         return arguments
 
     def during(self, tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str = "streaming") -> int:
         """How often a call asks for it."""
         before = self.times
-        *_, named = choice.planned(self, (*tensors, *options, backend))
+        *_, named = choice.planned(self, *tensors, *options, backend)
         assert named == backend
         return self.times - before
 
@@ -102,6 +102,16 @@ def test_another_option_is_asked_for(what: str) -> None:
     asked = Asked()
     asked.during((X,), (1, None))
     assert [asked.during((X,), OPTIONS[what]) for _ in range(2)] == [1, 0]
+
+
+@pytest.mark.parametrize("what", TENSORS)
+def test_another_attention_is_asked_for(what: str) -> None:
+    """The arguments that calls of attention share come as one."""
+    asked = Asked()
+    asked.during((calls.AttentionArguments(X, X),), (1,))
+    assert asked.during((calls.AttentionArguments(X + 1.0, X),), (1,)) == 0
+    assert [asked.during((calls.AttentionArguments(X, TENSORS[what]()),), (1,)) for _ in range(2)] == [1, 0]  # type: ignore[arg-type]
+    assert asked.during((calls.AttentionArguments(X, X, scale=2.0),), (1,)) == 1
 
 
 SEQUENCES: dict[str, Any] = {

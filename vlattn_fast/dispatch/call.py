@@ -1,4 +1,5 @@
-"""The metadata of a call that backends' limits use, and the runner of GPU kernels on CPU tensors."""
+"""The arguments of a call of attention, the metadata of a call that backends' limits use, and the runner of GPU kernels on CPU
+tensors."""
 
 from __future__ import annotations
 
@@ -30,6 +31,25 @@ def run_gpu_kernels_on_cpu(runner: OnCpu | None) -> OnCpu | None:
     global on_cpu
     before, on_cpu = on_cpu, runner
     return before
+
+
+class AttentionArguments(NamedTuple):
+    """The arguments that the public calls of attention share, as `score_attention` documents them. A call makes one of its own,
+    and hands it on with the rest of its arguments."""
+
+    query: Tensor
+    key: Tensor
+    attn_mask: Tensor | None = None
+    key_mask: Tensor | None = None
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+    softcap: float | None = None
+    sink: Tensor | None = None
+    query_groups: Tensor | None = None
+    key_groups: Tensor | None = None
+    group_bias: Tensor | None = None
+    backend: str = "auto"
 
 
 class CallShape(NamedTuple):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from operator import attrgetter, itemgetter
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +25,10 @@ from vlattn_fast._ground.tensors import as_outputs, mask_padding
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.dispatch import call as calls
-from vlattn_fast.dispatch.call import CallShape
+from vlattn_fast.dispatch.call import AttentionArguments, CallShape
 from vlattn_fast.dispatch.table import BACKEND_NAMES, Table, refusals
 
-Arguments = TypeVar("Arguments", bound=tuple[Any, ...])
+Arguments = TypeVarTuple("Arguments")
 Plan = TypeVar("Plan")
 AUTO = os.environ.get("VLATTN_BACKEND", "auto")  # the backend that "auto" stands for, in calls of models, too
 
@@ -95,23 +95,28 @@ def gradients(backends: Table, name: str) -> Callable[..., tuple[Tensor | None, 
     return run
 
 
-def planned(plan: Callable[[Arguments], Plan], arguments: Arguments) -> Plan:
-    """Returns plan(arguments), cached for later calls with the same metadata.
+def planned(plan: Callable[[*Arguments], Plan], *arguments: *Arguments) -> Plan:
+    """Returns plan(*arguments), cached for later calls with the same metadata.
 
-    `arguments` holds those of a public call. `plan` checks them, selects the backend, and uses no value of a tensor. So a call
+    `arguments` are those of a public call. `plan` checks them, selects the backend, and uses no value of a tensor. So a call
     with the metadata of an earlier one skips all of that. Errors are not cached. Traced code caches nothing: its sizes are
     symbols.
     """
     key = None if torch.compiler.is_compiling() else _key(plan, arguments)
     if key is None:
-        return plan(arguments)
+        return plan(*arguments)
     made: Plan | None = _PLANS.get(key)
     if made is None:
-        made = plan(arguments)
+        made = plan(*arguments)
         if len(_PLANS) >= 4096:
             _PLANS.clear()
         _PLANS[key] = made
     return made
+
+
+def selecting(backends: Table, describe: Callable[[*Arguments], CallShape]) -> Callable[[str, *Arguments], str]:
+    """Returns a plan that is only the backend: `select` for the arguments that `describe` takes, after the caller's `backend`."""
+    return lambda backend, *arguments: select(backends, describe(*arguments), backend)
 
 
 _PLANS: dict[tuple[Any, ...], Any] = {}
@@ -121,6 +126,8 @@ _PLAIN = {str, bool, int, float, type(None)}
 def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Returns plain values, and the metadata of tensors, including those in score functions and sequences: checks and limits use
     no more. None if they may: for subclasses of tensors, forward mode and torch.func, other options."""
+    if type(arguments[0]) is AttentionArguments:
+        arguments = *arguments[0], *arguments[1:]
     kinds = tuple(map(type, arguments))
     sorts = _SORTS.get(kinds) or _sort(kinds)
     if sorts.with_parts:

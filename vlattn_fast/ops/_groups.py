@@ -16,30 +16,30 @@ from vlattn_fast._ground.checks import FLOAT_DTYPES, check_device, check_tensor,
 from vlattn_fast._ground.groups import rows_of_groups, sums_of_groups
 from vlattn_fast._ground.tensors import as_dtype, cast_float_mask, compute_dtype
 from vlattn_fast.backends.inputs import GroupRowsInputs, GroupSumsInputs, ScoreAttentionInputs
+from vlattn_fast.dispatch.call import AttentionArguments
 from vlattn_fast.ops._registration import define, differentiable
 
-NO_BIAS = None, None  # group_bias_inputs of a call without one, which saves a call of a function
 _NAMES = "query_groups", "key_groups", "group_bias"
 
 
-def check_groups(arguments: Any) -> None:
+def check_groups(x: AttentionArguments) -> None:
     """query_groups, key_groups and group_bias come together and fit query and key."""
-    x, query = arguments, arguments.query
-    has_no_bias = x.group_bias is None and x.query_groups is None
-    if has_no_bias and (x.key_groups is None or "num_groups" in x._fields):  # attention_statistics takes only groups of keys
+    query = x.query
+    if x.group_bias is None and x.query_groups is None and x.key_groups is None:
         return
     for name in _NAMES:
         if getattr(x, name) is None:
             raise ValueError(f"{name} must be given if one of query_groups, key_groups and group_bias is; got None")
-    check_tensor("group_bias", x.group_bias, shape="(H, Gq, Gk) or (B, H, Gq, Gk)")
-    check_device("group_bias", x.group_bias, "query", query)
-    if x.group_bias.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"group_bias must be floating point (added; -inf masks); got {describe(x.group_bias)}")
-    shape, full = tuple(x.group_bias.shape), tuple(query.shape[:2])
+    bias: Any = x.group_bias
+    check_tensor("group_bias", bias, shape="(H, Gq, Gk) or (B, H, Gq, Gk)")
+    check_device("group_bias", bias, "query", query)
+    if bias.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"group_bias must be floating point (added; -inf masks); got {describe(bias)}")
+    shape, full = tuple(bias.shape), tuple(query.shape[:2])
     if len(shape) not in (3, 4) or shape[:-2] != full[4 - len(shape) :] or 0 in shape[-2:]:
         raise ValueError(
             f"group_bias must have shape (H, Gq, Gk) or (B, H, Gq, Gk) with (B, H) = {full}, Gq > 0 and Gk > 0; "
-            f"got {describe(x.group_bias)}"
+            f"got {describe(bias)}"
         )
     check_token_groups("query_groups", x.query_groups, query, query.shape[2], "N")
     check_token_groups("key_groups", x.key_groups, query, x.key.shape[2], "M")
@@ -80,12 +80,11 @@ def check_range(name: str, groups: Tensor, num_groups: int) -> None:
         raise ValueError(f"{name} must hold values from -1 (no group) to below {num_groups}; got values from {low} to {high}")
 
 
-def check_ranges(arguments: Any) -> None:
-    """`check_range` of the groups of queries and keys."""
-    bias = getattr(arguments, "group_bias", None)
-    if bias is not None:
-        check_range("query_groups", arguments.query_groups, bias.shape[-2])
-        check_range("key_groups", arguments.key_groups, bias.shape[-1])
+def check_ranges(query_groups: Tensor | None, key_groups: Tensor | None, group_bias: Tensor | None) -> None:
+    """`check_range` of the groups of queries and keys, which come with a bias."""
+    if query_groups is not None and key_groups is not None and group_bias is not None:
+        check_range("query_groups", query_groups, group_bias.shape[-2])
+        check_range("key_groups", key_groups, group_bias.shape[-1])
 
 
 def resolve_groups(key_groups: Tensor | None, num_groups: int | None) -> int:
@@ -119,16 +118,16 @@ def _range(groups: Tensor) -> tuple[int, int]:
     return tuple(torch.stack([low, high]).tolist())  # one transfer
 
 
-def group_bias_inputs(arguments: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Returns row_bias (B, H, N, G) and key_groups (B, M), as backends take them, or None and None. `arguments`: query, groups
-    and group_bias of a public call."""
-    x, bias = arguments, arguments.group_bias
-    if bias is None:
-        return NO_BIAS
-    check_ranges(x)
-    batch, dtype = x.query.shape[0], compute_dtype(x.query)
-    table = cast_float_mask(bias, dtype).expand(batch, *bias.shape[-3:]).contiguous()
-    query_groups, key_groups = (groups.expand(batch, -1).contiguous() for groups in (x.query_groups, x.key_groups))
+def group_bias_inputs(
+    query: Tensor, query_groups: Tensor | None, key_groups: Tensor | None, group_bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns row_bias (B, H, N, G) and key_groups (B, M), as backends take them, or None and None."""
+    if group_bias is None or query_groups is None or key_groups is None:
+        return None, None
+    check_ranges(query_groups, key_groups, group_bias)
+    batch, dtype = query.shape[0], compute_dtype(query)
+    table = cast_float_mask(group_bias, dtype).expand(batch, *group_bias.shape[-3:]).contiguous()
+    query_groups, key_groups = (groups.expand(batch, -1).contiguous() for groups in (query_groups, key_groups))
     return _rows_op(GroupRowsInputs(table, groups=query_groups)), key_groups
 
 

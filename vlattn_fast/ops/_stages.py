@@ -1,42 +1,41 @@
 """The stages that calls of attention share.
 
-A public call bundles its arguments in a NamedTuple, `Arguments`, and then goes through stages:
+A public call bundles those of its arguments that all calls of attention have, `AttentionArguments`, and then goes through stages:
 
     plan      checks, backend, scale: only from the metadata of the arguments, and cached for the next such call
     features  what the kernel multiplies: no padding, autocast's dtype
     run       the operator, or the formula of backend "reference"
     finish    sink, heads, dtype
-
-The functions below read the fields that the operators' `Arguments` have in common.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections import namedtuple
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from vlattn_fast._ground.checks import autocasts, check_masks, check_sink, check_softcap
-from vlattn_fast._ground.named import by_name
 from vlattn_fast._ground.tensors import cast_by_autocast, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.dispatch.call import CallShape
+from vlattn_fast.dispatch.call import AttentionArguments, CallShape
 from vlattn_fast.dispatch.table import Table
 from vlattn_fast.ops._groups import check_groups, check_ranges
 from vlattn_fast.scores import softcapped
 
 
-def arguments_of(call: Callable[..., Any]) -> Any:
-    """Returns the class of a public call's arguments, a NamedTuple with the call's names and defaults. A call begins with
-    `Arguments(**locals())`, before it has other variables."""
-    parameters = inspect.signature(call).parameters.values()
-    defaults = [each.default for each in parameters if each.default is not each.empty]
-    return by_name(namedtuple("Arguments", [each.name for each in parameters], defaults=defaults))
+def described(call: Callable[..., Any], describe: Callable[..., CallShape]) -> Callable[..., CallShape]:
+    """Returns a function of a public call's arguments, by name, that checks them and returns the call's metadata. `describe`
+    takes some of them, and as `x` its `AttentionArguments`."""
+    signature, parameters = inspect.signature(call), inspect.signature(describe).parameters
 
+    def describe_call(**named: Any) -> CallShape:
+        bound = signature.bind(**named)
+        bound.apply_defaults()
+        shared = {name: each for name, each in bound.arguments.items() if name in AttentionArguments._fields}
+        return describe(*[AttentionArguments(**shared) if name == "x" else bound.arguments[name] for name in parameters])
 
-def described(arguments: Any, describe: Callable[[Any], CallShape]) -> Callable[..., CallShape]:
-    """Returns a function of a public call's arguments, by name, that checks them and returns the call's metadata."""
-    return lambda **named: describe(arguments(**named))
+    return describe_call
 
 
 class DotPlan(NamedTuple):
@@ -48,46 +47,44 @@ class DotPlan(NamedTuple):
     core: tuple[str, float, float]
 
 
-def make_plan(backends: Table, backend: str, arguments: Any) -> DotPlan:
+def make_plan(backends: Table, backend: str, query: Tensor, scale: float | None, softcap: float | None) -> DotPlan:
     """The plan of a call that is checked but for its scale."""
-    scale = resolve_scale(arguments.scale, scaled_dot_default(arguments.query.shape[-1]))
-    return DotPlan(backend, backends[backend].masks_padding, scale, softcapped(scale, arguments.softcap))
+    scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
+    return DotPlan(backend, backends[backend].masks_padding, scale, softcapped(scale, softcap))
 
 
-def check_logits(arguments: Any) -> None:
+def check_logits(x: AttentionArguments) -> None:
     """Raises unless masks, softcap, sink and groups fit query and key."""
-    query, key = arguments.query, arguments.key
-    check_masks(query, key, arguments.attn_mask, arguments.key_mask, arguments.is_causal)
-    check_softcap(arguments.softcap)
-    check_sink(arguments.sink, query)
-    check_groups(arguments)
+    check_masks(x.query, x.key, x.attn_mask, x.key_mask, x.is_causal)
+    check_softcap(x.softcap)
+    check_sink(x.sink, x.query)
+    check_groups(x)
 
 
-def logit_flags(arguments: Any) -> dict[str, bool]:
+def logit_flags(x: AttentionArguments) -> dict[str, bool]:
     """Returns the flags about logits that backends' limits use."""
-    return {name: getattr(arguments, name) is not None for name in ("softcap", "sink", "group_bias")}
+    return {"softcap": x.softcap is not None, "sink": x.sink is not None, "group_bias": x.group_bias is not None}
 
 
-def cast(arguments: Any) -> Any:
-    """Returns the arguments, in autocast's dtype if autocast is on."""
-    if not autocasts(arguments.query):
-        return arguments
-    names = [name for name in ("query", "key", "value", "grad_output") if name in arguments._fields]
-    return arguments._replace(**dict(zip(names, cast_by_autocast(*[getattr(arguments, name) for name in names]), strict=True)))
+def cast(x: AttentionArguments, *more: Tensor | None) -> tuple[Any, ...]:
+    """Returns the arguments and more tensors, in autocast's dtype if autocast is on."""
+    if not autocasts(x.query):
+        return x, *more
+    query, key, *rest = cast_by_autocast(x.query, x.key, *more)
+    return x._replace(query=query, key=key), *rest
 
 
-def without_padding(arguments: Any, plan: DotPlan) -> Any:
-    """Returns the arguments, with zeros in the keys and values of padding unless the backend's kernels mask it."""
-    if plan.masks_padding or arguments.key_mask is None:
-        return arguments
-    names = [name for name in ("key", "value") if name in arguments._fields]
-    masked = mask_padding(arguments.key_mask, *[getattr(arguments, name) for name in names])
-    return arguments._replace(**dict(zip(names, masked, strict=True)))
+def without_padding(x: AttentionArguments, plan: DotPlan, *values: Tensor | None) -> tuple[Any, ...]:
+    """Returns the arguments and values, with zeros in the keys and values of padding unless the backend's kernels mask it."""
+    if plan.masks_padding or x.key_mask is None:
+        return x, *values
+    key, *masked = mask_padding(x.key_mask, x.key, *values)
+    return x._replace(key=key), *masked
 
 
-def by_formula(formula: Callable[..., Any], arguments: Any, scale: float) -> Any:
-    """Runs the call with the formula of the operator, which has the same arguments."""
-    check_ranges(arguments)
-    options = dict(zip(arguments._fields, arguments, strict=True))
+def by_formula(formula: Callable[..., Any], x: AttentionArguments, scale: float, **more: Any) -> Any:
+    """Runs the call with the formula of the operator, which has the same arguments; `more` are those that calls do not share."""
+    check_ranges(x.query_groups, x.key_groups, x.group_bias)
+    options = x._asdict() | more | {"scale": scale}
     del options["backend"]
-    return formula(**{**options, "scale": scale})
+    return formula(**options)

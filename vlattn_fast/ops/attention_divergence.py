@@ -6,7 +6,7 @@ Formula: reference/attention_divergence.py. Bounded memory: streaming/attention_
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -37,13 +37,13 @@ from vlattn_fast.backends.streaming.attention_divergence import (
     AttentionDivergenceJvpInputs,
     AttentionDivergenceSecondInputs,
 )
-from vlattn_fast.dispatch.call import CallShape, call_shape
+from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
 from vlattn_fast.dispatch.choice import launcher, load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
-from vlattn_fast.ops._stages import arguments_of, described
+from vlattn_fast.ops._stages import described
 
 
 def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
@@ -112,60 +112,56 @@ def attention_divergence(
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
-    arguments = Arguments(**locals())
-    plan = planned(_plan, arguments)
-    x = arguments._replace(**dict(zip(FIELDS, cast_by_autocast(query, key, other_query, other_key), strict=True)))
-    if plan.backend == "reference":
-        options = {name: value for name, value in x._asdict().items() if name not in ("backend", *FIELDS)}
+    x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, backend=backend)
+    backend, scale_of_own, scale_of_other = planned(_plan, x, other_scale, other_query, other_key, kind, beta, head_mean)
+    query, key, other_query, other_key = cast_by_autocast(query, key, other_query, other_key)
+    if backend == "reference":
+        own = {"kind": kind, "beta": beta, "head_mean": head_mean, "enable_gqa": enable_gqa}
+        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
         with without_autocast(query):
-            formula = load(BACKENDS, plan.backend).attention_divergence
-            result: Tensor = formula(x.query, x.key, x.other_query, x.other_key, **options)
+            formula = load(BACKENDS, backend).attention_divergence
+            result: Tensor = formula(query, key, other_query, other_key, scale=scale, other_scale=other_scale, **own, **masks)
             return result
-    key, other_key = mask_padding(key_mask, x.key, x.other_key)
-    scales = plan.scale, plan.other_scale
-    tensors = x.query, key, x.other_query, other_key, attn_mask, key_mask
-    inputs = AttentionDivergenceInputs(*tensors, kind, float(beta), head_mean, is_causal, *scales, plan.backend)
+    key, other_key = mask_padding(key_mask, key, other_key)
+    tensors = query, key, other_query, other_key, attn_mask, key_mask
+    inputs = AttentionDivergenceInputs(*tensors, kind, float(beta), head_mean, is_causal, scale_of_own, scale_of_other, backend)
     divergence: Tensor = _forward_op(inputs)
     return divergence
 
 
-Arguments = arguments_of(attention_divergence)
+def _plan(x: AttentionArguments, other_scale: float | None, *others: Any) -> tuple[str, float, float]:
+    """The backend and both scales."""
+    shape = _describe(x, *others)
+    scales = (x.scale, shape.sizes["head_dim"]), (other_scale, shape.sizes["other_dim"])
+    own, other = (resolve_scale(scale, scaled_dot_default(dim)) for scale, dim in scales)
+    return select(BACKENDS, shape, x.backend), own, other
 
 
-class _Plan(NamedTuple):
-    backend: str
-    scale: float
-    other_scale: float
-
-
-def _plan(x: Any) -> _Plan:
-    backend = select(BACKENDS, _describe(x), x.backend)
-    scales = ((x.scale, x.query), (x.other_scale, x.other_query))
-    return _Plan(backend, *[resolve_scale(scale, scaled_dot_default(query.shape[3])) for scale, query in scales])
-
-
-def _describe(x: Any) -> CallShape:
+def _describe(
+    x: AttentionArguments, other_query: Tensor, other_key: Tensor, kind: str, beta: float, head_mean: bool
+) -> CallShape:
     """Checks a call except for its scales, and returns its metadata."""
-    check_kind(x.kind, x.beta)
-    check_bool(head_mean=x.head_mean, enable_gqa=x.enable_gqa)
-    for name in FIELDS:
-        check_tensor(name, getattr(x, name), rank=4, shape="(B, H, M, D)" if "key" in name else "(B, H, N, D)")
-    check_floating(**{name: getattr(x, name) for name in FIELDS})
-    query, key, other = x.query, x.key, x.other_query
+    check_kind(kind, beta)
+    check_bool(head_mean=head_mean, enable_gqa=x.enable_gqa)
+    query, key, other = x.query, x.key, other_query
+    tensors = dict(zip(FIELDS, (query, key, other_query, other_key), strict=True))
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor, rank=4, shape="(B, H, M, D)" if "key" in name else "(B, H, N, D)")
+    check_floating(**tensors)
     check_key("key", key, "query", query, x.enable_gqa)
-    check_key("other_key", x.other_key, "other_query", other, x.enable_gqa)
+    check_key("other_key", other_key, "other_query", other, x.enable_gqa)
     check_device("other_query", other, "query", query)
     if other.shape[0] != query.shape[0] or other.shape[2] != query.shape[2]:
         raise ValueError(f"other_query must have query's B and N; got {describe(other)} for {describe(query)}")
-    if x.other_key.shape[2] != key.shape[2]:
-        raise ValueError(f"other_key must have as many keys as key, {key.shape[2]}; got {describe(x.other_key)}")
-    if other.shape[1] != query.shape[1] and not x.head_mean:
+    if other_key.shape[2] != key.shape[2]:
+        raise ValueError(f"other_key must have as many keys as key, {key.shape[2]}; got {describe(other_key)}")
+    if other.shape[1] != query.shape[1] and not head_mean:
         raise ValueError(f"other_query must have query's {query.shape[1]} heads unless head_mean=True; got {describe(other)}")
-    if x.head_mean and 0 in (query.shape[1], other.shape[1]):
+    if head_mean and 0 in (query.shape[1], other.shape[1]):
         raise ValueError(f"query must have at least one head to reduce; got {describe(query)} and {describe(other)}")
     check_masks(query if other.shape[1] == query.shape[1] else query[:, :1], key, x.attn_mask, x.key_mask, x.is_causal)
     sizes = {"queries": query.shape[2], "keys": key.shape[2], "head_dim": query.shape[3], "other_dim": other.shape[3]}
-    return call_shape("attention_divergence", query, sizes, {"kind": x.kind, "head_mean": x.head_mean})
+    return call_shape("attention_divergence", query, sizes, {"kind": kind, "head_mean": head_mean})
 
 
 def check_kind(kind: Any, beta: Any) -> None:
@@ -231,5 +227,5 @@ _derivatives = Derivatives(
 _autograd = autograd_of_sides(_backward_op, _saved, slice(0, 2), slice(2, 4))
 differentiable("attention_divergence", _autograd, lambda ctx, inputs, output: _saved.save(ctx, inputs), _derivatives.of_forward)
 
-describe_call = described(Arguments, _describe)
+describe_call = described(attention_divergence, _describe)
 OPERATOR = Operator(attention_divergence, describe_call, BACKENDS)

@@ -20,25 +20,15 @@ from vlattn_fast.backends.inputs import (
 )
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
 from vlattn_fast.dispatch import choice
-from vlattn_fast.dispatch.call import CallShape, call_shape
+from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
 from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._groups import NO_BIAS, group_bias_inputs
+from vlattn_fast.ops._groups import group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
-from vlattn_fast.ops._stages import (
-    DotPlan,
-    arguments_of,
-    by_formula,
-    cast,
-    check_logits,
-    described,
-    logit_flags,
-    make_plan,
-    without_padding,
-)
+from vlattn_fast.ops._stages import DotPlan, by_formula, cast, check_logits, described, logit_flags, make_plan, without_padding
 from vlattn_fast.ops.score_attention import lse_for_sink
 
 BACKENDS = table("attention_map", shared_sums={"cpu": ("gradient of key", "gradient of value")})
@@ -125,54 +115,60 @@ def attention_map(
     """
     if is_dtensor(query):
         return over_shards(attention_map, locals(), _SHARDED, [NO_HEADS], _on_shards)
-    arguments = Arguments(**locals())
-    plan = planned(_plan, arguments)
+    groups = query_groups, key_groups, group_bias
+    x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, *groups, backend)
+    plan = planned(_plan, x, value, grad_output, rule, head_reduction, row_normalize, lse)
     if plan.backend == "reference":
-        return by_formula(load(BACKENDS, "reference").attention_map, arguments, plan.scale)
-    return _forward_op(_features(arguments, plan))
+        rules = {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize}
+        formula = load(BACKENDS, "reference").attention_map
+        return by_formula(formula, x, plan.scale, value=value, grad_output=grad_output, lse=lse, **rules)
+    lse = lse_for_sink(x, lse, plan)
+    x, value, grad_output = cast(x, value, grad_output)
+    x, value = without_padding(x, plan, value)
+    bias = group_bias_inputs(x.query, *groups)
+    tensors = x.query, x.key, value, grad_output, lse, attn_mask, key_mask, *bias
+    return _forward_op(AttentionMapInputs(*tensors, rule, head_reduction, row_normalize, *plan.core, is_causal, plan.backend))
 
 
-Arguments = arguments_of(attention_map)
-
-
-def _describe(x: Any) -> CallShape:
+def _describe(
+    x: AttentionArguments,
+    value: Tensor | None,
+    grad_output: Tensor | None,
+    rule: str,
+    head_reduction: str,
+    row_normalize: bool,
+    lse: Tensor | None,
+) -> CallShape:
     """Checks a call, and returns its metadata."""
-    check_choice("rule", x.rule, RULES)
-    check_choice("head_reduction", x.head_reduction, HEAD_REDUCTIONS)
-    check_bool(row_normalize=x.row_normalize)
-    check_attention(x.query, x.key, x.enable_gqa, **_tensors_of_rule(x))
+    check_choice("rule", rule, RULES)
+    check_choice("head_reduction", head_reduction, HEAD_REDUCTIONS)
+    check_bool(row_normalize=row_normalize)
+    check_attention(x.query, x.key, x.enable_gqa, **_tensors_of_rule(rule, value, grad_output))
     if x.query.shape[1] == 0:
         raise ValueError(f"query must have at least one head to reduce; got {describe(x.query)}")
     check_head_dim(x.query, x.key)
-    check_lse(x.lse, x.query)
+    check_lse(lse, x.query)
     check_logits(x)
-    (_, _, queries, head_dim), keys, value_dim = x.query.shape, x.key.shape[2], 0 if x.value is None else x.value.shape[3]
+    (_, _, queries, head_dim), keys, value_dim = x.query.shape, x.key.shape[2], 0 if value is None else value.shape[3]
     sizes = {"queries": queries, "keys": keys, "head_dim": head_dim, "value_dim": value_dim}
-    flags = {"rule": x.rule, "head_reduction": x.head_reduction, "row_normalize": x.row_normalize}
+    flags = {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize}
     return call_shape("attention_map", x.query, sizes, {**flags, **logit_flags(x)})
 
 
-def _tensors_of_rule(x: Any) -> dict[str, Tensor]:
+def _tensors_of_rule(rule: str, value: Tensor | None, grad_output: Tensor | None) -> dict[str, Any]:
     """Returns value and grad_output, which one rule needs and the other does not take."""
-    optional = {"value": x.value, "grad_output": x.grad_output}
+    optional = {"value": value, "grad_output": grad_output}
     for name, tensor in optional.items():
-        if x.rule == "gradient" and tensor is None:
+        if rule == "gradient" and tensor is None:
             raise ValueError(f"{name} must be given for rule='gradient'; got None")
-        if x.rule == "attention" and tensor is not None:
+        if rule == "attention" and tensor is not None:
             raise ValueError(f"{name} must not be given for rule='attention', which does not use it; got {describe(tensor)}")
-    return optional if x.rule == "gradient" else {}
+    return optional if rule == "gradient" else {}
 
 
-def _plan(x: Any) -> DotPlan:
-    return make_plan(BACKENDS, choice.select(BACKENDS, _describe(x), x.backend), x)
-
-
-def _features(arguments: Any, plan: DotPlan) -> AttentionMapInputs:
-    lse = lse_for_sink(arguments, plan)
-    x = without_padding(cast(arguments), plan)
-    bias = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
-    tensors = x.query, x.key, x.value, x.grad_output, lse, x.attn_mask, x.key_mask, *bias
-    return AttentionMapInputs(*tensors, x.rule, x.head_reduction, x.row_normalize, *plan.core, x.is_causal, plan.backend)
+def _plan(x: AttentionArguments, *more: Any) -> DotPlan:
+    backend = choice.select(BACKENDS, _describe(x, *more), x.backend)
+    return make_plan(BACKENDS, backend, x.query, x.scale, x.softcap)
 
 
 def _forward_fake(inputs: AttentionMapInputs) -> Tensor:
@@ -223,5 +219,5 @@ _derivatives = Derivatives(
 )
 differentiable("attention_map", _autograd, _setup_context, _derivatives.of_forward)
 
-describe_call = described(Arguments, _describe)
+describe_call = described(attention_map, _describe)
 OPERATOR = Operator(attention_map, describe_call, BACKENDS)

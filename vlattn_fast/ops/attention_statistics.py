@@ -31,16 +31,16 @@ from vlattn_fast.backends.inputs import (
 )
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics, LogitStatistics, chosen_statistics
 from vlattn_fast.dispatch import choice
-from vlattn_fast.dispatch.call import CallShape, call_shape
+from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
 from vlattn_fast.dispatch.choice import gradients, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._groups import NO_BIAS, check_rows, check_token_groups, group_bias_inputs, resolve_groups
+from vlattn_fast.ops._groups import check_rows, check_token_groups, group_bias_inputs, resolve_groups
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
-from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
+from vlattn_fast.ops._stages import DotPlan, by_formula, cast, check_logits, described, logit_flags, make_plan, without_padding
 from vlattn_fast.ops.score_attention import attention_lse
 
 BACKENDS = table("attention_statistics", saves={"cpu": ("argmax",), "triton": ("mass", "maximum", "row_max", "mean_x")})
@@ -126,11 +126,10 @@ def attention_statistics(
         return over_shards(attention_statistics, locals(), _SHARDED, [ATTENTION, *[PER_ROW] * 6], _on_shards)
     if statistics is not None:
         statistics = _check_statistics(statistics, key_groups, num_groups)
-    arguments = Arguments(**locals() | {"statistics": " ".join(DEFAULT if statistics is None else statistics)})
-    return statistics_of(arguments, planned(make_statistics_plan, arguments))
-
-
-Arguments = arguments_of(attention_statistics)  # `statistics` are names with spaces between them
+    groups = query_groups, key_groups, group_bias
+    x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, *groups, backend)
+    plan = planned(make_statistics_plan, x, " ".join(DEFAULT if statistics is None else statistics), num_groups, row_weight)
+    return statistics_of(x, num_groups, row_weight, plan)
 
 
 class StatisticsPlan(NamedTuple):
@@ -149,67 +148,66 @@ class Features(NamedTuple):
     share: Tensor | None
 
 
-def describe_call(*, statistics: Any = None, **arguments: Any) -> CallShape:
-    """Checks the arguments of a public call and returns its metadata."""
-    x = Arguments(**arguments)
+def _describe(x: AttentionArguments, statistics: Any, num_groups: int | None, row_weight: Tensor | None) -> CallShape:
+    """Checks a call, and returns its metadata."""
     if statistics is not None:
-        _check_statistics(statistics, x.key_groups, x.num_groups)
-    return _describe(x)
-
-
-def _describe(x: Any) -> CallShape:
-    """Checks a call except for the names of its statistics, and returns its metadata."""
+        _check_statistics(statistics, x.key_groups, num_groups)
     check_attention(x.query, x.key, x.enable_gqa)
     check_head_dim(x.query, x.key)
-    check_logits(x)
+    has_bias = x.group_bias is not None or x.query_groups is not None
+    check_logits(x if has_bias else x._replace(key_groups=None))  # which need no bias here
     if x.key_groups is not None:
         check_token_groups("key_groups", x.key_groups, x.query, x.key.shape[2], "M")
-    if x.num_groups is not None:
-        check_integer("num_groups", x.num_groups, low=0)
-        if x.key_groups is None and x.num_groups > 0:
-            raise ValueError(f"num_groups must be 0 or None if key_groups is not given; got {x.num_groups}")
-        if x.group_bias is not None and x.num_groups != x.group_bias.shape[-1]:
+    if num_groups is not None:
+        check_integer("num_groups", num_groups, low=0)
+        if x.key_groups is None and num_groups > 0:
+            raise ValueError(f"num_groups must be 0 or None if key_groups is not given; got {num_groups}")
+        if x.group_bias is not None and num_groups != x.group_bias.shape[-1]:
             raise ValueError(
-                f"num_groups must be None or group_bias's number of groups of keys, {x.group_bias.shape[-1]}; got {x.num_groups}"
+                f"num_groups must be None or group_bias's number of groups of keys, {x.group_bias.shape[-1]}; got {num_groups}"
             )
-    if x.row_weight is not None:
-        _check_row_weight(x.row_weight, x.query)
+    if row_weight is not None:
+        _check_row_weight(row_weight, x.query)
     sizes = {"queries": x.query.shape[2], "keys": x.key.shape[2], "head_dim": x.query.shape[3]}
-    flags = {"key_groups": x.key_groups is not None, "row_weight": x.row_weight is not None}
+    flags = {"key_groups": x.key_groups is not None, "row_weight": row_weight is not None}
     return call_shape("attention_statistics", x.query, sizes, {**flags, **logit_flags(x)})
 
 
-def make_statistics_plan(x: Any) -> StatisticsPlan:
-    backend = choice.select(BACKENDS, _describe(x), x.backend)
-    asked = x.statistics.split()
-    needed, leaves = [*asked], (x.query, x.key, x.row_weight, x.group_bias, x.sink if "received" in asked else None)
+def make_statistics_plan(
+    x: AttentionArguments, statistics: str, num_groups: int | None, row_weight: Tensor | None
+) -> StatisticsPlan:
+    """Plans a call whose `statistics` are checked: names with spaces between them."""
+    backend = choice.select(BACKENDS, _describe(x, None, num_groups, row_weight), x.backend)
+    asked = statistics.split()
+    needed, leaves = [*asked], (x.query, x.key, row_weight, x.group_bias, x.sink if "received" in asked else None)
     if "lse" in asked:
         needed += ["max_logit", "maximum"]
     if is_differentiated(*leaves):
         needed += BACKENDS[backend].saves
         if "maximum" in asked:
             needed.append("argmax")  # its gradient goes there
-    return StatisticsPlan(make_plan(BACKENDS, backend, x), asked, " ".join([name for name in OUTPUTS if name in needed]))
+    dot = make_plan(BACKENDS, backend, x.query, x.scale, x.softcap)
+    return StatisticsPlan(dot, asked, " ".join([name for name in OUTPUTS if name in needed]))
 
 
-def statistics_of(arguments: Any, plan: StatisticsPlan) -> AttentionStatistics:
+def statistics_of(
+    x: AttentionArguments, num_groups: int | None, row_weight: Tensor | None, plan: StatisticsPlan
+) -> AttentionStatistics:
     """The statistics of a call that is checked and planned."""
+    num_groups = resolve_groups(x.key_groups, num_groups if x.group_bias is None else x.group_bias.shape[-1])
     if plan.dot.backend == "reference":
-        groups = {"statistics": plan.asked, "num_groups": _resolve_groups(arguments)}
-        return by_formula(load(BACKENDS, "reference").attention_statistics, arguments._replace(**groups), plan.dot.scale)
-    features = _features(arguments, plan)
+        own = {"statistics": plan.asked, "num_groups": num_groups, "row_weight": row_weight}
+        return by_formula(load(BACKENDS, "reference").attention_statistics, x, plan.dot.scale, **own)
+    features = _features(x, num_groups, row_weight, plan)
     return _finish(_forward_op(features.inputs), features, plan.asked)
 
 
-def _features(arguments: Any, plan: StatisticsPlan) -> Features:
-    num_groups = _resolve_groups(arguments)
-    logit = None if arguments.sink is None else arguments.sink[:, None]
-    share = (
-        None if logit is None or not set(plan.asked) & set(DEFAULT) else share_of_keys(attention_lse(arguments, plan.dot), logit)
-    )
-    x = cast(without_padding(arguments, plan.dot))
-    groups, weight = x.key_groups, x.row_weight
-    row_bias, bias_groups = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
+def _features(x: AttentionArguments, num_groups: int, weight: Tensor | None, plan: StatisticsPlan) -> Features:
+    logit = None if x.sink is None else x.sink[:, None]
+    share = None if logit is None or not set(plan.asked) & set(DEFAULT) else share_of_keys(attention_lse(x, plan.dot), logit)
+    (x,) = cast(*without_padding(x, plan.dot))
+    groups = x.key_groups
+    row_bias, bias_groups = group_bias_inputs(x.query, x.query_groups, x.key_groups, x.group_bias)
     if row_bias is not None:
         groups = bias_groups
     elif groups is not None:
@@ -267,11 +265,6 @@ def _check_row_weight(weight: Any, query: Tensor) -> None:
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"row_weight must be float16, bfloat16, float32 or float64; got {describe(weight)}")
     check_rows("row_weight", weight, query, query.shape[2], "N")
-
-
-def _resolve_groups(arguments: Any) -> int:
-    bias = arguments.group_bias
-    return resolve_groups(arguments.key_groups, arguments.num_groups if bias is None else bias.shape[-1])
 
 
 def _forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
@@ -363,4 +356,4 @@ _derivatives = Derivatives(
 )
 differentiable("attention_statistics", _autograd, _setup_context, _derivatives.of_forward)
 
-OPERATOR = Operator(attention_statistics, describe_call, BACKENDS)
+OPERATOR = Operator(attention_statistics, described(attention_statistics, _describe), BACKENDS)

@@ -32,7 +32,7 @@ from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
-from vlattn_fast.ops._stages import arguments_of, described
+from vlattn_fast.ops._stages import described
 
 
 def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
@@ -119,9 +119,8 @@ def congruence_loss(
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
-    arguments = Arguments(**locals())
     masks = {"text_mask": text_mask, "image_mask": image_mask}
-    backend, scale = planned(_plan, arguments)
+    backend, scale = planned(_plan, backend, scale, text, image, cross, kind, direction, text_mask, image_mask, reduction)
     if backend == "reference":
         options = {"kind": kind, "direction": direction, "scale": scale, "reduction": reduction}
         return load(BACKENDS, backend).congruence_loss(text, image, cross, **options, **masks)
@@ -137,22 +136,27 @@ def congruence_loss(
     return loss.mean() if loss.shape[0] else loss.sum()
 
 
-Arguments = arguments_of(congruence_loss)
-
-
-def _plan(x: Any) -> tuple[str, float]:
+def _plan(backend: str, scale: float | None, *arguments: Any) -> tuple[str, float]:
     """The backend and the scale."""
-    call = _describe(x)
-    return select(BACKENDS, call, x.backend), resolve_scale(x.scale, scaled_dot_default(call.sizes["head_dim"]))
+    call = _describe(*arguments)
+    return select(BACKENDS, call, backend), resolve_scale(scale, scaled_dot_default(call.sizes["head_dim"]))
 
 
-def _describe(x: Any) -> CallShape:
+def _describe(
+    text: tuple[Tensor, Tensor],
+    image: tuple[Tensor, Tensor],
+    cross: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    kind: str,
+    direction: str,
+    text_mask: Tensor | None,
+    image_mask: Tensor | None,
+    reduction: str,
+) -> CallShape:
     """Checks a call except for its scale, and returns its metadata."""
-    check_choice("kind", x.kind, KINDS)
-    check_choice("direction", x.direction, DIRECTIONS)
-    check_choice("reduction", x.reduction, REDUCTIONS)
-    text, image = x.text, x.image
-    tensors = _named_tensors(text, image, x.cross)
+    check_choice("kind", kind, KINDS)
+    check_choice("direction", direction, DIRECTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    tensors = _named_tensors(text, image, cross)
     for name, each in tensors.items():
         check_tensor(name, each, rank=4, shape="(B, H, L, D)" if "text" in name else "(B, H, V, D)")
     check_floating(**tensors)
@@ -163,10 +167,10 @@ def _describe(x: Any) -> CallShape:
         shape = text_shape if "text" in name else image_shape
         if each.shape != shape:
             raise ValueError(f"{name} must have the shape {shape} of text and image queries; got {describe(each)}")
-    check_token_mask("text_mask", x.text_mask, "text query", text[0], L, "(B, L)")
-    check_token_mask("image_mask", x.image_mask, "text query", text[0], V, "(B, V)")
+    check_token_mask("text_mask", text_mask, "text query", text[0], L, "(B, L)")
+    check_token_mask("image_mask", image_mask, "text query", text[0], V, "(B, V)")
     sizes = {"L": L, "V": V, "head_dim": head_dim, "num_heads": num_heads}
-    return call_shape("congruence_loss", text[0], sizes, {"kind": x.kind, "direction": x.direction})
+    return call_shape("congruence_loss", text[0], sizes, {"kind": kind, "direction": direction})
 
 
 def _named_tensors(text: Any, image: Any, cross: Any) -> dict[str, Any]:
@@ -244,5 +248,5 @@ _derivatives = Derivatives(
 )
 differentiable("congruence_loss", _autograd, _setup_context, _derivatives.of_forward)
 
-describe_call = described(Arguments, _describe)
+describe_call = described(congruence_loss, _describe)
 OPERATOR = Operator(congruence_loss, describe_call, BACKENDS)

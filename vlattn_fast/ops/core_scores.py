@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,18 +115,11 @@ def core_lse(core: Core, *, backend: str = "auto", **masks: Any) -> Tensor:
     return lse
 
 
-class _Grouped(NamedTuple):
-    query: Tensor
-    query_groups: Tensor | None
-    key_groups: Tensor | None
-    group_bias: Tensor | None
-
-
 def _options(core: Core, masks: dict[str, Any]) -> dict[str, Any]:
     """The score and the masks of a call as backends take them."""
-    groups = [masks.get(name) for name in _Grouped._fields[1:]]
-    row_bias, key_groups = group_bias_inputs(_Grouped(core.query, *groups))
-    without_groups = {name: x for name, x in masks.items() if name not in _Grouped._fields}
+    groups = [masks.get(name) for name in ("query_groups", "key_groups", "group_bias")]
+    row_bias, key_groups = group_bias_inputs(core.query, *groups)
+    without_groups = {name: masks[name] for name in ("attn_mask", "key_mask", "is_causal", "scale")}
     score = {"score": core.kind, "parameter": core.parameter, "backend": "auto"}
     return {**score, **without_groups, "row_bias": row_bias, "key_groups": key_groups}
 

@@ -5,7 +5,7 @@ Formula: reference/indexer_divergence.py. Bounded memory: streaming/indexer_dive
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,13 +27,13 @@ from vlattn_fast.backends.streaming.indexer_divergence import (
     IndexerDivergenceJvpInputs,
     IndexerDivergenceSecondInputs,
 )
-from vlattn_fast.dispatch.call import CallShape, call_shape
+from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
 from vlattn_fast.dispatch.choice import launcher, load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
-from vlattn_fast.ops._stages import arguments_of, described
+from vlattn_fast.ops._stages import described
 from vlattn_fast.ops.attention_divergence import autograd_of_sides, check_key
 
 
@@ -96,56 +96,54 @@ def indexer_divergence(
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
-    arguments = Arguments(**locals())
-    plan = planned(_plan, arguments)
-    cast = cast_by_autocast(query, key, index_query, index_key, index_weights)
-    x = arguments._replace(**dict(zip(FIELDS, cast, strict=True)))
-    if plan.backend == "reference":
-        options = {name: value for name, value in x._asdict().items() if name != "backend"}
+    x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, backend=backend)
+    backend, resolved = planned(_plan, x, index_query, index_key, index_weights, topk_indices)
+    query, key, index_query, index_key, index_weights = cast_by_autocast(query, key, index_query, index_key, index_weights)
+    if backend == "reference":
+        masks = {"topk_indices": topk_indices, "attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
+        options = {"scale": scale, "enable_gqa": enable_gqa, **masks}
         with without_autocast(query):
-            result: Tensor = load(BACKENDS, plan.backend).indexer_divergence(**options)
+            formula = load(BACKENDS, backend).indexer_divergence
+            result: Tensor = formula(query, key, index_query, index_key, index_weights, **options)
             return result
-    key, index_key = mask_padding(key_mask, x.key, x.index_key[:, None])
-    tensors = x.query, key, x.index_query, index_key[:, 0], x.index_weights, topk_indices, attn_mask, key_mask
-    divergence: Tensor = _forward_op(IndexerDivergenceInputs(*tensors, is_causal, plan.scale, plan.backend))
+    key, index_key = mask_padding(key_mask, key, index_key[:, None])
+    tensors = query, key, index_query, index_key[:, 0], index_weights, topk_indices, attn_mask, key_mask
+    divergence: Tensor = _forward_op(IndexerDivergenceInputs(*tensors, is_causal, resolved, backend))
     return divergence
 
 
-Arguments = arguments_of(indexer_divergence)
+def _plan(x: AttentionArguments, *index: Any) -> tuple[str, float]:
+    """The backend and the scale."""
+    backend = select(BACKENDS, _describe(x, *index), x.backend)
+    return backend, resolve_scale(x.scale, scaled_dot_default(x.query.shape[3]))
 
 
-class _Plan(NamedTuple):
-    backend: str
-    scale: float
-
-
-def _plan(x: Any) -> _Plan:
-    backend = select(BACKENDS, _describe(x), x.backend)
-    return _Plan(backend, resolve_scale(x.scale, scaled_dot_default(x.query.shape[3])))
-
-
-def _describe(x: Any) -> CallShape:
+def _describe(
+    x: AttentionArguments, index_query: Tensor, index_key: Tensor, index_weights: Tensor, topk_indices: Tensor | None
+) -> CallShape:
     """Checks a call except for its scale, and returns its metadata."""
     check_bool(enable_gqa=x.enable_gqa)
-    for name, legend in _SHAPES.items():
-        check_tensor(name, getattr(x, name), rank=legend.count(",") + 1, shape=legend)
-    check_floating(**{name: getattr(x, name) for name in FIELDS})
-    query, key, index_query = x.query, x.key, x.index_query
+    query, key = x.query, x.key
+    tensors = dict(zip(FIELDS, (query, key, index_query, index_key, index_weights), strict=True))
+    for name, tensor in tensors.items():
+        legend = _SHAPES[name]
+        check_tensor(name, tensor, rank=legend.count(",") + 1, shape=legend)
+    check_floating(**tensors)
     check_key("key", key, "query", query, x.enable_gqa)
     if query.shape[1] == 0:
         raise ValueError(f"query must have at least one head to reduce; got {describe(query)}")
     (batch, _, queries, _), keys, (_, heads, _, dim) = query.shape, key.shape[2], index_query.shape
     shapes = (batch, heads, queries, dim), (batch, keys, dim), (batch, heads, queries)
     for name, shape in zip(FIELDS[2:], shapes, strict=True):
-        index = getattr(x, name)
+        index = tensors[name]
         check_device(name, index, "query", query)
         if index.shape != shape:
             raise ValueError(f"{name} must have shape {_SHAPES[name]} = {shape}; got {describe(index)}")
-    if x.topk_indices is not None:
-        _check_indices(x.topk_indices, query)
+    if topk_indices is not None:
+        _check_indices(topk_indices, query)
     check_masks(query[:, :1], key, x.attn_mask, x.key_mask, x.is_causal)
     sizes = {"queries": queries, "keys": keys, "head_dim": query.shape[3], "index_heads": heads, "index_dim": dim}
-    return call_shape("indexer_divergence", query, sizes, {"topk": x.topk_indices is not None})
+    return call_shape("indexer_divergence", query, sizes, {"topk": topk_indices is not None})
 
 
 def _check_indices(topk_indices: Any, query: Tensor) -> None:
@@ -192,5 +190,5 @@ _derivatives = Derivatives(
 _autograd = autograd_of_sides(_backward_op, _saved, slice(0, 2), slice(2, 5))
 differentiable("indexer_divergence", _autograd, lambda ctx, inputs, output: _saved.save(ctx, inputs), _derivatives.of_forward)
 
-describe_call = described(Arguments, _describe)
+describe_call = described(indexer_divergence, _describe)
 OPERATOR = Operator(indexer_divergence, describe_call, BACKENDS)

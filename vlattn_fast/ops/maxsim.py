@@ -14,12 +14,12 @@ from vlattn_fast._ground.checks import check_device, check_floating, check_tenso
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, real_tokens, without_autocast
 from vlattn_fast.backends.inputs import MaxsimBackwardInputs, MaxsimInputs, MaxsimJvpInputs, MaxsimSecondInputs
 from vlattn_fast.dispatch.call import CallShape, call_shape
-from vlattn_fast.dispatch.choice import launcher, load, planned, select
+from vlattn_fast.dispatch.choice import launcher, load, planned, selecting
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
-from vlattn_fast.ops._stages import arguments_of, described
+from vlattn_fast.ops._stages import described
 
 BACKENDS = table("maxsim")
 
@@ -60,7 +60,7 @@ def maxsim(
     References: Khattab and Zaharia, "ColBERT", SIGIR 2020, eq. 3; Faysse et al., "ColPali", ICLR 2025, eq. 1, with image patches
     as a document's tokens.
     """
-    backend = planned(_backend, Arguments(**locals()))
+    backend = planned(_backend, backend, queries, documents, query_mask, document_mask)
     queries, documents = cast_by_autocast(queries, documents)
     if backend == "reference":
         with without_autocast(queries):
@@ -72,16 +72,8 @@ def maxsim(
     return similarity
 
 
-Arguments = arguments_of(maxsim)
-
-
-def _backend(x: Any) -> str:
-    return select(BACKENDS, _describe(x), x.backend)
-
-
-def _describe(x: Any) -> CallShape:
+def _describe(queries: Tensor, documents: Tensor, query_mask: Tensor | None, document_mask: Tensor | None) -> CallShape:
     """Checks a call, and returns its metadata."""
-    queries, documents = x.queries, x.documents
     check_tensor("queries", queries, rank=3, shape="(A, N, D)")
     check_tensor("documents", documents, rank=3, shape="(B, M, D)")
     check_floating(queries=queries, documents=documents)
@@ -89,8 +81,8 @@ def _describe(x: Any) -> CallShape:
     if documents.shape[2] != queries.shape[2]:
         raise ValueError(f"documents must have queries' feature size D = {queries.shape[2]}; got {describe(documents)}")
     for name, mask, tokens_name, tokens in (
-        ("query_mask", x.query_mask, "queries", queries),
-        ("document_mask", x.document_mask, "documents", documents),
+        ("query_mask", query_mask, "queries", queries),
+        ("document_mask", document_mask, "documents", documents),
     ):
         if mask is not None:
             check_tensor(name, mask, rank=2, shape=f"(B, L) of {tokens_name}")
@@ -102,6 +94,9 @@ def _describe(x: Any) -> CallShape:
     (num_queries, query_tokens, features), (num_documents, keys, _) = queries.shape, documents.shape
     sizes = {"queries": num_queries, "tokens": query_tokens, "documents": num_documents, "keys": keys, "head_dim": features}
     return call_shape("maxsim", queries, sizes, {})
+
+
+_backend = selecting(BACKENDS, _describe)
 
 
 def _forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
@@ -146,5 +141,5 @@ _derivatives = Derivatives(
 )
 differentiable("maxsim", _autograd, _setup_context, _derivatives.of_forward)
 
-describe_call = described(Arguments, _describe)
+describe_call = described(maxsim, _describe)
 OPERATOR = Operator(maxsim, describe_call, BACKENDS)

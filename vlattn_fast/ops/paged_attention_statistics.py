@@ -6,7 +6,7 @@ Formula: reference/paged_attention_statistics.py. Without a copy of the cache: s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._groups import resolve_groups
 from vlattn_fast.ops._registration import define, not_differentiable
-from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, make_plan
+from vlattn_fast.ops._stages import DotPlan, described, make_plan
 
 BACKENDS = table("paged_attention_statistics")
 
@@ -106,38 +106,59 @@ def paged_attention_statistics(
     """
     if statistics is not None:
         statistics = _check_statistics(statistics, key_groups, num_groups)
-    arguments = Arguments(**locals() | {"statistics": " ".join(DEFAULT if statistics is None else statistics)})
-    plan = planned(_plan, arguments)
-    _check_values(arguments)
-    arguments = arguments._replace(num_groups=resolve_groups(key_groups, num_groups))
+    requests = _Requests(query, key_cache, block_table, lengths, query_starts, key_groups)
+    plan = planned(_plan, backend, scale, softcap, *requests, num_groups, window)
+    _check_values(requests)
+    groups = resolve_groups(key_groups, num_groups)
     if autocasts(query):
-        arguments = arguments._replace(query=query.to(key_cache.dtype))  # the cache stays as it is
+        requests = requests._replace(query=query.to(key_cache.dtype))  # the cache stays as it is
     if plan.backend == "reference":
+        options = {"statistics": statistics, "num_groups": groups, "scale": plan.scale, "softcap": softcap, "window": window}
         with without_autocast(query):
-            formula = load(BACKENDS, "reference").paged_attention_statistics
-            return by_formula(formula, arguments._replace(statistics=statistics), plan.scale)
-    inputs = _inputs(arguments, plan)
-    return chosen_statistics(_op(inputs), inputs.statistics.split())
+            return load(BACKENDS, "reference").paged_attention_statistics(**requests._asdict(), **options)
+    asked = DEFAULT if statistics is None else statistics
+    groups, window = groups if "mass" in asked else 0, 0 if window is None else window
+    inputs = PagedAttentionStatisticsInputs(*requests, groups, " ".join(asked), window, *plan.core, plan.backend)
+    return chosen_statistics(_op(inputs), list(asked))
 
 
-Arguments = arguments_of(paged_attention_statistics)
+class _Requests(NamedTuple):
+    query: Tensor
+    key_cache: Tensor
+    block_table: Tensor
+    lengths: Tensor
+    query_starts: Tensor
+    key_groups: Tensor | None
 
 
-def _describe(x: Any) -> CallShape:
-    """Checks a call except for the names of its statistics and the values of its integers, and returns its metadata."""
-    _check_cache(x.query, x.key_cache)
-    _check_requests(x)
-    if x.num_groups is not None:
-        check_integer("num_groups", x.num_groups, low=0)
-        if x.key_groups is None and x.num_groups > 0:
-            raise ValueError(f"num_groups must be 0 or None if key_groups is not given; got {x.num_groups}")
-    check_softcap(x.softcap)
-    if x.window is not None:
-        check_integer("window", x.window, low=1)
-    (requests, columns), block_size = x.block_table.shape, x.key_cache.shape[2]
-    sizes = {"queries": x.query.shape[0], "requests": requests, "keys": columns * block_size, "head_dim": x.query.shape[2]}
-    flags = {"key_groups": x.key_groups is not None, "softcap": x.softcap is not None, "window": x.window is not None}
-    return call_shape("paged_attention_statistics", x.query, {**sizes, "block_size": block_size}, flags)
+def _describe(
+    softcap: float | None,
+    query: Tensor,
+    key_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    key_groups: Tensor | None,
+    num_groups: int | None,
+    window: int | None,
+    statistics: Any = None,
+) -> CallShape:
+    """Checks a call except for the values of its integers, and returns its metadata."""
+    if statistics is not None:
+        _check_statistics(statistics, key_groups, num_groups)
+    _check_cache(query, key_cache)
+    _check_requests(_Requests(query, key_cache, block_table, lengths, query_starts, key_groups))
+    if num_groups is not None:
+        check_integer("num_groups", num_groups, low=0)
+        if key_groups is None and num_groups > 0:
+            raise ValueError(f"num_groups must be 0 or None if key_groups is not given; got {num_groups}")
+    check_softcap(softcap)
+    if window is not None:
+        check_integer("window", window, low=1)
+    (requests, columns), block_size = block_table.shape, key_cache.shape[2]
+    sizes = {"queries": query.shape[0], "requests": requests, "keys": columns * block_size, "head_dim": query.shape[2]}
+    flags = {"key_groups": key_groups is not None, "softcap": softcap is not None, "window": window is not None}
+    return call_shape("paged_attention_statistics", query, {**sizes, "block_size": block_size}, flags)
 
 
 def _check_cache(query: Any, key_cache: Any) -> None:
@@ -161,7 +182,7 @@ def _check_cache(query: Any, key_cache: Any) -> None:
         raise ValueError(f"key_cache must have a block size of at least 1; got {describe(key_cache)}")
 
 
-def _check_requests(x: Any) -> None:
+def _check_requests(x: _Requests) -> None:
     """Shapes and dtypes of the integers."""
     for name, shape in {"lengths": "(R)", "query_starts": "(R + 1)", "block_table": "(R, W)", "key_groups": "(R, K)"}.items():
         integers = getattr(x, name)
@@ -181,22 +202,8 @@ def _check_requests(x: Any) -> None:
         raise ValueError(f"key_cache must have at least one block if block_table has columns; got {describe(x.key_cache)}")
 
 
-def describe_call(*, statistics: Any = None, **arguments: Any) -> CallShape:
-    """Checks the arguments of a public call and returns its metadata."""
-    x = Arguments(**arguments)
-    if statistics is not None:
-        _check_statistics(statistics, x.key_groups, x.num_groups)
-    return _describe(x)
-
-
-def _plan(x: Any) -> DotPlan:
-    return make_plan(BACKENDS, select(BACKENDS, _describe(x), x.backend), x)
-
-
-def _inputs(x: Any, plan: DotPlan) -> PagedAttentionStatisticsInputs:
-    operands = x.query, x.key_cache, x.block_table, x.lengths, x.query_starts, x.key_groups
-    num_groups, window = x.num_groups if "mass" in x.statistics.split() else 0, 0 if x.window is None else x.window
-    return PagedAttentionStatisticsInputs(*operands, num_groups, x.statistics, window, *plan.core, plan.backend)
+def _plan(backend: str, scale: float | None, softcap: float | None, query: Tensor, *more: Any) -> DotPlan:
+    return make_plan(BACKENDS, select(BACKENDS, _describe(softcap, query, *more), backend), query, scale, softcap)
 
 
 def _check_statistics(statistics: Any, key_groups: Any, num_groups: Any) -> tuple[str, ...]:
@@ -207,7 +214,7 @@ def _check_statistics(statistics: Any, key_groups: Any, num_groups: Any) -> tupl
     return asked
 
 
-def _check_values(x: Any) -> None:
+def _check_values(x: _Requests) -> None:
     """Raises unless the values of the integers fit, if they are on the CPU and available."""
     if x.query.device.type != "cpu" or not all([readable(each) for each in (x.query, x.block_table, x.lengths, x.query_starts)]):
         return
@@ -256,4 +263,4 @@ _op = define(
 )
 not_differentiable("paged_attention_statistics", "it has no gradients; detach query and key_cache")
 
-OPERATOR = Operator(paged_attention_statistics, describe_call, BACKENDS)
+OPERATOR = Operator(paged_attention_statistics, described(paged_attention_statistics, _describe), BACKENDS)

@@ -20,8 +20,7 @@ from vlattn_fast._ground.checks import (
     check_tensor,
     describe,
 )
-from vlattn_fast._ground.named import by_name
-from vlattn_fast._ground.tensors import as_fake_outputs, as_outputs, without_autocast
+from vlattn_fast._ground.tensors import as_fake_outputs, as_outputs, cast_by_autocast, without_autocast
 from vlattn_fast.backends.reference.recurrent_step import heads_of
 from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.backends.streaming.recurrent_step import (
@@ -32,12 +31,12 @@ from vlattn_fast.backends.streaming.recurrent_step import (
     RecurrentStepSecondInputs,
 )
 from vlattn_fast.dispatch.call import CallShape, call_shape
-from vlattn_fast.dispatch.choice import launcher, load, planned, select
+from vlattn_fast.dispatch.choice import launcher, load, planned, selecting
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
-from vlattn_fast.ops._stages import arguments_of, cast, described
+from vlattn_fast.ops._stages import described
 from vlattn_fast.ops.relevancy_attention import check_carried
 
 BACKENDS = table("recurrent_step", triton=None)
@@ -102,65 +101,57 @@ def recurrent_step(
 
     Reference: the map is that of Zimerman, Ali, Wolf, ICLR 2025, section 3; its extension to the delta rule is our reading.
     """
-    arguments = Arguments(**locals())
-    backend = planned(_backend, arguments)
-    x = cast(arguments)
+    gates = log_decay, beta, diagonal
+    backend = planned(_backend, backend, relevancy, query, key, value, grad_output, *gates, rule, row_normalize)
+    query, key, value, grad_output = cast_by_autocast(query, key, value, grad_output)
+    tensors = relevancy, query, key, value, grad_output
     if backend == "reference":
-        options = {name: argument for name, argument in zip(x._fields, x, strict=True) if name != "backend"}
+        options = {"log_decay": log_decay, "beta": beta, "diagonal": diagonal, "rule": rule, "row_normalize": row_normalize}
         with without_autocast(query):
-            return load(BACKENDS, backend).recurrent_step(**options)
-    inputs = _new_inputs(
-        relevancy=x.relevancy,
-        query=x.query,
-        key=x.key,
-        value=x.value,
-        grad_output=x.grad_output,
-        log_decay=log_decay,
-        beta=beta,
-        diagonal=diagonal,
-        num_heads=heads_of(x.query, x.key, x.value, log_decay, beta, diagonal),
-        rule=rule,
-        row_normalize=row_normalize,
-        backend=backend,
-    )
-    return _forward_op(inputs)
+            return load(BACKENDS, backend).recurrent_step(*tensors, **options)
+    num_heads = heads_of(query, key, value, *gates)
+    return _forward_op(RecurrentStepInputs(*tensors, *gates, num_heads, rule, row_normalize, backend))
 
 
-Arguments = arguments_of(recurrent_step)
-_new_inputs = by_name(RecurrentStepInputs)
-
-
-def _backend(x: Any) -> str:
-    return select(BACKENDS, _describe(x), x.backend)
-
-
-def _describe(x: Any) -> CallShape:
+def _describe(
+    relevancy: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    grad_output: Tensor | None,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    diagonal: Tensor | None,
+    rule: str,
+    row_normalize: bool,
+) -> CallShape:
     """Checks a call, and returns its metadata."""
-    check_choice("rule", x.rule, RULES)
-    check_bool(row_normalize=x.row_normalize)
-    check_tensor("query", x.query, rank=4, shape="(B, Hq, N, Dk)")
-    check_tensor("key", x.key, rank=4, shape="(B, Hk, N, Dk)")
-    values = _given(x, "value", "grad_output")
-    for name, value in values.items():
-        check_tensor(name, value, rank=4, shape="(B, H, N, Dv)")
-    check_floating(query=x.query, key=x.key, **values)
-    if x.rule == "gradient" and len(values) < 2:
+    check_choice("rule", rule, RULES)
+    check_bool(row_normalize=row_normalize)
+    check_tensor("query", query, rank=4, shape="(B, Hq, N, Dk)")
+    check_tensor("key", key, rank=4, shape="(B, Hk, N, Dk)")
+    values = _not_none(value=value, grad_output=grad_output)
+    for name, each in values.items():
+        check_tensor(name, each, rank=4, shape="(B, H, N, Dv)")
+    check_floating(query=query, key=key, **values)
+    if rule == "gradient" and len(values) < 2:
         raise ValueError("value and grad_output must be given for rule='gradient'; got None")
-    gates = _given(x, "log_decay", "beta", "diagonal")
-    _check_gates(gates, x.query)
-    _check_sizes(x, {**values, **gates})
-    if len(values) == 2 and x.value.shape != x.grad_output.shape:
-        raise ValueError(f"grad_output must have value's shape {tuple(x.value.shape)}; got {describe(x.grad_output)}")
-    check_carried("relevancy", x.relevancy, x.query)
-    value_dim, (_, _, length, head_dim) = 0 if x.value is None else x.value.shape[3], x.query.shape
-    sizes = {"queries": length, "head_dim": head_dim, "value_dim": value_dim, "rows": x.relevancy.shape[1]}
-    return call_shape("recurrent_step", x.query, sizes, {"rule": x.rule, "row_normalize": x.row_normalize})
+    gates = _not_none(log_decay=log_decay, beta=beta, diagonal=diagonal)
+    _check_gates(gates, query)
+    _check_sizes(query, key, {**values, **gates})
+    if value is not None and grad_output is not None and value.shape != grad_output.shape:
+        raise ValueError(f"grad_output must have value's shape {tuple(value.shape)}; got {describe(grad_output)}")
+    check_carried("relevancy", relevancy, query)
+    value_dim, (_, _, length, head_dim) = 0 if value is None else value.shape[3], query.shape
+    sizes = {"queries": length, "head_dim": head_dim, "value_dim": value_dim, "rows": relevancy.shape[1]}
+    return call_shape("recurrent_step", query, sizes, {"rule": rule, "row_normalize": row_normalize})
 
 
-def _given(x: Any, *names: str) -> dict[str, Tensor]:
-    """The arguments of these names that are not None."""
-    arguments = {name: getattr(x, name) for name in names}
-    return {name: argument for name, argument in arguments.items() if argument is not None}
+_backend = selecting(BACKENDS, _describe)
+
+
+def _not_none(**named: Tensor | None) -> dict[str, Tensor]:
+    return {name: each for name, each in named.items() if each is not None}
 
 
 def _check_gates(gates: dict[str, Tensor], query: Tensor) -> None:
@@ -176,9 +167,8 @@ def _check_gates(gates: dict[str, Tensor], query: Tensor) -> None:
             raise ValueError(f"{name} must have a number for each of the {query.shape[3]} key features; got {describe(gate)}")
 
 
-def _check_sizes(x: Any, others: dict[str, Tensor]) -> None:
+def _check_sizes(query: Tensor, key: Tensor, others: dict[str, Tensor]) -> None:
     """Raises unless key fits query, and `others` have (B, H, N) with H divisible by the heads of query and key."""
-    query, key = x.query, x.key
     check_head_dim(query, key)
     batch, _, length, _ = query.shape
     if key.shape[0] != batch or key.shape[2] != length:
@@ -253,5 +243,5 @@ _derivatives = Derivatives(
 )
 differentiable("recurrent_step", _autograd, _setup_context, _derivatives.of_forward)
 
-describe_call = described(Arguments, _describe)
+describe_call = described(recurrent_step, _describe)
 OPERATOR = Operator(recurrent_step, describe_call, BACKENDS)

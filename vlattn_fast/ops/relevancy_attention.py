@@ -29,26 +29,16 @@ from vlattn_fast._ground.tensors import as_gradient, compute_dtype, empty_rows_f
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs
 from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.dispatch import choice
-from vlattn_fast.dispatch.call import CallShape, call_shape
+from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
 from vlattn_fast.dispatch.choice import load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype, table
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._groups import NO_BIAS, check_head_gate, gated, group_bias_inputs
+from vlattn_fast.ops._groups import check_head_gate, gated, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, TOKENS, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
-from vlattn_fast.ops._stages import (
-    DotPlan,
-    arguments_of,
-    by_formula,
-    cast,
-    check_logits,
-    described,
-    logit_flags,
-    make_plan,
-    without_padding,
-)
+from vlattn_fast.ops._stages import DotPlan, by_formula, cast, check_logits, described, logit_flags, make_plan, without_padding
 from vlattn_fast.ops.score_attention import DERIVATIVES
 
 
@@ -160,40 +150,47 @@ def relevancy_attention(
     """
     if is_dtensor(query):
         return over_shards(relevancy_attention, locals(), SHARDED | _WEIGHED, _OUTPUTS, _relevancy_shards.attention)
-    arguments = Arguments(**locals())
-    plan = planned(_plan, arguments)
-    arguments = cast(arguments)
+    groups = query_groups, key_groups, group_bias
+    x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, *groups, backend)
+    plan = planned(_plan, x, value, carrier, rule, row_normalize, residual_weight, attention_weight, head_gate)
+    x, value = cast(x, value)
     if plan.backend == "reference":
-        return by_formula(load(BACKENDS, "reference").relevancy_attention, arguments, plan.scale)
-    rows = _forward_op(_features(arguments, plan))
+        weights = {"residual_weight": residual_weight, "attention_weight": attention_weight, "head_gate": head_gate}
+        own = {"value": value, "carrier": carrier, "rule": rule, "row_normalize": row_normalize, **weights}
+        return by_formula(load(BACKENDS, "reference").relevancy_attention, x, plan.scale, **own)
+    x, value = without_padding(x, plan, value)
+    residual, attention = _weight(residual_weight, carrier), _weight(attention_weight, carrier)
+    bias = group_bias_inputs(x.query, *groups)
+    logit = None if sink is None else sink[:, None]
+    tensors = x.query, x.key, value, carrier, residual, attention, attn_mask, key_mask, *bias, logit
+    rows = _forward_op(RelevancyAttentionInputs(*tensors, rule, row_normalize, *plan.core, is_causal, plan.backend))
     return _finish(rows, sink, head_gate)
 
 
-Arguments = arguments_of(relevancy_attention)
-
-
-def _describe(x: Any) -> CallShape:
+def _describe(
+    x: AttentionArguments, value: Tensor, carrier: Tensor, rule: str, row_normalize: bool, head_gate: Tensor | None
+) -> CallShape:
     """Checks a call except for its weights, and returns its metadata."""
-    if x.value is None:  # which only relevancy_step supports
+    if value is None:  # which only relevancy_step supports
         raise TypeError("value must be a torch.Tensor (B, Hkv, N, Dv); got None")
-    check_abar(x, {"value": x.value})
-    check_carried("carrier", x.carrier, x.query)
-    check_head_gate(x.head_gate, x.query)
+    check_abar(x, rule, row_normalize, {"value": value})
+    check_carried("carrier", carrier, x.query)
+    check_head_gate(head_gate, x.query)
     if x.key.shape[2] != x.query.shape[2]:
         raise ValueError(
             f"key must be as long as query ({x.query.shape[2]}): relevancy_attention is self-attention, relevancy_step supports "
             f"other lengths; got {describe(x.key)}"
         )
-    if x.carrier.dtype != compute_dtype(x.query):
-        raise TypeError(f"carrier must be {compute_dtype(x.query)} for {x.query.dtype} attention; got {describe(x.carrier)}")
-    return call_shape("relevancy_attention", x.query, sizes_of(x, x.carrier), flags_of(x))
+    if carrier.dtype != compute_dtype(x.query):
+        raise TypeError(f"carrier must be {compute_dtype(x.query)} for {x.query.dtype} attention; got {describe(carrier)}")
+    return call_shape("relevancy_attention", x.query, sizes_of(x, value, carrier), flags_of(x, rule, row_normalize))
 
 
-def check_abar(x: Any, tensors: dict[str, Any]) -> None:
+def check_abar(x: AttentionArguments, rule: str, row_normalize: bool, tensors: dict[str, Any]) -> None:
     """Raises unless the arguments of Abar fit, including those of relevancy_step. tensors: value and grad_output, if given."""
     check_attention(x.query, x.key, x.enable_gqa, **tensors)
-    check_bool(row_normalize=x.row_normalize)
-    check_choice("rule", x.rule, RULES)
+    check_bool(row_normalize=row_normalize)
+    check_choice("rule", rule, RULES)
     check_head_dim(x.query, x.key)
     check_logits(x)
 
@@ -208,21 +205,30 @@ def check_carried(name: str, carrier: Any, query: Tensor) -> None:
         raise ValueError(f"{name} must have shape (B, T, N) with query's B={batch} and N={queries}; got {describe(carrier)}")
 
 
-def sizes_of(x: Any, carrier: Tensor) -> dict[str, int]:
-    value_dim, (_, _, queries, head_dim) = 0 if x.value is None else x.value.shape[3], x.query.shape
+def sizes_of(x: AttentionArguments, value: Tensor | None, carrier: Tensor) -> dict[str, int]:
+    value_dim, (_, _, queries, head_dim) = 0 if value is None else value.shape[3], x.query.shape
     return {"queries": queries, "keys": x.key.shape[2], "head_dim": head_dim, "value_dim": value_dim, "rows": carrier.shape[1]}
 
 
-def flags_of(x: Any) -> dict[str, Any]:
+def flags_of(x: AttentionArguments, rule: str, row_normalize: bool) -> dict[str, Any]:
     masked = x.attn_mask is not None or x.key_mask is not None
-    return {"rule": x.rule, "row_normalize": x.row_normalize, "masked": masked, **logit_flags(x)}
+    return {"rule": rule, "row_normalize": row_normalize, "masked": masked, **logit_flags(x)}
 
 
-def _plan(x: Any) -> DotPlan:
-    backend = choice.select(BACKENDS, _describe(x), x.backend)
-    _check_weight("residual_weight", x.residual_weight, x.carrier)
-    _check_weight("attention_weight", x.attention_weight, x.carrier)
-    return make_plan(BACKENDS, backend, x)
+def _plan(
+    x: AttentionArguments,
+    value: Tensor,
+    carrier: Tensor,
+    rule: str,
+    row_normalize: bool,
+    residual_weight: Tensor | float | None,
+    attention_weight: Tensor | float | None,
+    head_gate: Tensor | None,
+) -> DotPlan:
+    backend = choice.select(BACKENDS, _describe(x, value, carrier, rule, row_normalize, head_gate), x.backend)
+    _check_weight("residual_weight", residual_weight, carrier)
+    _check_weight("attention_weight", attention_weight, carrier)
+    return make_plan(BACKENDS, backend, x.query, x.scale, x.softcap)
 
 
 def _check_weight(name: str, weight: Any, carrier: Tensor) -> None:
@@ -240,15 +246,6 @@ def _check_weight(name: str, weight: Any, carrier: Tensor) -> None:
             f"{name} must be a number or have shape (B, N) = {(carrier.shape[0], carrier.shape[2])}; got {describe(weight)}"
         )
     check_constant(name, weight)
-
-
-def _features(arguments: Any, plan: DotPlan) -> RelevancyAttentionInputs:
-    x = without_padding(arguments, plan)
-    residual, attention = _weight(x.residual_weight, x.carrier), _weight(x.attention_weight, x.carrier)
-    sink = None if x.sink is None else x.sink[:, None]
-    bias = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
-    tensors = x.query, x.key, x.value, x.carrier, residual, attention, x.attn_mask, x.key_mask, *bias, sink
-    return RelevancyAttentionInputs(*tensors, x.rule, x.row_normalize, *plan.core, x.is_causal, plan.backend)
 
 
 def _weight(weight: Any, carrier: Tensor) -> Tensor | None:
@@ -389,5 +386,5 @@ def _jvp(inputs: RelevancyAttentionInputs, tangents: Any, outputs: Rows) -> tupl
 differentiable("relevancy_attention", _autograd, _setup_context, _jvp)
 
 
-describe_call = described(Arguments, _describe)
+describe_call = described(relevancy_attention, _describe)
 OPERATOR = Operator(relevancy_attention, describe_call, BACKENDS)

@@ -7,7 +7,6 @@ backward pass, the weights (B, N): the rest is a sum and two products with rows.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
@@ -25,12 +24,12 @@ from vlattn_fast.backends import reference
 from vlattn_fast.backends.inputs import ResidualWeightsInputs
 from vlattn_fast.backends.reference.relevancy_residual import BY_ROWS, WEIGHTINGS, Weighting, residual_sum
 from vlattn_fast.dispatch.call import CallShape, call_shape
-from vlattn_fast.dispatch.choice import launcher, planned, select
+from vlattn_fast.dispatch.choice import launcher, planned, selecting
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._shards import NO_HEADS, over_shards
-from vlattn_fast.ops._stages import arguments_of, described
+from vlattn_fast.ops._stages import described
 
 _SHARDED = dict.fromkeys(("residual", "branch", "residual_carrier", "branch_carrier"), NO_HEADS)
 
@@ -94,45 +93,41 @@ def relevancy_residual(
     """
     if is_dtensor(residual):
         return over_shards(relevancy_residual, locals(), _SHARDED, [NO_HEADS, NO_HEADS])
-    backend = planned(_backend, Arguments(**locals()))
     tensors = residual, branch, residual_carrier, branch_carrier
+    backend = planned(_backend, backend, *tensors, weighting)
     if backend == "reference" or weighting not in BY_ROWS:
         return reference.relevancy_residual(*tensors, weighting=weighting)
     return residual_sum(*tensors, partial(_weights, weighting=weighting, backend=backend))
 
 
-Arguments = arguments_of(relevancy_residual)
-
-
-def _backend(x: Any) -> str:
-    return select(BACKENDS, _describe(x), x.backend)
-
-
-def _describe(x: Any) -> CallShape:
+def _describe(
+    residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor, weighting: str | Weighting
+) -> CallShape:
     """Checks a call, and returns its metadata."""
-    residual, branch = x.residual, x.branch
     check_tensor("residual", residual, rank=3, shape="(B, N, C)")
     check_tensor("branch", branch, rank=3, shape="(B, N, C)")
     check_floating(residual=residual, branch=branch)
     if branch.shape != residual.shape:
         raise ValueError(f"branch must have residual's shape {tuple(residual.shape)}; got {describe(branch)}")
-    carriers = {name: getattr(x, name) for name in ("residual_carrier", "branch_carrier")}
-    for name, carrier in carriers.items():
+    for name, carrier in (("residual_carrier", residual_carrier), ("branch_carrier", branch_carrier)):
         check_tensor(name, carrier, rank=3, shape="(B, T, N)")
         check_device(name, carrier, "residual", residual)
         if carrier.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} must be floating point; got {describe(carrier)}")
         if (carrier.shape[0], carrier.shape[2]) != (residual.shape[0], residual.shape[1]):
             raise ValueError(f"{name} must have shape (B, T, N) with residual's B and N; got {describe(carrier)}")
-    first, second = carriers.values()
+    first, second = residual_carrier, branch_carrier
     if second.shape != first.shape or second.dtype != first.dtype:
         raise ValueError(
             f"branch_carrier must have residual_carrier's shape and dtype; got {describe(first)} and {describe(second)}"
         )
-    if not callable(x.weighting):
-        check_choice("weighting", x.weighting, WEIGHTINGS)
+    if not callable(weighting):
+        check_choice("weighting", weighting, WEIGHTINGS)
     sizes = dict(zip(("batch", "tokens", "features"), residual.shape, strict=True)) | {"rows": first.shape[1]}
-    return call_shape("relevancy_residual", residual, sizes, {"weighting": "callable" if callable(x.weighting) else x.weighting})
+    return call_shape("relevancy_residual", residual, sizes, {"weighting": "callable" if callable(weighting) else weighting})
+
+
+_backend = selecting(BACKENDS, _describe)
 
 
 def _weights(residual: Tensor, branch: Tensor, grad: Tensor, *, weighting: str, backend: str) -> tuple[Tensor, Tensor]:
@@ -148,5 +143,5 @@ def _fake(inputs: ResidualWeightsInputs) -> tuple[Tensor, Tensor]:
 _op = define("residual_weights", ResidualWeightsInputs, "(Tensor a, Tensor b)", launcher(BACKENDS, "backward"), _fake)
 not_differentiable("residual_weights", "the weights are constants of the rule; detach residual, branch and grad")
 
-describe_call = described(Arguments, _describe)
+describe_call = described(relevancy_residual, _describe)
 OPERATOR = Operator(relevancy_residual, describe_call, BACKENDS)

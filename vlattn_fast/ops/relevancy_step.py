@@ -19,15 +19,15 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepSecondInputs,
 )
 from vlattn_fast.dispatch import choice
-from vlattn_fast.dispatch.call import CallShape, call_shape
+from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
 from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._groups import NO_BIAS, group_bias_inputs
+from vlattn_fast.ops._groups import group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, NO_HEADS, PER_ROW, over_shards
-from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, described, make_plan, without_padding
+from vlattn_fast.ops._stages import DotPlan, by_formula, cast, described, make_plan, without_padding
 from vlattn_fast.ops.relevancy_attention import BACKENDS, SHARDED, check_abar, check_carried, flags_of, sizes_of
 from vlattn_fast.ops.score_attention import lse_for_sink
 
@@ -89,41 +89,46 @@ def relevancy_step(
     """
     if is_dtensor(query):
         return over_shards(relevancy_step, locals(), SHARDED | _STEPS, [NO_HEADS], _relevancy_shards.step)
-    arguments = Arguments(**locals())
-    plan = planned(_plan, arguments)
-    arguments = cast(arguments)
+    groups = query_groups, key_groups, group_bias
+    x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, *groups, backend)
+    plan = planned(_plan, x, relevancy, value, grad_output, rule, row_normalize, lse)
+    x, value, grad_output = cast(x, value, grad_output)
     if plan.backend == "reference":
-        return by_formula(load(BACKENDS, "reference").relevancy_step, arguments, plan.scale)
-    return _forward_op(_features(arguments, plan))
+        own = {"value": value, "grad_output": grad_output, "rule": rule, "row_normalize": row_normalize, "lse": lse}
+        return by_formula(load(BACKENDS, "reference").relevancy_step, x, plan.scale, relevancy=relevancy, **own)
+    lse = lse_for_sink(x, lse, plan)
+    x, value = without_padding(x, plan, value)
+    bias = group_bias_inputs(x.query, *groups)
+    tensors = relevancy, x.query, x.key, value, grad_output, lse, attn_mask, key_mask, *bias
+    return _forward_op(RelevancyStepInputs(*tensors, rule, row_normalize, *plan.core, is_causal, plan.backend))
 
 
-Arguments = arguments_of(relevancy_step)
-
-
-def _describe(x: Any) -> CallShape:
+def _describe(
+    x: AttentionArguments, relevancy: Tensor, value: Tensor | None, grad_output: Tensor | None, rule: str, row_normalize: bool
+) -> CallShape:
     """Checks a call except for the tensors that its rule needs, and its log-sum-exp, and returns its metadata."""
-    if x.value is None and x.grad_output is not None:
+    if value is None and grad_output is not None:
         raise ValueError("value must be given with grad_output; got None")
-    optional = {"value": x.value, "grad_output": x.grad_output}
-    check_abar(x, {name: tensor for name, tensor in optional.items() if tensor is not None})
-    check_carried("relevancy", x.relevancy, x.query)
-    return call_shape("relevancy_step", x.query, sizes_of(x, x.relevancy), flags_of(x))
+    optional = {"value": value, "grad_output": grad_output}
+    check_abar(x, rule, row_normalize, {name: tensor for name, tensor in optional.items() if tensor is not None})
+    check_carried("relevancy", relevancy, x.query)
+    return call_shape("relevancy_step", x.query, sizes_of(x, value, relevancy), flags_of(x, rule, row_normalize))
 
 
-def _plan(x: Any) -> DotPlan:
-    backend = choice.select(BACKENDS, _describe(x), x.backend)
-    if x.rule == "gradient" and (x.value is None or x.grad_output is None):
+def _plan(
+    x: AttentionArguments,
+    relevancy: Tensor,
+    value: Tensor | None,
+    grad_output: Tensor | None,
+    rule: str,
+    row_normalize: bool,
+    lse: Tensor | None,
+) -> DotPlan:
+    backend = choice.select(BACKENDS, _describe(x, relevancy, value, grad_output, rule, row_normalize), x.backend)
+    if rule == "gradient" and (value is None or grad_output is None):
         raise ValueError("value and grad_output must be given for rule='gradient'; got None")
-    check_lse(x.lse, x.query)
-    return make_plan(BACKENDS, backend, x)
-
-
-def _features(arguments: Any, plan: DotPlan) -> RelevancyStepInputs:
-    lse = lse_for_sink(arguments, plan)
-    x = without_padding(arguments, plan)
-    bias = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
-    tensors = x.relevancy, x.query, x.key, x.value, x.grad_output, lse, x.attn_mask, x.key_mask, *bias
-    return RelevancyStepInputs(*tensors, x.rule, x.row_normalize, *plan.core, x.is_causal, plan.backend)
+    check_lse(lse, x.query)
+    return make_plan(BACKENDS, backend, x.query, x.scale, x.softcap)
 
 
 def _forward_fake(inputs: RelevancyStepInputs) -> Tensor:
@@ -180,6 +185,6 @@ DERIVATIVES = Derivatives(
 )
 differentiable("relevancy_step", _autograd, _setup_context, DERIVATIVES.of_forward)
 
-describe_call = described(Arguments, _describe)
+describe_call = described(relevancy_step, _describe)
 _CPU = BACKENDS["cpu"]._replace(shared_sums=("gradient of key", "gradient of value"))  # abar_backward, as attention_map's
 OPERATOR = Operator(relevancy_step, describe_call, {**BACKENDS, "cpu": _CPU})

@@ -17,10 +17,7 @@ from vlattn_fast._ground.checks import (
     autocasts,
     check_attention,
     check_bool,
-    check_masks,
     check_number,
-    check_sink,
-    check_softcap,
     describe,
     is_differentiated,
     is_dtensor,
@@ -48,17 +45,17 @@ from vlattn_fast.backends.inputs import (
 )
 from vlattn_fast.backends.sdpa import score_attention as sdpa
 from vlattn_fast.dispatch import choice
-from vlattn_fast.dispatch.call import CallShape, call_shape
+from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
 from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._groups import NO_BIAS, check_groups, check_head_gate, gated, group_bias_inputs
+from vlattn_fast.ops._groups import check_head_gate, gated, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._score_attention_backends import BACKENDS
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
-from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, described
+from vlattn_fast.ops._stages import DotPlan, by_formula, check_logits, described, logit_flags
 
 
 def _on_shards(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
@@ -139,18 +136,19 @@ def score_attention(
     """
     if is_dtensor(query):
         return over_shards(score_attention, locals(), _SHARDED, [ATTENTION, PER_ROW], _on_shards)
-    arguments = Arguments(**locals())
-    plan = planned(_plan, arguments)
+    groups = query_groups, key_groups, group_bias
+    x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, *groups, backend)
+    plan = planned(_plan, x, value, score, dropout_p, return_lse, head_gate)
     if plan.backend == "reference":
-        return by_formula(load(BACKENDS, "reference").score_attention, arguments, plan.scale)
+        own = {"value": value, "score": score, "dropout_p": dropout_p, "return_lse": return_lse, "head_gate": head_gate}
+        return by_formula(load(BACKENDS, "reference").score_attention, x, plan.scale, **own)
     if plan.direct is not None:
         out, _ = _forward_op(ScoreAttentionInputs(query, key, value, None, attn_mask, key_mask, *plan.direct))
         return out
-    features = _features(arguments, plan)
-    return _finish(arguments, plan, features, _run(arguments, plan, features))
+    features = _features(x, value, score, dropout_p, plan)
+    return _finish(x, return_lse, head_gate, plan, features, _run(x, plan, features))
 
 
-Arguments = arguments_of(score_attention)
 _new_inputs = by_name(ScoreAttentionInputs)
 
 
@@ -180,35 +178,32 @@ class Features(NamedTuple):
 _new_features = by_name(Features)
 
 
-def _check(x: Any, score: scores.Score) -> None:
-    check_attention(x.query, x.key, x.enable_gqa, value=x.value)
-    check_bool(return_lse=x.return_lse)
-    check_masks(x.query, x.key, x.attn_mask, x.key_mask, x.is_causal)
-    check_number("dropout_p", x.dropout_p, low=0.0, high=1.0, open_high=True)
-    check_softcap(x.softcap)
-    check_sink(x.sink, x.query)
-    check_groups(x)
-    check_head_gate(x.head_gate, x.query)
+def _describe(
+    x: AttentionArguments, value: Tensor, score: Any, dropout_p: float, return_lse: bool, head_gate: Tensor | None
+) -> CallShape:
+    """Checks a call, and returns its metadata."""
+    score = scores.resolve(score)
+    check_attention(x.query, x.key, x.enable_gqa, value=value)
+    check_bool(return_lse=return_lse)
+    check_number("dropout_p", dropout_p, low=0.0, high=1.0, open_high=True)
+    check_logits(x)
+    check_head_gate(head_gate, x.query)
     if x.softcap is not None and not score.is_plain:
         raise ValueError(f"softcap must be None for scores other than 'dot' and 'scaled_dot'; got {x.softcap} for {score!r:.80}")
     score.check(x.query, x.key)
-
-
-def _describe(x: Any) -> CallShape:
-    """Checks a call, and returns its metadata."""
-    score = scores.resolve(x.score)
-    _check(x, score)
     (batch, heads, queries, head_dim), (_, _, keys, key_dim) = x.query.shape, x.key.shape
     features = score.features(head_dim, key_dim)
     sizes = {"batch": batch, "heads": heads, "queries": queries, "keys": keys, "head_dim": head_dim}
-    sizes |= {"value_dim": x.value.shape[3], "features": 0 if features is None else features}
+    sizes |= {"value_dim": value.shape[3], "features": 0 if features is None else features}
     flags = {
         "score": score.kind,
         "series": features is None,
         "dot_product": score.is_dot_product,
-        "dropout": x.dropout_p > 0.0,
-        "return_lse": x.return_lse,
-        **{name: getattr(x, name) is not None for name in ("softcap", "sink", "attn_mask", "key_mask", "group_bias")},
+        "dropout": dropout_p > 0.0,
+        "return_lse": return_lse,
+        **logit_flags(x),
+        "attn_mask": x.attn_mask is not None,
+        "key_mask": x.key_mask is not None,
         "is_causal": x.is_causal,
         "backward_in_16_bit": _multiplies_16_bits(x.query) and torch.is_grad_enabled(),
         "positive_scale": resolve_scale(x.scale, score.default_scale(head_dim)) > 0.0,
@@ -222,39 +217,34 @@ def _multiplies_16_bits(query: Tensor) -> bool:
     return query.dtype.itemsize == 2 or (query.dtype == torch.float32 and autocasts(query))
 
 
-def _plan(x: Any) -> Plan:
-    backend = choice.select(BACKENDS, _describe(x), x.backend)
-    score, masks_padding, packs = scores.resolve(x.score), BACKENDS[backend].masks_padding, _packs(x)
+def _plan(x: AttentionArguments, value: Tensor, score: Any, dropout_p: float, return_lse: bool, head_gate: Tensor | None) -> Plan:
+    backend = choice.select(BACKENDS, _describe(x, value, score, dropout_p, return_lse, head_gate), x.backend)
+    score, masks_padding, packs = scores.resolve(score), BACKENDS[backend].masks_padding, _packs(x, value)
     scale = score.default_scale(x.query.shape[-1]) if x.scale is None else float(x.scale)
     softcapped = None if x.softcap is None else scores.softcapped(scale, x.softcap)
-    direct = None
-    if score.is_plain and (masks_padding or x.key_mask is None) and not (backend == "sdpa" or packs or _computes_more(x)):
+    direct, tensors = None, (x.sink, x.group_bias, head_gate)  # to compute before the operator, or after it
+    computes_more = dropout_p > 0.0 or return_lse or autocasts(x.query) or any([each is not None for each in tensors])
+    if score.is_plain and (masks_padding or x.key_mask is None) and not (backend == "sdpa" or packs or computes_more):
         core = ("dot", 0.0, scale) if softcapped is None else softcapped
         direct = None, None, None, None, *core, 0.0, x.is_causal, backend
     return Plan(backend, masks_padding, scale, softcapped, packs, direct)
 
 
-def _computes_more(x: Any) -> bool:
-    """Returns whether a call of products has tensors to compute before the operator, or after it."""
-    more = x.sink, x.group_bias, x.head_gate
-    return x.dropout_p > 0.0 or x.return_lse or autocasts(x.query) or any([tensor is not None for tensor in more])
-
-
-def _packs(x: Any) -> bool:
+def _packs(x: AttentionArguments, value: Tensor) -> bool:
     """Returns whether the query heads that share a key head may be treated as more queries of one head, if the features of the
     keys share heads like the keys.
 
     Few queries, such as a decoder's, do not fill a tile of a kernel, which would load the keys once for each of them.
     """
-    shares = x.value.shape[1] < x.query.shape[1] and 0 < x.query.shape[2] < 16
+    shares = value.shape[1] < x.query.shape[1] and 0 < x.query.shape[2] < 16
     alike = x.sink is None and not x.is_causal
     mask = x.attn_mask
     return shares and alike and (mask is None or (mask.shape[-2:-1] == (1,) and mask.shape[-3:-2] in ((), (1,))))
 
 
-def _features(x: Any, plan: Plan) -> Features:
-    score = scores.resolve(x.score)
-    key, value = (x.key, x.value) if x.key_mask is None else _without_padding(x, plan, score)
+def _features(x: AttentionArguments, value: Tensor, score: str | scores.Score, dropout_p: float, plan: Plan) -> Features:
+    score = scores.resolve(score)
+    key, value = (x.key, value) if x.key_mask is None else _without_padding(x, value, plan, score)
     core = score.core(x.query, key)
     query, key, vector = core.query, core.key, core.vector
     if autocasts(query):
@@ -264,14 +254,23 @@ def _features(x: Any, plan: Plan) -> Features:
     if core.keeps_dtype:
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
     packs = plan.packs and vector is None and key.shape[1] == value.shape[1]
-    inputs = _inputs(x, plan, core, query, key, value, vector, logit, packs)
+    inputs = _inputs(x, dropout_p, plan, core, query, key, value, vector, logit, packs)
     return _new_features(inputs=inputs, logit=logit, core=core, out_dtype=out_dtype, packs=packs)
 
 
 def _inputs(
-    x: Any, plan: Plan, core: Any, query: Tensor, key: Tensor, value: Tensor, vector: Any, logit: Any, packs: bool
+    x: AttentionArguments,
+    dropout_p: float,
+    plan: Plan,
+    core: scores.Core,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    vector: Tensor | None,
+    logit: Tensor | None,
+    packs: bool,
 ) -> ScoreAttentionInputs:
-    row_bias, key_groups = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
+    row_bias, key_groups = group_bias_inputs(x.query, x.query_groups, x.key_groups, x.group_bias)
     if packs:
         query, row_bias = _packed(query, key), _packed(row_bias, key)
     kind, parameter, scale = (core.kind, core.parameter, plan.scale) if plan.softcapped is None else plan.softcapped
@@ -284,13 +283,13 @@ def _inputs(
         key_mask=x.key_mask,
         row_bias=row_bias,
         key_groups=key_groups,
-        seed=torch.randint(0, 2**62, (), device=query.device) if x.dropout_p > 0.0 else None,
+        seed=torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None,
         # for the core score, which lacks the offset
         sink=None if logit is None else (logit - plan.scale * core.offset).detach(),
         score=kind,
         parameter=parameter,
         scale=scale,
-        dropout_p=float(x.dropout_p),
+        dropout_p=float(dropout_p),
         is_causal=x.is_causal,
         backend=plan.backend,
     )
@@ -302,9 +301,9 @@ def _packed(x: Any, key: Tensor) -> Any:
     return None if x is None else x.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
 
 
-def _without_padding(x: Any, plan: Plan, score: scores.Score) -> tuple[Tensor, Tensor]:
+def _without_padding(x: AttentionArguments, value: Tensor, plan: Plan, score: scores.Score) -> tuple[Tensor, Tensor]:
     """Returns key and value, with neutral values at padding unless the backend's kernels mask it."""
-    key, value = x.key, x.value
+    key = x.key
     if not plan.masks_padding:
         (value,) = mask_padding(x.key_mask, value)
     if not (plan.masks_padding and score.is_plain):  # features of padding would reach parameters
@@ -315,21 +314,20 @@ def _without_padding(x: Any, plan: Plan, score: scores.Score) -> tuple[Tensor, T
 Computes = Callable[[ScoreAttentionInputs], tuple[Tensor, Tensor]]
 
 
-def score_attention_by(operator: Computes, **call: Any) -> Tensor:
-    """Runs `score_attention(**call)` with another operator, such as one with a backward pass of its own."""
-    if is_dtensor(call["query"]):
-        shared: Tensor = over_shards(
-            functools.partial(score_attention_by, operator), Arguments(**call)._asdict(), _SHARDED, [ATTENTION], _on_shards
-        )
+def score_attention_by(operator: Computes, query: Tensor, key: Tensor, value: Tensor, **masks: Any) -> Tensor:
+    """Runs `score_attention` of these tensors and masks with another operator, such as one with a backward pass of its own."""
+    x, own = AttentionArguments(query, key, **masks), {"value": value, "score": "scaled_dot", "dropout_p": 0.0}
+    if is_dtensor(query):
+        by_operator = functools.partial(score_attention_by, operator)
+        shared: Tensor = over_shards(by_operator, x._asdict() | own, _SHARDED, [ATTENTION], _on_shards)
         return shared
-    arguments = Arguments(**call)
-    plan = planned(_plan, arguments)
-    features = _features(arguments, plan)
-    output: Tensor = _finish(arguments, plan, features, _run(arguments, plan, features, operator))
+    plan = planned(_plan, x, value, "scaled_dot", 0.0, False, None)
+    features = _features(x, value, "scaled_dot", 0.0, plan)
+    output: Tensor = _finish(x, False, None, plan, features, _run(x, plan, features, operator))
     return output
 
 
-def _run(x: Any, plan: Plan, features: Features, operator: Computes | None = None) -> tuple[Tensor, Any]:
+def _run(x: AttentionArguments, plan: Plan, features: Features, operator: Computes | None = None) -> tuple[Tensor, Any]:
     """Returns out and lse; torch's own attention has no lse."""
     inputs = features.inputs
     if plan.backend == "sdpa":
@@ -339,23 +337,25 @@ def _run(x: Any, plan: Plan, features: Features, operator: Computes | None = Non
     return out, lse
 
 
-def _finish(x: Any, plan: Plan, features: Features, rows: tuple[Tensor, Any]) -> Any:
+def _finish(
+    x: AttentionArguments, return_lse: bool, head_gate: Tensor | None, plan: Plan, features: Features, rows: tuple[Tensor, Any]
+) -> Any:
     (out, lse), offset, logit = rows, features.core.offset, features.logit
     if features.packs:
         queries = -1, x.query.shape[2]
         out = out.unflatten(2, queries).flatten(1, 2)
         lse = None if lse is None else lse.unflatten(2, queries).flatten(1, 2)
-    if (logit is not None or x.return_lse) and (isinstance(offset, Tensor) or offset != 0.0):
+    if (logit is not None or return_lse) and (isinstance(offset, Tensor) or offset != 0.0):
         lse = torch.where(torch.isneginf(lse), lse, lse + plan.scale * offset)  # no gradient from a row without keys
     if logit is not None:  # after the offset: as part of the sink it would have a gradient of 1 minus the keys' share of 1
         out, lse = with_sink(out, lse, logit), lse_with_sink(lse, logit)
     out = as_dtype(out, features.out_dtype)
-    out = out if x.head_gate is None else gated(out, x.head_gate)
+    out = out if head_gate is None else gated(out, head_gate)
     if logit is None and isinstance(offset, Tensor) and (offset.requires_grad or is_jit_traced()):
         # the offset cancels in the softmax: its gradient is zero, not None (a product with 0 would give NaN for Inf)
         never = torch.zeros((), dtype=torch.bool, device=out.device)
         out = out + torch.where(never, offset.sum(), 0.0).to(out.dtype)
-    if not x.return_lse:
+    if not return_lse:
         return out
     is_wide = x.attn_mask is not None and x.attn_mask.dtype == torch.float64  # only then may a finite lse exceed float32
     return out, (cast_finite if is_wide else as_dtype)(lse, compute_dtype(out))
@@ -367,23 +367,21 @@ def lse_of(query: Tensor, key: Tensor, **options: Any) -> Tensor:
     return lse
 
 
-def attention_lse(arguments: Any, plan: DotPlan, sink: Tensor | None = None) -> Tensor:
+def attention_lse(x: AttentionArguments, plan: DotPlan, sink: Tensor | None = None) -> Tensor:
     """Returns the log-sum-exp (B, H, N) of the attention of another operator's call, with this sink."""
-    x, value = arguments, arguments.key[..., :1]
-    masks = {"attn_mask": x.attn_mask, "key_mask": x.key_mask, "is_causal": x.is_causal, "enable_gqa": x.enable_gqa}
-    if x.group_bias is not None:
-        masks |= {"query_groups": x.query_groups, "key_groups": x.key_groups, "group_bias": x.group_bias}
-    logits = {"score": "dot", "scale": plan.scale, "softcap": x.softcap, "sink": sink}
-    _, lse = score_attention(x.query, x.key, value, **logits, **masks, return_lse=True, backend=plan.backend)
+    options = x._asdict() | {"scale": plan.scale, "sink": sink, "backend": plan.backend}
+    if x.group_bias is None:  # which the groups of keys of attention_statistics need not have
+        del options["key_groups"]
+    _, lse = score_attention(value=x.key[..., :1], score="dot", return_lse=True, **options)
     return lse
 
 
-def lse_for_sink(arguments: Any, plan: DotPlan) -> Tensor | None:
+def lse_for_sink(x: AttentionArguments, lse: Tensor | None, plan: DotPlan) -> Tensor | None:
     """Returns the caller's log-sum-exp, or a new one if a sink needs it: for its value, or for its gradient."""
-    lse, sink = arguments.lse, arguments.sink
+    sink = x.sink
     if sink is None or (lse is not None and (lse.requires_grad or not is_differentiated(sink))):
         return lse
-    return attention_lse(arguments, plan, sink)
+    return attention_lse(x, plan, sink)
 
 
 def _forward_fake(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
@@ -485,5 +483,5 @@ DERIVATIVES = Derivatives(
 )
 differentiable("score_attention", _autograd, _setup_context, DERIVATIVES.of_forward)
 
-describe_call = described(Arguments, _describe)
+describe_call = described(score_attention, _describe)
 OPERATOR = Operator(score_attention, describe_call, BACKENDS)

@@ -21,12 +21,12 @@ from vlattn_fast.backends.inputs import (
 )
 from vlattn_fast.backends.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
 from vlattn_fast.dispatch.call import CallShape, call_shape
-from vlattn_fast.dispatch.choice import launcher, load, planned, select
+from vlattn_fast.dispatch.choice import launcher, load, planned, selecting
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
-from vlattn_fast.ops._stages import arguments_of, described
+from vlattn_fast.ops._stages import described
 
 
 def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
@@ -104,7 +104,8 @@ def stacked_cross_attention(
 
     Reference: Lee et al., "Stacked Cross Attention for Image-Text Matching", ECCV 2018, eq. 1-8.
     """
-    backend = planned(_backend, Arguments(**locals()))
+    options = direction, first_norm, smooth, aggregation, lambda_lse, score
+    backend = planned(_backend, backend, images, captions, caption_lengths, image_lengths, *options)
     norms = {"direction": direction, "first_norm": first_norm, "smooth": smooth}
     sums = {"aggregation": aggregation, "lambda_lse": lambda_lse}
     caption_lengths, image_lengths = _place(caption_lengths, "caption", captions), _place(image_lengths, "image", images)
@@ -116,8 +117,9 @@ def stacked_cross_attention(
             return formula(images, captions, caption_lengths, image_lengths, **norms, **sums, score=score)
     images, captions, features = _rows(images, captions, caption_lengths, image_lengths, direction, score, backend)
     smooth, lambda_lse = float(smooth), float(lambda_lse)
-    options = features, direction, first_norm, smooth, aggregation, lambda_lse, backend
-    return _forward_op(StackedCrossAttentionInputs(images, captions, caption_lengths, image_lengths, *options))
+    tensors = images, captions, caption_lengths, image_lengths
+    inputs = StackedCrossAttentionInputs(*tensors, features, direction, first_norm, smooth, aggregation, lambda_lse, backend)
+    return _forward_op(inputs)
 
 
 def _rows(
@@ -184,31 +186,37 @@ def damsm_similarity(
     return gamma2 * stacked_cross_attention(images, captions, caption_lengths, image_lengths, **options)
 
 
-Arguments = arguments_of(stacked_cross_attention)
-
-
-def _backend(x: Any) -> str:
-    return select(BACKENDS, _describe(x), x.backend)
-
-
-def _describe(x: Any) -> CallShape:
+def _describe(
+    images: Tensor,
+    captions: Tensor,
+    caption_lengths: Tensor | None,
+    image_lengths: Tensor | None,
+    direction: str,
+    first_norm: str | None,
+    smooth: float,
+    aggregation: str,
+    lambda_lse: float,
+    score: str | scores.Score,
+) -> CallShape:
     """Checks a call except for the values of lengths, and returns its metadata."""
-    images, captions = x.images, x.captions
-    score = check_options(x.direction, x.first_norm, x.smooth, x.aggregation, x.lambda_lse, x.score)
+    score = check_options(direction, first_norm, smooth, aggregation, lambda_lse, score)
     check_tensor("images", images, rank=3, shape="(Bi, R, D)")
     check_tensor("captions", captions, rank=3, shape="(Bc, T, D)")
     check_floating(images=images, captions=captions)
     check_device("captions", captions, "images", images)
     if captions.shape[2] != images.shape[2]:
         raise ValueError(f"captions must have images' feature size D = {images.shape[2]}; got {describe(captions)}")
-    _check_lengths("caption_lengths", x.caption_lengths, "captions", captions)
-    _check_lengths("image_lengths", x.image_lengths, "images", images)
+    _check_lengths("caption_lengths", caption_lengths, "captions", captions)
+    _check_lengths("image_lengths", image_lengths, "images", images)
     (num_images, regions, features), (num_captions, words, _) = images.shape, captions.shape
     sizes = {"images": num_images, "captions": num_captions, "regions": regions, "words": words, "features": features}
-    query, context = (captions, images) if x.direction == "t2i" else (images, captions)
+    query, context = (captions, images) if direction == "t2i" else (images, captions)
     score.check(query[:, None], context[:, None])
-    flags = {"direction": x.direction, "first_norm": x.first_norm, "aggregation": x.aggregation, "score": score.name}
+    flags = {"direction": direction, "first_norm": first_norm, "aggregation": aggregation, "score": score.name}
     return call_shape("stacked_cross_attention", images, sizes, flags)
+
+
+_backend = selecting(BACKENDS, _describe)
 
 
 def check_options(direction: Any, first_norm: Any, smooth: Any, aggregation: Any, lambda_lse: Any, score: Any) -> scores.Score:
@@ -310,5 +318,5 @@ _derivatives = Derivatives(
 )
 differentiable("stacked_cross_attention", _autograd, _setup_context, _derivatives.of_forward)
 
-describe_call = described(Arguments, _describe)
+describe_call = described(stacked_cross_attention, _describe)
 OPERATOR = Operator(stacked_cross_attention, describe_call, BACKENDS)

@@ -24,9 +24,8 @@ from vlattn_fast.backends.reference.token_scores import (
     real_queries,
     resolve_rule,
 )
+from vlattn_fast.dispatch.call import AttentionArguments
 from vlattn_fast.dispatch.choice import planned
-from vlattn_fast.ops._stages import arguments_of
-from vlattn_fast.ops.attention_statistics import Arguments as StatisticsArguments
 from vlattn_fast.ops.attention_statistics import StatisticsPlan, attention_statistics, make_statistics_plan, statistics_of
 
 
@@ -105,17 +104,15 @@ def token_scores(
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
-    arguments = Arguments(**locals())
-    plan = planned(_plan, arguments)
+    x = AttentionArguments(query, key, attn_mask, key_mask, False, scale, enable_gqa, softcap, sink, backend=backend)
+    plan = planned(_plan, x, rule, queries, kernel_size, pooling, recent, per_head, is_causal)
     how = plan.how if plan.how.queries is not None else plan.how._replace(queries=queries)
-    chosen = _statistics_arguments(how, plan.rows, arguments)
-    received, rows = statistics_of(chosen, plan.statistics).received, chosen.query.shape[2]
-    if chosen.row_weight is None and not how.is_sum and rows > 1:
+    chosen, weight = _with_rows(how, plan.rows, x)
+    received, rows = statistics_of(chosen, None, weight, plan.statistics).received, chosen.query.shape[2]
+    assert received is not None
+    if weight is None and not how.is_sum and rows > 1:
         received = received / rows  # as many in each sample
     return finish(received, how, query.shape[2], key, key_mask)
-
-
-Arguments = arguments_of(token_scores)
 
 
 class Plan(NamedTuple):
@@ -127,15 +124,16 @@ class Plan(NamedTuple):
     statistics: StatisticsPlan
 
 
-def _plan(x: Any) -> Plan:
+def _plan(x: AttentionArguments, *choices: Any) -> Plan:
     check_attention(x.query, x.key, x.enable_gqa)
-    how = resolve_rule(x.query, x.rule, x.queries, x.kernel_size, x.pooling, x.recent, x.per_head, x.is_causal)
+    how = resolve_rule(x.query, *choices)
     check_masks(x.query, x.key, x.attn_mask, x.key_mask, how.is_causal)
     names_mask, rows = isinstance(how.queries, Tensor), None
     if not names_mask and real_queries(x.query, x.key, x.key_mask) is None:
         num_queries, few = x.query.shape[2], _fewest(how, x.query)
         rows = (0, few) if how.queries == "first" else (num_queries - few, num_queries)
-    statistics = make_statistics_plan(_statistics_arguments(how, rows, x))
+    chosen, weight = _with_rows(how, rows, x)
+    statistics = make_statistics_plan(chosen, "received", None, weight)
     return Plan(how._replace(queries=None) if names_mask else how, rows, statistics)
 
 
@@ -178,8 +176,8 @@ def text_raters(hidden: Tensor, image: Tensor, text: Tensor, *, backend: str = "
     return above_mean(statistics.received[:, 0], text)
 
 
-def _statistics_arguments(how: Rule, rows: tuple[int, int] | None, x: Any) -> Any:
-    """Returns the arguments of attention_statistics for the queries that count. `rows`: see `Plan`."""
+def _with_rows(how: Rule, rows: tuple[int, int] | None, x: AttentionArguments) -> tuple[AttentionArguments, Tensor | None]:
+    """Returns the arguments of attention_statistics for the queries that count, and their weights. `rows`: see `Plan`."""
     query, weight = x.query, None
     positions: slice | Tensor
     if rows is None:
@@ -189,20 +187,7 @@ def _statistics_arguments(how: Rule, rows: tuple[int, int] | None, x: Any) -> An
         if end - first < query.shape[2]:
             query = query[:, :, positions]
     mask, is_causal = _mask(how, x.attn_mask, x.query, x.key, positions)
-    return StatisticsArguments(
-        query=query,
-        key=x.key,
-        statistics="received",
-        row_weight=weight,
-        attn_mask=mask,
-        key_mask=x.key_mask,
-        is_causal=is_causal,
-        scale=x.scale,
-        enable_gqa=x.enable_gqa,
-        softcap=x.softcap,
-        sink=x.sink,
-        backend=x.backend,
-    )
+    return x._replace(query=query, attn_mask=mask, is_causal=is_causal), weight
 
 
 def _fewest(how: Rule, query: Tensor) -> int:
@@ -211,7 +196,7 @@ def _fewest(how: Rule, query: Tensor) -> int:
     return min(count, query.shape[2]) if isinstance(count, int) else query.shape[2]
 
 
-def _chosen_rows(how: Rule, x: Any) -> tuple[Tensor, Tensor, slice | Tensor]:
+def _chosen_rows(how: Rule, x: AttentionArguments) -> tuple[Tensor, Tensor, slice | Tensor]:
     """Returns the queries (B, H, R, D) that are computed, their weights (B, R), and their positions: all, or those of (B, R)."""
     query, num_queries, few = x.query, x.query.shape[2], _fewest(how, x.query)
     chosen = chosen_queries(how, query, x.key, x.key_mask)

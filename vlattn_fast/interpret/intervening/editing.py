@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,6 @@ from vlattn_fast.interpret.intervening.state_places import StatePlace
 from vlattn_fast.interpret.intervening.state_plans import StatePlan
 from vlattn_fast.interpret.intervening.traced_model import TracedTower
 from vlattn_fast.ops._groups import gated, group_bias_inputs
-
-
-class _Grouped(NamedTuple):
-    """The parts of a call that `group_bias_inputs` reads."""
-
-    query: Tensor
-    query_groups: Tensor
-    key_groups: Tensor
-    group_bias: Tensor
 
 
 @dataclass(eq=False)
@@ -270,7 +261,7 @@ class EditedCalls(Subscriber):
     def row_bias(self, plan: CallPlan, query: Tensor, keys: int, start: int, total: int) -> tuple[Tensor, Tensor]:
         """The bias (B, H, N, G) of a call's edited edges, whose queries are one group each, and the groups of its keys."""
         groups = _groups(plan, query, keys, start, total)
-        row_bias, key_groups = group_bias_inputs(_Grouped(query, **groups))
+        row_bias, key_groups = group_bias_inputs(query, **groups)
         assert row_bias is not None and key_groups is not None
         return row_bias, key_groups
 
