@@ -64,6 +64,7 @@ from vlattn_fast.kernels._tiles import (
     rows_and_head,
     seeing_queries_of_heads,
     side_at,
+    staged,
     store_head,
     store_tile,
     within,
@@ -134,7 +135,7 @@ def config_of(kernel: str, launch: Launch, block_t: int = 0) -> Config:
 def _config(
     kernel: str, constants: score_attention.Constants, dtype: torch.dtype, num_q: int, num_k: int, block_t: int
 ) -> Config:
-    return configuration(
+    config = configuration(
         "relevancy_attention",
         kernel,
         dtype=dtype,
@@ -145,6 +146,7 @@ def _config(
         masked=constants.MASK % GROUP_BIAS.value != 0,
         score=constants.SCORE,
     )
+    return staged(config, constants.MASK)
 
 
 def statistics(launch: Launch, lse: Tensor | None, summed: bool = False, limit: tl.constexpr = CALLER_LSE) -> RowStats:

@@ -45,6 +45,7 @@ from vlattn_fast.kernels._tiles import (
     mask_tile,
     masks_at,
     query_range,
+    staged,
     store_tile,
     within,
 )
@@ -61,7 +62,7 @@ def queries(
     grad_weight = torch.empty_like(call["p_rows"][3])
     grad_bias, blocks = gradient_blocks(row_bias)
     for p_grad_bias, first_group, block_g in blocks if grad_weight.numel() > 0 else ():
-        config = configuration("attention_statistics", "backward_q", **facts)
+        config = staged(configuration("attention_statistics", "backward_q", **facts), call["C"].MASK)
         _backward_q_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
             **launched(call),
             p_mass=mass,
@@ -83,7 +84,7 @@ def keys(call: dict[str, Any], facts: dict[str, Any]) -> Tensor:
     batch, heads, num_kv, _ = key.shape
     grad_k = torch.empty_like(key, memory_format=torch.contiguous_format)
     if grad_k.numel() > 0:
-        config = configuration("attention_statistics", "backward_kv", **facts)
+        config = staged(configuration("attention_statistics", "backward_kv", **facts), call["C"].MASK)
         edge = edge_block(call["x"].N, config["BLOCK_Q"], call["C"].CAUSAL)
         grid = (cdiv(num_kv, config["BLOCK_KV"]) * batch * heads,)
         _backward_kv_kernel[grid](**launched(call), p_grad_k=grad_k, BLOCK_EDGE=edge, **config)

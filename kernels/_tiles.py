@@ -26,7 +26,7 @@ from triton.language.target_info import cuda_capability_geq
 
 from vlattn_fast._ground.named import by_name
 from vlattn_fast._ground.tensors import cast_float_mask
-from vlattn_fast.kernels._configurations import multiplies_biases
+from vlattn_fast.kernels._configurations import Config, multiplies_biases
 from vlattn_fast.kernels._group_bias import (
     BOOL_MASK,
     FLOAT_MASK,
@@ -223,6 +223,7 @@ def masks_and_product(
         or scale is None
         or attn_mask is not None
         or like.dtype == torch.float32
+        or OLD_TRITON
         or not multiplies_biases()
         or not 0 < row_bias.shape[3] <= MULTIPLIED.value
         or not 2.0**-40 < abs(scale) < 2.0**40
@@ -232,6 +233,12 @@ def masks_and_product(
     keys = like if key_mask is None else key_mask.contiguous()
     masks = _new_masks(p=like, p_keys=keys, **_of_bias(bias, masked, words), num_groups=row_bias.shape[3])
     return masks, GROUP_PRODUCT.value, product
+
+
+def staged(config: Config, mask: int) -> Config:
+    """The configuration of a kernel with this constant MASK. Under a group bias Triton 3.6 fails to compile loops of several
+    stages for sm_90, silently in its pass for them; 3.9 compiles them, and none between was tried."""
+    return {**config, "num_stages": 1} if mask >= GROUP_BIAS.value and OLD_TRITON else config
 
 
 def launched(call: dict[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ from vlattn_fast.kernels._tiles import (
     row_shift,
     rows_at,
     side_at,
+    staged,
     store_tile,
 )
 
@@ -105,7 +106,7 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
     call = {"x": x, "parameter": None if inputs.score == "dot" else inputs.parameter, "C": constants}
     facts = {"rule": inputs.rule, "dtype": query.dtype, "N": num_q, "M": num_kv}
     masked = inputs.attn_mask is not None
-    config = configuration("attention_map", "map", **facts, size=max(size, size_v), masked=masked)
+    config = staged(configuration("attention_map", "map", **facts, size=max(size, size_v), masked=masked), kind)
     one_tile, float_mask = num_kv <= config["BLOCK_KV"], kind >= FLOAT_MASK.value
     if lse is None:
         rows = "tile" if one_tile else "statistics"
@@ -114,7 +115,7 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
     row_max = row_inverse = abar  # placeholders where the kernel does not read them
     if rows == "statistics" and (lse is None or float_mask):
         row_max, row_inverse = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(2))
-        rows_config = configuration("attention_map", "rows", **facts, size=size, masked=masked)
+        rows_config = staged(configuration("attention_map", "rows", **facts, size=size, masked=masked), kind)
         _rows_kernel[(cdiv(num_q, rows_config["BLOCK_Q"]) * batch * heads,)](
             **launched(call),
             p_max=row_max,

@@ -56,6 +56,7 @@ from vlattn_fast.kernels._tiles import (
     query_range,
     row_products,
     side_at,
+    staged,
     store_tile,
     within,
 )
@@ -124,7 +125,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     call = _arguments(inputs)
     facts = _facts(query, key, num_groups, inputs.attn_mask)
     if maximum.numel() > 0:
-        config = configuration("attention_statistics", "rows", **facts)
+        config = staged(configuration("attention_statistics", "rows", **facts), call["C"].MASK)
         # groups beyond a block are computed by other programs, which compute the row again
         block_g = min(32 if query.shape[3] > 128 else 64, block_size(num_groups))
         blocks = max(1, cdiv(num_groups, block_g)) * rows[0] * rows[1]
@@ -158,7 +159,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
                 enable_fp_fusion=True,
             )
     if received.numel() > 0:
-        config = configuration("attention_statistics", "received", **facts)
+        config = staged(configuration("attention_statistics", "received", **facts), call["C"].MASK)
         grid = (cdiv(key.shape[2], config["BLOCK_KV"]) * rows[0] * rows[1],)
         edge = edge_block(rows[2], config["BLOCK_Q"], is_causal)
         _received_kernel[grid](

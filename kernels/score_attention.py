@@ -66,6 +66,7 @@ from vlattn_fast.kernels._scores import (
 )
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
+    OLD_TRITON,
     OWN_LSE,
     ROW_MULTIPLE,
     Dropout,
@@ -99,6 +100,7 @@ from vlattn_fast.kernels._tiles import (
     row_shift,
     rows_and_head,
     side_at,
+    staged,
     store_sums,
     store_tile,
     with_bias,
@@ -383,7 +385,7 @@ def _forward_launch(
 @cached_launch
 def _config(kernel: str, constants: Constants, dtype: torch.dtype, num_q: int, num_k: int, masked: bool = False) -> Config:
     """masked: as under an attn_mask. Its tiles have at most ROW_MULTIPLE rows."""
-    return configuration(
+    config = configuration(
         "score_attention",
         kernel,
         score=constants.SCORE,
@@ -393,6 +395,7 @@ def _config(kernel: str, constants: Constants, dtype: torch.dtype, num_q: int, n
         size=max(constants.A, constants.DV),
         masked=masked or constants.MASK % GROUP_BIAS.value != 0,
     )
+    return staged(config, constants.MASK)
 
 
 def _parts(x: ScoreCall, constants: Constants, keys: int) -> Parts:
@@ -846,7 +849,8 @@ def _softmax_of_tile(
                 b_p, b_new, b_safe = _softmax_under_masks(b_s * b_scale[:, None], b_max, masks, start, o_q, o_kv, N, M, EDGE, C)
             else:
                 b_p, b_new, b_safe = _softmax_of_all(b_s, b_scale, b_max, NEGATIVE)
-    elif EDGE or C.KEY_MASK or C.MASK % GROUP_BIAS != 0:
+    elif EDGE or C.KEY_MASK or C.MASK % GROUP_BIAS != 0 or (C.EXACT and C.MASK == GROUP_BIAS and OLD_TRITON):
+        # the last: Triton 3.6 does not compile `_softmax_under_bias` in float32
         b_p, b_new, b_safe = _softmax_under_masks(b_s * b_scale[:, None], b_max, masks, start, o_q, o_kv, N, M, EDGE, C)
     elif C.MASK == GROUP_BIAS:
         b_p, b_new, b_safe = _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE, C)

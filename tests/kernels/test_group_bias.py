@@ -113,6 +113,16 @@ def test_more_groups_than_a_program_sums(columns: int) -> None:
     check(inputs, "dot", torch.arange(75) * 7 % (columns + 1) - 1)
 
 
+@pytest.mark.skipif("VLATTN_PTX" in os.environ, reason="a compiled kernel keeps the constant that it was compiled with")
+@pytest.mark.parametrize("groups", ("runs", "mixed"))
+def test_float32_under_an_older_triton(groups: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which does not compile the branch of tiles with few groups."""
+    monkeypatch.setattr(score_attention, "OLD_TRITON", True)
+    monkeypatch.setattr(score_attention, "_softmax_under_bias", None)
+    inputs = tensors(35, 83)
+    check({**inputs, "group_bias": bias(inputs["query"].shape[1], 3, 5)}, "dot", GROUPS[groups](83))
+
+
 def test_heads_that_share_keys() -> None:
     inputs = {"query": torch.randn(1, 4, 20, 3), "key": torch.randn(1, 2, 50, 3), "value": torch.randn(1, 2, 50, 5)}
     check(inputs | {"group_bias": bias(4, 3, 4)}, "dot", GROUPS["runs"](50), enable_gqa=True)

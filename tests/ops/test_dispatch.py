@@ -337,16 +337,15 @@ def test_limits_on_lengths_cost_no_graph_where_no_kernel_runs_anyway() -> None:
         ({"sizes": {"head_dim": 257}}, "at most 256"),
         ({"device_type": "xpu"}, "CUDA devices"),
         ({"capability": (7, 5)}, "a compute capability of 8.0"),
-        ({"capability": (10, 0)}, "for sm_100: install triton 3.9"),
-        ({"flags": {"group_bias": True}}, "with group_bias: install triton 3.9"),
+        ({"capability": (10, 0)}, "install triton 3.9"),
     ],
 )
 def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = calls.CallShape("some", torch.bfloat16, "cuda", {"head_dim": 256}, {})
     assert limits.triton_refusals(call) == [] == limits.triton_refusals(call._replace(capability=(8, 0)))
-    monkeypatch.setattr(limits, "_OLD_TRITON", False)
-    assert limits.triton_refusals(call._replace(capability=(10, 0), flags={"group_bias": True})) == []
-    monkeypatch.setattr(limits, "_OLD_TRITON", True)
+    monkeypatch.setattr(limits, "_FAULTY_ON_SM_100", False)
+    assert limits.triton_refusals(call._replace(capability=(10, 0))) == []
+    monkeypatch.setattr(limits, "_FAULTY_ON_SM_100", True)
     assert [words in reason for reason in limits.triton_refusals(call._replace(**change))] == [True]
     monkeypatch.setattr(limits, "_TRITON_MISSING", "triton is not installed")
     assert limits.triton_refusals(call) == ["triton is not installed"]

@@ -28,8 +28,7 @@ def limited(call: CallShape, limits: Limits) -> list[str]:
 
 
 _TRITON_MISSING = extras.missing("triton", 3, 6)
-# before 3.9: faults in tensor memory, as the emulator ptx found, and loops under a group bias that do not compile for sm_90
-_OLD_TRITON = bool(extras.missing("triton", 3, 9))
+_FAULTY_ON_SM_100 = bool(extras.missing("triton", 3, 9))  # in tensor memory, as the emulator ptx found
 
 
 def triton_refusals(call: CallShape, limits: Limits = accept) -> list[str]:
@@ -43,10 +42,8 @@ def triton_refusals(call: CallShape, limits: Limits = accept) -> list[str]:
         reasons.append("our Triton kernels hold PTX, which AMD GPUs do not run")
     if call.capability is not None and call.capability < (8, 0):
         reasons.append("Triton kernels need a compute capability of 8.0 (Ampere) or more")
-    if call.capability is not None and call.capability[0] in (10, 11) and _OLD_TRITON:
+    if call.capability is not None and call.capability[0] in (10, 11) and _FAULTY_ON_SM_100:
         reasons.append("Triton before 3.9 compiles races and wrong addresses for sm_100: install triton 3.9")
-    if call.flags.get("group_bias") and _OLD_TRITON:
-        reasons.append("Triton before 3.9 does not compile kernels with group_bias: install triton 3.9")
     if call.dtype not in KERNEL_DTYPES:
         reasons.append("Triton kernels take float16, bfloat16 and float32")
     if max(call.sizes.get("head_dim", 0), call.sizes.get("value_dim", 0)) > 256:
