@@ -1,4 +1,4 @@
-"""`python -m tools.cliffs`: random calls, of which the worst are printed and stored."""
+"""`python -m vlattn_fast.benchmarks cliffs`: random calls, of which the worst are printed and stored."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tools import cliffs
 from vlattn_fast.backends.native import library
+from vlattn_fast.benchmarks import __main__, cliffs
 from vlattn_fast.checking.cases import Example
 from vlattn_fast.ops import OPERATORS
 
@@ -45,7 +45,7 @@ def test_a_slow_call_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(cliffs, "runs", runs)
     monkeypatch.setattr(cliffs, "WORK", 1 << 18)
     monkeypatch.setattr(cliffs, "MODELS", ())
-    assert cliffs.main(["--minutes", "0.01", "--out", str(tmp_path)]) == 0
+    assert __main__.main(["cliffs", "--minutes", "0.01", "--out", str(tmp_path)]) == 0
     records = json.loads((tmp_path / "cliffs-cpu.json").read_text())
     assert records[0]["ratio"] > 2 and records[0]["baseline"] == "streaming" and records[0]["behind"] == 1
     assert all(record["ratio"] < 1 for record in records[1:])

@@ -25,7 +25,7 @@ pytest.importorskip("ptx", reason=WITHOUT_PTX)
 from tools import building
 from tools.emulated.cuda import emulated
 from tools.gpu import full, launch, lengths, ncu, production, run, session, suite, tiles
-from tools.host import without_launches
+from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
 from vlattn_fast.kernels import _configurations
 from vlattn_fast.ops import OPERATORS

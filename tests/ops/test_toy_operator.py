@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tests.helpers.ops import every_call
 from tests.ops import test_edited_outputs, test_empty_sizes, test_foreign_tensors, test_host_cost, test_saved_tensors
-from tools import cliffs, host
+from vlattn_fast.benchmarks import cliffs, host
 from vlattn_fast.checking import fuzz, info, verify
 from vlattn_fast.checking.cases import Example, Sizes
 from vlattn_fast.checking.cases._dice import DIMS, LENGTHS, Dice

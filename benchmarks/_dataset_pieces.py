@@ -1,4 +1,4 @@
-"""Times the host's work per image in `vlattn explain --dataset`: `python -m tools.dataset_pieces`."""
+"""Times the host's work per image in `vlattn explain --dataset`: `python -m vlattn_fast.benchmarks._dataset_pieces`."""
 
 from __future__ import annotations
 
