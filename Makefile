@@ -24,7 +24,7 @@ MODELS ?= transformers==5.23.* diffusers==0.42.*
 LOCK ?= tools/lock.txt
 
 PY := $(VENV)/bin/python
-CXX_SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cpu/*.cpp packages/ptx/*/*/*.h packages/ptx/*/*/*.cpp packages/ptx/tests/*.h packages/ptx/tests/*.cu tests/compiled/*.cu)
+CXX_SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cpu/*.cpp packages/vlattn-native/*/*/*.h packages/vlattn-native/*/*/*.cpp packages/vlattn-native/tests/*.cpp packages/ptx/*/*/*.h packages/ptx/*/*/*.cpp packages/ptx/tests/*.h packages/ptx/tests/*.cu tests/compiled/*.cu)
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 TESTED := $(VENV)/.tested
@@ -76,7 +76,7 @@ bench: $(READY) $(TESTED)
 
 hub: $(READY) $(TESTED)
 	@$(PY) -m tools.environments hub
-	@PYTHONPATH=$(VENV)/hub $(PY) -m tools.hub.build
+	@PYTHONPATH=$(VENV)/hub $(PY) -m vlattn_native.hub.build
 
 # It needs what the tests need: tables read Triton's kernels, figures are drawn by models. --clean, since the cache does not see that
 # a docstring or a stored row has changed.
@@ -127,7 +127,7 @@ endef
 export INSTALL
 IN_TURN := $(if $(shell command -v flock),flock $(VENV)/.lock)
 IN_TREE := PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) --no-build-isolation --no-deps
-PACKAGES := $(wildcard packages/ptx packages/vlattn-lab packages/vlattn-vllm)
+PACKAGES := $(wildcard packages/ptx packages/vlattn-lab packages/vlattn-native packages/vlattn-vllm)
 
 $(INSTALLED): pyproject.toml setup.py $(LOCK)
 	@mkdir -p $(VENV)

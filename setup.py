@@ -1,8 +1,7 @@
-"""The parts of the build that pyproject.toml cannot express: the folders of packages, and three libraries in C++.
+"""The parts of the build that pyproject.toml cannot express: the folders of packages, and two libraries in C++.
 
-The libraries do not need torch. The CPU library needs a C++ compiler, without which the install goes on. The launcher of kernels
-that were compiled ahead needs one, too; it is built if there are such kernels, in kernels/compiled/. The CUDA library also needs
-nvcc, and is built on request alone. VLATTN_BUILD_CPU=1 (_LAUNCH, _CUDA) builds a library or fails, =0 leaves it out.
+The libraries do not need torch. The CPU library needs a C++ compiler, without which the install goes on. The CUDA library also
+needs nvcc, and is built on request alone. VLATTN_BUILD_CPU=1 (_CUDA) builds a library or fails, =0 leaves it out.
 VLATTN_BUILD_ISA=all compiles the CPU library for every processor, =native for this one only; the default is all for a wheel and
 native for an editable install. CMakeLists.txt says how libraries are built. A record beside the library names the build, or says
 why there is none; `vlattn info` reads it (vlattn_fast/backends/native.py).
@@ -32,7 +31,6 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).parent
 RECORD = "build.json"
-MOST_MB = 60  # of compiled kernels in a wheel
 TOOLS = {"nvcc": "of the CUDA toolkit, on PATH or in $CUDA_HOME/bin", "cmake": "pip install cmake", "ninja": "pip install ninja"}
 
 # sysconfig knows the scripts beside this Python, which PATH may lack.
@@ -53,11 +51,6 @@ class Kernels:
     keeps: Path | None = None  # build folder of editable installs, so that the next one compiles only changes
 
     @property
-    def in_tree(self) -> str:
-        """The same folder in the sources."""
-        return self.folder.replace("vlattn_fast/kernels", "kernels")
-
-    @property
     def library(self) -> str:
         return f"libvlattn_{self.name}.so"
 
@@ -72,7 +65,7 @@ class Kernels:
             raise SystemExit(f"{self.variable} must be 0, 1 or unset; got {asked!r}")
         return asked
 
-    @functools.cache  # noqa: B019  there are three
+    @functools.cache  # noqa: B019  there are two
     def reason(self) -> str | None:
         """Why the library is not built; None where it is."""
         return f"{self.variable}=0 left it out" if self.asked == "0" else self.obstacle(self.asked)
@@ -147,10 +140,6 @@ def cached(folder: Path, name: str) -> str:
 def cpu_obstacle(asked: str) -> str | None:
     if sys.platform not in ("linux", "darwin") and asked != "1":
         return "it is built on Linux and macOS; VLATTN_BUILD_CPU=1 builds anyway"
-    return no_compiler()
-
-
-def no_compiler() -> str | None:
     if compiler() is None:
         named = os.environ.get("CXX")
         return f"the C++ compiler of $CXX, {named}, was not found" if named else "no C++ compiler was found (g++ or clang++)"
@@ -159,29 +148,6 @@ def no_compiler() -> str | None:
 
 def cpu_facts(folder: Path) -> dict[str, object]:
     return {"sets": cached(folder, "VLATTN_BUILT_SETS").split(";"), "compiler": cached(folder, "VLATTN_COMPILER")}
-
-
-def archives() -> list[Path]:
-    """Kernels that were compiled ahead, which the package takes along as data."""
-    return sorted(Path(ROOT, LAUNCHER.in_tree).glob("*.zip"))
-
-
-def launcher_obstacle(asked: str) -> str | None:
-    if sys.platform != "linux":
-        return "it is built on Linux only"
-    if not archives():
-        return f"{LAUNCHER.in_tree}/ has no kernels (python -m tools.gpu.cubins compiles them)"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "Python.h was not found (a package of the system, such as python3-dev)"
-    return no_compiler()
-
-
-def launcher_options(editable: bool) -> list[str]:
-    return [f"-DVLATTN_LAUNCH={sysconfig.get_path('include')}"]
-
-
-def launcher_facts(folder: Path) -> dict[str, object]:
-    return {"architectures": [path.stem for path in archives()]}
 
 
 def nvcc_version() -> str:
@@ -246,8 +212,7 @@ def cuda_facts(folder: Path) -> dict[str, object]:
 BACKENDS = "vlattn_fast/backends"
 CPU = Kernels("cpu", "CPU C++", f"{BACKENDS}/cpu", cpu_obstacle, cpu_options, cpu_facts, ROOT / "build" / "install")
 CUDA = Kernels("cuda", "CUDA C++", f"{BACKENDS}/cuda", cuda_obstacle, cuda_options, cuda_facts)
-LAUNCHER = Kernels("launch", "launcher's", "vlattn_fast/kernels/compiled", launcher_obstacle, launcher_options, launcher_facts)
-LIBRARIES = (CPU, CUDA, LAUNCHER)
+LIBRARIES = (CPU, CUDA)
 
 
 class BuildKernels(Command):
@@ -267,16 +232,14 @@ class BuildKernels(Command):
 
     def run(self) -> None:
         editable = bool(self.editable_mode or self.inplace)
-        target = Path(ROOT, self.kernels.in_tree) if editable else Path(self.build_lib, self.kernels.folder)
-        self.kernels.build_into(target, editable)
+        self.kernels.build_into(Path(ROOT if editable else self.build_lib, self.kernels.folder), editable)
 
     def get_source_files(self) -> list[str]:
         return ["CMakeLists.txt", *(str(file.relative_to(ROOT)) for file in sorted((ROOT / "csrc").rglob("*.*")))]
 
     def get_output_mapping(self) -> dict[str, str]:
-        made = [name for name in (self.kernels.library, RECORD) if Path(ROOT, self.kernels.in_tree, name).exists()]
-        folder, in_tree = Path(self.build_lib, self.kernels.folder), self.kernels.in_tree
-        return {f"{folder}/{name}": f"{in_tree}/{name}" for name in made if self.editable_mode}
+        made = [f"{self.kernels.folder}/{name}" for name in (self.kernels.library, RECORD)]
+        return {f"{self.build_lib}/{file}": file for file in made if self.editable_mode and Path(ROOT, file).exists()}
 
     def get_outputs(self) -> list[str]:
         return list(self.get_output_mapping())
@@ -295,15 +258,6 @@ class WithLibraries(Distribution):
 
 
 class Wheel(bdist_wheel):
-    def run(self) -> None:
-        if (size := sum(path.stat().st_size for path in archives()) / 1e6) > MOST_MB:
-            names = ", ".join(path.name for path in archives())
-            raise SystemExit(
-                f"{LAUNCHER.in_tree}/ must have at most {MOST_MB} MB of compiled kernels for a wheel; got {size:.0f} MB in "
-                f"{names}: remove one of them, or compile fewer operators (python -m tools.gpu.cubins OPERATOR ...)"
-            )
-        super().run()
-
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]  # the libraries depend on neither Python nor torch's version
 
@@ -322,7 +276,6 @@ if __name__ == "__main__":
             "vlattn_fast.interpret.probing.templates",
             "vlattn_fast.interpret.exploring.templates",
             "vlattn_fast.kernels",
-            *(["vlattn_fast.kernels.compiled"] if archives() else []),
             "vlattn_fast.benchmarks",
         ],
         package_dir={"vlattn_fast": "vlattn_fast", "vlattn_fast.kernels": "kernels", "vlattn_fast.benchmarks": "benchmarks"},

@@ -1,17 +1,24 @@
-"""The guards round a Triton launch: its device, the ptxas that compiles it, and kernels that were compiled ahead."""
+"""The guards round a Triton launch: its device, the ptxas that compiles it, and the hook for kernels that were compiled ahead."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 import torch
 
-from vlattn_fast.kernels import _archive
 from vlattn_fast.kernels import _ptxas as _ptxas  # compiles each kernel that is launched from here on
 
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
+
+
+@functools.cache
+def _hook() -> Callable[[Any, torch.device], Any] | None:
+    """The one place where another package registers itself: vlattn-native, whose function gives a launcher of this device that
+    takes kernels out of archives. A copy of this file under another name, as on the kernel hub, finds nothing."""
+    return next((found.load() for found in entry_points(group=__package__)), None)
 
 
 def on_device(launcher: Launcher) -> Launcher:
@@ -27,9 +34,9 @@ def on_device(launcher: Launcher) -> Launcher:
             if first is not None:
                 break
         device = (first[0] if isinstance(first, list) else first).device
-        compiled = _archive.on_cpu if device.index is None else _archive.launching()
-        repeated = None if compiled is None else compiled.of(launcher)  # by what the inputs tell
-        run = launcher if repeated is None or more else repeated
+        hook = _hook()
+        ahead = launcher if hook is None else hook(launcher, device)  # by what the inputs tell
+        run = launcher if more else ahead
         if device.index is None or device.index == torch.cuda.current_device():  # without an index: the CPU
             return run(inputs, *more)
         with torch.cuda.device(device):

@@ -20,11 +20,11 @@ from types import ModuleType
 
 import pytest
 
-from tests.helpers.packaging import CPU_LIBRARY, LAUNCHER, LIBRARY, MAPPED, ROOT, build, copied, installed
+from tests.helpers.packaging import CPU_LIBRARY, LIBRARY, MAPPED, ROOT, build, copied, installed
 from vlattn_fast.backends import native
 
 # Where a build leaves them; not in git.
-RECORD, CPU_RECORD, LAUNCHER_RECORD = (str(Path(library).with_name("build.json")) for library in (LIBRARY, CPU_LIBRARY, LAUNCHER))
+RECORD, CPU_RECORD = (str(Path(library).with_name("build.json")) for library in (LIBRARY, CPU_LIBRARY))
 CMAKE = """
 import os, pathlib, shutil, sys
 option = "--build" if "--build" in sys.argv else "-B"
@@ -34,8 +34,7 @@ with open(pathlib.Path(__file__).with_name("cmake.log"), "a") as log:
 cache = folder / "CMakeCache.txt"
 if option == "-B":
     folder.mkdir(parents=True, exist_ok=True)
-    source, named = sys.argv[sys.argv.index("-S") + 1], {"-DVLATTN_CPU": "cpu", "-DVLATTN_LAUNCH": "launch"}
-    name = next((named[x.partition("=")[0]] for x in sys.argv if x.partition("=")[0] in named), "cuda")
+    source, name = sys.argv[sys.argv.index("-S") + 1], "cpu" if "-DVLATTN_CPU=ON" in sys.argv else "cuda"
     print(f"CMAKE_HOME_DIRECTORY:INTERNAL={source}", f"CMAKE_CXX_COMPILER:STRING={os.environ.get('CXX')}", "OTHER:STRING=1",
         "VLATTN_TARGETS:STRING=80-real;100-virtual", "VLATTN_BUILT_SETS:INTERNAL=baseline;v3", "VLATTN_COMPILER:INTERNAL=GNU 12",
         f"lib={name}", sep="\\n", end="", file=cache.open("w"))
@@ -134,7 +133,7 @@ def test_mapped_folders_are_found_where_the_tests_run(name):
 def contents(folder: Path, kind: str = "cuda") -> tuple[str, set[str], dict[str, object], str | None]:
     """The only wheel's tags and names, and build.json and the library of this kind."""
     (built,) = folder.iterdir()
-    place = "vlattn_fast/kernels/compiled" if kind == "launch" else f"vlattn_fast/backends/{kind}"
+    place = f"vlattn_fast/backends/{kind}"
     with zipfile.ZipFile(built) as archive:
         names, file = set(archive.namelist()), f"{place}/libvlattn_{kind}.so"
         library = archive.read(file).decode() if file in names else None
@@ -198,39 +197,6 @@ def test_both_libraries_are_in_one_wheel(tmp_path):
     done = build(copied(tmp_path / "source"), tmp_path, environment)
     assert done.returncode == 0, done.stderr
     assert {contents(tmp_path / "wheel", kind)[3] for kind in ("cpu", "cuda")} == {"the library"}
-
-
-@pytest.mark.slow
-def test_a_wheel_has_the_kernels_that_were_compiled_ahead(tmp_path):
-    """And their launcher, which is built for the machine of the wheel; without a compiler the install goes on without it."""
-    source, archive = copied(tmp_path / "source"), "kernels/compiled/sm_90.zip"
-    (source / archive).write_text("an archive")
-    done = build(source, tmp_path, machine(tmp_path / "machine", CPU_TOOLS))
-    assert done.returncode == 0, done.stderr
-    tags, names, record, library = contents(tmp_path / "wheel", "launch")
-    assert tags.startswith("py3-none-linux_") and f"vlattn_fast/{archive}" in names and library == "the library"
-    assert record.pop("seconds") < 60 and record == {"architectures": ["sm_90"]}
-    (tmp_path / "without").mkdir()
-    done = build(source, tmp_path / "without", machine(tmp_path / "nothing", ()))
-    assert done.returncode == 0, done.stderr
-    tags, names, record, library = contents(tmp_path / "without" / "wheel", "launch")
-    assert tags == "py3-none-any" and f"vlattn_fast/{archive}" in names and library is None
-    assert record == {"reason": "no C++ compiler was found (g++ or clang++)"}
-    assert build(source, tmp_path, machine(tmp_path / "none", ()), "sdist").returncode == 0
-    (made,) = (tmp_path / "sdist").iterdir()
-    with tarfile.open(made) as sources:
-        assert {archive, LAUNCHER} & {name.split("/", 1)[-1] for name in sources.getnames()} == {archive}
-    assert build(source, tmp_path, machine(tmp_path / "editing", CPU_TOOLS), "editable").returncode == 0
-    assert (source / LAUNCHER).read_text() == "the library"
-
-
-def test_a_wheel_has_at_most_60_MB_of_compiled_kernels(tmp_path):
-    source = copied(tmp_path / "source")
-    with open(source / "kernels/compiled/sm_90.zip", "wb") as file:
-        file.truncate(61_400_000)
-    done = build(source, tmp_path, machine(tmp_path / "machine", ()))
-    assert done.returncode != 0 and list((tmp_path / "wheel").iterdir()) == []
-    assert "kernels/compiled/ must have at most 60 MB of compiled kernels for a wheel; got 61 MB in sm_90.zip" in done.stderr
 
 
 @pytest.mark.slow
@@ -384,7 +350,7 @@ def test_the_source_distribution_can_build_it(tmp_path):
         found = {name.split("/", 1)[-1] for name in archive.getnames()}
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert {"CMakeLists.txt", "csrc/cuda/device.h", *wanted} <= found
-    assert not {LIBRARY, RECORD, CPU_LIBRARY, CPU_RECORD, LAUNCHER, LAUNCHER_RECORD} & found
+    assert not {LIBRARY, RECORD, CPU_LIBRARY, CPU_RECORD} & found
 
 
 def setup_module_of(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> ModuleType:

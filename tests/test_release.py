@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -38,14 +36,6 @@ def test_a_wheel_is_for_the_oldest_glibc_in_its_name() -> None:
     for tags in ("manylinux_2_31_x86_64.manylinux_2_34_x86_64", "linux_x86_64"):
         with pytest.raises(SystemExit, match="must run with glibc 2.28; `auditwheel show .*` names what needs a newer one"):
             wheel.oldest(Path(f"vlattn_fast-0.1.0-py3-none-{tags}.whl"))
-
-
-def test_kernels_for_gpus_do_not_count(tmp_path: Path) -> None:
-    path, noise = tmp_path / "a.whl", random.Random(0).randbytes(3_000_000)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("vlattn_fast/kernels/compiled/sm_90.zip", noise)
-        archive.writestr(wheel.LIBRARY, noise[:1_500_000])
-    assert wheel.size(path) == 1.5
 
 
 def test_a_processor_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

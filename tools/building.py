@@ -8,15 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-GLIBC = "2.28"  # the oldest with which kernels for other machines run; the kernel hub asks for it
-WITHOUT_NVCC = "-DVLATTN_CPU", "-DVLATTN_TORCH", "-DVLATTN_LAUNCH"
+GLIBC = "2.28"  # the oldest with which kernels for other machines run
 
 
 class Missing(Exception):
@@ -31,7 +29,7 @@ def build(name: str, *options: str) -> Path:
     """
     if any(option.startswith("-DVLATTN_PTX=") for option in options):
         options = *options, f"-DVLATTN_PTX_RUNTIME={_runtime()}"
-    for tool in ("cmake", "ninja", "c++", *([] if "".join(options).startswith(WITHOUT_NVCC) else ["nvcc"])):
+    for tool in ("cmake", "ninja", "c++", *([] if "".join(options).startswith("-DVLATTN_CPU") else ["nvcc"])):
         if shutil.which(tool, path=tools()["PATH"]) is None:
             raise Missing(f"{tool} is not installed")
     folder = ROOT / "build" / name
@@ -61,26 +59,6 @@ def instruction_sets() -> list[str]:
 def all_sets() -> Path:
     """The CPU library with every instruction set, which takes minutes to compile."""
     return build("cpu-all", "-DVLATTN_CPU=ON") / "libvlattn_cpu.so"
-
-
-def launcher() -> Path:
-    """The launcher of kernels that were compiled ahead (csrc/launch/)."""
-    return build("launch", f"-DVLATTN_LAUNCH={sysconfig.get_path('include')}") / "libvlattn_launch.so"
-
-
-@functools.cache
-def driver() -> Path:
-    """The stand-in for CUDA's driver that the package ptx brings along."""
-    source = _runtime().with_name("driver.cpp")
-    library = ROOT / "build" / "driver" / "libcuda.so"
-    with _locked("driver"):
-        library.parent.mkdir(exist_ok=True)
-        newest = max(path.stat().st_mtime for path in source.parent.iterdir())
-        if not library.exists() or library.stat().st_mtime < newest:
-            made = _run("c++", "-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", source, "-o", library)
-            if made.returncode != 0:
-                raise RuntimeError(f"{source} could not be built:\n{made.stdout}")
-    return library
 
 
 def _runtime() -> Path:

@@ -118,7 +118,7 @@ BESIDE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "timm": (("-m", "tools.model_classes"), ("--no-deps", "timm", VISION)),
     "conda": (("-m", "tools.conda"), ("--no-deps", "py-rattler-build==0.73.*")),
     "triton": (("-m", "tools.compiled.triton"), ("--no-deps", TRITON_LOWEST)),
-    "hub": (("-m", "pytest", "tests/test_hub.py"), HUB),
+    "hub": (("-m", "pytest", "packages/vlattn-native/tests/test_hub.py"), HUB),
     "marimo": (("-m", "pytest", "tests/interpret/exploring/test_marimo.py"), ("marimo==0.25.*",)),
     "trl": (
         ("-m", "pytest", "tests/train/test_trl.py"),

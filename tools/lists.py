@@ -39,7 +39,9 @@ FOLDERS = {
 }
 # files that repeat the version, and how; the site shows its copyright at the foot of each page
 VERSIONED = "CITATION.cff", "conda/recipe.yaml", "mkdocs.yml"
-VERSION = re.compile(r'^( *version: "?|copyright: vlattn_fast )[\w.]+', re.M)
+NATIVE = "packages/vlattn-native/pyproject.toml"  # its version is the core's, on which it depends
+VERSIONED += (NATIVE,) if (ROOT / NATIVE).exists() else ()
+VERSION = re.compile(r'^( *version: "?|copyright: vlattn_fast |version = "|dependencies = \["vlattn_fast==)[\w.]+', re.M)
 GENERATED = ("report.md",)  # pages that tools/pages makes whole
 PAGE = """# {stem}
 

@@ -102,7 +102,8 @@ def packages(lists: Lists) -> str:
         project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         with tempfile.TemporaryDirectory() as out:
             sources = wheel.source(folder, Path(out))
-            run(folder.name, HERE, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, str(sources))
+            command = "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", out, str(sources)
+            run(folder.name, HERE, "-m", *command)
             built += [path.name for path in Path(out).glob("*.whl")]
         if not built[-1].startswith(f"{project['name'].replace('-', '_')}-{project['version']}-"):
             raise Failed(f"the wheel of {folder.name} is {built[-1]}; it must have the name and version of its pyproject.toml")

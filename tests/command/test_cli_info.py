@@ -10,7 +10,7 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
 from tests.helpers.commands import vlattn
-from vlattn_fast import cli, kernels
+from vlattn_fast import cli
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.dispatch.table import Backend
@@ -119,16 +119,6 @@ def test_info_says_how_the_cuda_library_was_built(library, record, words, tmp_pa
     result = vlattn("info")
     assert f"\nCUDA C++      {words}\n" in result.output
     assert ("the CUDA C++ kernels are not built (`vlattn info` says why)" in result.output) == (not library)
-
-
-def test_info_names_the_gpus_of_kernels_that_were_compiled_ahead(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "__path__", [str(tmp_path)])
-    (tmp_path / "compiled").mkdir()
-    (tmp_path / "compiled" / "sm_90.zip").touch()
-    (tmp_path / "compiled" / "build.json").write_text(json.dumps({"reason": "Python.h was not found (...)"}))
-    assert "\nTriton ahead  not built: Python.h was not found (...)\n" in vlattn("info").output
-    (tmp_path / "compiled" / "libvlattn_launch.so").touch()
-    assert "\nTriton ahead  for sm_90\n" in vlattn("info").output
 
 
 def test_info_names_a_library_of_ones_own(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MAPPED = ("kernels", "benchmarks")  # folders at the top that are installed inside of the package
 LIBRARY, CPU_LIBRARY = (f"vlattn_fast/backends/{name}/libvlattn_{name}.so" for name in ("cuda", "cpu"))
-LAUNCHER = "kernels/compiled/libvlattn_launch.so"
 
 
 def copied(source: Path) -> Path:
@@ -19,11 +18,10 @@ def copied(source: Path) -> Path:
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "CMakeLists.txt"):
         shutil.copy(ROOT / name, source)
-    left_out = shutil.ignore_patterns("__pycache__", "*.so", "build.json", "compiled")
+    left_out = shutil.ignore_patterns("__pycache__", "*.so", "build.json")
     for name in ("vlattn_fast", "csrc", *MAPPED):
         shutil.copytree(ROOT / name, source / name, ignore=left_out)
-    for library in (LIBRARY, CPU_LIBRARY, LAUNCHER):
-        (source / library).parent.mkdir(exist_ok=True)
+    for library in (LIBRARY, CPU_LIBRARY):
         (source / library).write_text("an old library")
     return source
 
@@ -35,8 +33,8 @@ def build(source: Path, target: Path, environment: dict[str, str], kind: str = "
     return subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True)
 
 
-def installed(wheel: Path, folder: Path, *paths: Path) -> Path:
-    """The Python of a new environment in `folder`, which has this wheel and, by their paths, torch's packages and others."""
+def installed(wheel: Path, folder: Path) -> Path:
+    """The Python of a new environment in `folder`, which has this wheel and, by their path, torch's packages."""
     import torch
 
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
@@ -44,5 +42,5 @@ def installed(wheel: Path, folder: Path, *paths: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
     subprocess.run([*pip, wheel], check=True)
     (packages,) = folder.glob("lib/*/site-packages")
-    (packages / "torch.pth").write_text("\n".join(map(str, (Path(torch.__file__).parents[1], *paths))))
+    (packages / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
     return python

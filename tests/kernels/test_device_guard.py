@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vlattn_fast.kernels
+from vlattn_fast.kernels import _device
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import input_precision
 
@@ -62,6 +64,19 @@ def test_one_device_has_no_guard(entered: list[torch.device]) -> None:
     assert on_device(lambda inputs: "ran")((on("cuda:0"),)) == "ran"
     assert on_device(lambda inputs: "ran")((torch.empty(1, device="cpu"),)) == "ran"
     assert entered == []
+
+
+def test_a_package_may_launch_in_place_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an entry point of this name; other copies of the kernels, as on the kernel hub, have other names."""
+    hook = SimpleNamespace(load=lambda: lambda launch, device: lambda inputs: f"on {device}")
+    found = {"vlattn_fast.kernels": [hook]}
+    monkeypatch.setattr(_device, "entry_points", lambda group: found[group])
+    monkeypatch.setattr(_device, "_hook", _device._hook.__wrapped__)  # uncached
+    launch = on_device(lambda inputs, *more: "by Triton")
+    assert launch((torch.empty(1),)) == "on cpu"
+    assert launch((torch.empty(1),), 1) == "by Triton"  # what takes more than an operator's inputs
+    found["vlattn_fast.kernels"] = []
+    assert launch((torch.empty(1),)) == "by Triton"
 
 
 @pytest.mark.parametrize("module, name", LAUNCHERS)

@@ -2,5 +2,5 @@
 
 In: names of operators and backends.
 Out: errors as multiples of what the tolerance rule allows.
-Imports: checking.cases, ops, dispatch, kernels, backends, scores, _ground.
+Imports: checking.cases, ops, dispatch, backends, scores, _ground.
 """

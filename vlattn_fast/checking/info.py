@@ -6,7 +6,6 @@ import importlib.metadata
 import platform
 import textwrap
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 
@@ -43,7 +42,6 @@ def lines() -> Iterator[str]:
         yield f"{'cuda':14}{'no device' if torch.version.cuda else 'this torch is built without it'}"
     yield f"{'CPU C++':14}{native.state()}"
     yield f"{'CUDA C++':14}{_shared_library.state()}"
-    yield f"{'Triton ahead':14}{_compiled_ahead()}"
     notes: dict[str, dict[str, None]] = {}
     for device_type, title in (("cpu", "On a CPU"), ("cuda", "On a CUDA device")):
         yield ""
@@ -52,18 +50,6 @@ def lines() -> Iterator[str]:
     for number, (reason, calls) in enumerate(notes.items(), 1):
         concerned = f" ({'; '.join(calls)})" if calls else ""
         yield from textwrap.wrap(f"{f'[{number}]':5}{reason}{concerned}", WIDTH, subsequent_indent=" " * 5)
-
-
-def _compiled_ahead() -> str:
-    """The GPUs that have Triton kernels compiled ahead of their first call, or why none has."""
-    from vlattn_fast import kernels
-    from vlattn_fast.backends.native import described
-
-    launcher = Path(kernels.__path__[0], "compiled", "libvlattn_launch.so")
-    architectures = sorted(path.stem for path in launcher.parent.glob("*.zip"))
-    if launcher.is_file() and architectures:
-        return f"for {', '.join(architectures)}"
-    return described(launcher, launcher, "", lambda stored: "no kernels")
 
 
 def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """What the folder's module has: functions on tensors, `flash_attn_forward` for transformers, and `layers` for kernelize."""
 
-from tools.hub import layers
-from tools.hub.attention import flash_attn_forward, supports_flash_attn
-from tools.hub.functions import (
+from vlattn_native.hub import layers
+from vlattn_native.hub.attention import flash_attn_forward, supports_flash_attn
+from vlattn_native.hub.functions import (
     attention_map,
     attention_statistics,
     congruence_loss,

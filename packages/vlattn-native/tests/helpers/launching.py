@@ -1,6 +1,6 @@
 """Kernels that were compiled ahead, launched by the launcher in C++ over a stand-in for CUDA's driver, on CPU tensors.
 
-with tools.emulated.launching.emulated(folder, 90) as launches:      # an archive of `python -m tools.gpu.cubins --ptx`
+with tests.helpers.launching.emulated(folder, 90) as launches:      # a folder with an archive of PTX
     va.score_attention(query, key, value, backend="triton")
 print(launches[0].executed)
 
@@ -10,6 +10,9 @@ A launch that no archive covers raises an error: Triton has no driver here. `pla
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import functools
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,31 +24,45 @@ from torch import Tensor
 import ptx.cuda
 from ptx.running.launch import Launch
 from ptx.running.reports import Options
-from tools import building
 from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
-from vlattn_fast.kernels import _archive, _configurations
+from vlattn_fast.kernels import _configurations
+from vlattn_native import archive, building
+
+
+@functools.cache
+def driver() -> Path:
+    """The stand-in for CUDA's driver that the package ptx brings along."""
+    library = building.ROOT / "build" / "driver" / "libcuda.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with open(library.with_suffix(".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        newest = max(path.stat().st_mtime for path in ptx.cuda.DRIVER.parent.iterdir())
+        if not library.exists() or library.stat().st_mtime < newest:
+            command = ["c++", "-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", ptx.cuda.DRIVER, "-o", library]
+            subprocess.run(command, check=True)
+    return library
 
 
 @contextmanager
-def planned(folder: Path, architecture: int) -> Iterator[_archive.Launching]:
-    """Within it backend="triton" takes CPU tensors, and all kernels of this package are launched from the archives in a folder:
+def planned(folder: Path, architecture: int) -> Iterator[archive.Launching]:
+    """Within it backend="triton" takes CPU tensors, and all kernels are launched from the archives in a folder:
     with nothing behind the driver, launches do nothing."""
     with ExitStack() as stack:
         stack.callback(run_gpu_kernels_on_cpu, run_gpu_kernels_on_cpu(OnCpu(divmod(architecture, 10))))
         stack.callback(setattr, _configurations, "TARGET", _configurations.TARGET)
         _configurations.TARGET = f"sm_{architecture}"
-        made = _archive.Launching(
+        made = archive.Launching(
             folder,
             building.launcher(),
-            str(building.driver()),
+            str(driver()),
             lambda: 0,
             lambda device: 0,
             lambda device: divmod(architecture, 10),
             torch._C._dynamo.guards._empty_strided_cpu,
         )
         stack.callback(made.end)
-        stack.callback(setattr, _archive, "on_cpu", _archive.on_cpu)
-        _archive.on_cpu = made
+        stack.callback(setattr, archive, "on_cpu", archive.on_cpu)
+        archive.on_cpu = made
         made.take()
         yield made
 
@@ -54,8 +71,8 @@ def planned(folder: Path, architecture: int) -> Iterator[_archive.Launching]:
 def emulated(folder: Path, architecture: int, options: Options | None = None) -> Iterator[list[Launch]]:
     """The same, with launches that are emulated. Gives the list of launches, which grows."""
     with ptx.cuda.emulated(architecture, options) as launches, planned(folder, architecture) as made:
-        driver = ctypes.CDLL(str(building.driver()))
-        ptx.cuda.connected(driver)
+        stand_in = ctypes.CDLL(str(driver()))
+        ptx.cuda.connected(stand_in)
         for kernel in made.kernels:
             kernel.run = _with_tensors(kernel.run)
         made.allocate, of = _allocate, made.of
@@ -63,7 +80,7 @@ def emulated(folder: Path, architecture: int, options: Options | None = None) ->
         try:
             yield launches
         finally:
-            driver.ptx_connect(None)
+            stand_in.ptx_connect(None)
 
 
 def _allocate(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -1,12 +1,12 @@
 """A kernel of the kernel hub from kernels/, csrc/ and the few modules that they need, into build/hub/.
 
-usage: python -m tools.hub.build [--out build/hub]
+usage: python -m vlattn_native.hub.build [--out build/hub]
 
 `build/` has a folder for each variant, which `kernels.get_local_kernel` loads: Triton's kernels for GPUs, and for the CPU the C++
 kernels of this machine's architecture, compiled here. `build.toml` with `torch-ext/` is the first one in the form that
-kernel-builder takes. The modules are those that tools/hub/front.py imports, directly or not; their imports become relative.
+kernel-builder takes. The modules are those that front.py imports, directly or not; their imports become relative.
 Nothing but torch, triton and Python's own library is imported: another import is an error here. On the hub this is the branch
-v1, which transformers takes where a model's `attn_implementation` is the repository's name (tools/hub/attention.py).
+v1, which transformers takes where a model's `attn_implementation` is the repository's name (attention.py).
 """
 
 from __future__ import annotations
@@ -23,18 +23,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tools import building
+from vlattn_native import building
 
-ROOT = Path(__file__).parents[2]
+ROOT = building.ROOT.parents[1]  # the clone
 NAME, VERSION = "vlattn-fast", 1  # of the functions' arguments; transformers asks for 1
-FRONT = "tools.hub.front"  # becomes the folder's __init__.py
-KERNELS = {"cuda": "tools.hub.triton_kernels", "cpu": "tools.hub.cpu_kernels"}  # behind the operators, by backend
+FRONT = "vlattn_native.hub.front"  # becomes the folder's __init__.py
+KERNELS = {"cuda": "vlattn_native.hub.triton_kernels", "cpu": "vlattn_native.hub.cpu_kernels"}  # behind the operators, by backend
 LIBRARIES = "libvlattn_torch.so", "libvlattn_cpu.so"  # the first one opens the second one beside it
-# torch's stable ABI of 2.10 and later (csrc/torch/library.cmake), this processor, this system
+# torch's stable ABI of 2.10 and later (CMakeLists.txt), this processor, this system
 MACHINE = {"arm64": "aarch64"}.get(platform.machine(), platform.machine())
 CPU_VARIANT = f"torch-stable-abi210-cpu-{MACHINE}-{platform.system().lower()}"
 NAMESPACE = "vlattn_fast.ops._ops"  # is written anew
-PLACES = {"vlattn_fast.kernels": "kernels", "vlattn_fast": "vlattn_fast", "tools": "tools"}  # of a package's files
+PLACES = {  # of a package's files
+    "vlattn_fast.kernels": ROOT / "kernels",
+    "vlattn_fast": ROOT / "vlattn_fast",
+    "vlattn_native": building.ROOT / "vlattn_native",
+}
+GLIBC = "2.28"  # the oldest with which a library runs; the hub asks for it
 ALLOWED = {"torch", "triton", *sys.stdlib_module_names}
 OPS = '''"""The namespace of this version's operators in torch.library."""
 
@@ -57,13 +62,13 @@ def add_op_namespace_prefix(op_name: str) -> str:
 def source(module: str) -> Path | None:
     """The file of a module of this repository; None for a package and for what is no module."""
     package = next(package for package in PLACES if f"{module}.".startswith(f"{package}."))
-    path = ROOT.joinpath(PLACES[package], *module.removeprefix(package).strip(".").split(".")).with_suffix(".py")
+    path = PLACES[package].joinpath(*module.removeprefix(package).strip(".").split(".")).with_suffix(".py")
     return path if path.is_file() else None
 
 
 def place(module: str) -> str:
     """The module's name within the folder."""
-    inner = f"{module}.".removeprefix("vlattn_fast.").removeprefix("tools.hub.").rstrip(".")
+    inner = f"{module}.".removeprefix("vlattn_fast.").removeprefix("vlattn_native.hub.").rstrip(".")
     return {FRONT: "", NAMESPACE: "_ops"}.get(module, inner)
 
 
@@ -78,7 +83,7 @@ def rewritten(module: str, backend: str = "cuda") -> tuple[str, set[str]]:
         if not isinstance(node, (ast.Import, ast.ImportFrom)):
             continue
         for name in [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]:
-            if isinstance(node, ast.ImportFrom) and name.split(".")[0] in ("vlattn_fast", "tools"):
+            if isinstance(node, ast.ImportFrom) and name.split(".")[0] in ("vlattn_fast", "vlattn_native"):
                 needs |= {name} if source(name) else {f"{name}.{alias.name}" for alias in node.names}
                 line = lines[node.lineno - 1]
                 lines[node.lineno - 1] = line.replace(f"from {name} import", f"from {'.' * depth}{place(name)} import", 1)
@@ -130,34 +135,32 @@ def write_cpu(out: Path, kernels: Path = ROOT / "vlattn_fast" / "backends" / "cp
     `portable`: the operators' library runs on systems with older C and C++ libraries than this machine's, as manylinux_2_28 asks.
 
     Raises:
-        building.Missing: a compiler, torch 2.10 or the library of the CPU's kernels is not there.
+        building.Missing: a compiler, torch or the library of the CPU's kernels is not there.
     """
     kernels /= LIBRARIES[1]
     if not kernels.is_file():
         raise building.Missing(f"{kernels} is not built; `make` builds it")
-    sources = [path for folder in ("csrc", "csrc/cpu", "csrc/torch") for path in (ROOT / folder).glob("*.*")]
+    folders = ROOT / "csrc", ROOT / "csrc" / "cpu", building.ROOT / "csrc" / "torch"
+    sources = [path for folder in folders for path in folder.glob("*.*")]
     texts = modules("cpu")
     facts = _facts("cpu", b"".join([json.dumps(texts).encode(), *[path.read_bytes() for path in sorted(sources)]]))
-    torch = importlib.util.find_spec("torch")
-    if torch is None or torch.origin is None:
-        raise building.Missing("torch is not installed")
-    options = f"-DVLATTN_TORCH={Path(torch.origin).parent}", f"-DVLATTN_NAMESPACE={facts['id']}"
-    built = building.build(f"hub-torch{'-zig' * portable}", *options, *(_zig() if portable else ()))
+    options = f"-DVLATTN_NAMESPACE={facts['id']}", *(_zig() if portable else ())
+    operators = building.operators(f"hub-torch{'-zig' * portable}", *options)
     kernel = out / "build" / CPU_VARIANT
     if kernel.exists():
         shutil.rmtree(kernel)
     _write(kernel, texts)
-    for library in (built / LIBRARIES[0], kernels):
+    for library in (operators, kernels):
         shutil.copy(library, kernel)
     _finish(kernel, facts)
     return kernel
 
 
 def _zig() -> tuple[str, ...]:
-    """Options of CMake that compile for building.GLIBC, with the C++ library inside, which the kernels' library does without."""
+    """Options of CMake that compile for GLIBC, with the C++ library inside, which the kernels' library does without."""
     if importlib.util.find_spec("ziglang") is None:
         raise building.Missing("ziglang is not installed; `make hub` installs it")
-    target = f"{MACHINE}-linux-gnu.{building.GLIBC}"
+    target = f"{MACHINE}-linux-gnu.{GLIBC}"
     return f"-DCMAKE_CXX_COMPILER={sys.executable}", f"-DCMAKE_CXX_COMPILER_ARG1=-m ziglang c++ -target {target}"
 
 
@@ -188,7 +191,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "hub")
     out = parser.parse_args().out
-    every_set = building.build("hub-cpu", "-DVLATTN_CPU=ON")  # the installed library may have those of this processor alone
+    # the installed library may have the instruction sets of this processor alone
+    every_set = building.build("hub-cpu", "-DVLATTN_CPU=ON", source=ROOT)
     for kernel in (write(out), write_cpu(out, every_set, portable=True)):  # `make hub` has what that needs
         files = [path for path in kernel.rglob("*") if path.is_file()]
         print(f"{kernel}: {len(files)} files, {sum(path.stat().st_size for path in files) // 1024} KiB, version {VERSION}")

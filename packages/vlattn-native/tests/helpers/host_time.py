@@ -1,6 +1,6 @@
 """The host's time of calls whose kernels were compiled ahead, above that of torch's attention.
 
-    python -m tools.gpu.host [CALL ...] [--rounds 1500]
+    python -m tests.helpers.host_time [CALL ...] [--rounds 1500]
 
 CALL: of `python -m vlattn_fast.benchmarks host`. Its kernels are compiled into an archive, and launched over a stand-in for
 CUDA's driver that does nothing: no GPU is needed. A time is the least of all rounds, which take the calls in turns, so that other
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from tools.emulated import launching
-from tools.gpu.cubins import launches_in, write
+from tests.helpers import launching
 from vlattn_fast.benchmarks import host
+from vlattn_native.compiling import launches_in, write
 
 ARCHITECTURE, REPEATS = 90, 10
 
@@ -33,7 +33,7 @@ def times(calls: list[str], rounds: int) -> dict[tuple[str, str], float]:
             for once in host.passes(examples[name]).values():
                 once()
 
-        made = [one for name in calls for one in launches_in(lambda name=name: run(name), name, ARCHITECTURE, as_ptx=True)]
+        made = [one for name in calls for one in launches_in(lambda name=name: run(name), ARCHITECTURE, as_ptx=True)]
         write(Path(folder) / f"sm_{ARCHITECTURE}.zip", made, "ptx")
         with launching.planned(Path(folder), ARCHITECTURE):
             passes = {(name, what): once for name in (host.SDPA, *calls) for what, once in host.passes(examples[name]).items()}
@@ -51,7 +51,7 @@ def times(calls: list[str], rounds: int) -> dict[tuple[str, str], float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.gpu.host", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.helpers.host_time", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("calls", nargs="*", metavar="CALL", default=["score_attention"])
     parser.add_argument("--rounds", type=int, default=1500)
     options = parser.parse_args()

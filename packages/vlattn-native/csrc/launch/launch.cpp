@@ -1,4 +1,4 @@
-// Launches of Triton's kernels that were compiled ahead (kernels/_archive.py), in place of Triton's own launcher.
+// Launches of Triton's kernels that were compiled ahead (vlattn_native/archive.py), in place of Triton's own launcher.
 //
 // A Launcher stands for a kernel and is called as Triton's JITFunction.run is: with the grid and named arguments, members of tuples
 // among them. One walk over them makes the key of the launch (constants and options, types, whether a number is 1 or a multiple of
@@ -306,7 +306,7 @@ PyObject* call(PyObject* self, PyObject* args, PyObject* named) {
             if (one.leaf >= (int)leaves.size()) {
                 Py_DECREF(device_number);
                 PyErr_SetString(
-                    PyExc_RuntimeError, "the archive of compiled kernels does not fit the launcher: install vlattn_fast again");
+                    PyExc_RuntimeError, "the archive of compiled kernels does not fit the launcher: install vlattn-native again");
                 return nullptr;
             }
         entry = kernel.known.try_emplace(key, compiled).first;

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tools.hub.functions import score_attention
 from vlattn_fast._ground.tensors import masks_of
 from vlattn_fast.ops._sinks import with_sink
+from vlattn_native.hub.functions import score_attention
 
 supports_flash_attn = True  # beside a function of this name transformers passes the masks that it makes for SDPA
 

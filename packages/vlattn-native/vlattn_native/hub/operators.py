@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.hub.triton_kernels import KERNELS, LSE, STATISTICS_OF_ROWS
 from vlattn_fast._ground.tensors import as_fake_outputs, empty_rows_first
 from vlattn_fast.backends.inputs import (
     AttentionMapBackwardInputs,
@@ -26,6 +25,7 @@ from vlattn_fast.backends.inputs import (
 )
 from vlattn_fast.backends.reference.congruence_loss import num_gradients, of_all_blocks
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_native.hub.triton_kernels import KERNELS, LSE, STATISTICS_OF_ROWS
 
 STATISTICS = ("mass", "entropy", "maximum", "argmax", "received", *STATISTICS_OF_ROWS)
 
@@ -42,7 +42,7 @@ def _rows(like: Tensor, *sizes: int, dtype: torch.dtype = torch.float32) -> Tens
 
 def _attended(inputs: Any) -> tuple[Tensor, Tensor]:
     query = inputs.query
-    return empty_rows_first(query, *query.shape[1:3], inputs.value.shape[3]), _rows(query, dtype=LSE)
+    return empty_rows_first(query, query.shape[1], query.shape[2], inputs.value.shape[3]), _rows(query, dtype=LSE)
 
 
 def _gradients(inputs: Any) -> list[Tensor]:

@@ -1,7 +1,7 @@
 // Calls of the CPU kernels for operators of torch's stable ABI: the library of kernels, their structs, tensors and checks.
 //
 // libvlattn_torch.so opens libvlattn_cpu.so, which lies beside it or is named by VLATTN_CPU_LIBRARY, at the first call, and fills
-// each kernel's struct by the names that the kernel says (layout.h).
+// each kernel's struct by the names that the kernel says (csrc/layout.h of vlattn_fast).
 #pragma once
 #include <dlfcn.h>
 #include <math.h>
@@ -59,7 +59,8 @@ class Library {
     void* kernel(Text name, Text behind = "") const {
         for (const std::string& set : sets)
             if (void* function = find("vlattn_" + set + "_" + name + behind)) return function;
-        STD_TORCH_CHECK(false, path, " has no kernel ", name, ": it does not fit libvlattn_torch.so, install vlattn_fast again");
+        STD_TORCH_CHECK(false, path, " has no kernel ", name,
+                        ": it does not fit libvlattn_torch.so, install vlattn_fast and vlattn-native again");
         return nullptr;
     }
 
@@ -167,7 +168,7 @@ class Call {
     Kernel::Member found(Text member) const {
         const auto entry = kernel.members.find(member);
         STD_TORCH_CHECK(entry != kernel.members.end(), "the kernel ", name, " has no member ", member,
-                        ": libvlattn_cpu.so does not fit libvlattn_torch.so, install vlattn_fast again");
+                        ": libvlattn_cpu.so does not fit libvlattn_torch.so, install vlattn_fast and vlattn-native again");
         return entry->second;
     }
     template <class Value> void put(const Kernel::Member& m, Value value) { memcpy(&bytes[m.offset], &value, sizeof value); }

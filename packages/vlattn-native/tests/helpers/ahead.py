@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,20 +17,19 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 import vlattn_fast as va
-from tools.emulated import launching
-from tools.emulated.package import options_of_process
-from tools.gpu.cubins import launches_in, write
+from tests.helpers import launching
 from vlattn_fast.benchmarks._launches import watching
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example
 from vlattn_fast.checking.tolerance import Errors, settle
+from vlattn_native.compiling import launches_in, write
 
 DTYPES = {80: torch.float16, 90: torch.bfloat16}
 
 
-def compile_calls(folder: Path, architecture: int, calls: Iterable[Any], title: str) -> None:
+def compile_calls(folder: Path, architecture: int, *calls: Callable[[], Any]) -> None:
     """An archive of what these calls launch, as PTX."""
-    compiled = [one for call in calls for one in launches_in(call, title, architecture, as_ptx=True)]
+    compiled = [one for call in calls for one in launches_in(call, architecture, as_ptx=True)]
     write(folder / f"sm_{architecture}.zip", compiled, "ptx")
 
 
@@ -44,8 +43,8 @@ def ratio(folder: Path, architecture: int, operator: str, name: str, differentia
     A finding of the emulator raises."""
     torch.set_num_threads(1)
     case, dtype = case_of(operator, name, differentiable), DTYPES[architecture]
-    compile_calls(folder, architecture, [lambda: verify._run_with_tangents(case, case.in_dtype(dtype), "triton")], case.name)
-    with launching.emulated(folder, architecture, options_of_process()) as launches:
+    compile_calls(folder, architecture, lambda: verify._run_with_tangents(case, case.in_dtype(dtype), "triton"))
+    with launching.emulated(folder, architecture) as launches:
         errors = settle(verify._Problem(case, dtype, "cpu").runs("triton"), enough=lambda: 1)
     return max(one.ratio() for one in errors.values()), {launch.name for launch in launches}
 
@@ -58,7 +57,7 @@ def attend(
 
 
 def compile_one_call(folder: Path) -> None:
-    compile_calls(folder, 80, [attend], "one call")
+    compile_calls(folder, 80, attend)
 
 
 def repeated(folder: Path) -> tuple[dict[str, float], dict[str, list[str]], list[str]]:
@@ -83,9 +82,9 @@ def repeated(folder: Path) -> tuple[dict[str, float], dict[str, list[str]], list
     def packed() -> list[Tensor]:
         return [x.detach().requires_grad_() for x in torch.randn(2, 3, 20, 48, dtype=torch.float16).chunk(3, dim=-1)]
 
-    compile_calls(folder, 80, [lambda: call(*sides(), backend="triton")], "one call")
+    compile_calls(folder, 80, lambda: call(*sides(), backend="triton"))
     calls = {"one tensor": shared, "first": sides, "second": sides, "packed": packed, "packed again": packed, "third": sides}
-    with launching.emulated(folder, 80, options_of_process()), ExitStack() as stack:
+    with launching.emulated(folder, 80), ExitStack() as stack:
         for name in ("forward", "backward"):
             function = getattr(score_attention, name).__wrapped__
             stack.callback(replace_launcher, getattr(score_attention, name), function)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tools.hub import functions
+from vlattn_native.hub import functions
 
 
 class ScoreAttention(nn.Module):
@@ -41,5 +41,4 @@ class RelevancyAttention(nn.Module):
         is_causal: bool = False,
         scale: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        masks = {"attn_mask": attn_mask, "is_causal": is_causal}
-        return functions.relevancy_attention(query, key, value, carrier, scale=scale, **masks)
+        return functions.relevancy_attention(query, key, value, carrier, attn_mask=attn_mask, is_causal=is_causal, scale=scale)

@@ -1,10 +1,11 @@
 """Kernels that were compiled ahead of their first call: archives, which launch each of their kernels covers, and its launcher.
 
-An archive, compiled/sm_90.zip, is written by `python -m tools.gpu.cubins`. Its manifest has an entry for each compiled
-launch, with what the kernel was compiled for: `Form` and needs. Its other members are cubins, or PTX, which the driver compiles
-for sm_100. libvlattn_launch.so (csrc/launch/) then launches through CUDA's driver. All else stays as it is: the functions of this
-package plan a launch and name its arguments, and Triton compiles and launches what no entry covers. If such a function does
-nothing but allocate and launch, calls with the metadata of an earlier one repeat its launches, and the function does not run.
+An archive, compiled/sm_90.zip, is written by compiling.py. Its manifest has an entry for each compiled launch, with what the
+kernel was compiled for: `Form` and needs. Its other members are cubins, or PTX, which the driver compiles for sm_100.
+libvlattn_launch.so (csrc/launch/) then launches through CUDA's driver. All else stays as it is: the functions of
+vlattn_fast.kernels plan a launch and name its arguments, and Triton compiles and launches what no entry covers. If such a
+function does nothing but allocate and launch, calls with the metadata of an earlier one repeat its launches, and the function
+does not run.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction, KernelInterface
 
+from vlattn_fast import kernels
 from vlattn_fast._ground.tensors import LAYOUTS
 from vlattn_fast.kernels._configurations import OVERRIDES
 from vlattn_fast.kernels._tiles import OLD_TRITON
 
-LIBRARY = Path(__file__).parent / "compiled" / "libvlattn_launch.so"
+FOLDER = Path(__file__).parent / "compiled"
+LIBRARY = FOLDER / "libvlattn_launch.so"
 MANIFEST = "manifest.json"
 DRIVER = "libcuda.so.1"
 IS_ON = os.environ.get("VLATTN_COMPILED", "1") != "0"
@@ -135,10 +138,10 @@ def _meets(value: Any, need: int) -> bool:
 
 
 def sources() -> str:
-    """A digest of this package's files with kernels, and of Triton's version as far as they depend on it. An archive of other
+    """A digest of the files with kernels, and of Triton's version as far as they depend on it. An archive of other
     sources is not used."""
     digest = hashlib.sha256(repr(bool(OLD_TRITON.value)).encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(Path(kernels.__path__[0]).glob("*.py")):
         text = file.read_bytes()
         if re.search(rb"(?m)^@triton\.", text):
             digest.update(text)
@@ -342,8 +345,8 @@ class Launching:
         return outputs, repeatable(inputs, outputs, allocations.made, launches) if allocations.is_all else None
 
     def take(self) -> None:
-        """Launches the kernels of all modules of this package that are imported by now."""
-        prefix = f"{__package__}."
+        """Launches the kernels of all modules of vlattn_fast.kernels that are imported by now."""
+        prefix = f"{kernels.__name__}."
         with self.lock:
             for name in [name for name in sys.modules if name.startswith(prefix) and name not in self.modules]:
                 self.modules.add(name)
@@ -373,15 +376,20 @@ def _warn(error: str) -> None:
 on_cpu: Launching | None = None  # that of calls with CPU tensors, of which a test emulates the launches
 
 
+def of(function: Callable[[Any], Any], device: torch.device) -> Callable[[Any], Any]:
+    """The hook of vlattn_fast: `function`, which launches kernels, with launches from the device's archive if it has one."""
+    found = on_cpu if device.index is None else launching()
+    return function if found is None else found.of(function)
+
+
 @functools.cache
 def launching() -> Launching | None:
     """That of this process; None without the library or archives, and with VLATTN_COMPILED=0."""
-    folder = LIBRARY.parent
     if not IS_ON or not LIBRARY.is_file() or torch.version.hip is not None:
         return None
     try:
         return Launching(
-            folder,
+            FOLDER,
             LIBRARY,
             DRIVER,
             torch._C._cuda_getDevice,

@@ -204,7 +204,7 @@ Tensor stacked_cross_attention(Tensor images_in, Tensor captions_in, Maybe capti
 #define OPERATORS(space, m) STABLE_TORCH_LIBRARY(space, m)
 #define OPERATORS_ON(space, device, m) STABLE_TORCH_LIBRARY_IMPL(space, device, m)
 
-// tests/cpu/test_stable_operators.py holds these to the operators of vlattn_fast/ops
+// tests/test_stable_operators.py holds these to the operators of vlattn_fast/ops
 #define SCORE "str score, float parameter, float scale, "
 #define MASKS "Tensor? attn_mask, Tensor? key_mask, Tensor? row_bias, "
 OPERATORS(VLATTN_NAMESPACE, m) {

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +15,31 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlattn_fast as va
-from tests.helpers import programs
-from tests.helpers.cuda import building
-from tests.helpers.releases import needs_stable_abi
 from vlattn_fast import ops
 from vlattn_fast.backends import native
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example
 from vlattn_fast.ops._ops import NAMESPACE
+from vlattn_native import building
 
-pytestmark = [needs_stable_abi, pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")]
 TORCH = Path(torch.__file__).parent
 OPERATORS = getattr(torch.ops, NAMESPACE)
 
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    return building.build("torch", f"-DVLATTN_TORCH={TORCH}") / "libvlattn_torch.so"
+    return building.operators()
 
 
-def run(*command: Any) -> str:
-    environment = {**os.environ, "VLATTN_CPU_LIBRARY": str(native.library.path), "LD_LIBRARY_PATH": str(TORCH / "lib")}
+def run(*command: Any, kernels: Path = native.library.path) -> str:
+    environment = {**os.environ, "VLATTN_CPU_LIBRARY": str(kernels), "LD_LIBRARY_PATH": str(TORCH / "lib")}
     done = subprocess.run([str(x) for x in command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def program(code: str, *arguments: Path, kernels: Path = native.library.path) -> str:
-    done = programs.run(code, *arguments, VLATTN_CPU_LIBRARY=str(kernels))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return run(sys.executable, "-c", code, *arguments, kernels=kernels)
 
 
 LEFT_OUT = (
@@ -270,12 +266,10 @@ print(calls(8000) - before)
 """
 
 
-@pytest.mark.skipif("VLATTN_TEST_SANITIZED" in os.environ, reason="a sanitizer has memory of its own")
 def test_calls_leave_no_memory(library: Path) -> None:
     assert int(program(GROWTH, library)) < 2**20
 
 
-@pytest.mark.slow
 def test_a_program_in_cpp_calls_them(library: Path, tmp_path: Path) -> None:
     program, source = tmp_path / "program", Path(__file__).with_name("stable.cpp")
     include, link = ["-isystem", TORCH / "include"], [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", "-ldl"]
@@ -302,7 +296,6 @@ class Attending(torch.nn.Module):
         return out * 2, statistics.received
 
 
-@pytest.mark.slow
 def test_a_package_of_aotinductor_runs_without_vlattn_fast(library: Path, tmp_path: Path) -> None:
     query = torch.randn(2, 3, 17, 8)
     torch.save((query, Attending()(query)), tmp_path / "query.pt")

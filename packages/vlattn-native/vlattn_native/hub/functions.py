@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.hub.operators import STATISTICS, congruence_op, map_op, relevancy_op, score_op, statistics_op, step_op
-from tools.hub.triton_kernels import BACKEND, check_device
 from vlattn_fast._ground.checks import check_attention, check_choice, check_masks
 from vlattn_fast._ground.score_kinds import UNIT_KINDS, in_kernels
 from vlattn_fast.backends.inputs import (
@@ -31,6 +29,8 @@ from vlattn_fast.backends.inputs import (
     ScoreAttentionInputs,
 )
 from vlattn_fast.backends.reference.congruence_loss import block_inputs
+from vlattn_native.hub.operators import STATISTICS, congruence_op, map_op, relevancy_op, score_op, statistics_op, step_op
+from vlattn_native.hub.triton_kernels import BACKEND, check_device
 
 __all__ = ["attention_map", "attention_statistics", "congruence_loss", "relevancy_attention", "relevancy_step", "score_attention"]
 SCORES = in_kernels(BACKEND)
@@ -207,8 +207,8 @@ def congruence_loss(
     check_device(text[0])
     queries, keys = block_inputs(text, image, cross, None, None)  # the kernels mask padding
     saves = BACKEND == "cpu" and torch.is_grad_enabled() and any([x.requires_grad for x in (*queries, *keys)])
-    options = kind, direction, _scale(text[0], scale), saves, BACKEND
-    loss, _ = congruence_op(CongruenceLossInputs(*queries, *keys, text_mask, image_mask, *options))
+    blocks = *queries, *keys, text_mask, image_mask
+    loss, _ = congruence_op(CongruenceLossInputs(*blocks, kind, direction, _scale(text[0], scale), saves, BACKEND))
     return loss
 
 
