@@ -64,7 +64,6 @@ from vlattn_fast.kernels._tiles import (
     rows_and_head,
     seeing_queries_of_heads,
     side_at,
-    staged,
     store_head,
     store_tile,
     within,
@@ -135,7 +134,7 @@ def config_of(kernel: str, launch: Launch, block_t: int = 0) -> Config:
 def _config(
     kernel: str, constants: score_attention.Constants, dtype: torch.dtype, num_q: int, num_k: int, block_t: int
 ) -> Config:
-    config = configuration(
+    return configuration(
         "relevancy_attention",
         kernel,
         dtype=dtype,
@@ -146,7 +145,6 @@ def _config(
         masked=constants.MASK % GROUP_BIAS.value != 0,
         score=constants.SCORE,
     )
-    return staged(config, constants.MASK)
 
 
 def statistics(launch: Launch, lse: Tensor | None, summed: bool = False, limit: tl.constexpr = CALLER_LSE) -> RowStats:
@@ -183,7 +181,6 @@ def sums(launch: Launch, rows: RowStats, w: MapGradient, u: Tensor | None = None
             p_u_map=u_map,
             p_delta=delta if deltas else None,
             BLOCK_EDGE=edge_block(num_kv, config["BLOCK_KV"], launch.call["C"].CAUSAL),
-            **config,
         )
     return u_map, delta
 
@@ -218,7 +215,6 @@ def gradients(
                 first_group=first_group,
                 BLOCK_G=block_g,
                 BLOCK_EDGE=edge_block(num_kv, config["BLOCK_KV"], is_causal),
-                **config,
             )
         config, arguments = _arguments("map_backward_kv", launch, rows, scaled)
         _map_backward_kv_kernel[(cdiv(num_kv, config["BLOCK_KV"]) * batch * heads_kv,)](
@@ -227,7 +223,6 @@ def gradients(
             grad_v=None if grad_v is None else heads_of(grad_v),
             p_unit=unit,
             BLOCK_EDGE=edge_block(num_q, config["BLOCK_Q"], is_causal),
-            **config,
         )
     grad_lse = None if lse is None else -delta[..., :num_q].to(lse.dtype)
     return grad_q, grad_k, grad_v, grad_do, grad_lse, grad_bias
@@ -257,7 +252,7 @@ def taken(launch: Launch, rows: RowStats, head_reduction: str) -> tuple[Tensor, 
     if bits.numel() > 0:
         config, arguments = _arguments("map_taken", launch, rows, None)
         _map_taken_kernel[(cdiv(num_q, config["BLOCK_Q"]) * cdiv(num_kv, config["BLOCK_KV"]) * batch * words,)](
-            **arguments, p_bits=bits, p_counts=counts, p_maps=maps, LEAST=head_reduction == "min", **config
+            **arguments, p_bits=bits, p_counts=counts, p_maps=maps, LEAST=head_reduction == "min"
         )
     result = maps.amin(1, keepdim=True) if head_reduction == "min" else maps.amax(1, keepdim=True)
     if words > 1:
@@ -272,8 +267,8 @@ def _arguments(kernel: str, launch: Launch, rows: RowStats, w: MapGradient | Non
     precision = constants.PRECISION if constants.EXACT or constants.PRECISION == "widen" else "tf32"
     rounds = not constants.EXACT or precision == "tf32"
     of_rows = RowConstants(launch.by_gradient, block_t, num_t > MAX_T, precision, rounds)
-    arguments = {**launched(launch.call), "stats": rows._replace(sums=None), "w": w, "R": wrapped(of_rows)}
-    return config_of(kernel, launch, block_t), arguments
+    config = config_of(kernel, launch, block_t)
+    return config, {**launched(launch.call, config), "stats": rows._replace(sums=None), "w": w, "R": wrapped(of_rows)}
 
 
 @triton.jit

@@ -169,7 +169,7 @@ def queries(
     grad_bias, blocks = gradient_blocks(row_bias, call["C"].MASK)
     for p_grad_bias, first_group, block_g in blocks if shift.numel() > 0 else ():
         _backward_q_kernel[(padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)](
-            **launched(call),
+            **launched(call, config),
             out=heads_of(out),
             p_lse=lse,
             p_grad_lse=grad_lse,
@@ -180,7 +180,6 @@ def queries(
             BY_GRADIENT=by_gradient,
             BLOCK_G=block_g,
             BLOCK_EDGE=edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL),
-            **config,
         )
     return grad_q, stats, grad_bias
 
@@ -239,7 +238,7 @@ def keys(
     else:
         blocks = cdiv(num_kv, config["BLOCK_KV"]) * (cdiv(num_t, config["BLOCK_T"]) if num_t > 0 else 1)
         _backward_kv_kernel[(blocks * batch * parts,)](
-            **launched(call),
+            **launched(call, config),
             stats=RowStats(rows.shift, rows.total, rows.delta),
             own_out=None if whole_rows is None else heads_of(whole_rows.out),
             p_own_lse=None if whole_rows is None else whole_rows.lse,
@@ -255,7 +254,6 @@ def keys(
             GROUP=heads // heads_kv,
             BY_GRADIENT=by_gradient,
             BLOCK_EDGE=block_edge,
-            **config,
         )
     if grad_k is not None and grad_v is not None:
         grad_k, grad_v = heads_summed(grad_k, key, grad_v, value)

@@ -99,7 +99,7 @@ def launch(
     lse_tangent = torch.empty_like(lse)
     if lse.numel() > 0:
         _jvp_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
-            **launched(call),
+            **launched(call, config),
             tangents=tangents,
             out=heads_of(out),
             p_lse=lse,
@@ -107,7 +107,6 @@ def launch(
             p_out_tangent=out_tangent,
             p_lse_tangent=lse_tangent,
             BLOCK_EDGE=edge_block(x.M, config["BLOCK_KV"], constants.CAUSAL),
-            **config,
         )
     return out_tangent, lse_tangent
 

@@ -30,7 +30,7 @@ def attended_cosines(parts: Tensor, queries: Queries, contexts: Contexts) -> tup
         "unscale": 1.0 / parts_of(queries.rows.dtype)[1],
         "C": _Constants(len(parts), contexts.size <= meta["BLOCK_KV"], input_precision(parts.dtype)),
     }
-    _attend_kernel[(contexts.sets * cdiv(length, meta["BLOCK_Q"]),)](**launched(call), **meta)
+    _attend_kernel[(contexts.sets * cdiv(length, meta["BLOCK_Q"]),)](**launched(call, meta))
     return cosine, norm_a
 
 

@@ -47,7 +47,7 @@ def gradient_maps(
         "sharpness": options.sharpness,
         "C": Constants(options.norm, options.clips, options.aggregation, count if split else 0),
     }
-    _maps_kernel[(queries.sets * contexts.sets,)](**launched(call), **map_configuration(contexts.size, 1024))
+    _maps_kernel[(queries.sets * contexts.sets,)](**launched(call, map_configuration(contexts.size, 1024)))
     return w, v, grad_dot, by_norm_q
 
 

@@ -55,7 +55,7 @@ def _matmul(a: Tensor, b: Tensor, total: Tensor, out: Tensor, inner: bool, add: 
         "C": _Constants(parts, inner, add, input_precision(b.dtype)),
     }
     if grid[0] > 0:
-        _matmul_kernel[grid](**launched(call), **meta)
+        _matmul_kernel[grid](**launched(call, meta))
 
 
 class _Constants(NamedTuple):

@@ -51,7 +51,7 @@ def _launch(
         "factor": factor,
         "C": Constants(options.norm, options.clips, options.aggregation, count if split else 0),
     }
-    _weights_kernel[(queries.sets * contexts.sets,)](**launched(call), **map_configuration(contexts.size, 2048))
+    _weights_kernel[(queries.sets * contexts.sets,)](**launched(call, map_configuration(contexts.size, 2048)))
     return alpha, parts
 
 

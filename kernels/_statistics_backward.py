@@ -45,7 +45,6 @@ from vlattn_fast.kernels._tiles import (
     mask_tile,
     masks_at,
     query_range,
-    staged,
     store_tile,
     within,
 )
@@ -62,9 +61,9 @@ def queries(
     grad_weight = torch.empty_like(call["p_rows"][3])
     grad_bias, blocks = gradient_blocks(row_bias)
     for p_grad_bias, first_group, block_g in blocks if grad_weight.numel() > 0 else ():
-        config = staged(configuration("attention_statistics", "backward_q", **facts), call["C"].MASK)
+        config = configuration("attention_statistics", "backward_q", **facts)
         _backward_q_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
-            **launched(call),
+            **launched(call, config),
             p_mass=mass,
             p_mean_x=mean_x,
             p_grad_weight=grad_weight,
@@ -73,7 +72,6 @@ def queries(
             first_group=first_group,
             BLOCK_G=block_g,
             BLOCK_EDGE=edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL),
-            **config,
         )
     return grad_q, grad_weight, grad_bias
 
@@ -84,10 +82,10 @@ def keys(call: dict[str, Any], facts: dict[str, Any]) -> Tensor:
     batch, heads, num_kv, _ = key.shape
     grad_k = torch.empty_like(key, memory_format=torch.contiguous_format)
     if grad_k.numel() > 0:
-        config = staged(configuration("attention_statistics", "backward_kv", **facts), call["C"].MASK)
+        config = configuration("attention_statistics", "backward_kv", **facts)
         edge = edge_block(call["x"].N, config["BLOCK_Q"], call["C"].CAUSAL)
         grid = (cdiv(num_kv, config["BLOCK_KV"]) * batch * heads,)
-        _backward_kv_kernel[grid](**launched(call), p_grad_k=grad_k, BLOCK_EDGE=edge, **config)
+        _backward_kv_kernel[grid](**launched(call, config), p_grad_k=grad_k, BLOCK_EDGE=edge)
     return grad_k
 
 

@@ -235,19 +235,15 @@ def masks_and_product(
     return masks, GROUP_PRODUCT.value, product
 
 
-def staged(config: Config, mask: int) -> Config:
-    """The configuration of a kernel with this constant MASK. Under a group bias Triton 3.6 fails to compile loops of several
-    stages for sm_90, silently in its pass for them; 3.9 compiles them, and none between was tried."""
-    return {**config, "num_stages": 1} if mask >= GROUP_BIAS.value and OLD_TRITON else config
+def launched(call: dict[str, Any], config: Config | None = None) -> dict[str, Any]:
+    """The named arguments of a launch, with its configuration.
 
-
-def launched(call: dict[str, Any]) -> dict[str, Any]:
-    """The named arguments of a launch.
-
-    Its constants `C` are wrapped one by one: Triton 3.6 knows those of a tuple by that. A product and a sum become one
-    instruction, which Triton 3.10 only does on request.
+    Its constants `C` are wrapped one by one: Triton 3.6 knows those of a tuple by that. Under a group bias it fails to compile
+    loops of several stages for sm_90, silently in its pass for them; 3.9 compiles them, and none between was tried. A product and
+    a sum become one instruction, which Triton 3.10 only does on request.
     """
-    return {**call, "C": wrapped(call["C"]), "enable_fp_fusion": True}
+    one_stage = {"num_stages": 1} if OLD_TRITON and getattr(call["C"], "MASK", 0) >= GROUP_BIAS.value else {}
+    return {**call, **(config or {}), **one_stage, "C": wrapped(call["C"]), "enable_fp_fusion": True}
 
 
 @functools.lru_cache(maxsize=1024, typed=True)  # tuples of two classes may be equal

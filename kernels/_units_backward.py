@@ -133,7 +133,7 @@ def launch(
     grad_bias, blocks = gradient_blocks(row_bias)
     for p_grad_bias, first_group, block_g in blocks if lse.numel() > 0 else ():
         _units_rows_kernel[(blocks_q * batch * heads,)](
-            **launched(call),
+            **launched(call, config_q),
             p_u=vector,
             p_lse=lse,
             p_out=out.transpose(1, 2).contiguous(),  # (B,N,H,Dv), as forward lays it out
@@ -142,7 +142,6 @@ def launch(
             p_grad_bias=p_grad_bias,
             first_group=first_group,
             BLOCK_G=block_g,
-            **config_q,
         )
     grad_u = vector.new_empty((batch, heads, blocks_kv, size), dtype=torch.float32)
     if batch * heads_kv > 0:
@@ -155,7 +154,7 @@ def launch(
         sums = grad_u.new_empty((*of_ranges, padded_rows(num_q), size))
         edge = edge_block(num_kv, config_kv["BLOCK_KV"], False)  # also under a causal mask: a block of keys has its own tiles
         _units_backward_kernel[(programs,)](
-            **launched(call),
+            **launched(call, config_kv),
             p_u=vector,
             stats=stats,
             p_scratch=grad_u.new_empty(programs * config_kv["BLOCK_Q"] * config_kv["BLOCK_KV"]),
@@ -165,7 +164,6 @@ def launch(
             PARTIAL=ranges > 1,
             GROUPS=_groups(call["C"].BLOCK_A, config_kv, edge),
             BLOCK_EDGE=edge,
-            **config_kv,
         )
         if ranges > 1:
             grad_q.copy_(sums.sum(2)[:, :, :num_q])
@@ -192,7 +190,7 @@ def carry(
         return relevancy.new_zeros(batch, num_t, x.M)
     r_abar = relevancy.new_empty(batch, heads // together, num_t, x.M)
     _units_step_kernel[(cdiv(x.M, config["BLOCK_KV"]) * cdiv(num_t, config["BLOCK_T"]) * batch * (heads // together),)](
-        **launched(call),
+        **launched(call, config),
         p_u=vector,
         stats=RowStats(rows.shift, rows.total),
         p_r=relevancy,
@@ -201,7 +199,6 @@ def carry(
         T=num_t,
         factor=factor,
         BY_GRADIENT=by_gradient,
-        **config,
     )
     return r_abar.sum(1)
 

@@ -122,7 +122,7 @@ def divergences(
     signs = 2 if kind == "total_variation" else 1
     sums = query.new_empty((signs, *rows[:2], parts, rows[2]), dtype=torch.float32)
     grid = (cdiv(rows[2], config["BLOCK_Q"]) * parts * rows[0] * rows[1],)
-    _terms_kernel[grid](**launched(call), strip=None, p_sums=sums, first=0, rows=rows[2], keys=keys, **config)
+    _terms_kernel[grid](**launched(call, config), strip=None, p_sums=sums, first=0, rows=rows[2], keys=keys)
     return sums.sum(3).amax(0)
 
 
@@ -166,9 +166,9 @@ def gradients(
             part["strip"] = strip[0], strip[1]
             fill_strip(of_means, config_r, **part)
         grid = (cdiv(size, config["BLOCK_Q"]) * batch * heads,)
-        _backward_q_kernel[grid](**launched(call), **grads, **part, p_grad_q=grad_q, **config)
+        _backward_q_kernel[grid](**launched(call, config), **grads, **part, p_grad_q=grad_q)
         grid = (cdiv(num_k, config_k["BLOCK_KV"]) * batch * key_heads,)
-        _backward_kv_kernel[grid](**launched(call), **grads, **part, p_grad_k=parts[-1], **config_k)
+        _backward_kv_kernel[grid](**launched(call, config_k), **grads, **part, p_grad_k=parts[-1])
         if len(parts) > 1:
             parts[0] += parts[1]
     return grad_q, parts[0].to(key.dtype)
@@ -183,7 +183,7 @@ def fill_strip(call: dict[str, Any], config: dict[str, int], strip: tuple[Tensor
     batch, _, keys = strip[0].shape
     block = config["BLOCK_KV"]
     grid = (cdiv(rows, config["BLOCK_Q"]) * cdiv(keys, block) * batch,)
-    _terms_kernel[grid](**launched(call), strip=strip, p_sums=None, first=first, rows=rows, keys=block, **config)
+    _terms_kernel[grid](**launched(call, config), strip=strip, p_sums=None, first=first, rows=rows, keys=block)
 
 
 def _sides(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs) -> tuple[Side, Side]:

@@ -54,7 +54,6 @@ from vlattn_fast.kernels._tiles import (
     row_shift,
     rows_at,
     side_at,
-    staged,
     store_tile,
 )
 
@@ -106,7 +105,7 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
     call = {"x": x, "parameter": None if inputs.score == "dot" else inputs.parameter, "C": constants}
     facts = {"rule": inputs.rule, "dtype": query.dtype, "N": num_q, "M": num_kv}
     masked = inputs.attn_mask is not None
-    config = staged(configuration("attention_map", "map", **facts, size=max(size, size_v), masked=masked), kind)
+    config = configuration("attention_map", "map", **facts, size=max(size, size_v), masked=masked)
     one_tile, float_mask = num_kv <= config["BLOCK_KV"], kind >= FLOAT_MASK.value
     if lse is None:
         rows = "tile" if one_tile else "statistics"
@@ -115,13 +114,12 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
     row_max = row_inverse = abar  # placeholders where the kernel does not read them
     if rows == "statistics" and (lse is None or float_mask):
         row_max, row_inverse = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(2))
-        rows_config = staged(configuration("attention_map", "rows", **facts, size=size, masked=masked), kind)
+        rows_config = configuration("attention_map", "rows", **facts, size=size, masked=masked)
         _rows_kernel[(cdiv(num_q, rows_config["BLOCK_Q"]) * batch * heads,)](
-            **launched(call),
+            **launched(call, rows_config),
             p_max=row_max,
             p_inverse=row_inverse,
             BLOCK_EDGE=edge_block(num_kv, rows_config["BLOCK_KV"], is_causal),
-            **rows_config,
         )
     if rows == "statistics" and lse is not None:
         known = (row_max, row_inverse) if float_mask else None
@@ -129,7 +127,7 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
     lse = lse.to(torch.float32).contiguous() if rows == "lse" and lse is not None else abar
     grid = (cdiv(num_q, config["BLOCK_Q"]) * cdiv(num_kv, config["BLOCK_KV"]) * batch,)
     _map_kernel[grid](
-        **launched(call),
+        **launched(call, config),
         v=heads_of(value),
         grad=heads_of(grad_output),
         p_lse=lse,
@@ -143,7 +141,6 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
         ONE_TILE=one_tile,
         SOURCE=rows,
         BLOCK_DV=block_size(size_v),
-        **config,
     )
     if inputs.row_normalize and not one_tile:
         total = abar.sum(-1, keepdim=True)
@@ -158,12 +155,11 @@ def _of_scores(inputs: AttentionMapInputs, vector: Tensor | None, abar: Tensor) 
     config = config_of("map_of_scores", launch)
     batch, num_q, num_kv = abar.shape
     _map_of_scores_kernel[(cdiv(num_q, config["BLOCK_Q"]) * cdiv(num_kv, config["BLOCK_KV"]) * batch,)](
-        **launched(launch.call),
+        **launched(launch.call, config),
         p_u=launch.vector,
         stats=statistics(launch, inputs.lse),
         p_map=abar,
         BY_GRADIENT=launch.by_gradient,
-        **config,
     )
     return abar
 

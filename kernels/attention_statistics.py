@@ -56,7 +56,6 @@ from vlattn_fast.kernels._tiles import (
     query_range,
     row_products,
     side_at,
-    staged,
     store_tile,
     within,
 )
@@ -125,7 +124,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     call = _arguments(inputs)
     facts = _facts(query, key, num_groups, inputs.attn_mask)
     if maximum.numel() > 0:
-        config = staged(configuration("attention_statistics", "rows", **facts), call["C"].MASK)
+        config = configuration("attention_statistics", "rows", **facts)
         # groups beyond a block are computed by other programs, which compute the row again
         block_g = min(32 if query.shape[3] > 128 else 64, block_size(num_groups))
         blocks = max(1, cdiv(num_groups, block_g)) * rows[0] * rows[1]
@@ -134,7 +133,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
         asked = {"ENTROPY": "entropy" in statistics, "ARGMAX": "argmax" in statistics}
         each_part = whole if keys == 0 else _empty_rows(query, (*rows[:2], parts, rows[2]), num_groups)
         _rows_kernel[(cdiv(rows[2], config["BLOCK_Q"]) * parts * blocks,)](
-            **launched(call),
+            **launched(call, config),
             rows=each_part,
             keys=None if keys == 0 else keys,
             **asked,
@@ -142,7 +141,6 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
             MANY=few(num_groups) < num_groups,
             BLOCK_G=block_g,
             BLOCK_EDGE=edge_block(key.shape[2], config["BLOCK_KV"], is_causal),
-            **config,
         )
         if keys > 0:
             _join_kernel[(maximum.numel(),)](
@@ -159,11 +157,11 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
                 enable_fp_fusion=True,
             )
     if received.numel() > 0:
-        config = staged(configuration("attention_statistics", "received", **facts), call["C"].MASK)
+        config = configuration("attention_statistics", "received", **facts)
         grid = (cdiv(key.shape[2], config["BLOCK_KV"]) * rows[0] * rows[1],)
         edge = edge_block(rows[2], config["BLOCK_Q"], is_causal)
         _received_kernel[grid](
-            **launched(call), p_maximum=maximum, p_row_max=row_max, p_received=received, BLOCK_EDGE=edge, **config
+            **launched(call, config), p_maximum=maximum, p_row_max=row_max, p_received=received, BLOCK_EDGE=edge
         )
     max_logit = query.new_empty(0, dtype=torch.float32)
     if "max_logit" in statistics:

@@ -311,7 +311,7 @@ def _gradient_launch(
     block_q, block_kv = config.pop("BLOCK_Q"), config.pop("BLOCK_KV", None)
     block_l, block_v = (block_size(L), block_size(V)) if block_kv is None else (block_kv, block_kv)
     constants = Constants(masked, whole, precision, block_size(features), block_q, block_l, block_v, blocks, unread)
-    return launched({"C": constants, **config}), constants
+    return launched({"C": constants}, config), constants
 
 
 def _holds_rows(sizes: tuple[int, int], features: int, dtype: torch.dtype) -> bool:

@@ -69,7 +69,7 @@ def forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
         call = _arguments(queries, documents, document_mask)
         config = configuration("maxsim", "largest", **_facts(queries, documents))
         grid = (cdiv(num_queries * tokens, config["BLOCK_Q"]) * num_documents,)
-        _largest_kernel[grid](**launched(call), p_largest=largest, p_places=places, **config)
+        _largest_kernel[grid](**launched(call, config), p_largest=largest, p_places=places)
     if query_mask is not None:
         places = torch.where(query_mask[:, None], places, -1)
     return torch.where(places < 0, 0.0, largest).sum(-1), places
@@ -87,10 +87,10 @@ def backward(inputs: MaxsimBackwardInputs) -> tuple[Tensor, Tensor]:
     call |= {"p_places": places, "p_weight": inputs.grad_similarity.to(torch.float32).contiguous()}
     facts, rows = _facts(queries, documents), queries.shape[0] * queries.shape[1]
     config = configuration("maxsim", "query_gradient", **facts)
-    _query_gradient_kernel[(cdiv(rows, config["BLOCK_Q"]),)](**launched(call), p_grad=grad_q, **config)
+    _query_gradient_kernel[(cdiv(rows, config["BLOCK_Q"]),)](**launched(call, config), p_grad=grad_q)
     config = configuration("maxsim", "document_gradient", **facts)
     grid = (cdiv(documents.shape[1], config["BLOCK_KV"]) * documents.shape[0],)
-    _document_gradient_kernel[grid](**launched(call), p_grad=grad_d, **config)
+    _document_gradient_kernel[grid](**launched(call, config), p_grad=grad_d)
     return grad_q, grad_d
 
 

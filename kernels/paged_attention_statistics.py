@@ -129,7 +129,7 @@ def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Ten
     tiles = tokens // (config["BLOCK_Q"] // group) + requests
     asks = {"ENTROPY": "entropy" in asked}
     _rows_kernel[(tiles * parts.number * blocks_g * key_heads,)](
-        **launched(call),
+        **launched(call, config),
         parts=parts,
         p_logits=logits,
         blocks_g=blocks_g,
@@ -138,7 +138,6 @@ def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Ten
         BLOCK_G=min(MOST_GROUPS, block_size(groups)),
         MOST_PARTS=most_parts,
         FEWEST_KEYS=FEWEST_KEYS,
-        **config,
     )
     block_parts = block_size(parts.number, 1)
     block_rows = max(1, 256 // block_parts)
@@ -157,7 +156,7 @@ def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Ten
     if receives:
         config = _with_group(configuration("paged_attention_statistics", "received", **facts), group)
         _received_kernel[(cdiv(room, config["BLOCK_KV"]) * requests * key_heads,)](
-            **launched(call), rows=rows, p_logits=logits, p_received=received, **config
+            **launched(call, config), rows=rows, p_logits=logits, p_received=received
         )
     return rows.mass, rows.entropy, rows.maximum, received, rows.max_logit, rows.lse
 

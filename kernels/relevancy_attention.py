@@ -244,14 +244,13 @@ def _one_row(launch: Launch, rows: RowStats, r: Tensor, factor: float) -> Tensor
     batch, heads = x.q.p.shape[:2]
     each_head = x.q.p.new_empty((batch, heads, x.M), dtype=torch.float32)
     _step_kernel[(cdiv(x.M, config["BLOCK_KV"]) * batch * heads,)](
-        **launched(launch.call),
+        **launched(launch.call, config),
         stats=rows,
         p_r=r,
         p_each_head=each_head,
         factor=factor,
         BY_GRADIENT=launch.by_gradient,
         BLOCK_EDGE=edge_block(x.N, config["BLOCK_Q"], launch.call["C"].CAUSAL),
-        **config,
     )
     return each_head.sum(1, keepdim=True)
 

@@ -100,7 +100,6 @@ from vlattn_fast.kernels._tiles import (
     row_shift,
     rows_and_head,
     side_at,
-    staged,
     store_sums,
     store_tile,
     with_bias,
@@ -159,7 +158,7 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     if vector is None and (config := _products_backward.whole_config("forward_whole", call, inputs.row_bias)) is not None:
         keys = cdiv(x.M, 16) * 16
         _whole_forward_kernel[(batch * heads,)](
-            **launched(call), p_out=out, p_lse=lse, NEGATIVE=x.scale_log2 < 0.0, KEYS=keys, **config
+            **launched(call, config), p_out=out, p_lse=lse, NEGATIVE=x.scale_log2 < 0.0, KEYS=keys
         )
         return out, lse
     config, of_launch = _forward_launch(constants, query.dtype, num_q, x.M, x.scale_log2 < 0.0)
@@ -331,7 +330,7 @@ def row_statistics(
     config = {**config, "BLOCK_Q": min(config["BLOCK_Q"], ROW_MULTIPLE.value)}  # which a forward pass may exceed
     if shift.numel() > 0:
         _rows_kernel[(shift.shape[2] // config["BLOCK_Q"] * shift.shape[0] * shift.shape[1],)](
-            **launched(call),
+            **launched(call, config),
             p_u=None if vector is None else vector.contiguous(),
             p_lse=lse,
             stats=stats,
@@ -339,7 +338,6 @@ def row_statistics(
             BY_GRADIENT=by_gradient,
             NEGATIVE=call["x"].scale_log2 < 0.0,
             BLOCK_EDGE=_edge_of_keys(call["x"].M, call["C"], config),
-            **config,
         )
     return stats
 
@@ -378,14 +376,14 @@ def _forward_launch(
     """The configuration of `_forward_kernel`, and the arguments that all its launches with this metadata share. negative: whether
     the scale is."""
     config = _config("forward", constants, dtype, num_q, num_k)
-    tile = {"NEGATIVE": negative, "BLOCK_EDGE": _edge_of_keys(num_k, constants, config), **config}
-    return config, launched({"C": constants, **tile})
+    edge = _edge_of_keys(num_k, constants, config)
+    return config, launched({"C": constants, "NEGATIVE": negative, "BLOCK_EDGE": edge}, config)
 
 
 @cached_launch
 def _config(kernel: str, constants: Constants, dtype: torch.dtype, num_q: int, num_k: int, masked: bool = False) -> Config:
     """masked: as under an attn_mask. Its tiles have at most ROW_MULTIPLE rows."""
-    config = configuration(
+    return configuration(
         "score_attention",
         kernel,
         score=constants.SCORE,
@@ -395,7 +393,6 @@ def _config(kernel: str, constants: Constants, dtype: torch.dtype, num_q: int, n
         size=max(constants.A, constants.DV),
         masked=masked or constants.MASK % GROUP_BIAS.value != 0,
     )
-    return staged(config, constants.MASK)
 
 
 def _parts(x: ScoreCall, constants: Constants, keys: int) -> Parts:
