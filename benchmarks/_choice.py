@@ -14,10 +14,9 @@ from vlattn_fast.ops import OPERATORS
 
 # Tasks of installed packages: their entry points name a module as each file here is one.
 OF_PACKAGES = {entry.name: entry.value for entry in entry_points(group="vlattn_fast.benchmarks")}
-# One file per operator that is measured, one for all operators over the length, and one per task; file names list the tasks.
+# One file per operator that is measured, and one per task; file names list the tasks.
 MODULES = (
     *(name for name in OPERATORS if (HERE / f"{name}.py").exists()),
-    "scaling",
     *sorted([*(path.stem for path in HERE.glob("task_*.py")), *OF_PACKAGES]),
 )
 

@@ -89,13 +89,12 @@ def test_the_pictures_have_a_panel_for_each_operator(tmp_path, monkeypatch):
         for dtype, variant, ratio in (("float32", "triton", 2.0), ("float32", "published", 7.0))
     ]
     (tmp_path / "h200.json").write_text(json.dumps(rows))
-    _, baselines, scaling = report.write(tmp_path, tmp_path / "report.md")
-    assert panels.keys() == {name for name in _choice.MODULES if name != "scaling"}
+    _, baselines = report.write(tmp_path, tmp_path / "report.md")
+    assert panels.keys() == {*_choice.MODULES}
     for module, lines in panels.items():
         assert len(lines) == sum(benchmark.name.startswith(f"{module}/") for benchmark in DECLARED)
-    for picture in (baselines, scaling):
-        width, height = size_of(picture)
-        assert 1000 <= width <= 1800 and 0.3 <= height / width <= 1.2
+    width, height = size_of(baselines)
+    assert 1000 <= width <= 1800 and 0.3 <= height / width <= 1.2
 
 
 def test_settings_of_one_machine_stand_side_by_side(tmp_path):
@@ -179,7 +178,7 @@ def test_the_report_of_the_stored_rows_shows_every_benchmark(tmp_path):
     stored = [row for path in results.glob("*.json") for row in json.loads(path.read_text()) if isinstance(row, dict)]
     headings = [line.removeprefix("### ") for line in text.splitlines() if line.startswith("### ")]
     assert sorted(headings) == sorted({row["benchmark"] for row in stored if "benchmark" in row})
-    assert re.findall(r"\]\((.+?)\)", text) == [str(path.relative_to(tmp_path)) for path in written[1:]] and len(written) == 4
+    assert re.findall(r"\]\((.+?)\)", text) == [str(path.relative_to(tmp_path)) for path in written[1:]] and len(written) == 3
 
 
 def test_the_report_without_a_row(tmp_path):

@@ -356,7 +356,7 @@ def test_the_price_is_that_of_the_stored_rows(name):
     ratios: dict[bool, list[float]] = {True: [], False: []}
     stored = report.newest(json.loads(text("benchmarks/results/cpu.json")))
     for (_, benchmark, *_), variants in report._by_benchmark(stored).items():
-        of_an_operator = not benchmark.startswith(("scaling/", "task_")) and not any(words in benchmark for words in DERIVATIVES)
+        of_an_operator = not benchmark.startswith("task_") and not any(words in benchmark for words in DERIVATIVES)
         if of_an_operator and "SDPA" in variants:
             ours = min((variants[backend] for backend in OURS if backend in variants), key=lambda row: row["p50_us"])
             another_score = benchmark.startswith("score_attention/") and "scaled dot" not in benchmark

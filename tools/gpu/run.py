@@ -245,13 +245,13 @@ def _stalls(run: Session, program: str, item: Item, seconds: float) -> Row:
 
 
 def benchmarks(run: Session, first: bool = False) -> bool:
-    """`first`: the named ones, ours beside SDPA and FlexAttention alone. Then all variants of all: operators, tasks, lengths."""
+    """`first`: the named ones, ours beside SDPA and FlexAttention alone. Then all variants of all: operators, tasks."""
     from tools.gpu.production import NAMED, VARIANTS
     from vlattn_fast.benchmarks._choice import choose
 
     run.with_library()
     names = [benchmark.name for benchmark in choose([], "cuda")]
-    rank = {name: (NAMED.index(name) if name in NAMED else len(NAMED), name.startswith("scaling/")) for name in names}
+    rank = {name: NAMED.index(name) if name in NAMED else len(NAMED) for name in names}
     items: list[Item] = [{"item": name} for name in (*sorted(names, key=rank.__getitem__), "host")]
     if first:
         items = [{"item": f"{name}{BESIDE}", "benchmark": name, "variants": VARIANTS} for name in NAMED]

@@ -75,14 +75,11 @@ def write(results: Path, out: Path) -> list[Path]:
         first, *rest = settings
         parts.append(f"## {first}\n")
         parts.append(_summary(settings[first]))
-        best = [record for record in _best(settings[first]) if not record["is_bound"] and not _is_scaling(record)]
+        best = [record for record in _best(settings[first]) if not record["is_bound"]]
         written.append(report_pictures.draw_baselines(best, pictures / f"{name}.png", first))
         parts.append(f"![Median time over that of the bound]({written[-1].relative_to(out.parent)})\n")
         if rest:
             parts.append(_settings(settings))
-        if scaling := [record for record in settings[first] if _is_scaling(record)]:
-            written.append(report_pictures.draw_scaling(_best(scaling), pictures / f"{name}-scaling.png", first))
-            parts.append(f"![Time and memory over the length]({written[-1].relative_to(out.parent)})\n")
     parts.extend(_host([record for records in stored.values() for record in records if "host" in record]))
     out.write_text("\n".join([*parts, INTRODUCTION, *_tables([record for records in files.values() for record in records])]))
     return written
@@ -122,10 +119,6 @@ def _by_setting(records: Sequence[Record], every: Iterable[Record] = ()) -> dict
     return dict(sorted(settings, key=lambda item: (counts[item[0]], max(x["time"] for x in item[1])), reverse=True))
 
 
-def _is_scaling(record: Record) -> bool:
-    return str(record["benchmark"]).startswith("scaling/")
-
-
 def _by_benchmark(records: Sequence[Record]) -> dict[tuple[str, ...], dict[str, Record]]:
     """The records with a time, by variant; tables of operators and tasks only."""
     tables = grouped((record for record in records if "p50_us" in record), _key)
@@ -148,7 +141,7 @@ def _best(records: Sequence[Record]) -> list[Record]:
 
 def _summary(records: Sequence[Record]) -> str:
     """Our best backend against each baseline, a line a benchmark."""
-    tables = {key: table for key, table in _by_benchmark(records).items() if not key[1].startswith("scaling/")}
+    tables = _by_benchmark(records)
     baselines = [name for name in BASELINES if any(name in variants for variants in tables.values())]
     head, lines = ("benchmark", "our best", "ms", *baselines, "of bound", "of limit", "MiB", "of a baseline at least"), []
     for key, variants in tables.items():

@@ -1,4 +1,4 @@
-"""The report's pictures of one file of records: our best backend among its baselines, and time and memory over the length."""
+"""The report's picture of one file of records: our best backend among its baselines."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.benchmarks._bounds import pairs, tokens
 from vlattn_fast.benchmarks._formula import OURS
-from vlattn_fast.measuring.figures import panels
 
 Record = dict[str, Any]
 BEST = "vlattn_fast"  # the name of our best backend in the first picture
@@ -63,36 +61,6 @@ def _draw_panel(cell: Any, module: str, lines: dict[str, list[Record]], looks: d
     cell.tick_params(axis="x", labelsize=8)
     cell.grid(axis="both", alpha=0.25)
     cell.set_title(module, fontsize=10, loc="left")
-
-
-def draw_scaling(records: Sequence[Record], path: Path, title: str) -> Path:
-    """One column an operator: nanoseconds a pair of query and key above, and KiB a token below, both over the length."""
-    operators = list(dict.fromkeys(record["benchmark"].split("/")[1] for record in records))
-    looks = _looks(records)
-    figure, axes = panels(2, len(operators), (3.0 * len(operators), 6.4))
-    for operator, (above, below) in zip(operators, axes.T, strict=True):
-        for name, (color, marker) in looks.items():
-            line = [record for record in records if record["benchmark"].split("/")[1] == operator and record["variant"] == name]
-            line.sort(key=lambda record: tokens(record["sizes"]))
-            lengths = [tokens(record["sizes"]) for record in line]
-            style = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.2, "label": name}
-            above.plot(lengths, [1e3 * record["p50_us"] / pairs(record["sizes"]) for record in line], **style)
-            memory = [record["peak_bytes"] / 1024 / tokens(record["sizes"]) for record in line if record["peak_bytes"]]
-            below.plot([n for n, record in zip(lengths, line, strict=True) if record["peak_bytes"]], memory, **style)
-        above.set_title(operator.replace(", ", "\n"), fontsize=9)
-        for cell in (above, below):
-            cell.set_xscale("log", base=2)
-            cell.set_yscale("log")
-            cell.grid(alpha=0.25)
-            cell.tick_params(labelsize=8)
-        below.set_xlabel("length", fontsize=8)
-    axes[0, 0].set_ylabel("ns a pair", fontsize=9)
-    axes[1, 0].set_ylabel("KiB a token at the peak", fontsize=9)
-    figure.suptitle(f"{title}: flat is best", fontsize=11)
-    handles = {line.get_label(): line for cell in axes.flat for line in cell.get_lines()}
-    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=8, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=90, metadata={"Software": None})
-    return path
 
 
 def _looks(records: Sequence[Record]) -> dict[str, tuple[str, str]]:
