@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
+from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs, attention_of
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._group_bias import FLOAT_MASK, GROUP_BIAS, seen_keys, seen_tiles, sees_tile, tile_at
@@ -151,7 +151,7 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
 def _of_scores(inputs: AttentionMapInputs, vector: Tensor | None, abar: Tensor) -> Tensor:
     """Writes the mean of the heads' maps to abar, for scores that the operator does not have."""
     assert inputs.head_reduction == "mean" and not inputs.row_normalize, "core_map asks for no other"
-    launch = describe(inputs.attention(), inputs.rule, inputs.grad_output, vector)
+    launch = describe(attention_of(inputs), inputs.rule, inputs.grad_output, vector)
     config = config_of("map_of_scores", launch)
     batch, num_q, num_kv = abar.shape
     _map_of_scores_kernel[(cdiv(num_q, config["BLOCK_Q"]) * cdiv(num_kv, config["BLOCK_KV"]) * batch,)](
@@ -171,7 +171,7 @@ def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
     The map itself takes the parts that all heads have in common: the division of a row by its sum, and for "max" and "min" how
     many heads share a gradient.
     """
-    launch = describe(inputs.attention(), inputs.rule, inputs.grad_output)
+    launch = describe(attention_of(inputs), inputs.rule, inputs.grad_output)
     rows = statistics(launch, inputs.lse)
     grad, bits = inputs.grad.to(torch.float32), None
     abar, count = grad, torch.full_like(grad[:, :1, :1], inputs.query.shape[1])

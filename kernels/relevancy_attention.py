@@ -24,6 +24,7 @@ from vlattn_fast.backends.inputs import (
     RelevancyAttentionInputs,
     RelevancyStepBackwardInputs,
     RelevancyStepInputs,
+    attention_of,
 )
 from vlattn_fast.kernels import _products_backward, _units_backward, attention_map, score_attention
 from vlattn_fast.kernels._configurations import Config
@@ -54,7 +55,7 @@ from vlattn_fast.kernels._tiles import (
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N)."""
-    out, lse = score_attention.forward(inputs.attention())
+    out, lse = score_attention.forward(attention_of(inputs))
     return out, inputs.carrier.clone(), lse
 
 
@@ -116,7 +117,7 @@ def step(inputs: RelevancyStepInputs, vector: Tensor | None = None) -> Tensor:
             b = slice(start, start + samples)
             torch.bmm(relevancy[b].to(torch.float32), attention_map.forward(_map_inputs(inputs, b), vector), out=result[b])
         return result.to(relevancy.dtype)
-    launch = describe(inputs.attention(), inputs.rule, inputs.grad_output, vector)
+    launch = describe(attention_of(inputs), inputs.rule, inputs.grad_output, vector)
     r_abar = _keys(launch, statistics(launch, inputs.lse, inputs.row_normalize), relevancy)[2]
     assert r_abar is not None  # since relevancy is not
     return as_dtype(r_abar, relevancy.dtype)
@@ -134,7 +135,7 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
     samples = _stored_maps(inputs.relevancy, inputs.query, inputs.key)
     if samples > 0:
         return _step_backward_by_maps(inputs, samples)
-    launch = describe(inputs.attention(), inputs.rule, inputs.grad_output)
+    launch = describe(attention_of(inputs), inputs.rule, inputs.grad_output)
     rows, num_t = statistics(launch, inputs.lse), inputs.relevancy.shape[1]
     r, u = pad_rows(inputs.relevancy.to(torch.float32)), inputs.grad.to(torch.float32)
     divisor = torch.full_like(r[:, :1, :1], max(1, inputs.query.shape[1]))

@@ -62,11 +62,10 @@ def test_what_the_published_procedures_compute_in_float64():
 
 
 def test_a_backend_joins_by_itself_when_it_refuses_no_longer(monkeypatch):
-    from vlattn_fast.dispatch import choice, limits
-    from vlattn_fast.dispatch.table import Backend
+    from vlattn_fast.dispatch import choice
     from vlattn_fast.ops import attention_map
 
-    new = Backend(limits.accept, "vlattn_fast.backends.streaming.attention_map")
+    new = attention_map.BACKENDS["streaming"]
     monkeypatch.setitem(attention_map.BACKENDS, "new", new)
     monkeypatch.setattr(choice, "BACKEND_NAMES", (*choice.BACKEND_NAMES, "new"))
     (benchmark,) = _choice.choose(["attention_map/attention/clip"])

@@ -81,7 +81,7 @@ def test_info_prints_the_reasons_of_the_table(monkeypatch):
 
     table = OPERATORS["congruence_loss"].backends
     for name, function in (("triton", refusals), ("cuda", dtypes), ("streaming", kinds)):
-        table = {**table, name: Backend(function, "")}
+        table = {**table, name: Backend(function, native)}
     monkeypatch.setitem(OPERATORS, "congruence_loss", OPERATORS["congruence_loss"]._replace(backends=table))
     result = vlattn("info")
     assert all(len(line) < 120 for line in result.output.splitlines() if line.startswith(("[", " ")))

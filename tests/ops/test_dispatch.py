@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +24,8 @@ from vlattn_fast.checking import verify
 from vlattn_fast.dispatch import call as calls
 from vlattn_fast.dispatch import choice, limits, table
 from vlattn_fast.ops import OPERATORS
+
+MODULE = ModuleType("some")  # of functions
 
 Q, K, V = torch.zeros(2, 4, 3, 6), torch.zeros(2, 4, 5, 6), torch.zeros(2, 4, 5, 6)
 C = torch.zeros(2, 1, 3)
@@ -359,7 +361,7 @@ def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeyp
     ],
 )
 def test_what_no_cpu_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    refusals = table.table("some")["cpu"].refusals
+    refusals = table.table(MODULE, cpu=MODULE)["cpu"].refusals
     call = calls.CallShape("some", torch.bfloat16, "cpu", {}, {})
     monkeypatch.setattr(native, "library", native.library._replace(exists=True))
     assert refusals(call) == []
@@ -380,7 +382,7 @@ def test_what_no_cuda_kernel_takes(change: dict[str, Any], words: str, monkeypat
     def limits(call: calls.CallShape) -> list[tuple[str, bool]]:
         return [("an own limit", "rows" in call.sizes)]
 
-    refusals = table.table("some", cuda=limits)["cuda"].refusals
+    refusals = table.table(MODULE, cuda=MODULE, limits={"cuda": limits})["cuda"].refusals
     library = _shared_library.library._replace(exists=True, device_type="cuda")
     monkeypatch.setattr(_shared_library, "library", library)
     call = calls.CallShape("some", torch.bfloat16, "cuda", {}, {}, (8, 0))

@@ -1,13 +1,11 @@
 """VLATTN_BACKEND takes the place of "auto", and the error of a kernel says so."""
 
-import sys
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 import vlattn_fast as va
 from tests.helpers import programs
+from vlattn_fast.backends.cpu import score_attention
 from vlattn_fast.dispatch import choice
 
 X = torch.zeros(2, 4, 3, 6)
@@ -41,7 +39,7 @@ def test_an_error_inside_a_kernel_says_how_to_do_without_it(monkeypatch, needs_g
     def forward(inputs):
         raise RuntimeError("PTX was not loaded")
 
-    monkeypatch.setitem(sys.modules, "vlattn_fast.backends.cpu.score_attention", SimpleNamespace(forward=forward))
+    monkeypatch.setattr(score_attention, "forward", forward)
     monkeypatch.setattr(choice, "select", lambda *call: "cpu")
     monkeypatch.setattr(choice, "_PLANS", {})
     with pytest.raises(RuntimeError, match="PTX was not loaded") as raised:

@@ -21,7 +21,7 @@ from vlattn_fast.checking import verify
 from vlattn_fast.dispatch.call import CallShape
 from vlattn_fast.dispatch.choice import select
 from vlattn_fast.ops import OPERATORS
-from vlattn_fast.ops.score_attention import BACKENDS, describe_call
+from vlattn_fast.ops.score_attention import BACKENDS, OPERATOR
 
 Q, K, V = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 5)
 KEYS = torch.tensor([[True] * 9, [False, True, True, False] + [True] * 5])
@@ -46,7 +46,7 @@ OTHERS = {
 
 
 def describe(query: Tensor = Q, key: Tensor = K, value: Tensor = V, **options: Any) -> CallShape:
-    return describe_call(query=query, key=key, value=value, **options)
+    return OPERATOR.describe(query=query, key=key, value=value, **options)
 
 
 @pytest.fixture

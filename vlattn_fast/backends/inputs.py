@@ -105,10 +105,6 @@ class RelevancyAttentionInputs(NamedTuple):
     is_causal: bool
     backend: str
 
-    def attention(self) -> ScoreAttentionInputs:
-        """Returns the attention without its carrier."""
-        return _without_dropout(self, self.value)
-
 
 class RelevancyAttentionBackwardInputs(NamedTuple):
     """grad_out and out (B, H, N, Dv), grad_carrier (B, T, N), grad_lse and lse (B, H, N); the others as in
@@ -179,10 +175,6 @@ class RelevancyStepInputs(NamedTuple):
     is_causal: bool
     backend: str
 
-    def attention(self) -> ScoreAttentionInputs:
-        """Returns the attention of the step; without a value the query replaces it."""
-        return _without_dropout(self, self.query if self.value is None else self.value)
-
 
 class RelevancyStepBackwardInputs(NamedTuple):
     """grad (B, T, M), the gradient of the result; the others as in RelevancyStepInputs. need_*: which gradients are asked for;
@@ -210,17 +202,15 @@ class RelevancyStepBackwardInputs(NamedTuple):
     need_lse: bool
     backend: str
 
-    def attention(self) -> ScoreAttentionInputs:
-        """Returns the attention of the step; without a value the query replaces it."""
-        return _without_dropout(self, self.query if self.value is None else self.value)
-
 
 RelevancyStepJvpInputs, RelevancyStepSecondInputs = derivative_inputs(
     RelevancyStepBackwardInputs, ("relevancy", "query", "key", "value", "grad_output", "lse", "row_bias"), grads=("grad",)
 )
 
 
-def _without_dropout(x: Any, value: Tensor) -> ScoreAttentionInputs:
+def attention_of(x: Any) -> ScoreAttentionInputs:
+    """Returns the attention of these inputs without a carrier, relevancy or rule; without a value the query replaces it."""
+    value = x.query if x.value is None else x.value
     tensors = x.query, x.key, value, None, x.attn_mask, x.key_mask, x.row_bias, x.key_groups, None, None
     return ScoreAttentionInputs(*tensors, x.score, x.parameter, x.scale, dropout_p=0.0, is_causal=x.is_causal, backend=x.backend)
 
@@ -258,10 +248,6 @@ class AttentionMapInputs(NamedTuple):
     is_causal: bool
     backend: str
 
-    def attention(self) -> ScoreAttentionInputs:
-        """Returns the attention of the map; without a value the query replaces it."""
-        return _without_dropout(self, self.query if self.value is None else self.value)
-
 
 class AttentionMapBackwardInputs(NamedTuple):
     """grad (B, N, M), the gradient of the map; the others as in AttentionMapInputs. need_lse: whether lse gets a gradient."""
@@ -285,10 +271,6 @@ class AttentionMapBackwardInputs(NamedTuple):
     is_causal: bool
     need_lse: bool
     backend: str
-
-    def attention(self) -> ScoreAttentionInputs:
-        """Returns the attention of the map; without a value the query replaces it."""
-        return _without_dropout(self, self.query if self.value is None else self.value)
 
 
 AttentionMapJvpInputs, AttentionMapSecondInputs = derivative_inputs(

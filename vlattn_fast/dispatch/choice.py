@@ -1,4 +1,4 @@
-"""Chooses the backend of a call, and loads its functions, which are imported at first use.
+"""Chooses the backend of a call, and gives its functions.
 
 It is the backend that the caller names, or the first that supports the call. Plans of calls are cached.
 """
@@ -6,9 +6,7 @@ It is the backend that the caller names, or the first that supports the call. Pl
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
-import sys
 from collections.abc import Callable
 from operator import attrgetter, itemgetter
 from types import ModuleType
@@ -60,12 +58,9 @@ def select(backends: Table, call: CallShape, backend: Any) -> str:
 
 
 def load(backends: Table, name: str) -> ModuleType:
-    """Returns the backend's module, from sys.modules if possible: torch.compile cannot trace an import."""
-    path = backends[name].module
-    module = sys.modules.get(path)
-    if module is None or getattr(getattr(module, "__spec__", None), "_initializing", False):  # another thread is importing it
-        return importlib.import_module(path)
-    return module
+    """Returns the backend's module."""
+    module = backends[name].module
+    return module if isinstance(module, ModuleType) else module()
 
 
 def launcher(backends: Table, name: str) -> Callable[..., Any]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from vlattn_fast.dispatch.call import CallShape
+from vlattn_fast.dispatch.call import AttentionArguments, CallShape
 from vlattn_fast.dispatch.choice import load
 from vlattn_fast.dispatch.table import Table, refusals
 
 
 class Operator(NamedTuple):
-    """`call`: the public call, whose name is the operator's. `describe(**arguments)` checks the arguments of a call and returns
-    the metadata that backends' limits use. `backends`: its table."""
+    """`call`: the public call, whose name is the operator's. `check` takes some of the call's arguments, and as `x` its
+    `AttentionArguments`, checks them and returns the metadata that backends' limits use. `backends`: its table."""
 
     call: Callable[..., Any]
-    describe: Callable[..., CallShape]
+    check: Callable[..., CallShape]
     backends: Table
 
     @property
@@ -27,6 +28,14 @@ class Operator(NamedTuple):
         """Returns the call's formula, whose arguments are the call's without `backend`."""
         formula: Callable[..., Any] = getattr(load(self.backends, "reference"), self.stem)
         return formula
+
+    def describe(self, **named: Any) -> CallShape:
+        """Checks the arguments of a call, and returns its metadata."""
+        bound = inspect.signature(self.call).bind(**named)
+        bound.apply_defaults()
+        shared = {name: each for name, each in bound.arguments.items() if name in AttentionArguments._fields}
+        names = inspect.signature(self.check).parameters
+        return self.check(*[AttentionArguments(**shared) if name == "x" else bound.arguments[name] for name in names])
 
     def refusals(self, backend: str, arguments: Mapping[str, Any]) -> list[str]:
         """Returns why the backend does not support the call with these arguments, which are checked."""

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype
+from vlattn_fast.backends import reference
 from vlattn_fast.dispatch.call import CallShape
 from vlattn_fast.dispatch.limits import Limits, accept, cpu_refusals, cuda_refusals, limited, triton_refusals
 
 Refusals = Callable[[CallShape], list[str]]
 BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "cpu", "triton", "cuda")
+Module = ModuleType | Callable[[], ModuleType]
 
 
 class Backend(NamedTuple):
     """`refusals(call)` lists all reasons why the backend does not support it, in constant words: a size in the words would cost
-    torch.compile a graph per size. `module` is imported at first use. It has `forward` and `backward`, which take the operator's
-    inputs (vlattn_fast.backends.inputs), or the operator itself if torch differentiates it (reference, sdpa).
+    torch.compile a graph per size. `module` has `forward` and `backward`, which take the operator's inputs
+    (vlattn_fast.backends.inputs), or the operator itself if torch differentiates it (reference, sdpa). One that needs an optional
+    package is a function that imports it.
 
     masks_padding: whether the kernels keep padding, which may be NaN, out of outputs and gradients. For other backends the public
     call copies padded tensors with zeros at padding. lse_dtype: that of the log-sum-exp which the backward pass gets; None for
@@ -34,7 +38,7 @@ class Backend(NamedTuple):
     """
 
     refusals: Refusals
-    module: str
+    module: Module
     masks_padding: bool = False
     lse_dtype: torch.dtype | None = None
     saves: tuple[str, ...] = ()
@@ -46,47 +50,48 @@ Table = dict[str, Backend]  # without backends that have no kernel of the operat
 
 
 def table(
-    stem: str,
+    streaming: Module,
     *,
-    sdpa: Limits | None = None,
-    cpu: Limits | None = accept,
-    triton: Limits | None = accept,
-    cuda: Limits | None = None,
+    sdpa: Module | None = None,
+    cpu: Module | None = None,
+    triton: Module | None = None,
+    cuda: Module | None = None,
+    limits: Mapping[str, Limits] | None = None,
     masks_padding: tuple[str, ...] = ("cpu", "triton"),
-    saves: dict[str, tuple[str, ...]] | None = None,
+    saves: Mapping[str, tuple[str, ...]] | None = None,
     shared_sums: Mapping[str, tuple[str, ...]] | None = None,
     leads: Mapping[str, Callable[[CallShape], bool]] | None = None,
 ) -> Table:
-    """Returns the backends of the operator `stem` in the order in which "auto" takes them. `leads` names calls with another
+    """Returns an operator's backends, of these modules, in the order in which "auto" takes them. `leads` names calls with another
     order.
 
-    `sdpa`, `cpu`, `triton` and `cuda` are the limits of the operator's own kernels, in addition to those of all operators; None
-    if there is no such kernel: `table(stem, cpu=None, triton=None)` has only streaming. `masks_padding` names the backends whose
-    kernels do, `saves` what backends save, `shared_sums` what tasks share the sums of, `leads` what comes first; see `Backend`.
+    `limits` are those of the operator's own kernels, in addition to those of all operators. `masks_padding` names the backends
+    whose kernels do, `saves` what backends save, `shared_sums` what tasks share the sums of, `leads` what comes first; see
+    `Backend`.
 
     On the CPU our kernels come before torch's own attention, which is slower in stored rows; on a GPU torch's comes first. CUDA
     C++ comes after Triton: on an H100 it took 3.3 times as long for the congruence loss. "auto" never takes the reference.
     """
-    backends: dict[str, tuple[Callable[..., list[str]], Limits | None, str]] = {
-        "cpu": (cpu_refusals, cpu, "vlattn_fast.backends.cpu"),
-        "sdpa": (limited, sdpa, "vlattn_fast.backends.sdpa"),
-        "triton": (triton_refusals, triton, "vlattn_fast.kernels"),
-        "cuda": (cuda_refusals, cuda, "vlattn_fast.backends.cuda"),
-        "streaming": (limited, accept, "vlattn_fast.backends.streaming"),
-        "reference": (limited, accept, "vlattn_fast.backends.reference"),
+    modules: dict[str, tuple[Callable[..., list[str]], Module | None]] = {
+        "cpu": (cpu_refusals, cpu),
+        "sdpa": (limited, sdpa),
+        "triton": (triton_refusals, triton),
+        "cuda": (cuda_refusals, cuda),
+        "streaming": (limited, streaming),
+        "reference": (limited, reference),
     }
     return {
         name: Backend(
-            partial(refuses, limits=limits),
-            f"{folder}.{stem}",
+            partial(refuses, limits=(limits or {}).get(name, accept)),
+            module,
             masks_padding=name in masks_padding,
             lse_dtype=torch.float64 if name == "cpu" else None,  # P = exp(logit - lse) is no more exact than the lse is
             saves=(saves or {}).get(name, ()),
             shared_sums=(shared_sums or {}).get(name, ()),
             leads=(leads or {}).get(name),
         )
-        for name, (refuses, limits, folder) in backends.items()
-        if limits is not None
+        for name, (refuses, module) in modules.items()
+        if module is not None
     }
 
 

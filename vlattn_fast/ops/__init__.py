@@ -6,7 +6,7 @@ vlattn_fast/backends/inputs.py has their inputs.
 
 In: the arguments of a public call.
 Out: its result, differentiable.
-Imports: dispatch, backends, scores, _ground.
+Imports: dispatch, kernels, backends, scores, _ground.
 """
 
 import importlib

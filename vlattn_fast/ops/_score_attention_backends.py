@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from vlattn_fast import kernels
 from vlattn_fast._ground.score_kinds import kind_of
+from vlattn_fast.backends.cpu import score_attention as cpu
+from vlattn_fast.backends.cuda import score_attention as cuda
+from vlattn_fast.backends.sdpa import score_attention as sdpa
+from vlattn_fast.backends.streaming import score_attention as streaming
 from vlattn_fast.dispatch.call import CallShape
 from vlattn_fast.dispatch.table import table
 
@@ -87,11 +92,12 @@ _LEADS = {
     "cuda": lambda call: _in_16_bits_on_a_gpu(call) and call.flags["score"] == "additive",
 }
 BACKENDS = table(
-    "score_attention",
-    sdpa=_sdpa_limits,
-    cpu=_cpu_limits,
-    triton=_triton_limits,
-    cuda=_cuda_limits,
+    streaming,
+    sdpa=sdpa,
+    cpu=cpu,
+    triton=lambda: kernels.score_attention,
+    cuda=cuda,
+    limits={"sdpa": _sdpa_limits, "cpu": _cpu_limits, "triton": _triton_limits, "cuda": _cuda_limits},
     shared_sums=_SHARED_SUMS,
     leads=_LEADS,
 )

@@ -10,7 +10,6 @@ A public call bundles those of its arguments that all calls of attention have, `
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,24 +17,10 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import autocasts, check_masks, check_sink, check_softcap
 from vlattn_fast._ground.tensors import cast_by_autocast, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.dispatch.call import AttentionArguments, CallShape
+from vlattn_fast.dispatch.call import AttentionArguments
 from vlattn_fast.dispatch.table import Table
 from vlattn_fast.ops._groups import check_groups, check_ranges
 from vlattn_fast.scores import softcapped
-
-
-def described(call: Callable[..., Any], describe: Callable[..., CallShape]) -> Callable[..., CallShape]:
-    """Returns a function of a public call's arguments, by name, that checks them and returns the call's metadata. `describe`
-    takes some of them, and as `x` its `AttentionArguments`."""
-    signature, parameters = inspect.signature(call), inspect.signature(describe).parameters
-
-    def describe_call(**named: Any) -> CallShape:
-        bound = signature.bind(**named)
-        bound.apply_defaults()
-        shared = {name: each for name, each in bound.arguments.items() if name in AttentionArguments._fields}
-        return describe(*[AttentionArguments(**shared) if name == "x" else bound.arguments[name] for name in parameters])
-
-    return describe_call
 
 
 class DotPlan(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vlattn_fast import kernels
 from vlattn_fast._ground.checks import (
     check_bool,
     check_choice,
@@ -29,7 +30,10 @@ from vlattn_fast._ground.tensors import (
     scaled_dot_default,
     without_autocast,
 )
+from vlattn_fast.backends import reference
+from vlattn_fast.backends.cpu import attention_divergence as cpu
 from vlattn_fast.backends.reference.attention_divergence import KINDS
+from vlattn_fast.backends.streaming import attention_divergence as streaming
 from vlattn_fast.backends.streaming.attention_divergence import (
     FIELDS,
     AttentionDivergenceBackwardInputs,
@@ -38,19 +42,18 @@ from vlattn_fast.backends.streaming.attention_divergence import (
     AttentionDivergenceSecondInputs,
 )
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
-from vlattn_fast.dispatch.choice import launcher, load, planned, select
+from vlattn_fast.dispatch.choice import launcher, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
-from vlattn_fast.ops._stages import described
 
 
 def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
     return [("Triton kernels take a head_dim of other_query of at most 256", call.sizes["other_dim"] > 256)]
 
 
-BACKENDS = table("attention_divergence", triton=_triton_limits)
+BACKENDS = table(streaming, cpu=cpu, triton=lambda: kernels.attention_divergence, limits={"triton": _triton_limits})
 
 
 def attention_divergence(
@@ -116,12 +119,10 @@ def attention_divergence(
     backend, scale_of_own, scale_of_other = planned(_plan, x, other_scale, other_query, other_key, kind, beta, head_mean)
     query, key, other_query, other_key = cast_by_autocast(query, key, other_query, other_key)
     if backend == "reference":
-        own = {"kind": kind, "beta": beta, "head_mean": head_mean, "enable_gqa": enable_gqa}
-        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
+        own: dict[str, Any] = {"kind": kind, "beta": beta, "head_mean": head_mean, "scale": scale, "other_scale": other_scale}
+        masks: dict[str, Any] = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
         with without_autocast(query):
-            formula = load(BACKENDS, backend).attention_divergence
-            result: Tensor = formula(query, key, other_query, other_key, scale=scale, other_scale=other_scale, **own, **masks)
-            return result
+            return reference.attention_divergence(query, key, other_query, other_key, **own, **masks)
     key, other_key = mask_padding(key_mask, key, other_key)
     tensors = query, key, other_query, other_key, attn_mask, key_mask
     inputs = AttentionDivergenceInputs(*tensors, kind, float(beta), head_mean, is_causal, scale_of_own, scale_of_other, backend)
@@ -227,5 +228,4 @@ _derivatives = Derivatives(
 _autograd = autograd_of_sides(_backward_op, _saved, slice(0, 2), slice(2, 4))
 differentiable("attention_divergence", _autograd, lambda ctx, inputs, output: _saved.save(ctx, inputs), _derivatives.of_forward)
 
-describe_call = described(attention_divergence, _describe)
-OPERATOR = Operator(attention_divergence, describe_call, BACKENDS)
+OPERATOR = Operator(attention_divergence, _describe, BACKENDS)

@@ -10,8 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from vlattn_fast import kernels
 from vlattn_fast._ground.checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, describe, is_dtensor
 from vlattn_fast._ground.tensors import as_fake_outputs, compute_dtype, over_sums
+from vlattn_fast.backends import reference
+from vlattn_fast.backends.cpu import attention_map as cpu
 from vlattn_fast.backends.inputs import (
     AttentionMapBackwardInputs,
     AttentionMapInputs,
@@ -19,19 +22,22 @@ from vlattn_fast.backends.inputs import (
     AttentionMapSecondInputs,
 )
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
+from vlattn_fast.backends.streaming import attention_map as streaming
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
-from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
+from vlattn_fast.dispatch.choice import gradients, launcher, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._groups import group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
-from vlattn_fast.ops._stages import DotPlan, by_formula, cast, check_logits, described, logit_flags, make_plan, without_padding
+from vlattn_fast.ops._stages import DotPlan, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
 from vlattn_fast.ops.score_attention import lse_for_sink
 
-BACKENDS = table("attention_map", shared_sums={"cpu": ("gradient of key", "gradient of value")})
+BACKENDS = table(
+    streaming, cpu=cpu, triton=lambda: kernels.attention_map, shared_sums={"cpu": ("gradient of key", "gradient of value")}
+)
 
 
 def _on_shards(call: Callable[..., Tensor], shards: Shards, x: Local) -> Tensor:
@@ -120,7 +126,7 @@ def attention_map(
     plan = planned(_plan, x, value, grad_output, rule, head_reduction, row_normalize, lse)
     if plan.backend == "reference":
         rules = {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize}
-        formula = load(BACKENDS, "reference").attention_map
+        formula = reference.attention_map
         return by_formula(formula, x, plan.scale, value=value, grad_output=grad_output, lse=lse, **rules)
     lse = lse_for_sink(x, lse, plan)
     x, value, grad_output = cast(x, value, grad_output)
@@ -219,5 +225,4 @@ _derivatives = Derivatives(
 )
 differentiable("attention_map", _autograd, _setup_context, _derivatives.of_forward)
 
-describe_call = described(attention_map, _describe)
-OPERATOR = Operator(attention_map, describe_call, BACKENDS)
+OPERATOR = Operator(attention_map, _describe, BACKENDS)

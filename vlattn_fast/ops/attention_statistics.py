@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vlattn_fast import kernels
 from vlattn_fast._ground.checks import (
     FLOAT_DTYPES,
     check_attention,
@@ -23,6 +24,8 @@ from vlattn_fast._ground.checks import (
     is_dtensor,
 )
 from vlattn_fast._ground.tensors import as_dtype, compute_dtype
+from vlattn_fast.backends import reference
+from vlattn_fast.backends.cpu import attention_statistics as cpu
 from vlattn_fast.backends.inputs import (
     AttentionStatisticsBackwardInputs,
     AttentionStatisticsInputs,
@@ -30,6 +33,7 @@ from vlattn_fast.backends.inputs import (
     AttentionStatisticsSecondInputs,
 )
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics, LogitStatistics, chosen_statistics
+from vlattn_fast.backends.streaming import attention_statistics as streaming
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
 from vlattn_fast.dispatch.choice import gradients, load, planned
@@ -40,10 +44,15 @@ from vlattn_fast.ops._groups import check_rows, check_token_groups, group_bias_i
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
-from vlattn_fast.ops._stages import DotPlan, by_formula, cast, check_logits, described, logit_flags, make_plan, without_padding
+from vlattn_fast.ops._stages import DotPlan, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
 from vlattn_fast.ops.score_attention import attention_lse
 
-BACKENDS = table("attention_statistics", saves={"cpu": ("argmax",), "triton": ("mass", "maximum", "row_max", "mean_x")})
+BACKENDS = table(
+    streaming,
+    cpu=cpu,
+    triton=lambda: kernels.attention_statistics,
+    saves={"cpu": ("argmax",), "triton": ("mass", "maximum", "row_max", "mean_x")},
+)
 DEFAULT = AttentionStatistics._fields
 OUTPUTS = (*DEFAULT, "max_logit", "row_max", "mean_x")  # of the operator; the last two are numbers for a backend's backward pass
 
@@ -125,7 +134,7 @@ def attention_statistics(
     if is_dtensor(query):
         return over_shards(attention_statistics, locals(), _SHARDED, [ATTENTION, *[PER_ROW] * 6], _on_shards)
     if statistics is not None:
-        statistics = _check_statistics(statistics, key_groups, num_groups)
+        statistics = check_statistics(statistics, key_groups, num_groups, LogitStatistics._fields)
     groups = query_groups, key_groups, group_bias
     x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, *groups, backend)
     plan = planned(make_statistics_plan, x, " ".join(DEFAULT if statistics is None else statistics), num_groups, row_weight)
@@ -151,21 +160,18 @@ class Features(NamedTuple):
 def _describe(x: AttentionArguments, statistics: Any, num_groups: int | None, row_weight: Tensor | None) -> CallShape:
     """Checks a call, and returns its metadata."""
     if statistics is not None:
-        _check_statistics(statistics, x.key_groups, num_groups)
+        check_statistics(statistics, x.key_groups, num_groups, LogitStatistics._fields)
     check_attention(x.query, x.key, x.enable_gqa)
     check_head_dim(x.query, x.key)
     has_bias = x.group_bias is not None or x.query_groups is not None
     check_logits(x if has_bias else x._replace(key_groups=None))  # which need no bias here
     if x.key_groups is not None:
         check_token_groups("key_groups", x.key_groups, x.query, x.key.shape[2], "M")
-    if num_groups is not None:
-        check_integer("num_groups", num_groups, low=0)
-        if x.key_groups is None and num_groups > 0:
-            raise ValueError(f"num_groups must be 0 or None if key_groups is not given; got {num_groups}")
-        if x.group_bias is not None and num_groups != x.group_bias.shape[-1]:
-            raise ValueError(
-                f"num_groups must be None or group_bias's number of groups of keys, {x.group_bias.shape[-1]}; got {num_groups}"
-            )
+    check_num_groups(num_groups, x.key_groups)
+    if num_groups is not None and x.group_bias is not None and num_groups != x.group_bias.shape[-1]:
+        raise ValueError(
+            f"num_groups must be None or group_bias's number of groups of keys, {x.group_bias.shape[-1]}; got {num_groups}"
+        )
     if row_weight is not None:
         _check_row_weight(row_weight, x.query)
     sizes = {"queries": x.query.shape[2], "keys": x.key.shape[2], "head_dim": x.query.shape[3]}
@@ -197,7 +203,7 @@ def statistics_of(
     num_groups = resolve_groups(x.key_groups, num_groups if x.group_bias is None else x.group_bias.shape[-1])
     if plan.dot.backend == "reference":
         own = {"statistics": plan.asked, "num_groups": num_groups, "row_weight": row_weight}
-        return by_formula(load(BACKENDS, "reference").attention_statistics, x, plan.dot.scale, **own)
+        return by_formula(reference.attention_statistics, x, plan.dot.scale, **own)
     features = _features(x, num_groups, row_weight, plan)
     return _finish(_forward_op(features.inputs), features, plan.asked)
 
@@ -252,9 +258,16 @@ def _lse(outputs: tuple[Tensor, ...], logit: Tensor | None) -> Tensor:
     return lse if logit is None else lse_with_sink(lse, logit.detach())
 
 
-def _check_statistics(statistics: Any, key_groups: Any, num_groups: Any) -> tuple[str, ...]:
-    """The names of the statistics to compute."""
-    asked = check_names("statistics", statistics, LogitStatistics._fields)
+def check_num_groups(num_groups: Any, key_groups: Tensor | None) -> None:
+    if num_groups is not None:
+        check_integer("num_groups", num_groups, low=0)
+        if key_groups is None and num_groups > 0:
+            raise ValueError(f"num_groups must be 0 or None if key_groups is not given; got {num_groups}")
+
+
+def check_statistics(statistics: Any, key_groups: Any, num_groups: Any, names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the statistics to compute, some of these `names`."""
+    asked = check_names("statistics", statistics, names)
     if "mass" in asked and key_groups is None and num_groups is None:
         raise ValueError("key_groups must be given if statistics names 'mass', which would be empty without; got None")
     return asked
@@ -356,4 +369,4 @@ _derivatives = Derivatives(
 )
 differentiable("attention_statistics", _autograd, _setup_context, _derivatives.of_forward)
 
-OPERATOR = Operator(attention_statistics, described(attention_statistics, _describe), BACKENDS)
+OPERATOR = Operator(attention_statistics, _describe, BACKENDS)

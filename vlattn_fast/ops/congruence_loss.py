@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlattn_fast import kernels
 from vlattn_fast._ground.checks import check_choice, check_floating, check_tensor, check_token_mask, describe, has_forward_mode
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, resolve_scale, scaled_dot_default
+from vlattn_fast.backends import reference
+from vlattn_fast.backends.cpu import congruence_loss as cpu
+from vlattn_fast.backends.cuda import congruence_loss as cuda
 from vlattn_fast.backends.inputs import (
     CongruenceLossBackwardInputs,
     CongruenceLossInputs,
@@ -26,13 +30,13 @@ from vlattn_fast.backends.reference.congruence_loss import (
     num_gradients,
     of_all_blocks,
 )
+from vlattn_fast.backends.streaming import congruence_loss as streaming
 from vlattn_fast.dispatch.call import CallShape, call_shape
-from vlattn_fast.dispatch.choice import launcher, load, planned, select
+from vlattn_fast.dispatch.choice import launcher, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
-from vlattn_fast.ops._stages import described
 
 
 def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
@@ -56,9 +60,11 @@ def _cuda_limits(call: CallShape) -> list[tuple[str, bool]]:
 
 
 BACKENDS = table(
-    "congruence_loss",
-    triton=_triton_limits,
-    cuda=_cuda_limits,
+    streaming,
+    cpu=cpu,
+    triton=lambda: kernels.congruence_loss,
+    cuda=cuda,
+    limits={"triton": _triton_limits, "cuda": _cuda_limits},
     masks_padding=("cpu", "triton", "cuda"),
     saves={"cpu": ("gradients",)},
 )
@@ -119,11 +125,10 @@ def congruence_loss(
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
-    masks = {"text_mask": text_mask, "image_mask": image_mask}
     backend, scale = planned(_plan, backend, scale, text, image, cross, kind, direction, text_mask, image_mask, reduction)
     if backend == "reference":
-        options = {"kind": kind, "direction": direction, "scale": scale, "reduction": reduction}
-        return load(BACKENDS, backend).congruence_loss(text, image, cross, **options, **masks)
+        options: dict[str, Any] = {"kind": kind, "direction": direction, "scale": scale, "reduction": reduction}
+        return reference.congruence_loss(text, image, cross, text_mask=text_mask, image_mask=image_mask, **options)
     if cross is not None:
         cross = (cast_by_autocast(*cross[0]), cast_by_autocast(*cross[1]))
     written = (None, None) if BACKENDS[backend].masks_padding else (text_mask, image_mask)
@@ -248,5 +253,4 @@ _derivatives = Derivatives(
 )
 differentiable("congruence_loss", _autograd, _setup_context, _derivatives.of_forward)
 
-describe_call = described(congruence_loss, _describe)
-OPERATOR = Operator(congruence_loss, describe_call, BACKENDS)
+OPERATOR = Operator(congruence_loss, _describe, BACKENDS)

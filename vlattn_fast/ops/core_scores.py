@@ -23,6 +23,7 @@ from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import load
 from vlattn_fast.dispatch.table import Table, table
+from vlattn_fast.ops import _score_attention_backends, attention_map, relevancy_attention
 from vlattn_fast.ops._groups import group_bias_inputs
 from vlattn_fast.ops._sinks import lse_with_sink
 from vlattn_fast.scores import Core
@@ -35,11 +36,13 @@ def _limits(call: CallShape, kernels: str) -> list[tuple[str, bool]]:
     ]
 
 
-def _table(stem: str) -> Table:
-    return table(stem, cpu=partial(_limits, kernels="cpu"), triton=partial(_limits, kernels="triton"))
+def _table(of: Table) -> Table:
+    streaming, cpu, triton = (of[name].module for name in ("streaming", "cpu", "triton"))
+    limits = {name: partial(_limits, kernels=name) for name in ("cpu", "triton")}
+    return table(streaming, cpu=cpu, triton=triton, limits=limits)
 
 
-_STEP, _MAP, _LSE = (_table(stem) for stem in ("relevancy_attention", "attention_map", "score_attention"))
+_STEP, _MAP, _LSE = (_table(of.BACKENDS) for of in (relevancy_attention, attention_map, _score_attention_backends))
 
 
 def core_logits(core: Core, scale: float) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlattn_fast import kernels
 from vlattn_fast._ground.checks import check_bool, check_device, check_floating, check_masks, check_tensor, describe
 from vlattn_fast._ground.tensors import (
     as_fake_outputs,
@@ -20,6 +21,9 @@ from vlattn_fast._ground.tensors import (
     scaled_dot_default,
     without_autocast,
 )
+from vlattn_fast.backends import reference
+from vlattn_fast.backends.cpu import indexer_divergence as cpu
+from vlattn_fast.backends.streaming import indexer_divergence as streaming
 from vlattn_fast.backends.streaming.indexer_divergence import (
     FIELDS,
     IndexerDivergenceBackwardInputs,
@@ -28,12 +32,11 @@ from vlattn_fast.backends.streaming.indexer_divergence import (
     IndexerDivergenceSecondInputs,
 )
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
-from vlattn_fast.dispatch.choice import launcher, load, planned, select
+from vlattn_fast.dispatch.choice import launcher, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
-from vlattn_fast.ops._stages import described
 from vlattn_fast.ops.attention_divergence import autograd_of_sides, check_key
 
 
@@ -44,7 +47,7 @@ def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table("indexer_divergence", triton=_triton_limits)
+BACKENDS = table(streaming, cpu=cpu, triton=lambda: kernels.indexer_divergence, limits={"triton": _triton_limits})
 _SHAPES = dict(zip(FIELDS, ("(B, H, N, D)", "(B, Hkv, M, D)", "(B, Hi, N, Di)", "(B, M, Di)", "(B, Hi, N)"), strict=True))
 
 
@@ -100,12 +103,10 @@ def indexer_divergence(
     backend, resolved = planned(_plan, x, index_query, index_key, index_weights, topk_indices)
     query, key, index_query, index_key, index_weights = cast_by_autocast(query, key, index_query, index_key, index_weights)
     if backend == "reference":
-        masks = {"topk_indices": topk_indices, "attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
-        options = {"scale": scale, "enable_gqa": enable_gqa, **masks}
+        masks: dict[str, Any] = {"topk_indices": topk_indices, "attn_mask": attn_mask, "key_mask": key_mask}
+        masks |= {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         with without_autocast(query):
-            formula = load(BACKENDS, backend).indexer_divergence
-            result: Tensor = formula(query, key, index_query, index_key, index_weights, **options)
-            return result
+            return reference.indexer_divergence(query, key, index_query, index_key, index_weights, **masks)
     key, index_key = mask_padding(key_mask, key, index_key[:, None])
     tensors = query, key, index_query, index_key[:, 0], index_weights, topk_indices, attn_mask, key_mask
     divergence: Tensor = _forward_op(IndexerDivergenceInputs(*tensors, is_causal, resolved, backend))
@@ -190,5 +191,4 @@ _derivatives = Derivatives(
 _autograd = autograd_of_sides(_backward_op, _saved, slice(0, 2), slice(2, 5))
 differentiable("indexer_divergence", _autograd, lambda ctx, inputs, output: _saved.save(ctx, inputs), _derivatives.of_forward)
 
-describe_call = described(indexer_divergence, _describe)
-OPERATOR = Operator(indexer_divergence, describe_call, BACKENDS)
+OPERATOR = Operator(indexer_divergence, _describe, BACKENDS)

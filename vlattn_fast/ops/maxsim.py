@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlattn_fast import kernels
 from vlattn_fast._ground.checks import check_device, check_floating, check_tensor, describe, is_differentiated
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, real_tokens, without_autocast
+from vlattn_fast.backends import reference
+from vlattn_fast.backends.cpu import maxsim as cpu
 from vlattn_fast.backends.inputs import MaxsimBackwardInputs, MaxsimInputs, MaxsimJvpInputs, MaxsimSecondInputs
+from vlattn_fast.backends.streaming import maxsim as streaming
 from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import launcher, load, planned, selecting
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
-from vlattn_fast.ops._stages import described
 
-BACKENDS = table("maxsim")
+BACKENDS = table(streaming, cpu=cpu, triton=lambda: kernels.maxsim)
 
 
 def maxsim(
@@ -64,7 +67,7 @@ def maxsim(
     queries, documents = cast_by_autocast(queries, documents)
     if backend == "reference":
         with without_autocast(queries):
-            return load(BACKENDS, backend).maxsim(queries, documents, query_mask, document_mask)
+            return reference.maxsim(queries, documents, query_mask, document_mask)
     if not BACKENDS[backend].masks_padding:
         queries, documents = real_tokens(queries, query_mask), real_tokens(documents, document_mask)
     saves = is_differentiated(queries, documents)
@@ -141,5 +144,4 @@ _derivatives = Derivatives(
 )
 differentiable("maxsim", _autograd, _setup_context, _derivatives.of_forward)
 
-describe_call = described(maxsim, _describe)
-OPERATOR = Operator(maxsim, describe_call, BACKENDS)
+OPERATOR = Operator(maxsim, _describe, BACKENDS)

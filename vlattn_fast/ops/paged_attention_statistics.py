@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vlattn_fast import kernels
 from vlattn_fast._ground.checks import (
     FLOAT_DTYPES,
     autocasts,
@@ -18,13 +19,14 @@ from vlattn_fast._ground.checks import (
     check_device,
     check_floating,
     check_integer,
-    check_names,
     check_softcap,
     check_tensor,
     describe,
     readable,
 )
 from vlattn_fast._ground.tensors import compute_dtype, without_autocast
+from vlattn_fast.backends import reference
+from vlattn_fast.backends.cpu import paged_attention_statistics as cpu
 from vlattn_fast.backends.inputs import PagedAttentionStatisticsInputs
 from vlattn_fast.backends.reference.paged_attention_statistics import (
     DEFAULT,
@@ -32,15 +34,17 @@ from vlattn_fast.backends.reference.paged_attention_statistics import (
     PagedAttentionStatistics,
     chosen_statistics,
 )
+from vlattn_fast.backends.streaming import paged_attention_statistics as streaming
 from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._groups import resolve_groups
 from vlattn_fast.ops._registration import define, not_differentiable
-from vlattn_fast.ops._stages import DotPlan, described, make_plan
+from vlattn_fast.ops._stages import DotPlan, make_plan
+from vlattn_fast.ops.attention_statistics import check_num_groups, check_statistics
 
-BACKENDS = table("paged_attention_statistics")
+BACKENDS = table(streaming, cpu=cpu, triton=lambda: kernels.paged_attention_statistics)
 
 
 def paged_attention_statistics(
@@ -105,7 +109,7 @@ def paged_attention_statistics(
     Reference: Kwon et al., "PagedAttention", SOSP 2023, eq. 4.
     """
     if statistics is not None:
-        statistics = _check_statistics(statistics, key_groups, num_groups)
+        statistics = check_statistics(statistics, key_groups, num_groups, STATISTICS)
     requests = _Requests(query, key_cache, block_table, lengths, query_starts, key_groups)
     plan = planned(_plan, backend, scale, softcap, *requests, num_groups, window)
     _check_values(requests)
@@ -113,9 +117,9 @@ def paged_attention_statistics(
     if autocasts(query):
         requests = requests._replace(query=query.to(key_cache.dtype))  # the cache stays as it is
     if plan.backend == "reference":
-        options = {"statistics": statistics, "num_groups": groups, "scale": plan.scale, "softcap": softcap, "window": window}
+        options: dict[str, Any] = {"num_groups": groups, "scale": plan.scale, "softcap": softcap, "window": window}
         with without_autocast(query):
-            return load(BACKENDS, "reference").paged_attention_statistics(**requests._asdict(), **options)
+            return reference.paged_attention_statistics(**requests._asdict(), statistics=statistics, **options)
     asked = DEFAULT if statistics is None else statistics
     groups, window = groups if "mass" in asked else 0, 0 if window is None else window
     inputs = PagedAttentionStatisticsInputs(*requests, groups, " ".join(asked), window, *plan.core, plan.backend)
@@ -145,13 +149,10 @@ def _describe(
 ) -> CallShape:
     """Checks a call except for the values of its integers, and returns its metadata."""
     if statistics is not None:
-        _check_statistics(statistics, key_groups, num_groups)
+        check_statistics(statistics, key_groups, num_groups, STATISTICS)
     _check_cache(query, key_cache)
     _check_requests(_Requests(query, key_cache, block_table, lengths, query_starts, key_groups))
-    if num_groups is not None:
-        check_integer("num_groups", num_groups, low=0)
-        if key_groups is None and num_groups > 0:
-            raise ValueError(f"num_groups must be 0 or None if key_groups is not given; got {num_groups}")
+    check_num_groups(num_groups, key_groups)
     check_softcap(softcap)
     if window is not None:
         check_integer("window", window, low=1)
@@ -206,14 +207,6 @@ def _plan(backend: str, scale: float | None, softcap: float | None, query: Tenso
     return make_plan(BACKENDS, select(BACKENDS, _describe(softcap, query, *more), backend), query, scale, softcap)
 
 
-def _check_statistics(statistics: Any, key_groups: Any, num_groups: Any) -> tuple[str, ...]:
-    """The names of the statistics to compute."""
-    asked = check_names("statistics", statistics, STATISTICS)
-    if "mass" in asked and key_groups is None and num_groups is None:
-        raise ValueError("key_groups must be given if statistics names 'mass', which would be empty without; got None")
-    return asked
-
-
 def _check_values(x: _Requests) -> None:
     """Raises unless the values of the integers fit, if they are on the CPU and available."""
     if x.query.device.type != "cpu" or not all([readable(each) for each in (x.query, x.block_table, x.lengths, x.query_starts)]):
@@ -263,4 +256,4 @@ _op = define(
 )
 not_differentiable("paged_attention_statistics", "it has no gradients; detach query and key_cache")
 
-OPERATOR = Operator(paged_attention_statistics, described(paged_attention_statistics, _describe), BACKENDS)
+OPERATOR = Operator(paged_attention_statistics, _describe, BACKENDS)

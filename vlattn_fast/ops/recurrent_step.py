@@ -21,8 +21,11 @@ from vlattn_fast._ground.checks import (
     describe,
 )
 from vlattn_fast._ground.tensors import as_fake_outputs, as_outputs, cast_by_autocast, without_autocast
+from vlattn_fast.backends import reference
+from vlattn_fast.backends.cpu import recurrent_step as cpu
 from vlattn_fast.backends.reference.recurrent_step import heads_of
 from vlattn_fast.backends.reference.relevancy_attention import RULES
+from vlattn_fast.backends.streaming import recurrent_step as streaming
 from vlattn_fast.backends.streaming.recurrent_step import (
     DIFFERENTIABLE,
     RecurrentStepBackwardInputs,
@@ -36,10 +39,9 @@ from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
-from vlattn_fast.ops._stages import described
 from vlattn_fast.ops.relevancy_attention import check_carried
 
-BACKENDS = table("recurrent_step", triton=None)
+BACKENDS = table(streaming, cpu=cpu)
 
 
 def recurrent_step(
@@ -106,9 +108,9 @@ def recurrent_step(
     query, key, value, grad_output = cast_by_autocast(query, key, value, grad_output)
     tensors = relevancy, query, key, value, grad_output
     if backend == "reference":
-        options = {"log_decay": log_decay, "beta": beta, "diagonal": diagonal, "rule": rule, "row_normalize": row_normalize}
+        options: dict[str, Any] = {"log_decay": log_decay, "beta": beta, "diagonal": diagonal, "rule": rule}
         with without_autocast(query):
-            return load(BACKENDS, backend).recurrent_step(*tensors, **options)
+            return reference.recurrent_step(*tensors, row_normalize=row_normalize, **options)
     num_heads = heads_of(query, key, value, *gates)
     return _forward_op(RecurrentStepInputs(*tensors, *gates, num_heads, rule, row_normalize, backend))
 
@@ -243,5 +245,4 @@ _derivatives = Derivatives(
 )
 differentiable("recurrent_step", _autograd, _setup_context, _derivatives.of_forward)
 
-describe_call = described(recurrent_step, _describe)
-OPERATOR = Operator(recurrent_step, describe_call, BACKENDS)
+OPERATOR = Operator(recurrent_step, _describe, BACKENDS)

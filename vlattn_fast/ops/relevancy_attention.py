@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlattn_fast import kernels
 from vlattn_fast._ground.checks import (
     FLOAT_DTYPES,
     check_attention,
@@ -26,8 +27,12 @@ from vlattn_fast._ground.checks import (
     is_dtensor,
 )
 from vlattn_fast._ground.tensors import as_gradient, compute_dtype, empty_rows_first, weigh_rows
+from vlattn_fast.backends import reference
+from vlattn_fast.backends.cpu import relevancy_attention as cpu
+from vlattn_fast.backends.cuda import relevancy_attention as cuda
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs
 from vlattn_fast.backends.reference.relevancy_attention import RULES
+from vlattn_fast.backends.streaming import relevancy_attention as streaming
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
 from vlattn_fast.dispatch.choice import load, planned
@@ -38,7 +43,7 @@ from vlattn_fast.ops._groups import check_head_gate, gated, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, TOKENS, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
-from vlattn_fast.ops._stages import DotPlan, by_formula, cast, check_logits, described, logit_flags, make_plan, without_padding
+from vlattn_fast.ops._stages import DotPlan, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
 from vlattn_fast.ops.score_attention import DERIVATIVES
 
 
@@ -77,7 +82,12 @@ def _long_limits(call: CallShape) -> list[tuple[str, bool]]:
 
 
 BACKENDS = table(  # of relevancy_step, too, whose result is the relevancy
-    "relevancy_attention", cuda=_cuda_limits, shared_sums={"cuda": ("relevancy", "gradient of carrier")}
+    streaming,
+    cpu=cpu,
+    triton=lambda: kernels.relevancy_attention,
+    cuda=cuda,
+    limits={"cuda": _cuda_limits},
+    shared_sums={"cuda": ("relevancy", "gradient of carrier")},
 )
 SHARDED = dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS
 _OUTPUTS = [ATTENTION, NO_HEADS]
@@ -157,7 +167,7 @@ def relevancy_attention(
     if plan.backend == "reference":
         weights = {"residual_weight": residual_weight, "attention_weight": attention_weight, "head_gate": head_gate}
         own = {"value": value, "carrier": carrier, "rule": rule, "row_normalize": row_normalize, **weights}
-        return by_formula(load(BACKENDS, "reference").relevancy_attention, x, plan.scale, **own)
+        return by_formula(reference.relevancy_attention, x, plan.scale, **own)
     x, value = without_padding(x, plan, value)
     residual, attention = _weight(residual_weight, carrier), _weight(attention_weight, carrier)
     bias = group_bias_inputs(x.query, *groups)
@@ -385,6 +395,4 @@ def _jvp(inputs: RelevancyAttentionInputs, tangents: Any, outputs: Rows) -> tupl
 
 differentiable("relevancy_attention", _autograd, _setup_context, _jvp)
 
-
-describe_call = described(relevancy_attention, _describe)
-OPERATOR = Operator(relevancy_attention, describe_call, BACKENDS)
+OPERATOR = Operator(relevancy_attention, _describe, BACKENDS)

@@ -10,6 +10,7 @@ from functools import partial
 
 from torch import Tensor
 
+from vlattn_fast import kernels
 from vlattn_fast._ground.checks import (
     FLOAT_DTYPES,
     check_choice,
@@ -21,15 +22,16 @@ from vlattn_fast._ground.checks import (
 )
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.backends import reference
+from vlattn_fast.backends.cpu import relevancy_residual as cpu
 from vlattn_fast.backends.inputs import ResidualWeightsInputs
 from vlattn_fast.backends.reference.relevancy_residual import BY_ROWS, WEIGHTINGS, Weighting, residual_sum
+from vlattn_fast.backends.streaming import relevancy_residual as streaming
 from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import launcher, planned, selecting
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._shards import NO_HEADS, over_shards
-from vlattn_fast.ops._stages import described
 
 _SHARDED = dict.fromkeys(("residual", "branch", "residual_carrier", "branch_carrier"), NO_HEADS)
 
@@ -38,7 +40,9 @@ def _limits(call: CallShape) -> list[tuple[str, bool]]:
     return [("a callable weighting runs in PyTorch", call.flags["weighting"] == "callable")]
 
 
-BACKENDS = table("relevancy_residual", cpu=_limits, triton=_limits, masks_padding=())
+BACKENDS = table(
+    streaming, cpu=cpu, triton=lambda: kernels.relevancy_residual, limits={"cpu": _limits, "triton": _limits}, masks_padding=()
+)
 
 
 def relevancy_residual(
@@ -143,5 +147,4 @@ def _fake(inputs: ResidualWeightsInputs) -> tuple[Tensor, Tensor]:
 _op = define("residual_weights", ResidualWeightsInputs, "(Tensor a, Tensor b)", launcher(BACKENDS, "backward"), _fake)
 not_differentiable("residual_weights", "the weights are constants of the rule; detach residual, branch and grad")
 
-describe_call = described(relevancy_residual, _describe)
-OPERATOR = Operator(relevancy_residual, describe_call, BACKENDS)
+OPERATOR = Operator(relevancy_residual, _describe, BACKENDS)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_lse, is_dtensor
 from vlattn_fast._ground.tensors import as_fake_outputs
+from vlattn_fast.backends import reference
 from vlattn_fast.backends.inputs import (
     RelevancyStepBackwardInputs,
     RelevancyStepInputs,
@@ -20,14 +21,14 @@ from vlattn_fast.backends.inputs import (
 )
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
-from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
+from vlattn_fast.dispatch.choice import gradients, launcher, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._groups import group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, NO_HEADS, PER_ROW, over_shards
-from vlattn_fast.ops._stages import DotPlan, by_formula, cast, described, make_plan, without_padding
+from vlattn_fast.ops._stages import DotPlan, by_formula, cast, make_plan, without_padding
 from vlattn_fast.ops.relevancy_attention import BACKENDS, SHARDED, check_abar, check_carried, flags_of, sizes_of
 from vlattn_fast.ops.score_attention import lse_for_sink
 
@@ -95,7 +96,7 @@ def relevancy_step(
     x, value, grad_output = cast(x, value, grad_output)
     if plan.backend == "reference":
         own = {"value": value, "grad_output": grad_output, "rule": rule, "row_normalize": row_normalize, "lse": lse}
-        return by_formula(load(BACKENDS, "reference").relevancy_step, x, plan.scale, relevancy=relevancy, **own)
+        return by_formula(reference.relevancy_step, x, plan.scale, relevancy=relevancy, **own)
     lse = lse_for_sink(x, lse, plan)
     x, value = without_padding(x, plan, value)
     bias = group_bias_inputs(x.query, *groups)
@@ -185,6 +186,5 @@ DERIVATIVES = Derivatives(
 )
 differentiable("relevancy_step", _autograd, _setup_context, DERIVATIVES.of_forward)
 
-describe_call = described(relevancy_step, _describe)
 _CPU = BACKENDS["cpu"]._replace(shared_sums=("gradient of key", "gradient of value"))  # abar_backward, as attention_map's
-OPERATOR = Operator(relevancy_step, describe_call, {**BACKENDS, "cpu": _CPU})
+OPERATOR = Operator(relevancy_step, _describe, {**BACKENDS, "cpu": _CPU})

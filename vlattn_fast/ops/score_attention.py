@@ -25,7 +25,6 @@ from vlattn_fast._ground.checks import (
     is_transformed,
     varies,
 )
-from vlattn_fast._ground.named import by_name
 from vlattn_fast._ground.tensors import (
     as_dtype,
     as_gradient,
@@ -37,6 +36,7 @@ from vlattn_fast._ground.tensors import (
     resolve_scale,
     without_autocast,
 )
+from vlattn_fast.backends import reference
 from vlattn_fast.backends.inputs import (
     ScoreAttentionBackwardInputs,
     ScoreAttentionInputs,
@@ -55,7 +55,7 @@ from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._score_attention_backends import BACKENDS
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
-from vlattn_fast.ops._stages import DotPlan, by_formula, check_logits, described, logit_flags
+from vlattn_fast.ops._stages import DotPlan, by_formula, check_logits, logit_flags
 
 
 def _on_shards(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
@@ -141,15 +141,12 @@ def score_attention(
     plan = planned(_plan, x, value, score, dropout_p, return_lse, head_gate)
     if plan.backend == "reference":
         own = {"value": value, "score": score, "dropout_p": dropout_p, "return_lse": return_lse, "head_gate": head_gate}
-        return by_formula(load(BACKENDS, "reference").score_attention, x, plan.scale, **own)
+        return by_formula(reference.score_attention, x, plan.scale, **own)
     if plan.direct is not None:
         out, _ = _forward_op(ScoreAttentionInputs(query, key, value, None, attn_mask, key_mask, *plan.direct))
         return out
     features = _features(x, value, score, dropout_p, plan)
     return _finish(x, return_lse, head_gate, plan, features, _run(x, plan, features))
-
-
-_new_inputs = by_name(ScoreAttentionInputs)
 
 
 class Plan(NamedTuple):
@@ -173,9 +170,6 @@ class Features(NamedTuple):
     core: scores.Core
     out_dtype: torch.dtype
     packs: bool
-
-
-_new_features = by_name(Features)
 
 
 def _describe(
@@ -254,46 +248,15 @@ def _features(x: AttentionArguments, value: Tensor, score: str | scores.Score, d
     if core.keeps_dtype:
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
     packs = plan.packs and vector is None and key.shape[1] == value.shape[1]
-    inputs = _inputs(x, dropout_p, plan, core, query, key, value, vector, logit, packs)
-    return _new_features(inputs=inputs, logit=logit, core=core, out_dtype=out_dtype, packs=packs)
-
-
-def _inputs(
-    x: AttentionArguments,
-    dropout_p: float,
-    plan: Plan,
-    core: scores.Core,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    vector: Tensor | None,
-    logit: Tensor | None,
-    packs: bool,
-) -> ScoreAttentionInputs:
     row_bias, key_groups = group_bias_inputs(x.query, x.query_groups, x.key_groups, x.group_bias)
     if packs:
         query, row_bias = _packed(query, key), _packed(row_bias, key)
-    kind, parameter, scale = (core.kind, core.parameter, plan.scale) if plan.softcapped is None else plan.softcapped
-    inputs: ScoreAttentionInputs = _new_inputs(
-        query=query,
-        key=key,
-        value=value,
-        vector=vector,
-        attn_mask=x.attn_mask,
-        key_mask=x.key_mask,
-        row_bias=row_bias,
-        key_groups=key_groups,
-        seed=torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None,
-        # for the core score, which lacks the offset
-        sink=None if logit is None else (logit - plan.scale * core.offset).detach(),
-        score=kind,
-        parameter=parameter,
-        scale=scale,
-        dropout_p=float(dropout_p),
-        is_causal=x.is_causal,
-        backend=plan.backend,
-    )
-    return inputs
+    seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
+    sink = None if logit is None else (logit - plan.scale * core.offset).detach()  # for the core score, which lacks the offset
+    tensors = query, key, value, vector, x.attn_mask, x.key_mask, row_bias, key_groups, seed, sink
+    kind = (core.kind, core.parameter, plan.scale) if plan.softcapped is None else plan.softcapped
+    inputs = ScoreAttentionInputs(*tensors, *kind, float(dropout_p), x.is_causal, plan.backend)
+    return Features(inputs, logit, core, out_dtype, packs)
 
 
 def _packed(x: Any, key: Tensor) -> Any:
@@ -483,5 +446,4 @@ DERIVATIVES = Derivatives(
 )
 differentiable("score_attention", _autograd, _setup_context, DERIVATIVES.of_forward)
 
-describe_call = described(score_attention, _describe)
-OPERATOR = Operator(score_attention, describe_call, BACKENDS)
+OPERATOR = Operator(score_attention, _describe, BACKENDS)

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast import scores
+from vlattn_fast import kernels, scores
 from vlattn_fast._ground.checks import check_choice, check_device, check_floating, check_number, check_tensor, describe, readable
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, real_tokens, without_autocast
+from vlattn_fast.backends import reference
+from vlattn_fast.backends.cpu import stacked_cross_attention as cpu
 from vlattn_fast.backends.inputs import (
     StackedCrossAttentionBackwardInputs,
     StackedCrossAttentionInputs,
@@ -20,13 +22,13 @@ from vlattn_fast.backends.inputs import (
     StackedCrossAttentionSecondInputs,
 )
 from vlattn_fast.backends.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
+from vlattn_fast.backends.streaming import stacked_cross_attention as streaming
 from vlattn_fast.dispatch.call import CallShape, call_shape
-from vlattn_fast.dispatch.choice import launcher, load, planned, selecting
+from vlattn_fast.dispatch.choice import launcher, planned, selecting
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
-from vlattn_fast.ops._stages import described
 
 
 def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
@@ -41,8 +43,10 @@ def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
 
 
 BACKENDS = table(
-    "stacked_cross_attention",
-    triton=_triton_limits,
+    streaming,
+    cpu=cpu,
+    triton=lambda: kernels.stacked_cross_attention,
+    limits={"triton": _triton_limits},
     masks_padding=("cpu",),
     shared_sums={"triton": ("gradient of images", "gradient of captions")},
 )
@@ -106,15 +110,14 @@ def stacked_cross_attention(
     """
     options = direction, first_norm, smooth, aggregation, lambda_lse, score
     backend = planned(_backend, backend, images, captions, caption_lengths, image_lengths, *options)
-    norms = {"direction": direction, "first_norm": first_norm, "smooth": smooth}
-    sums = {"aggregation": aggregation, "lambda_lse": lambda_lse}
     caption_lengths, image_lengths = _place(caption_lengths, "caption", captions), _place(image_lengths, "image", images)
     images, captions = cast_by_autocast(images, captions)
     score = scores.resolve(score)
     if backend == "reference":
+        sums: dict[str, Any] = {"aggregation": aggregation, "lambda_lse": lambda_lse, "score": score}
+        norms: dict[str, Any] = {"direction": direction, "first_norm": first_norm, "smooth": smooth}
         with without_autocast(images):
-            formula = load(BACKENDS, backend).stacked_cross_attention
-            return formula(images, captions, caption_lengths, image_lengths, **norms, **sums, score=score)
+            return reference.stacked_cross_attention(images, captions, caption_lengths, image_lengths, **norms, **sums)
     images, captions, features = _rows(images, captions, caption_lengths, image_lengths, direction, score, backend)
     smooth, lambda_lse = float(smooth), float(lambda_lse)
     tensors = images, captions, caption_lengths, image_lengths
@@ -318,5 +321,4 @@ _derivatives = Derivatives(
 )
 differentiable("stacked_cross_attention", _autograd, _setup_context, _derivatives.of_forward)
 
-describe_call = described(stacked_cross_attention, _describe)
-OPERATOR = Operator(stacked_cross_attention, describe_call, BACKENDS)
+OPERATOR = Operator(stacked_cross_attention, _describe, BACKENDS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.autograd import forward_ad
 
 from vlattn_fast.backends.reference.paged_attention_statistics import STATISTICS
 from vlattn_fast.checking.cases import Example, Sizes, cases_of
+from vlattn_fast.dispatch.choice import load
 from vlattn_fast.ops import OPERATORS
 from vlattn_fast.ops.paged_attention_statistics import paged_attention_statistics
 
@@ -79,7 +79,7 @@ class Run:
     def __init__(self, example: Example, backend: str, dtype: torch.dtype, batch: int) -> None:
         self.example, self.backend, self.tensors, self.batch = example, backend, example.in_dtype(dtype), batch
         self.drawn: dict[str, Tensor] = {}
-        module = import_module(OPERATORS[example.operator].backends[backend].module)
+        module = load(OPERATORS[example.operator].backends, backend)
         is_plain = example.differentiable and "score" not in example.arguments(self.tensors)
         self.has_second, self.has_tangents = (is_plain and hasattr(module, name) for name in ("second", "jvp"))
 

@@ -16,6 +16,7 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepInputs,
     RelevancyStepJvpInputs,
     RelevancyStepSecondInputs,
+    attention_of,
 )
 from vlattn_fast.backends.streaming import score_attention
 from vlattn_fast.backends.streaming._abar import Abar, AbarGradients, second_of
@@ -25,7 +26,7 @@ from vlattn_fast.backends.streaming._tiles import Tiling
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N)."""
-    out, lse = score_attention.forward(inputs.attention())
+    out, lse = score_attention.forward(attention_of(inputs))
     return out, inputs.carrier.clone(), lse
 
 
