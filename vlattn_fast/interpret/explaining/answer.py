@@ -369,9 +369,9 @@ def _after_prompts(ids: list[list[int]], prompts: Tensor, model: nn.Module) -> l
     return without_ends([row[prompts.shape[1] :] for row in ids], end_tokens(model))
 
 
-def with_prompts(answers: list[list[int]], inputs: Mapping[str, Any], adapter: Adapter) -> list[list[int]]:
+def with_prompts(answers: list[list[int]], inputs: Mapping[str, Any], adapter: Adapter | None) -> list[list[int]]:
     """Answers as `model.generate` returns them, each after its prompt: one may begin like its prompt, and is whole."""
-    prompts = inputs.get(adapter.answers)
+    prompts = None if adapter is None else inputs.get(adapter.answers)
     return answers if prompts is None else [[*prompt, *row] for prompt, row in zip(prompts.tolist(), answers, strict=True)]
 
 
