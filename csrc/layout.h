@@ -1,5 +1,5 @@
-// Where the members of a packed struct lie, by name: Python compares it with its own list before it first calls a kernel
-// (Struct of vlattn_fast/backends/native.py).
+// Where the members of a packed struct lie, by name: Python reads it before it first calls a kernel (Library.struct of
+// vlattn_fast/backends/native.py).
 #pragma once
 #include <stdint.h>
 #include <stdio.h>

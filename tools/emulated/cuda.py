@@ -28,7 +28,7 @@ from ptx.running.memory import Memory
 from ptx.running.reports import Options
 from tools.building import ROOT, build
 from vlattn_fast.backends.cuda import _shared_library
-from vlattn_fast.backends.native import Library, Struct, members
+from vlattn_fast.backends.native import Library
 
 TARGETS = {80: "80", 90: "90a", 100: "100"}
 
@@ -75,14 +75,14 @@ class Emulated(Library):
     def load(self) -> ctypes.CDLL:
         return ptx.cuda.connected(super().load())
 
-    def operator(self, name: str, kind: type[Struct], result: Any, *arguments: Any) -> Callable[[bytes, None], bytes | None]:
-        function = super().operator(name, kind, result, *arguments)
+    def operator(self, name: str, result: Any, *arguments: Any) -> Callable[[bytes, None], bytes | None]:
+        function, (members, _) = super().operator(name, result, *arguments), self.members(name)
 
         def call(packed: bytes, stream: None) -> bytes | None:
             device, memory = ptx.cuda.Device.active, Memory()
             assert device is not None  # `emulated` has set it with this library
             here, shapes = bytearray(packed), {}
-            for path, code, offset in members(kind):
+            for path, code, offset in members:
                 if code == "P" and (address := struct.unpack_from("P", packed, offset)[0]):
                     shapes[path] = tuple(_TENSORS[address].shape)
                     struct.pack_into("P", here, offset, memory.place(_TENSORS[address], path))

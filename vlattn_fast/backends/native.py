@@ -1,8 +1,8 @@
 """Libraries of C++ kernels, and that of the CPU (csrc/cpu/): its path, which instruction set runs, how a kernel is called.
 
-A call is one struct of pointers, strides, sizes and numbers through ctypes, which releases the GIL. A `Struct` has the members of
-one of csrc/ by name; the library's own list must be the same (csrc/layout.h). The limits of backends only check whether the file
-exists; it is loaded at the first call. VLATTN_CPU_LIBRARY names another file than the installed one, and calls that would use it
+A call is one struct of pointers, strides, sizes and numbers through ctypes, which releases the GIL. The library says which
+members a struct has, and where they lie (csrc/layout.h). The limits of backends only check whether the file exists; it is loaded
+at the first call. VLATTN_CPU_LIBRARY names another file than the installed one, and calls that would use it
 raise if it does not exist. VLATTN_CPU_ISA names one of the instruction sets (docs/building.md).
 The library for GPUs: cuda/_shared_library.py.
 """
@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,16 +65,32 @@ class Library(NamedTuple):
         self.function(name, None, ctypes.c_char_p, ctypes.c_int64)(buffer, len(buffer))
         return buffer.value.decode()
 
-    def operator(self, name: str, call: type[Struct], result: Any, *arguments: Any) -> Any:
-        """Returns the kernel `name`, which takes such a struct."""
-        function = self.function(name, result, *arguments)
-        expected_lines = [*(f"{path} {code} {offset}" for path, code, offset in members(call)), f"size {ctypes.sizeof(call)}"]
-        for actual, expected in itertools.zip_longest(self.text(f"{name}_fields").splitlines(), expected_lines):
-            if actual != expected:
-                raise RuntimeError(
-                    f"{self.path} does not fit this vlattn_fast: install it again ({name} has {actual!r} for {expected!r})"
-                )
-        return function
+    def operator(self, name: str, result: Any, *arguments: Any) -> Any:
+        """Returns the kernel `name`, whose first argument is a struct, as `bytes`."""
+        return self.function(name, result, *arguments)
+
+    @functools.cache  # noqa: B019  there are two
+    def members(self, name: str) -> tuple[list[tuple[str, str, int]], int]:
+        """Returns path, code and offset of each number in the struct of the kernel `name`, such as ("a.query.stride_b", "q", 80),
+        in the order in which they lie there, and the size of the struct."""
+        *lines, size = map(str.split, self.text(f"{name}_fields").splitlines())
+        return sorted(((path, code, int(offset)) for path, code, offset in lines), key=lambda line: line[2]), int(size[1])
+
+    @functools.cache  # noqa: B019  there are two
+    def struct(self, name: str) -> Any:
+        """Returns the struct of the kernel `name` for ctypes. Structs within it that have the same members as those of another
+        kernel are of the same class."""
+        tree: dict[str, Any] = {}
+        members, size = self.members(name)
+        for path, code, _ in members:
+            *outer, last = path.replace("[", ".[").split(".")
+            inner = tree
+            for part in outer:
+                inner = inner.setdefault(part, {})
+            inner[last] = _TYPES[code]
+        struct = _of_tree(tree)
+        assert ctypes.sizeof(struct) == size, f"{name}: {size}"
+        return struct
 
 
 def find(path: Path) -> Library:
@@ -153,36 +168,40 @@ def instruction_set() -> str:
     return named
 
 
-class Struct(ctypes.Structure):
-    """A struct of csrc/, whose `_fields_` name its members in their order. A member that a call does not name is 0 or null, as in
-    C++.
+# of the codes of Python's `struct`, as csrc/layout.h writes them
+_TYPES = {
+    "q": ctypes.c_int64,
+    "i": ctypes.c_int32,
+    "?": ctypes.c_bool,
+    "d": ctypes.c_double,
+    "f": ctypes.c_float,
+    "P": ctypes.c_void_p,
+}
+
+
+@functools.cache
+def _struct(*fields: tuple[str, Any]) -> Any:
+    """Returns a class of structs with these members. Without __slots__ ctypes would take a misspelt member without a word.
 
     An address keeps no tensor alive: whoever makes a struct holds the tensors until the call is over.
     """
-
-    __slots__ = ()
-
-    def __init_subclass__(cls) -> None:
-        if "__slots__" not in vars(cls):
-            raise TypeError(f"{cls.__name__} must have __slots__ = (): without it ctypes takes a misspelt member without a word")
+    return type("Struct", (ctypes.Structure,), {"__slots__": (), "_fields_": fields})
 
 
-def each(kind: Any, names: str) -> list[tuple[str, Any]]:
-    """Members of one kind, for `_fields_`."""
-    return [(name, kind) for name in names.split()]
+def _of_tree(kind: Any) -> Any:
+    if not isinstance(kind, dict):
+        return kind
+    if "[0]" in kind:
+        return _of_tree(kind["[0]"]) * len(kind)
+    return _struct(*((name, _of_tree(inner)) for name, inner in kind.items()))
 
 
-class StridedTensor(Struct):
-    """(B, H, N, *) with a last stride of 1, or none."""
-
-    __slots__ = ()
-    _fields_ = (("data", ctypes.c_void_p), *each(ctypes.c_int64, "stride_b stride_h stride_n"))
-
-
+# (B, H, N, *) with a last stride of 1, or none
+StridedTensor = _struct(("data", ctypes.c_void_p), *((f"stride_{name}", ctypes.c_int64) for name in "bhn"))
 _NO_TENSOR = StridedTensor()
 
 
-def strided(x: Tensor | None) -> StridedTensor:
+def strided(x: Tensor | None) -> Any:
     if x is None:
         return _NO_TENSOR
     b, h, n, _ = x.stride()
@@ -193,29 +212,6 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-# of Python's `struct`, as csrc/layout.h writes them
-_CODES = {
-    ctypes.c_int64: "q",
-    ctypes.c_int32: "i",
-    ctypes.c_bool: "?",
-    ctypes.c_double: "d",
-    ctypes.c_float: "f",
-    ctypes.c_void_p: "P",
-}
-
-
-def members(kind: Any, path: str = "", offset: int = 0) -> Iterator[tuple[str, str, int]]:
-    """Name, code and offset of each number in a struct: "a.query.stride_b", "q", 80."""
-    if issubclass(kind, ctypes.Array):
-        for n in range(kind._length_):
-            yield from members(kind._type_, f"{path}[{n}]", offset + n * ctypes.sizeof(kind._type_))
-    elif issubclass(kind, ctypes.Structure):
-        for name, member, *_ in kind._fields_:
-            yield from members(member, f"{path}.{name}".lstrip("."), offset + getattr(kind, name).offset)
-    else:
-        yield path, _CODES[kind], offset
-
-
 def chosen(name: str) -> str:
     """The C function `name` of the instruction set that runs, or else of the fastest that has it."""
     names = [f"vlattn_{isa}_{name}" for isa in (instruction_set(), *_available())]
@@ -223,15 +219,31 @@ def chosen(name: str) -> str:
     return next(filter(library.has, names), names[0])
 
 
-def kernel(name: str, call: type[Struct]) -> Callable[[Struct], None]:
-    """The CPU kernel `name` as a function of such a struct."""
+def kernel(name: str) -> Callable[..., None]:
+    """Returns the CPU kernel `name`, a function of the members of its struct. A member that a call does not name is 0 or null."""
 
     @functools.cache
-    def function() -> Any:
-        return library.operator(chosen(name), call, ctypes.c_int64, ctypes.c_char_p)
+    def loaded() -> tuple[Any, Any]:
+        return library.operator(chosen(name), ctypes.c_int64, ctypes.c_char_p), library.struct(chosen(name))
 
-    def run(call: Struct) -> None:
-        if function()(bytes(call)) != 0:
+    def run(**members: Any) -> None:
+        function, struct = loaded()
+        try:
+            call = struct(**members)
+        except AttributeError as error:
+            raise unfit(library, name, error) from error
+        if function(bytes(call)) != 0:
             raise MemoryError(f"{name}: not enough memory for the kernel's workspace")
 
     return run
+
+
+def part(name: str, member: str) -> Callable[[], Any]:
+    """Returns a function that gives the class of a member of the kernel `name`, a struct: the library is not loaded before a
+    call."""
+    return functools.cache(lambda: dict(library.struct(chosen(name))._fields_)[member])
+
+
+def unfit(of: Library, name: str, error: AttributeError) -> RuntimeError:
+    """Returns the error of a call that names a member which the kernel `name` does not have."""
+    return RuntimeError(f"{of.path} does not fit this vlattn_fast: install it again ({name}: {error})")

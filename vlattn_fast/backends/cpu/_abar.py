@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from ctypes import c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, unit_strides
-from vlattn_fast.backends.cpu._attention import Attention, attention, empty_row_bias
-from vlattn_fast.backends.cpu.score_attention import Score, core_score
+from vlattn_fast.backends.cpu._attention import attention, empty_row_bias
+from vlattn_fast.backends.cpu.score_attention import core_score
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, RelevancyStepBackwardInputs
-from vlattn_fast.backends.native import StridedTensor, Struct, address, each, kernel, strided
+from vlattn_fast.backends.native import address, kernel, strided
 
-
-class AbarBackward(Struct):
-    __slots__ = ()
-    _fields_ = (
-        ("a", Attention),
-        ("score", Score),
-        ("grad_output", StridedTensor),
-        *each(c_int64, "gradient reduction row_normalize"),
-        *each(c_void_p, "lse grad rows grad_result"),
-        *each(c_int64, "T needs_inputs"),
-        ("grad_rows", c_void_p),
-        *each(StridedTensor, "grad_query grad_key grad_value grad_grad_output"),
-        *each(c_void_p, "grad_lse grad_row_bias"),
-    )
-
-
-_run = kernel("abar_backward", AbarBackward)
+_run = kernel("abar_backward")
 REDUCTIONS = ("mean", "max", "min")  # Reduction of the kernels
 
 
@@ -55,7 +38,7 @@ def gradients(
         grads = [None if x is None else x.zero_() for x in grads]
     grad_row_bias = empty_row_bias(inputs) if needs_inputs else None
     grad_query, grad_key, grad_value, grad_grad_output = map(strided, grads)
-    call = AbarBackward(
+    _run(
         a=a,
         score=core_score(inputs, None),
         grad_output=strided(grad_output),
@@ -72,5 +55,4 @@ def gradients(
         grad_row_bias=address(grad_row_bias),
         **abar_members,
     )
-    _run(call)
     return *grads, None if grad_lse is None or inputs.lse is None else as_dtype(grad_lse, inputs.lse.dtype), grad_row_bias

@@ -3,47 +3,19 @@
 from __future__ import annotations
 
 import functools
-from ctypes import c_double, c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlattn_fast.backends.native import DTYPES, StridedTensor, Struct, address, each, kernel
+from vlattn_fast.backends.native import DTYPES, StridedTensor, address, kernel, part
 
-
-class Masks(Struct):
-    __slots__ = ()
-    _fields_ = (
-        ("mask", c_void_p),
-        *each(c_int64, "dtype stride_b stride_h stride_n stride_m"),
-        ("keys", c_void_p),
-        ("is_causal", c_int64),
-        *each(c_void_p, "shifts row_bias key_groups"),
-        ("groups", c_int64),
-    )
-
-
-class Attention(Struct):
-    __slots__ = ()
-    _fields_ = (
-        *each(c_int64, "dtype B H Hkv N M D Dv"),
-        ("scale", c_double),
-        *each(StridedTensor, "query key value"),
-        ("masks", Masks),
-    )
-
-
-class MaskShifts(Struct):
-    __slots__ = ()
-    _fields_ = (("a", Attention), ("shifts", c_void_p))
-
-
-_find_shifts = kernel("mask_shifts", MaskShifts)
+_find_shifts = kernel("mask_shifts")
+_struct = part("mask_shifts", "a")
 _MASK_DTYPES = {**DTYPES, torch.float64: 4}
 
 
-def attention(inputs: Any, query: Tensor, key: Tensor, value: Tensor | None) -> tuple[Attention, tuple[Any, ...]]:
+def attention(inputs: Any, query: Tensor, key: Tensor, value: Tensor | None) -> tuple[Any, tuple[Any, ...]]:
     """Attention of an operator's inputs, with query, key and value as `unit_strides` gives them, and the copies in it, which must
     live until the call is over."""
     attn_mask, key_mask, is_causal, scale = inputs.attn_mask, inputs.key_mask, inputs.is_causal, inputs.scale
@@ -64,7 +36,7 @@ def attention(inputs: Any, query: Tensor, key: Tensor, value: Tensor | None) -> 
         masks.stride_b, masks.stride_h, masks.stride_n, masks.stride_m = pairs.stride()
         if attn_mask.dtype == torch.float64:
             shifts = query.new_empty(*query.shape[:3], dtype=torch.float64)
-            _find_shifts(MaskShifts(a=a, shifts=address(shifts)))
+            _find_shifts(a=a, shifts=address(shifts))
             masks.shifts = address(shifts)
     return a, (key_mask, row_bias, key_groups, shifts)
 
@@ -74,11 +46,11 @@ def empty_row_bias(inputs: Any) -> Tensor | None:
     return None if inputs.row_bias is None else torch.zeros_like(inputs.row_bias, dtype=torch.float32)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor | None, scale: float, is_causal: bool) -> Attention:
+def _attention(query: Tensor, key: Tensor, value: Tensor | None, scale: float, is_causal: bool) -> Any:
     """Returns the struct without masks, except for causality."""
     value_shape = (None, None) if value is None else (value.shape, value.stride())
     sized = _sized(query.dtype, query.shape, query.stride(), key.shape, key.stride(), *value_shape, scale, is_causal)
-    a = Attention.from_buffer_copy(sized)
+    a = type(sized).from_buffer_copy(sized)
     a.query.data, a.key.data = query.data_ptr(), key.data_ptr()
     if value is not None:
         a.value.data = value.data_ptr()
@@ -96,10 +68,10 @@ def _sized(
     value_strides: tuple[int, ...] | None,
     scale: float,
     is_causal: bool,
-) -> Attention:
+) -> Any:
     """Returns the struct without addresses and tensors of masks."""
     (batch, heads, queries, head_dim), (_, key_heads, keys, _) = query_shape, key_shape
-    return Attention(
+    a = _struct()(
         dtype=DTYPES[dtype],
         B=batch,
         H=heads,
@@ -112,5 +84,6 @@ def _sized(
         query=StridedTensor(None, *query_strides[:3]),
         key=StridedTensor(None, *key_strides[:3]),
         value=StridedTensor(None, *(value_strides or ())[:3]),
-        masks=Masks(is_causal=is_causal),
     )
+    a.masks.is_causal = is_causal
+    return a

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ctypes import c_double, c_int64, c_void_p
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,26 +9,12 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
-from vlattn_fast.backends.cpu._attention import Attention, attention
-from vlattn_fast.backends.native import StridedTensor, Struct, address, each, kernel, strided
+from vlattn_fast.backends.cpu._attention import attention
+from vlattn_fast.backends.native import address, kernel, strided
 from vlattn_fast.backends.reference.attention_divergence import KINDS
 from vlattn_fast.backends.streaming.attention_divergence import AttentionDivergenceBackwardInputs, AttentionDivergenceInputs
 
-# the first members of both divergences: `Divergence` of csrc/cpu/divergence.h
-DIVERGENCE = (
-    ("sides", Attention * 2),
-    ("head_mean", c_int64),
-    *each(c_void_p, "divergence grad"),
-    *each(StridedTensor * 2, "grad_queries grad_keys"),
-)
-
-
-class AttentionDivergence(Struct):
-    __slots__ = ()
-    _fields_ = (*DIVERGENCE, ("kind", c_int64), ("beta", c_double))
-
-
-_run = kernel("attention_divergence", AttentionDivergence)
+_run = kernel("attention_divergence")
 
 
 def forward(inputs: AttentionDivergenceInputs) -> Tensor:
@@ -59,13 +44,11 @@ def empty_gradients(side: tuple[Tensor, ...], needed: bool) -> list[Tensor | Non
 def _call(inputs: Any, **members: Any) -> None:
     own = side_of(inputs, inputs.query, inputs.key, inputs.scale)
     other = side_of(inputs, inputs.other_query, inputs.other_key, inputs.other_scale)
-    call = AttentionDivergence(
-        sides=(own[0], other[0]), kind=KINDS.index(inputs.kind), beta=inputs.beta, head_mean=inputs.head_mean, **members
-    )
-    _run(call)
+    options = {"kind": KINDS.index(inputs.kind), "beta": inputs.beta, "head_mean": inputs.head_mean}
+    _run(sides=(own[0], other[0]), **options, **members)
 
 
-def side_of(inputs: Any, query: Tensor, key: Tensor, scale: float) -> tuple[Attention, Any]:
+def side_of(inputs: Any, query: Tensor, key: Tensor, scale: float) -> tuple[Any, Any]:
     """Returns one of the two attentions, and the tensors in it, which must live until the call is over."""
     query, key = unit_strides(query, key)
     x = SimpleNamespace(

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from ctypes import c_int64, c_void_p
-
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
 from vlattn_fast.backends.cpu._abar import REDUCTIONS, gradients
-from vlattn_fast.backends.cpu._attention import Attention, attention
-from vlattn_fast.backends.cpu.score_attention import Score, core_score, float32, same_heads
+from vlattn_fast.backends.cpu._attention import attention
+from vlattn_fast.backends.cpu.score_attention import core_score, float32, same_heads
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
-from vlattn_fast.backends.native import StridedTensor, Struct, address, each, kernel, strided
+from vlattn_fast.backends.native import address, kernel, strided
 
-
-class MapCall(Struct):
-    __slots__ = ()
-    _fields_ = (
-        ("a", Attention),
-        ("score", Score),
-        ("grad_output", StridedTensor),
-        *each(c_int64, "gradient reduction row_normalize"),
-        *each(c_void_p, "lse map rows direct"),
-        ("T", c_int64),
-        ("result", c_void_p),
-    )
-
-
-run_map = kernel("attention_map", MapCall)
+run_map = kernel("attention_map")
 
 
 def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
@@ -41,7 +25,7 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
     a, _kept = attention(inputs, query, key, value)
     lse = None if inputs.lse is None else inputs.lse.double().contiguous()
     abar = query.new_empty(query.shape[0], query.shape[2], key.shape[2], dtype=torch.float32)
-    call = MapCall(
+    run_map(
         a=a,
         score=core_score(inputs, vector),
         grad_output=strided(grad_output),
@@ -51,7 +35,6 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
         lse=address(lse),
         map=address(abar),
     )
-    run_map(call)
     return abar
 
 

@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-from ctypes import c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
-from vlattn_fast.backends.cpu._attention import Attention, attention, empty_row_bias
-from vlattn_fast.backends.cpu.score_attention import Score, core_score
+from vlattn_fast.backends.cpu._attention import attention, empty_row_bias
+from vlattn_fast.backends.cpu.score_attention import core_score
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
-from vlattn_fast.backends.native import StridedTensor, Struct, address, each, kernel, strided
+from vlattn_fast.backends.native import address, kernel, part, strided
 
 _OUTPUTS = ("mass", "entropy", "maximum", "argmax", "received", "max_logit")
 
 
-class Groups(Struct):
-    __slots__ = ()
-    _fields_ = (("index", c_void_p), *each(c_int64, "stride_b stride_m count"))
-
-
-_CALL = (("a", Attention), ("score", Score), ("groups", Groups), ("weight", c_void_p))
-
-
-class StatisticsForward(Struct):
-    __slots__ = ()
-    _fields_ = (*_CALL, *((name, c_void_p) for name in _OUTPUTS))
-
-
-class StatisticsBackward(Struct):
-    __slots__ = ()
-    _fields_ = (
-        *_CALL,
-        *each(c_void_p, "argmax d_mass d_entropy d_maximum d_received"),
-        *each(StridedTensor, "d_query d_key"),
-        *each(c_void_p, "d_weight d_row_bias"),
-    )
-
-
-_forward = kernel("attention_statistics_forward", StatisticsForward)
-_backward = kernel("attention_statistics_backward", StatisticsBackward)
+_forward, _backward = kernel("attention_statistics_forward"), kernel("attention_statistics_backward")
+_groups_struct = part("attention_statistics_forward", "groups")
 
 
 def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
@@ -59,7 +36,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
     weight = None if inputs.row_weight is None else inputs.row_weight.contiguous()
     addresses = {name: address(x) for name, x in outputs.items()}
     score, groups = core_score(inputs, None), _groups(inputs)
-    _forward(StatisticsForward(a=a, score=score, groups=groups, weight=address(weight), **addresses))
+    _forward(a=a, score=score, groups=groups, weight=address(weight), **addresses)
     if queries == 0 and "received" in outputs:  # the kernel runs over queries
         outputs["received"].zero_()
     return *map(outputs.get, _OUTPUTS), None, None
@@ -80,7 +57,7 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
         weight = inputs.row_weight.contiguous()
         grad_weight = torch.zeros_like(weight) if received is None else torch.empty_like(weight)
     grad_row_bias = empty_row_bias(inputs)
-    call = StatisticsBackward(
+    _backward(
         a=a,
         score=core_score(inputs, None),
         groups=_groups(inputs),
@@ -95,13 +72,12 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
         d_weight=address(grad_weight),
         d_row_bias=address(grad_row_bias),
     )
-    _backward(call)
     if queries == 0:  # the kernel runs over queries
         grad_k.zero_()
     return grad_q, grad_k, grad_weight, grad_row_bias
 
 
-def _groups(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> Groups:
+def _groups(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> Any:
     groups = inputs.key_groups
     stride_b, stride_m = (0, 0) if groups is None else groups.stride()
-    return Groups(index=address(groups), stride_b=stride_b, stride_m=stride_m, count=inputs.num_groups)
+    return _groups_struct()(index=address(groups), stride_b=stride_b, stride_m=stride_m, count=inputs.num_groups)

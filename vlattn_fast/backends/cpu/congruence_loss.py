@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ctypes import c_double, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -10,26 +9,11 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import saved_for_the_last_time, unit_strides
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs, CongruenceLossJvpInputs
-from vlattn_fast.backends.native import DTYPES, StridedTensor, Struct, address, each, kernel, strided
+from vlattn_fast.backends.native import DTYPES, address, kernel, strided
 from vlattn_fast.backends.reference.congruence_loss import num_gradients, of_all_blocks
 from vlattn_fast.backends.streaming.congruence_loss import differentiated, filled, product_with_tangents
 
-
-class CongruenceLoss(Struct):
-    __slots__ = ()
-    _fields_ = (
-        *each(c_int64, "dtype B H D"),
-        ("lengths", c_int64 * 2),
-        ("kind", c_int64),
-        ("directions", c_int64 * 2),
-        ("scale", c_double),
-        *each(StridedTensor * 4, "queries keys"),
-        ("masks", c_void_p * 2),
-        *each(c_void_p, "loss gradients"),
-    )
-
-
-_run = kernel("congruence_loss", CongruenceLoss)
+_run = kernel("congruence_loss")
 _KINDS = ("cacr", "iais_singular", "iais_distributed")  # Kind of the kernel
 
 
@@ -43,7 +27,7 @@ def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
     gradients = loss.new_empty(num_gradients(kind) * (text.numel() + image.numel()) if inputs.saves else 0)
     blocks = unit_strides(*queries, *keys)  # they and the masks live until the call is over
     masks = [None if mask is None else mask.contiguous() for mask in (inputs.text_mask, inputs.image_mask)]
-    call = CongruenceLoss(
+    _run(
         dtype=DTYPES[text.dtype],
         B=batch,
         H=heads,
@@ -58,7 +42,6 @@ def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
         loss=address(loss),
         gradients=address(gradients),
     )
-    _run(call)
     return loss, gradients
 
 

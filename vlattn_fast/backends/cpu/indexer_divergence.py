@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from ctypes import c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlattn_fast.backends.cpu.attention_divergence import DIVERGENCE, empty_gradients, side_of
-from vlattn_fast.backends.native import StridedTensor, Struct, address, each, kernel, strided
+from vlattn_fast.backends.cpu.attention_divergence import empty_gradients, side_of
+from vlattn_fast.backends.native import address, kernel, strided
 from vlattn_fast.backends.streaming.indexer_divergence import IndexerDivergenceBackwardInputs, IndexerDivergenceInputs
 
-
-class IndexerDivergence(Struct):
-    __slots__ = ()
-    _fields_ = (*DIVERGENCE, *each(StridedTensor, "weights grad_weights"), ("topk_indices", c_void_p), ("chosen", c_int64))
-
-
-_run = kernel("indexer_divergence", IndexerDivergence)
+_run = kernel("indexer_divergence")
 
 
 def forward(inputs: IndexerDivergenceInputs) -> Tensor:
@@ -51,7 +44,7 @@ def _call(inputs: Any, **members: Any) -> None:
     if indices is not None:
         indices = indices.long().contiguous()
     members |= {"topk_indices": address(indices), "chosen": -1 if indices is None else indices.shape[2]}
-    _run(IndexerDivergence(sides=(own[0], other[0]), head_mean=True, weights=strided(weights), **members))
+    _run(sides=(own[0], other[0]), head_mean=True, weights=strided(weights), **members)
 
 
 def _of_a_head(key: Tensor | None) -> Any:

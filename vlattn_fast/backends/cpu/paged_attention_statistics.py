@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from ctypes import c_double, c_int64, c_void_p
-
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_stride
-from vlattn_fast.backends.cpu.score_attention import Score, core_score
+from vlattn_fast.backends.cpu.score_attention import core_score
 from vlattn_fast.backends.inputs import PagedAttentionStatisticsInputs
-from vlattn_fast.backends.native import DTYPES, Struct, address, each, kernel
+from vlattn_fast.backends.native import DTYPES, address, kernel
 
-
-class PagedStatistics(Struct):
-    __slots__ = ()
-    _fields_ = (
-        *each(c_int64, "dtype T H Hkv D R blocks block_size columns window"),
-        ("scale", c_double),
-        ("score", Score),
-        ("query", c_void_p),
-        *each(c_int64, "query_stride_t query_stride_h"),
-        ("cache", c_void_p),
-        *each(c_int64, "stride_block stride_head stride_place stride_d"),
-        *each(c_void_p, "table lengths starts groups"),
-        *each(c_int64, "K G"),
-        *each(c_void_p, "mass entropy maximum received max_logit lse"),
-    )
-
-
-_forward = kernel("paged_attention_statistics_forward", PagedStatistics)
+_forward = kernel("paged_attention_statistics_forward")
 
 
 def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -48,7 +29,7 @@ def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Ten
     table, lengths, starts = (x.to(torch.int64).contiguous() for x in (inputs.block_table, inputs.lengths, inputs.query_starts))
     groups = None if inputs.key_groups is None else inputs.key_groups.to(torch.int64).contiguous()
     stride_block, stride_head, stride_place, stride_d = cache.stride()
-    call = PagedStatistics(
+    _forward(
         dtype=DTYPES[query.dtype],
         T=tokens,
         H=heads,
@@ -77,6 +58,5 @@ def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Ten
         G=inputs.num_groups,
         **{name: x.data_ptr() for name, x in outputs.items() if name in asked},
     )
-    _forward(call)
     mass, entropy, maximum, received, max_logit, lse = outputs.values()
     return mass, entropy, maximum, received, max_logit, lse

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from ctypes import c_int64, c_void_p
-
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
-from vlattn_fast.backends.native import DTYPES, StridedTensor, Struct, address, each, kernel, strided
+from vlattn_fast.backends.native import DTYPES, address, kernel, strided
 from vlattn_fast.backends.streaming.recurrent_step import RecurrentStepInputs
 
-
-class RecurrentStep(Struct):
-    __slots__ = ()
-    _fields_ = (
-        *each(c_int64, "dtype B H Hq Hk N D Dv T gradient row_normalize decays"),
-        *each(StridedTensor, "query key value grad_output"),
-        *each(c_void_p, "log_decay beta diagonal relevancy result"),
-    )
-
-
-_forward = kernel("recurrent_step_forward", RecurrentStep)
+_forward = kernel("recurrent_step_forward")
 
 
 def forward(inputs: RecurrentStepInputs) -> Tensor:
@@ -33,7 +21,7 @@ def forward(inputs: RecurrentStepInputs) -> Tensor:
     beta, diagonal = _in_float32(inputs.beta), _in_float32(inputs.diagonal)
     result = torch.empty_like(relevancy)
     batch, rows, length = relevancy.shape
-    call = RecurrentStep(
+    _forward(
         dtype=DTYPES[query.dtype],
         B=batch,
         H=inputs.num_heads,
@@ -56,7 +44,6 @@ def forward(inputs: RecurrentStepInputs) -> Tensor:
         relevancy=address(relevancy),
         result=address(result),
     )
-    _forward(call)
     return result.to(inputs.relevancy.dtype)
 
 

@@ -11,14 +11,13 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import as_dtype, unit_stride, unit_strides, weigh_rows
 from vlattn_fast.backends.cpu._abar import gradients
 from vlattn_fast.backends.cpu._attention import attention, empty_row_bias
-from vlattn_fast.backends.cpu.attention_map import MapCall, run_map
+from vlattn_fast.backends.cpu.attention_map import run_map
 from vlattn_fast.backends.cpu.score_attention import (
-    Backward,
-    Relevancy,
     attend,
     core_score,
     float32,
     new_gradients,
+    relevancy_struct,
     run_backward,
     same_heads,
 )
@@ -116,7 +115,7 @@ def _run(
     vector = None if vector is None else float32(vector)  # which must live until the call is over
     score = core_score(inputs, vector)
     if relevancy is None:
-        run_backward(Backward(a=a, score=score, grad_out=strided(grad_out), lse=address(lse), **row_members))
+        run_backward(a=a, score=score, grad_out=strided(grad_out), lse=address(lse), **row_members)
         return None
     batch, carried_rows, _ = relevancy.shape
     r, direct = as_dtype(relevancy, torch.float32).contiguous(), float32(direct)
@@ -129,10 +128,9 @@ def _run(
     if (carried_rows > _FEW_ROWS or query.shape[2] <= _FEW_QUERIES) and "grad_query" not in row_members:
         lse = None if row_members.get("lse_source") == _OWN_LSE else lse
         map_members = {"grad_output": strided(grad_out), "gradient": is_gradient, "lse": address(lse)}
-        run_map(MapCall(a=a, score=score, **map_members, **carried))
+        run_map(a=a, score=score, **map_members, **carried)
     else:
         head_members = {"grad_out": strided(grad_out), "lse": address(lse)}
-        run_backward(
-            Backward(a=a, score=score, **head_members, relevancy=Relevancy(is_gradient=is_gradient, **carried), **row_members)
-        )
+        relevancy_members = relevancy_struct()(is_gradient=is_gradient, **carried)
+        run_backward(a=a, score=score, **head_members, relevancy=relevancy_members, **row_members)
     return as_dtype(result, relevancy.dtype)

@@ -4,7 +4,6 @@ score_attention_second.cpp."""
 from __future__ import annotations
 
 import functools
-from ctypes import c_double, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -13,75 +12,14 @@ from torch import Tensor
 from vlattn_fast._ground.score_kinds import in_kernels
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, empty_rows_first, expand_heads, fold_heads, unit_strides
 from vlattn_fast.backends import native
-from vlattn_fast.backends.cpu._attention import Attention, attention, empty_row_bias
+from vlattn_fast.backends.cpu._attention import attention, empty_row_bias
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
-from vlattn_fast.backends.native import StridedTensor, Struct, address, each, kernel, strided
+from vlattn_fast.backends.native import StridedTensor, address, kernel, part, strided
 
-
-class Score(Struct):
-    __slots__ = ()
-    _fields_ = (("kind", c_int64), ("parameter", c_double), ("vector", c_void_p))
-
-
-class Dropout(Struct):
-    __slots__ = ()
-    _fields_ = (("seed", c_int64), ("probability", c_double))
-
-
-class Relevancy(Struct):
-    __slots__ = ()
-    _fields_ = (("rows", c_void_p), *each(c_int64, "T is_gradient row_normalize"), *each(c_void_p, "direct result"))
-
-
-_CALL = (("a", Attention), ("score", Score), ("dropout", Dropout))
-
-
-class Forward(Struct):
-    __slots__ = ()
-    _fields_ = (*_CALL, ("out", StridedTensor), ("lse", c_void_p))
-
-
-class Backward(Struct):
-    __slots__ = ()
-    _fields_ = (
-        *_CALL,
-        *each(StridedTensor, "grad_out out"),
-        ("lse", c_void_p),
-        ("lse_source", c_int64),
-        ("grad_lse", c_void_p),
-        *each(StridedTensor, "grad_query grad_key grad_value"),
-        *each(c_void_p, "grad_vector grad_row_bias"),
-        ("relevancy", Relevancy),
-    )
-
-
-class Jvp(Struct):
-    __slots__ = ()
-    _fields_ = (
-        *_CALL,
-        *each(StridedTensor, "out by_query by_key by_value"),
-        *each(c_void_p, "lse by_row_bias"),
-        ("to_out", StridedTensor),
-        ("to_lse", c_void_p),
-    )
-
-
-class Second(Struct):
-    __slots__ = ()
-    _fields_ = (
-        *_CALL,
-        *each(StridedTensor, "grad_out by_query by_key by_value grad_out_tangent"),
-        *each(c_void_p, "grad_lse grad_lse_tangent"),
-        *each(StridedTensor, "to_out to_query to_key to_value"),
-        *each(c_void_p, "to_lse by_row_bias to_row_bias"),
-    )
-
-
-_NO_DROPOUT = Dropout()
-_forward = kernel("score_attention_forward", Forward)
-run_backward = kernel("score_attention_backward", Backward)
-_jvp = kernel("score_attention_jvp", Jvp)
-_second = kernel("score_attention_second", Second)
+_forward, run_backward = kernel("score_attention_forward"), kernel("score_attention_backward")
+_jvp, _second = kernel("score_attention_jvp"), kernel("score_attention_second")
+_score, _dropout_struct = part("score_attention_forward", "score"), part("score_attention_forward", "dropout")
+relevancy_struct = part("score_attention_backward", "relevancy")
 
 
 def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
@@ -89,7 +27,7 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     return attend(inputs, float32(inputs.vector), _dropout(inputs))
 
 
-def attend(inputs: Any, vector: Tensor | None = None, dropout: Dropout = _NO_DROPOUT) -> tuple[Tensor, Tensor]:
+def attend(inputs: Any, vector: Tensor | None = None, dropout: Any = None) -> tuple[Tensor, Tensor]:
     """`forward`, for the inputs of any operator with a query, a key and a value."""
     key, value = same_heads(inputs.key, inputs.value)
     query, key, value = unit_strides(inputs.query, key, value)
@@ -98,7 +36,7 @@ def attend(inputs: Any, vector: Tensor | None = None, dropout: Dropout = _NO_DRO
     out = empty_rows_first(query, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float64)
     score = core_score(inputs, vector)
-    _forward(Forward(a=a, score=score, dropout=dropout, out=strided(out), lse=lse.data_ptr()))
+    _forward(a=a, score=score, dropout=dropout or _no_dropout(), out=strided(out), lse=lse.data_ptr())
     return out, lse
 
 
@@ -110,7 +48,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     grads, grad_vector = new_gradients(query, key, value), None if vector is None else torch.zeros_like(vector)
     grad_query, grad_key, grad_value = grads
     lse, grad_lse, grad_row_bias = inputs.lse.contiguous(), float32(inputs.grad_lse), empty_row_bias(inputs)
-    call = Backward(
+    run_backward(
         a=a,
         score=core_score(inputs, vector),
         dropout=_dropout(inputs),
@@ -124,7 +62,6 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
         grad_vector=address(grad_vector),
         grad_row_bias=address(grad_row_bias),
     )
-    run_backward(call)
     if inputs.vector is not None and grad_vector is not None:
         grad_vector = as_dtype(grad_vector, inputs.vector.dtype)
     folded = fold_heads(grad_key, inputs.key.shape[1]), fold_heads(grad_value, inputs.value.shape[1])
@@ -139,7 +76,7 @@ def jvp(inputs: Any) -> tuple[Tensor, Tensor]:
     by_query, by_key, by_value = unit_strides(inputs.query_tangent, by_key, by_value)
     (a, _kept), lse, by_row_bias = attention(inputs, query, key, value), inputs.lse.contiguous(), float32(inputs.row_bias_tangent)
     to_out, to_lse = empty_rows_first(query, query.shape[1], query.shape[2], value.shape[3]), torch.empty_like(lse)
-    call = Jvp(
+    _jvp(
         a=a,
         score=core_score(inputs, None),
         dropout=_dropout(inputs),
@@ -152,7 +89,6 @@ def jvp(inputs: Any) -> tuple[Tensor, Tensor]:
         to_out=strided(to_out),
         to_lse=to_lse.data_ptr(),
     )
-    _jvp(call)
     return to_out, to_lse
 
 
@@ -178,7 +114,7 @@ def second(inputs: Any) -> tuple[Tensor | None, ...]:
     if not query.shape[1] * query.shape[2]:  # the kernel runs over heads and queries
         to_key.zero_(), to_value.zero_()
     by_row_bias, to_row_bias = float32(inputs.row_bias_tangent), empty_row_bias(inputs)
-    call = Second(
+    _second(
         a=a,
         score=core_score(inputs, None),
         dropout=_dropout(inputs),
@@ -197,7 +133,6 @@ def second(inputs: Any) -> tuple[Tensor | None, ...]:
         by_row_bias=address(by_row_bias),
         to_row_bias=address(to_row_bias),
     )
-    _second(call)
     folded = fold_heads(to_key, inputs.key.shape[1]), fold_heads(to_value, inputs.value.shape[1])
     rows = (to_out, to_lse) if inputs.with_jvp else (None, None)
     return *rows, to_query, *folded, None, to_row_bias
@@ -207,15 +142,15 @@ def float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else as_dtype(x, torch.float32).contiguous()
 
 
-def core_score(inputs: Any, vector: Tensor | None) -> Score:
+def core_score(inputs: Any, vector: Tensor | None) -> Any:
     if vector is None:
         return _without_vector(inputs.score, inputs.parameter)
-    return Score(kind=_numbers_of_kinds()[inputs.score], parameter=inputs.parameter, vector=address(vector))
+    return _score()(kind=_numbers_of_kinds()[inputs.score], parameter=inputs.parameter, vector=address(vector))
 
 
 @functools.lru_cache
-def _without_vector(kind: str, parameter: float) -> Score:
-    return Score(kind=_numbers_of_kinds()[kind], parameter=parameter)
+def _without_vector(kind: str, parameter: float) -> Any:
+    return _score()(kind=_numbers_of_kinds()[kind], parameter=parameter)
 
 
 @functools.cache
@@ -228,8 +163,15 @@ def _numbers_of_kinds() -> dict[str, int]:
     return numbers
 
 
-def _dropout(inputs: Any) -> Dropout:
-    return _NO_DROPOUT if inputs.seed is None else Dropout(seed=int(inputs.seed), probability=inputs.dropout_p)
+def _dropout(inputs: Any) -> Any:
+    if inputs.seed is None:
+        return _no_dropout()
+    return _dropout_struct()(seed=int(inputs.seed), probability=inputs.dropout_p)
+
+
+@functools.cache
+def _no_dropout() -> Any:
+    return _dropout_struct()()
 
 
 def new_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ctypes import c_double, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -10,29 +9,11 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_stride
 from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
-from vlattn_fast.backends.native import DTYPES, Struct, address, each, kernel
+from vlattn_fast.backends.native import DTYPES, address, kernel, part
 from vlattn_fast.backends.reference.stacked_cross_attention import split_norm
 
-
-class Sets(Struct):
-    __slots__ = ()
-    _fields_ = (("data", c_void_p), *each(c_int64, "count rows stride_set stride_row"), ("lengths", c_void_p))
-
-
-class StackedCrossAttention(Struct):
-    __slots__ = ()
-    _fields_ = (
-        *each(c_int64, "dtype D F norm clips aggregation"),
-        *each(c_double, "smooth lambda_lse"),
-        *each(Sets, "query context"),
-        *each(c_void_p, "similarity grad_similarity"),
-        *each(c_int64, "stride_y stride_x"),
-        *each(c_void_p, "grad_query grad_context"),
-    )
-
-
-_run_forward = kernel("stacked_cross_attention_forward", StackedCrossAttention)
-_run_backward = kernel("stacked_cross_attention_backward", StackedCrossAttention)
+_run_forward, _run_backward = kernel("stacked_cross_attention_forward"), kernel("stacked_cross_attention_backward")
+_struct = part("stacked_cross_attention_forward", "query")
 _NORMS = {None: 0, "softmax": 1, "l2norm": 2, "l1norm": 3}  # Norm of the kernel
 _AGGREGATIONS = ("logsumexp", "max", "sum", "mean")  # Aggregation of the kernel
 
@@ -71,7 +52,7 @@ def _call(
     if inputs.direction == "t2i":  # the captions ask
         sides.reverse()
     (query, stride_y, grad_query), (context, stride_x, grad_context) = sides
-    call = StackedCrossAttention(
+    run(
         dtype=DTYPES[inputs.images.dtype],
         D=inputs.images.shape[2] - inputs.features,
         F=inputs.features,
@@ -88,10 +69,9 @@ def _call(
         grad_context=address(grad_context),
         **pair_members,
     )
-    run(call)
 
 
-def _set(x: Tensor, lengths: Tensor | None) -> Sets:
+def _set(x: Tensor, lengths: Tensor | None) -> Any:
     (count, rows, _), (stride_set, stride_row, _) = x.shape, x.stride()
     sizes = {"count": count, "rows": rows, "stride_set": stride_set, "stride_row": stride_row}
-    return Sets(data=address(x), **sizes, lengths=address(lengths))
+    return _struct()(data=address(x), **sizes, lengths=address(lengths))

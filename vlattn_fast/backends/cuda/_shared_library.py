@@ -11,7 +11,6 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable
-from ctypes import c_bool, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,10 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import cast_float_mask
-from vlattn_fast.backends.native import Library, Struct, address, described, each
+from vlattn_fast.backends.native import Library, address, described, unfit
 
 INSTALLED = Path(__file__).parent / "libvlattn_cuda.so"
 _BOOL, _ADDED = 1, 2  # Masks::Kind, in which 0 is none
-
-
-class Masks(Struct):
-    __slots__ = ()
-    _fields_ = (
-        ("kind", c_int32),
-        ("causal", c_bool),
-        ("pairs", c_void_p),
-        *each(c_int64, "stride_b stride_h stride_n stride_m"),
-        ("keys", c_void_p),
-        ("num_keys", c_int64),
-    )
 
 
 def find(path: Path) -> Library:
@@ -58,18 +45,22 @@ def _target(name: str) -> str:
     return f"PTX of compute_{number}" if kind == "virtual" else f"sm_{number}"
 
 
-def kernel(name: str, kind: type[Struct]) -> Callable[[Tensor, Any], None]:
-    """The kernel `name` as a function of a tensor, on whose device and current stream it runs, and of a struct of this kind."""
-    numbers = [member for member, of, *_ in kind._fields_ if of in (c_int32, c_int64)]
+def kernel(name: str) -> Callable[..., None]:
+    """The kernel `name`, a function of a tensor, on whose device and current stream it runs, and of the members of its struct."""
 
-    def run(like: Tensor, call: Struct) -> None:
-        function = _function(library, name, kind)
+    def run(like: Tensor, **members: Any) -> None:
+        function, struct = _function(library, name)
+        try:
+            call = struct(**members)
+        except AttributeError as error:
+            raise unfit(library, name, error) from error
         if like.is_cuda:
             with torch.cuda.device(like.device):
                 message = function(bytes(call), torch.cuda.current_stream(like.device).cuda_stream)
         else:
             message = function(bytes(call), None)
         if message is not None:
+            numbers = [member for member, of, *_ in struct._fields_ if of in (ctypes.c_int32, ctypes.c_int64)]
             numbers_text = ", ".join(f"{member}={getattr(call, member)}" for member in numbers)
             raise RuntimeError(f"{name}({numbers_text}) on {like.device}: {message.decode()}")
 
@@ -77,9 +68,19 @@ def kernel(name: str, kind: type[Struct]) -> Callable[[Tensor, Any], None]:
 
 
 @functools.cache
-def _function(of: Library, name: str, kind: type[Struct]) -> Any:
+def _function(of: Library, name: str) -> tuple[Any, Any]:
+    """And its struct."""
     check_versions(*_versions(of))
-    return of.operator(f"vlattn_cuda_{name}", kind, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
+    function = of.operator(f"vlattn_cuda_{name}", ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
+    return function, of.struct(f"vlattn_cuda_{name}")
+
+
+def part(name: str, member: str) -> Callable[[], Any]:
+    """Returns a function that gives the class of a member of the kernel `name`, a struct."""
+    return functools.cache(lambda: dict(_function(library, name)[1]._fields_)[member])
+
+
+_masks = part("relevancy_attention", "masks")
 
 
 def _versions(of: Library) -> tuple[int, int]:
@@ -99,10 +100,10 @@ def check_versions(built: int, driver: int) -> None:
         )
 
 
-def masks_of(inputs: Any, query: Tensor, key: Tensor) -> tuple[Masks, tuple[Tensor | None, ...]]:
+def masks_of(inputs: Any, query: Tensor, key: Tensor) -> tuple[Any, tuple[Tensor | None, ...]]:
     """Returns masks of an operator's inputs, and their tensors, which must live until the call is over: attn_mask, bool or
     float32, as a view of (B, H, N, M), and key_mask (B, M), contiguous."""
-    attn_mask, key_mask, masks = inputs.attn_mask, inputs.key_mask, Masks(causal=inputs.is_causal)
+    attn_mask, key_mask, masks = inputs.attn_mask, inputs.key_mask, causal_mask(inputs.is_causal)
     if attn_mask is not None:
         attn_mask = cast_float_mask(attn_mask, torch.float32).expand(*query.shape[:3], key.shape[2])
         masks.kind, masks.pairs = _BOOL if attn_mask.dtype == torch.bool else _ADDED, address(attn_mask)
@@ -111,3 +112,8 @@ def masks_of(inputs: Any, query: Tensor, key: Tensor) -> tuple[Masks, tuple[Tens
         key_mask = key_mask.contiguous()
         masks.keys, masks.num_keys = address(key_mask), key_mask.shape[1]
     return masks, (attn_mask, key_mask)
+
+
+def causal_mask(is_causal: bool) -> Any:
+    """Returns masks without tensors."""
+    return _masks()(causal=is_causal)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_bool, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -12,29 +11,10 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import unit_strides
 from vlattn_fast.backends.cuda._shared_library import kernel
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
-from vlattn_fast.backends.native import DTYPES, StridedTensor, Struct, address, each, strided
+from vlattn_fast.backends.native import DTYPES, address, strided
 from vlattn_fast.backends.reference.congruence_loss import num_gradients, of_all_blocks
 
-
-class Congruence(Struct):
-    __slots__ = ()
-    _fields_ = (
-        ("dtype", c_int32),
-        *each(c_int64, "B H L V"),
-        *each(c_int32, "D kind"),
-        *each(c_bool, "text image"),
-        *each(StridedTensor * 4, "query key"),
-        *each(c_void_p, "text_mask image_mask"),
-        ("scale", c_float),
-        ("loss", c_void_p),
-        ("parts", c_int64),
-        ("grad_loss", c_void_p),
-        *each(StridedTensor * 4, "grad_query grad_key"),
-        ("maps", c_void_p),
-    )
-
-
-_forward, _backward = kernel("congruence_loss", Congruence), kernel("congruence_loss_backward", Congruence)
+_forward, _backward = kernel("congruence_loss"), kernel("congruence_loss_backward")
 _KINDS = ("cacr", "iais_distributed")  # Congruence::Kind
 _ROWS = 64  # of a block of threads, which has a part of the loss
 _STRIP = 16  # a multiple of so many rows and columns has the block of a map
@@ -69,7 +49,8 @@ def _call(run: Any, inputs: CongruenceLossInputs | CongruenceLossBackwardInputs,
     text_mask, image_mask = (None if mask is None else mask.contiguous() for mask in (inputs.text_mask, inputs.image_mask))
     length = sum(-(-size // _STRIP) * _STRIP for size in (L, V))
     maps = like.new_empty(regions, batch, length, length, dtype=torch.float32)
-    call = Congruence(
+    run(
+        like,
         dtype=DTYPES[like.dtype],
         B=batch,
         H=heads,
@@ -87,9 +68,8 @@ def _call(run: Any, inputs: CongruenceLossInputs | CongruenceLossBackwardInputs,
         maps=address(maps),
         **others,
     )
-    run(like, call)
 
 
-def _in_order(blocks: Sequence[Tensor]) -> tuple[StridedTensor, ...]:
+def _in_order(blocks: Sequence[Tensor]) -> tuple[Any, ...]:
     """As the kernel has them; those that are not in the list are absent."""
     return tuple(strided(blocks[n] if n < len(blocks) else None) for n in _BLOCKS)

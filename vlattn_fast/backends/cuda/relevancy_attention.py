@@ -4,7 +4,6 @@ torch has it: it returns the log-sum-exp."""
 
 from __future__ import annotations
 
-from ctypes import c_bool, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -20,43 +19,18 @@ from vlattn_fast._ground.tensors import (
     unit_strides,
     weigh_rows,
 )
-from vlattn_fast.backends.cuda._shared_library import Masks, kernel, masks_of
+from vlattn_fast.backends.cuda._shared_library import causal_mask, kernel, masks_of, part
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, RelevancyStepInputs
-from vlattn_fast.backends.native import DTYPES, StridedTensor, Struct, address, each, strided
-
-
-class RowWeight(Struct):
-    __slots__ = ()
-    _fields_ = (("data", c_void_p), *each(c_int64, "stride_b stride_n"))
-
-
-class Relevancy(Struct):
-    __slots__ = ()
-    _fields_ = (
-        ("dtype", c_int32),
-        *each(c_int64, "B H key_heads N M T"),
-        *each(c_int32, "D DV"),
-        *each(StridedTensor, "query key value"),
-        ("masks", Masks),
-        ("scale", c_float),
-        ("out", StridedTensor),
-        ("lse", c_void_p),
-        ("by_gradient", c_bool),
-        *each(StridedTensor, "grad_out grad_query grad_key grad_value"),
-        ("relevancy", c_void_p),
-        *each(RowWeight, "residual_weight attention_weight"),
-        ("residual", c_bool),
-        *each(c_void_p, "r_abar row_sums rows sums turns"),
-    )
-
+from vlattn_fast.backends.native import DTYPES, address, strided
 
 SHORT = 256  # tokens of the kernels for short sequences, at most: MAX_ROWS
 _CARRIED = 4  # rows of r in a launch: MAX_CARRIED
 _QUERIES, _FEATURES = 64, 128  # of a tile of the kernel for long sequences
-_forward = kernel("relevancy_attention", Relevancy)
-_backward = kernel("relevancy_attention_backward", Relevancy)
-_step = kernel("relevancy_step", Relevancy)
-_long = kernel("relevancy_attention_long", Relevancy)
+_forward = kernel("relevancy_attention")
+_backward = kernel("relevancy_attention_backward")
+_step = kernel("relevancy_step")
+_long = kernel("relevancy_attention_long")
+_row_weight = part("relevancy_attention", "residual_weight")
 
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,7 +46,7 @@ def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     out = empty_rows_first(query, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     rows = {"scale": inputs.scale, "out": strided(out), "lse": address(lse)}
-    _forward(query, Relevancy(**_attention(query, key, value), masks=masks, **rows))
+    _forward(query, **_attention(query, key, value), masks=masks, **rows)
     return out, inputs.carrier.clone(), lse
 
 
@@ -124,7 +98,7 @@ def _long_backward(
     members |= dict(zip(("residual_weight", "attention_weight"), map(_weight, weights), strict=True))
     members |= dict(zip(("grad_query", "grad_key", "grad_value"), map(strided, grads), strict=True))
     members |= {"out": strided(out), "grad_out": strided(grad_out), "scale": inputs.scale}
-    _long(query, Relevancy(**_attention(query, key, value), masks=Masks(causal=inputs.is_causal), **members))
+    _long(query, **_attention(query, key, value), masks=causal_mask(inputs.is_causal), **members)
     needed = grads if inputs.need_inputs else (None, None, None)
     return *needed, direct if r is None else shares.sum(1), None
 
@@ -171,7 +145,7 @@ def _run_backward(
 
     def launch(**members: Any) -> None:
         masks, _kept = masks_of(inputs, query, key)
-        run(query, Relevancy(**_attention(query, key, value), masks=masks, **shared, **members))
+        run(query, **_attention(query, key, value), masks=masks, **shared, **members)
 
     if r is None:
         launch(**row_members)
@@ -200,9 +174,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor | None) -> dict[str, An
     return {"dtype": DTYPES[query.dtype], **sizes, "query": strided(query), "key": strided(key), "value": strided(value)}
 
 
-def _weight(x: Tensor | None) -> RowWeight:
+def _weight(x: Tensor | None) -> Any:
     """Of (B, N) or (1, 1)."""
     if x is None:
-        return RowWeight()
+        return _row_weight()()
     batch, row = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return RowWeight(data=address(x), stride_b=batch, stride_n=row)
+    return _row_weight()(data=address(x), stride_b=batch, stride_n=row)

@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-from ctypes import c_bool, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, empty_rows_first, fold_heads, multiprocessors, unit_strides
-from vlattn_fast.backends.cuda._shared_library import Masks, kernel, masks_of
+from vlattn_fast.backends.cuda._shared_library import kernel, masks_of
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
-from vlattn_fast.backends.native import DTYPES, StridedTensor, Struct, address, each, strided
+from vlattn_fast.backends.native import DTYPES, address, strided
 
-
-class ScoreAttention(Struct):
-    __slots__ = ()
-    _fields_ = (
-        ("dtype", c_int32),
-        *each(c_int64, "B H key_heads value_heads N M"),
-        *each(c_int32, "A DV"),
-        *each(StridedTensor, "query key value"),
-        ("vector", c_void_p),
-        ("masks", Masks),
-        ("scale", c_float),
-        ("out", StridedTensor),
-        ("lse", c_void_p),
-        ("grad_out", StridedTensor),
-        ("grad_lse", c_void_p),
-        *each(StridedTensor, "grad_query grad_key grad_value"),
-        *each(c_bool, "wide_grad_key wide_grad_value"),
-        ("ranges", c_int64),
-        *each(c_void_p, "grad_vector rows sums parts"),
-    )
-
-
-_forward, _backward = kernel("score_attention", ScoreAttention), kernel("score_attention_backward", ScoreAttention)
+_forward, _backward = kernel("score_attention"), kernel("score_attention_backward")
 _BLOCK, _GROUP = 64, 16  # keys that a block and a warp take at a time in the backward pass: BACKWARD_ROWS
 _BLOCKS = 4  # for each multiprocessor: with fewer heads, the keys of one are divided among blocks
 _LARGEST = 2**27  # numbers in the sums of several ranges of keys
@@ -49,7 +26,7 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     out = empty_rows_first(query, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     rows = {"vector": address(vector), "scale": inputs.scale, "out": strided(out), "lse": address(lse)}
-    _forward(query, ScoreAttention(**_attention(query, key, value), masks=masks, **rows))
+    _forward(query, **_attention(query, key, value), masks=masks, **rows)
     return out, lse
 
 
@@ -65,7 +42,8 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     ranges, rows = _key_ranges(query, key_heads, keys), query.new_empty(3, batch, heads, queries, dtype=f32)
     sums = query.new_zeros(batch, heads, ranges, queries + queries % 2, units + units % 2, dtype=f32)
     parts = query.new_empty(batch, key_heads, keys, units, dtype=f32) if key_heads < heads else None
-    call = ScoreAttention(
+    _backward(
+        query,
         **_attention(query, key, value),
         vector=address(vector),
         masks=masks,
@@ -85,7 +63,6 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
         sums=address(sums),
         parts=address(parts),
     )
-    _backward(query, call)
     summed = as_dtype(grad_vector.sum((0, 2)), vector.dtype)
     return grad_query, _folded(grad_key, key), _folded(grad_value, value), summed, None
 
