@@ -213,7 +213,7 @@ def test_an_attn_mask_that_requires_a_gradient() -> None:
 
 
 class OnDevice:
-    """Groups on a GPU, as far as `_resolve_groups` asks."""
+    """Groups on a GPU, as far as `resolve_groups` asks."""
 
     device, is_meta, is_cuda = torch.device("cuda"), False, False
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import autocasts, check_masks, check_sink, check_softcap
 from vlattn_fast._ground.tensors import cast_by_autocast, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.dispatch.call import AttentionArguments
+from vlattn_fast.dispatch.call import AttentionArguments, CallShape
+from vlattn_fast.dispatch.choice import Arguments, select
 from vlattn_fast.dispatch.table import Table
 from vlattn_fast.ops._groups import check_groups, check_ranges
 from vlattn_fast.scores import softcapped
@@ -36,6 +37,17 @@ def make_plan(backends: Table, backend: str, query: Tensor, scale: float | None,
     """The plan of a call that is checked but for its scale."""
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     return DotPlan(backend, backends[backend].masks_padding, scale, softcapped(scale, softcap))
+
+
+def planning(
+    backends: Table, describe: Callable[[AttentionArguments, *Arguments], CallShape]
+) -> Callable[[AttentionArguments, *Arguments], DotPlan]:
+    """Returns the plan of a call that `describe` checks but for its scale."""
+
+    def plan(x: AttentionArguments, *more: *Arguments) -> DotPlan:
+        return make_plan(backends, select(backends, describe(x, *more), x.backend), x.query, x.scale, x.softcap)
+
+    return plan
 
 
 def check_logits(x: AttentionArguments) -> None:

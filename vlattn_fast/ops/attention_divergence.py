@@ -42,11 +42,12 @@ from vlattn_fast.backends.streaming.attention_divergence import (
     AttentionDivergenceSecondInputs,
 )
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
-from vlattn_fast.dispatch.choice import launcher, planned, select
+from vlattn_fast.dispatch.choice import launcher, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
+from vlattn_fast.ops._stages import planning
 
 
 def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
@@ -116,26 +117,19 @@ def attention_divergence(
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
     x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, backend=backend)
-    backend, scale_of_own, scale_of_other = planned(_plan, x, other_scale, other_query, other_key, kind, beta, head_mean)
+    plan = planned(_plan, x, other_query, other_key, kind, beta, head_mean)
     query, key, other_query, other_key = cast_by_autocast(query, key, other_query, other_key)
-    if backend == "reference":
+    if plan.backend == "reference":
         own: dict[str, Any] = {"kind": kind, "beta": beta, "head_mean": head_mean, "scale": scale, "other_scale": other_scale}
         masks: dict[str, Any] = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
         with without_autocast(query):
             return reference.attention_divergence(query, key, other_query, other_key, **own, **masks)
     key, other_key = mask_padding(key_mask, key, other_key)
     tensors = query, key, other_query, other_key, attn_mask, key_mask
-    inputs = AttentionDivergenceInputs(*tensors, kind, float(beta), head_mean, is_causal, scale_of_own, scale_of_other, backend)
+    scales = plan.scale, resolve_scale(other_scale, scaled_dot_default(other_query.shape[3]))
+    inputs = AttentionDivergenceInputs(*tensors, kind, float(beta), head_mean, is_causal, *scales, plan.backend)
     divergence: Tensor = _forward_op(inputs)
     return divergence
-
-
-def _plan(x: AttentionArguments, other_scale: float | None, *others: Any) -> tuple[str, float, float]:
-    """The backend and both scales."""
-    shape = _describe(x, *others)
-    scales = (x.scale, shape.sizes["head_dim"]), (other_scale, shape.sizes["other_dim"])
-    own, other = (resolve_scale(scale, scaled_dot_default(dim)) for scale, dim in scales)
-    return select(BACKENDS, shape, x.backend), own, other
 
 
 def _describe(
@@ -163,6 +157,9 @@ def _describe(
     check_masks(query if other.shape[1] == query.shape[1] else query[:, :1], key, x.attn_mask, x.key_mask, x.is_causal)
     sizes = {"queries": query.shape[2], "keys": key.shape[2], "head_dim": query.shape[3], "other_dim": other.shape[3]}
     return call_shape("attention_divergence", query, sizes, {"kind": kind, "head_mean": head_mean})
+
+
+_plan = planning(BACKENDS, _describe)
 
 
 def check_kind(kind: Any, beta: Any) -> None:

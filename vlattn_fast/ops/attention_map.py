@@ -23,7 +23,6 @@ from vlattn_fast.backends.inputs import (
 )
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
 from vlattn_fast.backends.streaming import attention_map as streaming
-from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
 from vlattn_fast.dispatch.choice import gradients, launcher, planned
 from vlattn_fast.dispatch.operator import Operator
@@ -32,7 +31,7 @@ from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._groups import group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
-from vlattn_fast.ops._stages import DotPlan, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
+from vlattn_fast.ops._stages import by_formula, cast, check_logits, logit_flags, planning, without_padding
 from vlattn_fast.ops.score_attention import lse_for_sink
 
 BACKENDS = table(
@@ -172,9 +171,7 @@ def _tensors_of_rule(rule: str, value: Tensor | None, grad_output: Tensor | None
     return optional if rule == "gradient" else {}
 
 
-def _plan(x: AttentionArguments, *more: Any) -> DotPlan:
-    backend = choice.select(BACKENDS, _describe(x, *more), x.backend)
-    return make_plan(BACKENDS, backend, x.query, x.scale, x.softcap)
+_plan = planning(BACKENDS, _describe)
 
 
 def _forward_fake(inputs: AttentionMapInputs) -> Tensor:

@@ -12,15 +12,7 @@ from torch import Tensor
 
 from vlattn_fast import kernels
 from vlattn_fast._ground.checks import check_bool, check_device, check_floating, check_masks, check_tensor, describe
-from vlattn_fast._ground.tensors import (
-    as_fake_outputs,
-    cast_by_autocast,
-    compute_dtype,
-    mask_padding,
-    resolve_scale,
-    scaled_dot_default,
-    without_autocast,
-)
+from vlattn_fast._ground.tensors import as_fake_outputs, cast_by_autocast, compute_dtype, mask_padding, without_autocast
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import indexer_divergence as cpu
 from vlattn_fast.backends.streaming import indexer_divergence as streaming
@@ -32,11 +24,12 @@ from vlattn_fast.backends.streaming.indexer_divergence import (
     IndexerDivergenceSecondInputs,
 )
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
-from vlattn_fast.dispatch.choice import launcher, planned, select
+from vlattn_fast.dispatch.choice import launcher, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
+from vlattn_fast.ops._stages import planning
 from vlattn_fast.ops.attention_divergence import autograd_of_sides, check_key
 
 
@@ -100,23 +93,17 @@ def indexer_divergence(
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
     x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, backend=backend)
-    backend, resolved = planned(_plan, x, index_query, index_key, index_weights, topk_indices)
+    plan = planned(_plan, x, index_query, index_key, index_weights, topk_indices)
     query, key, index_query, index_key, index_weights = cast_by_autocast(query, key, index_query, index_key, index_weights)
-    if backend == "reference":
+    if plan.backend == "reference":
         masks: dict[str, Any] = {"topk_indices": topk_indices, "attn_mask": attn_mask, "key_mask": key_mask}
         masks |= {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         with without_autocast(query):
             return reference.indexer_divergence(query, key, index_query, index_key, index_weights, **masks)
     key, index_key = mask_padding(key_mask, key, index_key[:, None])
     tensors = query, key, index_query, index_key[:, 0], index_weights, topk_indices, attn_mask, key_mask
-    divergence: Tensor = _forward_op(IndexerDivergenceInputs(*tensors, is_causal, resolved, backend))
+    divergence: Tensor = _forward_op(IndexerDivergenceInputs(*tensors, is_causal, plan.scale, plan.backend))
     return divergence
-
-
-def _plan(x: AttentionArguments, *index: Any) -> tuple[str, float]:
-    """The backend and the scale."""
-    backend = select(BACKENDS, _describe(x, *index), x.backend)
-    return backend, resolve_scale(x.scale, scaled_dot_default(x.query.shape[3]))
 
 
 def _describe(
@@ -145,6 +132,9 @@ def _describe(
     check_masks(query[:, :1], key, x.attn_mask, x.key_mask, x.is_causal)
     sizes = {"queries": queries, "keys": keys, "head_dim": query.shape[3], "index_heads": heads, "index_dim": dim}
     return call_shape("indexer_divergence", query, sizes, {"topk": topk_indices is not None})
+
+
+_plan = planning(BACKENDS, _describe)
 
 
 def _check_indices(topk_indices: Any, query: Tensor) -> None:
