@@ -104,7 +104,7 @@ def test_layouts_keep_the_numbers(layout: str) -> None:
 
 FLAWS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {  # by operator: the function of its streaming code, and its flaw
     "attention_map": ("a map a thousandth too large", "forward", lambda right: lambda *inputs: right(*inputs) * 1.001),
-    "score_attention": ("a log-sum-exp a thousandth too large", "logsumexp", lambda right: lambda logits: right(logits) + 1e-3),
+    "score_attention": ("a log-sum-exp a thousandth too large", "log_of_sum", lambda right: lambda *x: right(*x) + 1e-3),
     "attention_statistics": (
         "all groups of keys taken for one",
         "forward",

@@ -11,7 +11,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import _C, Tensor
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from vlattn_fast._ground.checks import has_forward_mode
 
 Named = dict[str, Tensor]
+_Outputs = TypeVar("_Outputs", bound=Sequence[Tensor | None])
 
 
 def jvp(f: Callable[[Named], Any], x: Named, u: Named) -> tuple[Any, Any]:
@@ -38,15 +39,38 @@ def gradients_of_jvp(f: Callable[[Named], Any], x: Named, u: Named, by_outputs: 
         x, u = ({name: y.detach().requires_grad_() for name, y in named.items()} for named in (x, u))
         outputs = tree_leaves(f(x | {name: forward_ad.make_dual(x[name], y) for name, y in u.items()}))
         pairs = [forward_ad.unpack_dual(y) for y in outputs]
-        made = zip([*[y for y, _ in pairs], *[y for _, y in pairs]], [*by_outputs, *by_tangents], strict=True)
-        terms = [(y, grad.to(y.dtype)) for y, grad in made if y is not None and grad is not None and y.requires_grad]
-        leaves = [*x.values(), *u.values()]
-        if not terms:
-            gradients = [torch.zeros_like(leaf) for leaf in leaves]
-        else:
-            ys, grads = zip(*terms, strict=True)
-            gradients = list(torch.autograd.grad(ys, leaves, grads, allow_unused=True, materialize_grads=True))
-    return dict(zip(x, gradients[: len(x)], strict=True)), dict(zip(u, gradients[len(x) :], strict=True))
+        ys = [*[y for y, _ in pairs], *[y for _, y in pairs]]
+        made = _by_leaves(ys, [*x.values(), *u.values()], [*by_outputs, *by_tangents])
+    return dict(zip(x, made[: len(x)], strict=True)), dict(zip(u, made[len(x) :], strict=True))
+
+
+def _by_leaves(outputs: Sequence[Tensor | None], leaves: list[Tensor], by_outputs: Sequence[Tensor | None]) -> list[Tensor]:
+    pairs = zip(outputs, by_outputs, strict=True)
+    terms = [(y, grad.to(y.dtype).expand_as(y)) for y, grad in pairs if y is not None and grad is not None and y.requires_grad]
+    if not terms:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    ys, grads = zip(*terms, strict=True)
+    return list(torch.autograd.grad(ys, leaves, grads, allow_unused=True, materialize_grads=True))
+
+
+def outputs_and_gradients(
+    f: Callable[[Named], _Outputs], x: Named, by_outputs: Sequence[Tensor | None] | Callable[[_Outputs], Sequence[Tensor | None]]
+) -> tuple[_Outputs, Named]:
+    """f(x), and the gradients of `by_outputs` times it by `x`; None for zero. `by_outputs` may be a function of f(x). Of tensors
+    with tangents all have tangents."""
+    with _above_kernels(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(differentiates()):
+        leaves = {name: y.view_as(y).requires_grad_() for name, y in x.items()}  # `detach` would drop tangents
+        outputs = f(leaves)
+        if callable(by_outputs):
+            with torch.no_grad():
+                by_outputs = by_outputs(outputs)
+        made = _by_leaves(outputs, list(leaves.values()), by_outputs)
+    return outputs, dict(zip(x, made, strict=True))
+
+
+def gradients(f: Callable[[Named], Sequence[Tensor | None]], x: Named, by_outputs: Sequence[Tensor | None]) -> Named:
+    """The gradients alone."""
+    return outputs_and_gradients(f, x, by_outputs)[1]
 
 
 def tangents_of(run: Callable[[Any], Sequence[Tensor | None]], inputs: Any, kind: Any, fields: Sequence[str]) -> tuple[Any, ...]:
@@ -65,17 +89,20 @@ def tangents_of(run: Callable[[Any], Sequence[Tensor | None]], inputs: Any, kind
 
 @contextmanager
 def forward_mode() -> Iterator[None]:
-    """A level for tangents, or the caller's, since torch has no second one. The kernels of operators run below autograd, where
-    tangents would be dropped."""
-    excluded = _C._dispatch_tls_local_exclude_set() - _ABOVE
-    above = _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), excluded)
+    """A level for tangents, or the caller's, since torch has no second one."""
     level = nullcontext() if has_forward_mode() else forward_ad.dual_level()
     before, _thread.differentiates = differentiates(), True
     try:
-        with above, forward_ad._set_fwd_grad_enabled(True), level:
+        with _above_kernels(), forward_ad._set_fwd_grad_enabled(True), level:
             yield
     finally:
         _thread.differentiates = before
+
+
+def _above_kernels() -> Any:
+    """The kernels of operators run below autograd, where graphs and tangents would be dropped."""
+    excluded = _C._dispatch_tls_local_exclude_set() - _ABOVE
+    return _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), excluded)
 
 
 def differentiates() -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype, pad_head_dim, rows_first
 from vlattn_fast.backends.streaming import _tiles
+from vlattn_fast.backends.streaming._forward_mode import differentiates
 from vlattn_fast.backends.streaming._tiles import Masks
 
 
@@ -20,6 +21,8 @@ def runs(query: Tensor, key: Tensor, value: Tensor, masks: Masks, dropout_p: flo
     """Whether `forward` computes this dot-product attention of heads-expanded query, key and value."""
     sizes = (*query.shape, *key.shape[1:3], value.shape[3])
     if query.device.type != "cpu" or dropout_p > 0.0 or any(size == 0 for size in sizes):
+        return False
+    if differentiates():  # the kernel has no tangents
         return False
     if query.dtype == torch.float32 and query.shape[:3].numel() * key.shape[2] <= _tiles.TILE_ELEMENTS:
         return False

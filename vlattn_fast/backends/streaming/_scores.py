@@ -1,4 +1,4 @@
-"""The core scores of one tile and their gradients: q (b, h, i, A), k (b, h, M, A) -> (b, h, i, M).
+"""The logits of a call, tile by tile, and the gradients of what they are made of.
 
 Scores that are sums over hidden units (additive, Hadamard) run unit by unit, so that no (i, M, A) block exists. Their cost
 is memory traffic: each step of a unit is one pass over the tile, in place, with the keys of the unit side by side.
@@ -6,15 +6,113 @@ is memory traffic: each step of a unit is one pass over the tile, in place, with
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.score_kinds import KINDS
-from vlattn_fast._ground.tensors import unit_vectors
-from vlattn_fast.backends.streaming._forward_mode import differentiates
+from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads, unit_vectors
+from vlattn_fast.backends.streaming._forward_mode import Named, differentiates, outputs_and_gradients
+from vlattn_fast.backends.streaming._tiles import Masks, Tiling
+
+Tile = tuple[slice, slice, slice]  # batch, heads and query rows
+
+
+class Logits:
+    """The masked logits of a call, in tiles (b, h, i, M) in the dtype of sums. `vector`: that of scores that sum over hidden
+    units."""
+
+    def __init__(self, inputs: Any, vector: Tensor | None) -> None:
+        self.inputs, self.vector, self.masks, self.dtype = inputs, vector, Masks.of(inputs), compute_dtype(inputs.query)
+        self.key = expand_heads(inputs.key, inputs.query.shape[1])
+        self.shape = (*inputs.query.shape[:3], self.key.shape[2])
+
+    def tiles(self) -> Iterator[Tile]:
+        tiling = Tiling.of(self.inputs.query, *self.shape)
+        return ((b, h, i) for b, i in tiling.query_tiles() for h in tiling.heads())
+
+    def of(self, tile: Tile) -> Tensor:
+        return self._masked(tile, self._parts(tile))
+
+    def _parts(self, tile: Tile) -> Named:
+        """What the logits of a tile are made of."""
+        b, h, i = tile
+        named = {
+            "query": self.inputs.query[tile].to(self.dtype),
+            "key": self.key[b, h].to(self.dtype),
+            "vector": None if self.vector is None else self.vector[h].to(self.dtype),
+            "row_bias": self.masks.bias_of_groups(*tile),
+        }
+        return {name: x for name, x in named.items() if x is not None}
+
+    def _score(self, x: Named) -> Tensor:
+        kind, query, scale = self.inputs.score, x["query"], self.inputs.scale
+        if kind == "dot":
+            return (query * scale) @ x["key"].mT
+        return score_tile(kind, query, x["key"], x.get("vector"), self.inputs.parameter) * scale
+
+    def _masked(self, tile: Tile, x: Named) -> Tensor:
+        return self.masks.apply(x["score"] if "score" in x else self._score(x), self.shape, *tile, x.get("row_bias"))
+
+    def add_gradients(
+        self,
+        sums: Sums,
+        tile: Tile,
+        rows: Callable[..., Sequence[Tensor]],
+        others: Named,
+        by_rows: Sequence[Tensor | None] | Callable[[Sequence[Tensor]], Sequence[Tensor | None]],
+    ) -> Sequence[Tensor]:
+        """Returns rows(logits, **others), and adds the gradients of their product with `by_rows` by what `sums` has."""
+        x = self._parts(tile) | others
+        units = {name: x.pop(name) for name in ("query", "key", "vector")} if self.vector is not None else {}
+        if units:
+            x["score"] = self._score(units)
+
+        def run(leaves: Named) -> Sequence[Tensor]:
+            made = x | leaves
+            return rows(self._masked(tile, made), **{name: made[name] for name in others})
+
+        leaves = {name: y for name, y in x.items() if name == "score" or name in sums}
+        outputs, made = outputs_and_gradients(run, leaves, by_rows)
+        if units:
+            slopes = _slopes_of_units(self.inputs.score, made.pop("score") * self.inputs.scale, *units.values())
+            made |= dict(zip(units, slopes, strict=True))
+        if "row_bias" in made:
+            made["row_bias"] = self.masks.by_groups(made["row_bias"], tile[0])
+        sums.add(tile, made)
+        return outputs
+
+
+class Sums:
+    """The gradients of some tensors of a call, to which tiles add; of keys and values with a head for each of the query's."""
+
+    def __init__(self, inputs: Any, *names: str) -> None:
+        self.inputs, self.names, self._sums = inputs, names, dict[str, Tensor]()
+        for name, x in self._tensors():
+            shape = (x.shape[0], inputs.query.shape[1], *x.shape[2:]) if name in _OF_KEYS else x.shape
+            dtype = compute_dtype(x) if name in (*_OF_KEYS, "vector") else x.dtype  # of a row there is one tile
+            self._sums[name] = torch.zeros(shape, dtype=dtype, device=x.device)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, x) for name in self.names if (x := getattr(self.inputs, name)) is not None)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sums
+
+    def add(self, tile: Tile, made: Named) -> None:
+        b, h, _ = tile
+        for name, x in made.items():
+            self._sums[name][(h,) if name == "vector" else (b, h) if name in _OF_KEYS else tile] += x
+
+    def result(self) -> tuple[Tensor | None, ...]:
+        """In the dtypes of the tensors; None for None."""
+        made = {name: fold_heads(self._sums[name], x.shape[1]).to(x.dtype) for name, x in self._tensors()}
+        return tuple([made.get(name) for name in self.names])
+
+
+_OF_KEYS = "key", "value"
 
 
 def score_tile(kind: str, q: Tensor, k: Tensor, vector: Tensor | None, parameter: float) -> Tensor:
@@ -22,7 +120,7 @@ def score_tile(kind: str, q: Tensor, k: Tensor, vector: Tensor | None, parameter
     if kind == "cosine":
         return _cosine(q, k, parameter)
     if KINDS[kind].of == "product":
-        return q @ k.mT if kind == "dot" else _ACTIVATIONS[kind].value(q @ k.mT, parameter)
+        return q @ k.mT if kind == "dot" else _ACTIVATIONS[kind](q @ k.mT, parameter)
     assert vector is not None
     units = _Units(kind, q, k, vector)
     score, unit, ones = units.new_tile().zero_(), units.buffer(), vector.new_zeros(vector.shape[0])
@@ -35,17 +133,9 @@ def score_tile(kind: str, q: Tensor, k: Tensor, vector: Tensor | None, parameter
     return score.add_(ones[:, None, None]) if any(units.factored) else score
 
 
-def score_tile_backward(
-    kind: str, grad: Tensor, q: Tensor, k: Tensor, vector: Tensor | None, parameter: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of q (b, h, i, A), k (b, h, M, A) and the vector (h, A) from that of the scores (b, h, i, M)."""
-    if kind == "cosine":
-        return *_cosine_backward(grad, q, k, parameter), None
-    if KINDS[kind].of == "product":
-        if kind != "dot":
-            grad = grad * _ACTIVATIONS[kind].slope(q @ k.mT, parameter)
-        return grad @ k, grad.mT @ q, None
-    assert vector is not None
+def _slopes_of_units(kind: str, grad: Tensor, q: Tensor, k: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q (b, h, i, A), k (b, h, M, A) and the vector (h, A) from that of the scores (b, h, i, M): autograd would
+    save a tile for each unit."""
     units = _Units(kind, q, k, vector)
     buffer, second, total = units.buffer(), units.buffer(), grad.sum((0, 2, 3))
     grad_q, grad_k, grad_vector = torch.empty_like(q), torch.empty_like(k), torch.empty_like(vector)
@@ -123,27 +213,12 @@ def _factors(q: Tensor, k: Tensor) -> Tensor:
     return fit.all(0).all(0)
 
 
-class _Activation(NamedTuple):
-    """What acts on a product, of the product and the kind's number; and its derivative by the product."""
-
-    value: Callable[[Tensor, float], Tensor]
-    slope: Callable[[Tensor, float], Tensor]
-
-
-def _sigmoid_slope(x: Tensor, p: float) -> Tensor:
-    t = torch.sigmoid(x)
-    return t * (1 - t)
-
-
-_ACTIVATIONS = {
-    "dot_relu": _Activation(lambda x, p: torch.relu(x), lambda x, p: (x > 0).to(x.dtype)),
-    "dot_leaky_relu": _Activation(
-        lambda x, p: torch.where(x > 0, x, p * x),
-        lambda x, p: torch.where(x > 0, torch.ones_like(x), p),  # two Python numbers would give float32
-    ),
-    "dot_tanh": _Activation(lambda x, p: torch.tanh(x), lambda x, p: 1 - torch.tanh(x) ** 2),
-    "dot_sigmoid": _Activation(lambda x, p: torch.sigmoid(x), _sigmoid_slope),
-    "dot_softcap": _Activation(lambda x, p: torch.tanh(x * p), lambda x, p: (1 - torch.tanh(x * p) ** 2) * p),
+_ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {  # of a product and the kind's number
+    "dot_relu": lambda x, p: torch.relu(x),
+    "dot_leaky_relu": lambda x, p: torch.where(x > 0, x, p * x),
+    "dot_tanh": lambda x, p: torch.tanh(x),
+    "dot_sigmoid": lambda x, p: torch.sigmoid(x),
+    "dot_softcap": lambda x, p: torch.tanh(x * p),
 }
 
 
@@ -151,32 +226,5 @@ def _cosine(q: Tensor, k: Tensor, eps: float) -> Tensor:
     """q . k / max(|q| |k|, eps) by unit vectors, so that no product of norms overflows."""
     (unit_q, norm_q), (unit_k, norm_k) = unit_vectors(q, eps), unit_vectors(k, eps)
     cosine, clamps = unit_q @ unit_k.mT, norm_q[..., :, None] * norm_k[..., None, :] < eps
-    return torch.where(clamps, q @ k.mT / eps, cosine) if eps > 0.0 and _any(clamps) else cosine
-
-
-def _cosine_backward(grad: Tensor, q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of q and k: through unit vectors where the clamp does not act, grad k / eps where it does.
-
-    A unit vector's gradient loses the part along it once it is summed, as in autograd: of one feature exactly 0 is left.
-    """
-    (unit_q, norm_q), (unit_k, norm_k) = unit_vectors(q, eps), unit_vectors(k, eps)
-    norm_q, norm_k = norm_q[..., :, None], norm_k[..., None, :]
-    clamps = norm_q * norm_k < eps
-    by_unit = torch.where(clamps, 0.0, grad)
-    grad_q = _norm_backward(by_unit @ unit_k, unit_q, norm_q)
-    grad_k = _norm_backward(by_unit.mT @ unit_q, unit_k, norm_k.mT)
-    if eps > 0.0 and _any(clamps):
-        clamped = torch.where(clamps, grad, 0.0)
-        grad_q += clamped @ k / eps
-        grad_k += clamped.mT @ q / eps
-    return grad_q, grad_k
-
-
-def _any(clamps: Tensor) -> bool:
-    """Whether the clamp acts on a pair, or may: only on a CPU does looking cost nothing."""
-    return clamps.device.type != "cpu" or bool(clamps.any())
-
-
-def _norm_backward(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
-    """The gradient of x from that of x / |x|, and 0 for a zero vector, on which the clamp acts."""
-    return (grad - unit * (grad * unit).sum(-1, keepdim=True)) / torch.where(norm > 0.0, norm, 1.0)
+    acts = eps > 0.0 and (clamps.device.type != "cpu" or bool(clamps.any()))  # or may: only on a CPU does looking cost nothing
+    return torch.where(clamps, q @ k.mT / eps, cosine) if acts else cosine

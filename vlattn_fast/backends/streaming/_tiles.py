@@ -80,14 +80,15 @@ class Masks:
         """Those of an operator's inputs."""
         return cls(inputs.attn_mask, inputs.key_mask, inputs.row_bias, inputs.key_groups, inputs.is_causal)
 
-    def apply(self, score: Tensor, shape: tuple[int, int, int, int], b: slice, h: slice, i: slice) -> Tensor:
-        """The logits of a tile (b, h, i, M): float masks added, masked pairs -inf. `score` is not changed.
+    def apply(
+        self, score: Tensor, shape: tuple[int, int, int, int], b: slice, h: slice, i: slice, bias: Tensor | None = None
+    ) -> Tensor:
+        """The logits of a tile (b, h, i, M): float masks and the `bias` of groups added, masked pairs -inf. `score` is not
+        changed.
 
         A float mask wider than the dtype of sums gives logits in the mask's dtype.
         """
-        added = []
-        if self.row_bias is not None:
-            added.append(self.group_bias_of(self.row_bias[b, h, i], b))
+        added = [] if bias is None else [bias]
         mask = None if self.attn_mask is None else self.attn_mask.expand(shape)[b, h, i]
         if mask is not None and mask.dtype != torch.bool:
             added.append(mask)
@@ -107,10 +108,11 @@ class Masks:
             score = score.masked_fill(o_kv > o_q[:, None], -torch.inf)
         return score
 
-    def group_bias_of(self, rows: Tensor, b: slice) -> Tensor:
-        """Numbers (b, h, i, G) for the groups of keys, as (b, h, i, M); 0 for a key without a group."""
-        assert self.key_groups is not None
-        return columns_of_groups(rows, self.key_groups[b])
+    def bias_of_groups(self, b: slice, h: slice, i: slice) -> Tensor | None:
+        """row_bias of a tile, (b, h, i, M); 0 for a key without a group."""
+        if self.row_bias is None or self.key_groups is None:
+            return None
+        return columns_of_groups(self.row_bias[b, h, i], self.key_groups[b])
 
     def by_groups(self, grad_logits: Tensor, b: slice) -> Tensor:
         """The gradient of a tile of row_bias, (b, h, i, G), from that of the logits (b, h, i, M)."""
@@ -118,12 +120,31 @@ class Masks:
         return sums_of_groups(grad_logits.mT, self.key_groups[b], self.row_bias.shape[3]).mT
 
 
+def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logits - largest) (..., M), their sum (..., 1), and the largest logit (..., 1). A fully masked row has zeros, a
+    sum of 1 and a largest of -inf.
+
+    No result depends on what is subtracted, so that it needs no gradient. Its tangent takes off what those of all keys have in
+    common, which would cost digits.
+    """
+    if logits.shape[-1] == 0:
+        empty = logits.new_full((*logits.shape[:-1], 1), -torch.inf)
+        return logits, torch.ones_like(empty), empty
+    with torch.no_grad():
+        largest = logits.amax(-1, keepdim=True)
+    weights = torch.exp(logits - torch.where(torch.isinf(largest), 0.0, largest))
+    total = weights.sum(-1, keepdim=True)
+    return weights, torch.where(torch.isneginf(largest), 1.0, total), largest
+
+
+def log_of_sum(total: Tensor, largest: Tensor) -> Tensor:
+    """The log-sum-exp (...) from what `exponentials` returns."""
+    return (total.log() + largest)[..., 0]
+
+
 def logsumexp(logits: Tensor) -> Tensor:
     """The log-sum-exp of each row (..., M); -inf for a fully masked row."""
-    if logits.shape[-1] == 0:
-        return logits.new_full(logits.shape[:-1], -torch.inf)
-    lse = torch.logsumexp(logits, dim=-1)
-    return torch.where(torch.isneginf(lse), -torch.inf, lse)  # a constant, whose tangent would be NaN
+    return log_of_sum(*exponentials(logits)[1:])
 
 
 def probabilities(logits: Tensor, dtype: torch.dtype, lse: Tensor | None = None) -> Tensor:
@@ -138,10 +159,10 @@ def probabilities(logits: Tensor, dtype: torch.dtype, lse: Tensor | None = None)
         return logits.to(dtype)
     if lse is not None:
         return _probabilities_from_lse(logits, lse[..., None]).to(dtype)
-    prob, empty = torch.softmax(logits, dim=-1), torch.isneginf(logits.amax(-1, keepdim=True))
+    empty = torch.isneginf(logits.detach().amax(-1, keepdim=True))
     if empty.device.type == "cpu" and not empty.any():  # here a look at the data is free, and filling costs more than the softmax
-        return prob.to(dtype)
-    return prob.masked_fill_(empty, 0.0).to(dtype)
+        return torch.softmax(logits, dim=-1).to(dtype)
+    return torch.softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0).to(dtype)
 
 
 def lse_is_lost(lse: Tensor) -> Tensor:
@@ -158,13 +179,8 @@ def _probabilities_from_lse(logits: Tensor, lse: Tensor) -> Tensor:
     shift, lost = torch.where(torch.isinf(lse), torch.inf, lse), lse_is_lost(lse)
     if lost.device.type == "cpu" and not lost.any():
         return torch.exp(logits - shift)
-    largest = logits.amax(-1, keepdim=True)
+    largest = logits.detach().amax(-1, keepdim=True)
     shift = torch.where(lost, torch.where(torch.isneginf(largest), torch.inf, largest), shift)
     prob = torch.exp(logits - shift)
     total = prob.sum(-1, keepdim=True)
     return prob / torch.where(lost & (total > 0), total, 1.0)
-
-
-def softmax_backward(prob: Tensor, grad_prob: Tensor) -> Tensor:
-    """The gradient of the logits from that of the probabilities."""
-    return prob * (grad_prob - (prob * grad_prob).sum(-1, keepdim=True))

@@ -11,7 +11,7 @@ from vlattn_fast.backends.inputs import (
     AttentionMapJvpInputs,
     AttentionMapSecondInputs,
 )
-from vlattn_fast.backends.streaming._abar import Abar, AbarGradients, second_of
+from vlattn_fast.backends.streaming._abar import Abar, second_of
 from vlattn_fast.backends.streaming._forward_mode import tangents_of
 from vlattn_fast.backends.streaming._tiles import Tiling
 
@@ -30,10 +30,10 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
 def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, grad_output, lse and row_bias from that of Abar (B, N, M); None for those without one."""
     abar = Abar(inputs, None, inputs.head_reduction)
-    gradients = AbarGradients(abar, inputs.need_lse)
+    sums = abar.sums(inputs.need_lse)
     for b, i in Tiling.of(inputs.query, *abar.shape).query_tiles():
-        gradients.add(b, i, inputs.grad[b, i].to(abar.dtype))
-    return gradients.result()
+        abar.add_gradients(sums, b, i, inputs.grad[b, i].to(abar.dtype))
+    return sums.result()
 
 
 _FIELDS = "query", "key", "value", "grad_output", "lse", "row_bias"

@@ -5,12 +5,14 @@ the inputs it only needs argmax.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import cast_finite, compute_dtype, expand_heads, fold_heads
+from vlattn_fast._ground.groups import columns_of_groups
+from vlattn_fast._ground.tensors import cast_finite, compute_dtype
 from vlattn_fast.backends.inputs import (
     AttentionStatisticsBackwardInputs,
     AttentionStatisticsInputs,
@@ -19,9 +21,8 @@ from vlattn_fast.backends.inputs import (
 )
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.backends.streaming._forward_mode import differentiates, tangents_of
-from vlattn_fast.backends.streaming._scores import score_tile_backward
-from vlattn_fast.backends.streaming._tiles import Masks, probabilities, softmax_backward
-from vlattn_fast.backends.streaming.score_attention import logit_tiles
+from vlattn_fast.backends.streaming._scores import Logits, Sums, Tile
+from vlattn_fast.backends.streaming._tiles import probabilities
 
 
 def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, None, None]:
@@ -34,19 +35,19 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     max_logit = query.new_full(per_row, -torch.inf, dtype=dtype)
     argmax = query.new_full(per_row, -1, dtype=torch.int64)
     received = query.new_zeros(*per_row[:2], inputs.key.shape[2], dtype=dtype)
-    key = expand_heads(inputs.key, query.shape[1])
-    for b, h, i, logits in _logit_tiles(inputs, key):
+    for tile, logits in _logit_tiles(inputs):
+        b, h, i = tile
         if "max_logit" in statistics:
-            max_logit[b, h, i] = cast_finite(logits.amax(-1), dtype)
+            max_logit[tile] = cast_finite(logits.amax(-1), dtype)
         prob = probabilities(logits, dtype)
         if "entropy" in statistics:
             # whose tangent at 0 would be NaN
             positive = prob.masked_fill(prob == 0, 1.0) if differentiates() else prob
-            entropy[b, h, i] = torch.special.entr(positive).sum(-1)
+            entropy[tile] = torch.special.entr(positive).sum(-1)
         if "maximum" in statistics or "argmax" in statistics:
             largest, where = prob.max(-1)
-            maximum[b, h, i] = largest
-            argmax[b, h, i] = where.masked_fill(largest == 0, -1)
+            maximum[tile] = largest
+            argmax[tile] = where.masked_fill(largest == 0, -1)
         if "received" in statistics:
             received[b, h] += prob.sum(2) if row_weight is None else (row_weight[b, h, None, i] @ prob).squeeze(2)
         for g, columns in _group_columns(key_groups, num_groups, b, dtype):
@@ -54,52 +55,38 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     return mass, entropy, maximum, argmax, received, max_logit, None, None
 
 
-def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, row_weight and row_bias."""
-    query, key_groups, num_groups, row_weight = inputs.query, inputs.key_groups, inputs.num_groups, inputs.row_weight
-    grad_mass, grad_entropy = inputs.grad_mass, inputs.grad_entropy
-    grad_maximum, grad_received = inputs.grad_maximum, inputs.grad_received
-    dtype, num_key_heads = compute_dtype(query), inputs.key.shape[1]
-    key = expand_heads(inputs.key, query.shape[1])
-    grad_q = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    grad_k = key.new_zeros(key.shape, dtype=dtype)
-    grad_weight = None if row_weight is None else torch.zeros_like(row_weight, memory_format=torch.contiguous_format)
-    masks, grad_row_bias = Masks.of(inputs), None if inputs.row_bias is None else torch.zeros_like(inputs.row_bias)
-    o_kv = torch.arange(key.shape[2], device=key.device)
-    for b, h, i, logits in _logit_tiles(inputs, key):
-        prob = probabilities(logits, dtype)
-        grad_prob = torch.zeros_like(prob)
-        if grad_mass is not None:
-            for g, columns in _group_columns(key_groups, num_groups, b, dtype):
-                grad_prob += (grad_mass[b, h, i, g].flatten(1, 2) @ columns.mT).view_as(prob)
-        if grad_entropy is not None:
+    sums, logits, dtype = Sums(inputs, *_FIELDS), Logits(inputs, None), compute_dtype(inputs.query)
+
+    def slopes(tile: Tile, probs: Sequence[Tensor]) -> list[Tensor]:
+        """The derivative by A of the statistics times their gradients."""
+        (b, h, _), (prob,) = tile, probs
+        grad = torch.zeros_like(prob)
+        if inputs.grad_mass is not None and inputs.key_groups is not None:
+            grad += columns_of_groups(inputs.grad_mass[tile], inputs.key_groups[b])
+        if inputs.grad_entropy is not None:
             # the 1 of d(-P log P)/dP = -(log P + 1) cancels in the softmax
-            grad_prob -= grad_entropy[b, h, i, None] * torch.where(prob > 0, prob.log(), 0.0)
-        if grad_maximum is not None and inputs.argmax is not None:  # which comes with it
-            grad_prob += torch.where(o_kv == inputs.argmax[b, h, i, None], grad_maximum[b, h, i, None], 0.0)
-        if grad_received is not None:
-            grad_row = grad_received[b, h, None, :]  # the same for every query
-            grad_prob += grad_row if row_weight is None else row_weight[b, h, i, None] * grad_row
-            if grad_weight is not None:
-                grad_weight[b, h, i] = (prob * grad_row).sum(-1)
-        grad_logits = softmax_backward(prob, grad_prob)
-        if grad_row_bias is not None:
-            grad_row_bias[b, h, i] = masks.by_groups(grad_logits, b)
-        grad_score = grad_logits * inputs.scale
-        operands = query[b, h, i].to(dtype), key[b, h].to(dtype), None
-        by_query, by_key, _ = score_tile_backward(inputs.score, grad_score, *operands, inputs.parameter)
-        grad_q[b, h, i] = by_query.to(grad_q.dtype)
-        grad_k[b, h] += by_key
-    return grad_q, fold_heads(grad_k, num_key_heads).to(key.dtype), grad_weight, grad_row_bias
+            grad -= inputs.grad_entropy[tile][..., None] * torch.where(prob > 0, prob.log(), 0.0)
+        if inputs.grad_maximum is not None and inputs.argmax is not None:  # which comes with it
+            o_kv = torch.arange(prob.shape[-1], device=prob.device)
+            grad += torch.where(o_kv == inputs.argmax[tile][..., None], inputs.grad_maximum[tile][..., None], 0.0)
+        if inputs.grad_received is not None:
+            grad_row = inputs.grad_received[b, h, None, :]  # the same for every query
+            grad += grad_row if inputs.row_weight is None else inputs.row_weight[tile][..., None] * grad_row
+            if inputs.row_weight is not None:
+                sums.add(tile, {"row_weight": (prob * grad_row).sum(-1)})
+        return [grad]
+
+    for tile in logits.tiles() if inputs.key.shape[2] else ():
+        logits.add_gradients(sums, tile, lambda x: [probabilities(x, dtype)], {}, partial(slopes, tile))
+    return sums.result()
 
 
-def _logit_tiles(
-    inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs, key: Tensor
-) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """Slices of batch, heads and query rows with their masked logits, (b, h, i, M). No tile without keys."""
-    query, masks = inputs.query, Masks.of(inputs)
-    if key.shape[2] > 0:
-        yield from logit_tiles(query, key, None, masks, inputs.score, inputs.parameter, inputs.scale)
+def _logit_tiles(inputs: AttentionStatisticsInputs) -> Iterator[tuple[Tile, Tensor]]:
+    """Tiles with their masked logits, (b, h, i, M). No tile without keys."""
+    logits = Logits(inputs, None)
+    return ((tile, logits.of(tile)) for tile in logits.tiles() if inputs.key.shape[2] > 0)
 
 
 def _group_columns(key_groups: Tensor | None, num_groups: int, b: slice, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

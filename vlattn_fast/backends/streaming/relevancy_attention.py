@@ -19,7 +19,7 @@ from vlattn_fast.backends.inputs import (
     attention_of,
 )
 from vlattn_fast.backends.streaming import score_attention
-from vlattn_fast.backends.streaming._abar import Abar, AbarGradients, second_of
+from vlattn_fast.backends.streaming._abar import Abar, second_of
 from vlattn_fast.backends.streaming._forward_mode import tangents_of
 from vlattn_fast.backends.streaming._tiles import Tiling
 
@@ -65,14 +65,14 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
     abar = Abar(inputs, None)
     relevancy, grad = inputs.relevancy.to(abar.dtype), inputs.grad.to(abar.dtype)
     by_relevancy = torch.zeros_like(relevancy) if inputs.need_relevancy else None
-    gradients = AbarGradients(abar, inputs.need_lse) if inputs.need_inputs else None
+    sums = abar.sums(inputs.need_lse) if inputs.need_inputs else None
     for b, i in Tiling.of(inputs.query, *abar.shape).query_tiles():
         if by_relevancy is not None:
             by_relevancy[b, :, i] = grad[b] @ abar.tile(b, i).mT
-        if gradients is not None:
-            gradients.add(b, i, relevancy[b, :, i].mT @ grad[b])
+        if sums is not None:
+            abar.add_gradients(sums, b, i, relevancy[b, :, i].mT @ grad[b])
     first = None if by_relevancy is None else by_relevancy.to(inputs.relevancy.dtype)
-    return first, *(gradients.result() if gradients is not None else (None,) * 6)
+    return first, *(sums.result() if sums is not None else (None,) * 6)
 
 
 _FIELDS = "relevancy", "query", "key", "value", "grad_output", "lse", "row_bias"
