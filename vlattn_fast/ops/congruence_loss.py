@@ -32,7 +32,7 @@ from vlattn_fast.backends.reference.congruence_loss import (
 )
 from vlattn_fast.backends.streaming import congruence_loss as streaming
 from vlattn_fast.dispatch.call import CallShape, call_shape
-from vlattn_fast.dispatch.choice import launcher, planned, selecting
+from vlattn_fast.dispatch.choice import launcher, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
@@ -125,8 +125,7 @@ def congruence_loss(
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
-    backend = planned(_backend, backend, text, image, cross, kind, direction, text_mask, image_mask, reduction)
-    scale = resolve_scale(scale, scaled_dot_default(text[0].shape[3]))
+    backend, scale = planned(_plan, backend, scale, text, image, cross, kind, direction, text_mask, image_mask, reduction)
     if backend == "reference":
         options: dict[str, Any] = {"kind": kind, "direction": direction, "scale": scale, "reduction": reduction}
         return reference.congruence_loss(text, image, cross, text_mask=text_mask, image_mask=image_mask, **options)
@@ -140,6 +139,12 @@ def congruence_loss(
     if reduction == "none":
         return loss
     return loss.mean() if loss.shape[0] else loss.sum()
+
+
+def _plan(backend: str, scale: float | None, *arguments: Any) -> tuple[str, float]:
+    """The backend and the scale."""
+    call = _describe(*arguments)
+    return select(BACKENDS, call, backend), resolve_scale(scale, scaled_dot_default(call.sizes["head_dim"]))
 
 
 def _describe(
@@ -171,9 +176,6 @@ def _describe(
     check_token_mask("image_mask", image_mask, "text query", text[0], V, "(B, V)")
     sizes = {"L": L, "V": V, "head_dim": head_dim, "num_heads": num_heads}
     return call_shape("congruence_loss", text[0], sizes, {"kind": kind, "direction": direction})
-
-
-_backend = selecting(BACKENDS, _describe)
 
 
 def _named_tensors(text: Any, image: Any, cross: Any) -> dict[str, Any]:
