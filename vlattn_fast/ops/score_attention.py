@@ -172,19 +172,26 @@ class Features(NamedTuple):
     packs: bool
 
 
+def _checked(x: AttentionArguments, value: Tensor, score: Any, head_gate: Tensor | None) -> scores.Score:
+    """Returns the score of a call, whose tensors and options fit it and one another."""
+    resolved = scores.resolve(score)
+    check_attention(x.query, x.key, x.enable_gqa, value=value)
+    check_logits(x)
+    check_head_gate(head_gate, x.query)
+    if x.softcap is not None and not resolved.is_plain:
+        found = f"{x.softcap} for {resolved!r:.80}"
+        raise ValueError(f"softcap must be None for scores other than 'dot' and 'scaled_dot'; got {found}")
+    resolved.check(x.query, x.key)
+    return resolved
+
+
 def _describe(
     x: AttentionArguments, value: Tensor, score: Any, dropout_p: float, return_lse: bool, head_gate: Tensor | None
 ) -> CallShape:
     """Checks a call, and returns its metadata."""
-    score = scores.resolve(score)
-    check_attention(x.query, x.key, x.enable_gqa, value=value)
     check_bool(return_lse=return_lse)
     check_number("dropout_p", dropout_p, low=0.0, high=1.0, open_high=True)
-    check_logits(x)
-    check_head_gate(head_gate, x.query)
-    if x.softcap is not None and not score.is_plain:
-        raise ValueError(f"softcap must be None for scores other than 'dot' and 'scaled_dot'; got {x.softcap} for {score!r:.80}")
-    score.check(x.query, x.key)
+    score = _checked(x, value, score, head_gate)
     (batch, heads, queries, head_dim), (_, _, keys, key_dim) = x.query.shape, x.key.shape
     features = score.features(head_dim, key_dim)
     sizes = {"batch": batch, "heads": heads, "queries": queries, "keys": keys, "head_dim": head_dim}
