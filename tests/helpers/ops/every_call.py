@@ -17,9 +17,13 @@ def small(n: int) -> Sizes:
 
 
 def titles(backend: str = "streaming") -> list[str]:
-    """The calls whose operator has kernels in this backend, and those of no backend."""
-    made = [(example.title, OPERATORS.get(example.operator)) for example in examples(small(5))]
-    return [title for title, operator in made if operator is None or backend in operator.backends]
+    """The calls that this backend computes, and those of no backend."""
+
+    def computes(example: Example) -> bool:
+        operator = OPERATORS.get(example.operator)
+        return operator is None or not operator.refusals(backend, example.arguments(example.tensors))
+
+    return [example.title for example in examples(small(5)) if computes(example)]
 
 
 def every_call(title: str, n: int) -> Example:
