@@ -22,7 +22,7 @@ CASES = [pytest.param(case, id=f"{case.operator}, {case.name}") for case in veri
 
 def test_a_gpu_has_larger_tiles() -> None:
     assert _tiles.tile_elements(torch.empty(0)) == _tiles.TILE_ELEMENTS
-    assert _tiles.tile_elements(torch.empty(0, device="meta")) == 32 * _tiles.TILE_ELEMENTS
+    assert _tiles.tile_elements(torch.empty(0, device="meta")) == 64 * _tiles.TILE_ELEMENTS
 
 
 @pytest.mark.parametrize("elements", [1000, 1 << 24])

@@ -24,7 +24,7 @@ def runs(query: Tensor, key: Tensor, value: Tensor, masks: Masks, dropout_p: flo
         return False
     if differentiates():  # the kernel has no tangents
         return False
-    if query.dtype == torch.float32 and query.shape[:3].numel() * key.shape[2] <= _tiles.TILE_ELEMENTS:
+    if query.dtype == torch.float32 and query.shape[:3].numel() * key.shape[2] <= 2 * _tiles.TILE_ELEMENTS:
         return False
     if key.shape[2] < 16:  # the kernel treats a row of NaN as masked if no vector register is full of keys
         return False

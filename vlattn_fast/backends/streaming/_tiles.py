@@ -16,9 +16,10 @@ from torch import Tensor
 from vlattn_fast._ground.groups import columns_of_groups, sums_of_groups
 from vlattn_fast._ground.tensors import add_mask
 
-TILE_ELEMENTS = 1 << 19  # 2 MB in float32: r Abar at CLIP ViT-L/14@336 size took as long from 2^18 to 2^22 on one CPU core
+# 1 MB in float32; a backward pass has some ten: r Abar at CLIP ViT-L/14@336 size took as long from 2^18 to 2^22 on one core
+TILE_ELEMENTS = 1 << 18
 # A tile takes some 80 launches: on an H100 a layer of CLIP with a batch of 64, forward and backward, took 813 ms in 1,024 tiles
-TIMES_ON_A_GPU = 32
+TIMES_ON_A_GPU = 64
 
 
 def tile_elements(x: Tensor) -> int:
