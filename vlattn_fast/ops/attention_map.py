@@ -130,7 +130,7 @@ def attention_map(
     lse = lse_for_sink(x, lse, plan)
     x, value, grad_output = cast(x, value, grad_output)
     x, value = without_padding(x, plan, value)
-    bias = group_bias_inputs(x.query, *groups)
+    bias = (None, None) if group_bias is None else group_bias_inputs(x.query, *groups)
     tensors = x.query, x.key, value, grad_output, lse, attn_mask, key_mask, *bias
     return _forward_op(AttentionMapInputs(*tensors, rule, head_reduction, row_normalize, *plan.core, is_causal, plan.backend))
 

@@ -170,7 +170,7 @@ def relevancy_attention(
         return by_formula(reference.relevancy_attention, x, plan.scale, **own)
     x, value = without_padding(x, plan, value)
     residual, attention = _weight(residual_weight, carrier), _weight(attention_weight, carrier)
-    bias = group_bias_inputs(x.query, *groups)
+    bias = (None, None) if group_bias is None else group_bias_inputs(x.query, *groups)
     logit = None if sink is None else sink[:, None]
     tensors = x.query, x.key, value, carrier, residual, attention, attn_mask, key_mask, *bias, logit
     rows = _forward_op(RelevancyAttentionInputs(*tensors, rule, row_normalize, *plan.core, is_causal, plan.backend))

@@ -99,7 +99,7 @@ def relevancy_step(
         return by_formula(reference.relevancy_step, x, plan.scale, relevancy=relevancy, **own)
     lse = lse_for_sink(x, lse, plan)
     x, value = without_padding(x, plan, value)
-    bias = group_bias_inputs(x.query, *groups)
+    bias = (None, None) if group_bias is None else group_bias_inputs(x.query, *groups)
     tensors = relevancy, x.query, x.key, value, grad_output, lse, attn_mask, key_mask, *bias
     return _forward_op(RelevancyStepInputs(*tensors, rule, row_normalize, *plan.core, is_causal, plan.backend))
 

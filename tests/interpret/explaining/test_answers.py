@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -108,7 +109,13 @@ def test_one_forward_pass_and_one_backward_pass_a_token(monkeypatch):
     model, forwards, backwards = decoder(), [], []
     model.register_forward_hook(lambda *a: forwards.append(1))
     grad = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (backwards.append(1), grad(*a, **k))[1])
+
+    def of_the_model(*args, **options):
+        if "interpret" in sys._getframe(1).f_code.co_filename:  # and not of a tile of an operator
+            backwards.append(1)
+        return grad(*args, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", of_the_model)
     explain(model, {"input_ids": PROMPTS, "attention_mask": REAL}, answer=ANSWERS)
     assert len(forwards) == 1 and len(backwards) == 3
 

@@ -82,8 +82,8 @@ class Abar:
         self, logits: Tensor, lse: Tensor | None = None, value: Tensor | None = None, grad_output: Tensor | None = None
     ) -> Tensor:
         prob = probabilities(logits, self.dtype, lse)
-        is_constant = lse is not None and not lse.requires_grad and forward_ad.unpack_dual(lse).tangent is None
-        if is_constant and (prob.requires_grad or differentiates()):
+        has_tangent = lse is not None and differentiates() and forward_ad.unpack_dual(lse).tangent is not None
+        if lse is not None and not (lse.requires_grad or has_tangent) and (prob.requires_grad or differentiates()):
             total = prob.sum(-1, keepdim=True)  # whose derivatives are those of an lse that is computed from query and key
             prob = prob / (1 + (total - total.detach()))
         return prob if value is None or grad_output is None else (grad_output @ value.mT).mul(prob).relu_()
