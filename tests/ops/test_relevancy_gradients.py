@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import vlattn_fast as va
 
@@ -186,3 +187,18 @@ def test_compiled_and_checked_by_torch():
     check_equal(
         gradients(compiled, tensors[1:], weights), gradients(map_of, tensors[1:], weights, rule="gradient"), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_tangent_of_the_carriers_gradient(rule):
+    """The saved log-sum-exp requires a gradient in the caller's graph, and counts as computed from query and key."""
+    found = []
+    for backend in ("streaming", "reference"):
+        _, query, key, value, grad_output = inputs(keys=N)
+        carrier = torch.linspace(-1, 1, B * N, dtype=torch.float64).view(B, 1, N).requires_grad_()
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(x, x.detach().cos()) for x in (query, key, value)]
+            outputs = va.relevancy_attention(*duals, carrier=carrier, rule=rule, backend=backend)
+            (grad,) = torch.autograd.grad(outputs[:2], carrier, [grad_output.detach(), carrier.detach().cos()])
+            found.append(forward_ad.unpack_dual(grad).tangent)
+    torch.testing.assert_close(*found)

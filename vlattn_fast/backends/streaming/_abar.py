@@ -41,6 +41,7 @@ class Abar:
         self.inputs, self.head_reduction, self.logits = inputs, head_reduction, Logits(inputs, vector)
         self.value = None if inputs.value is None else expand_heads(inputs.value, inputs.query.shape[1])
         self.shape, self.dtype = self.logits.shape, self.logits.dtype
+        self.by_lse = False  # whether lse has a gradient of its own; a caller's graph may make any tensor require one
 
     def tile(self, b: slice, i: slice) -> Tensor:
         """Rows i of the samples b, (b, i, M)."""
@@ -83,7 +84,7 @@ class Abar:
     ) -> Tensor:
         prob = probabilities(logits, self.dtype, lse)
         has_tangent = lse is not None and differentiates() and forward_ad.unpack_dual(lse).tangent is not None
-        if lse is not None and not (lse.requires_grad or has_tangent) and (prob.requires_grad or differentiates()):
+        if lse is not None and not (self.by_lse or has_tangent) and (prob.requires_grad or differentiates()):
             total = prob.sum(-1, keepdim=True)  # whose derivatives are those of an lse that is computed from query and key
             prob = prob / (1 + (total - total.detach()))
         return prob if value is None or grad_output is None else (grad_output @ value.mT).mul(prob).relu_()
@@ -91,6 +92,7 @@ class Abar:
     def sums(self, needs_lse: bool) -> Sums:
         """Those of query, key, value, grad_output, lse and row_bias. Without one for lse, that counts as computed from query and
         key, as everywhere."""
+        self.by_lse = needs_lse
         inputs = self.inputs if needs_lse else self.inputs._replace(lse=None)
         return Sums(inputs, "query", "key", "value", "grad_output", "lse", "row_bias")
 
