@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import vlattn_fast as va
 from tests.helpers.compare import LargestAllocation, bytes_of, outputs_and_grads
@@ -135,6 +136,20 @@ def test_fully_masked_rows_give_zeros(backend: str, score: str) -> None:
         assert not any(torch.isnan(x).any() for x in found.values())
         if lse:
             assert torch.isneginf(found["out1"][0, :, 2]).all() and torch.isfinite(found["out1"][1]).all()
+
+
+@each("masks", streaming=("bool", "float"), reference=("bool", "float"))
+def test_a_fully_masked_row_has_no_tangent(masks: str, backend: str) -> None:
+    """Whether its pairs are masked by True and False or by -inf, beside which the scores still have tangents."""
+    query, key, value = (torch.randn(1, 2, 4, 3, dtype=torch.float64) for _ in range(3))
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[1] = False
+    added = mask if masks == "bool" else torch.zeros(4, 4, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, x.cos()) for x in (query, key, value)]
+        results = va.score_attention(*duals, attn_mask=added, return_lse=True, backend=backend)
+        for tangent in [forward_ad.unpack_dual(x).tangent for x in results]:
+            assert not tangent[:, :, 1].any() and tangent[:, :, [0, 2, 3]].all()
 
 
 @on("streaming", "sdpa", "cpu", "triton", "cuda")

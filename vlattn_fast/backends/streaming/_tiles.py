@@ -135,7 +135,8 @@ def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         largest = logits.amax(-1, keepdim=True)
     weights = torch.exp(logits - torch.where(torch.isinf(largest), 0.0, largest))
     total = weights.sum(-1, keepdim=True)
-    return weights, torch.where(torch.isneginf(largest), 1.0, total), largest
+    empty = torch.isneginf(largest)  # rows whose masked logits may have tangents
+    return weights, torch.where(empty, 1.0, total), torch.where(empty, -torch.inf, largest)
 
 
 def log_of_sum(total: Tensor, largest: Tensor) -> Tensor:
