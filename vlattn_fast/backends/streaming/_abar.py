@@ -41,7 +41,6 @@ class Abar:
         self.inputs, self.head_reduction, self.logits = inputs, head_reduction, Logits(inputs, vector)
         self.value = None if inputs.value is None else expand_heads(inputs.value, inputs.query.shape[1])
         self.shape, self.dtype = self.logits.shape, self.logits.dtype
-        self.by_lse = False  # whether lse has a gradient of its own; a caller's graph may make any tensor require one
 
     def tile(self, b: slice, i: slice) -> Tensor:
         """Rows i of the samples b, (b, i, M)."""
@@ -65,7 +64,7 @@ class Abar:
 
     def _maps(self, b: slice, i: slice) -> Iterator[Tensor]:
         """The maps of the heads, some at a time, (b, h, i, M)."""
-        return (self._map(self.logits.of(tile), **self._others(tile)) for tile in self._tiles(b, i))
+        return (self._map(self.logits.of(tile), False, **self._others(tile)) for tile in self._tiles(b, i))
 
     def _tiles(self, b: slice, i: slice) -> Iterator[Tile]:
         return ((b, h, i) for h in Tiling.of(self.inputs.query, *self.shape).heads())
@@ -80,11 +79,17 @@ class Abar:
         return others
 
     def _map(
-        self, logits: Tensor, lse: Tensor | None = None, value: Tensor | None = None, grad_output: Tensor | None = None
+        self,
+        logits: Tensor,
+        by_lse: bool,
+        lse: Tensor | None = None,
+        value: Tensor | None = None,
+        grad_output: Tensor | None = None,
     ) -> Tensor:
+        """by_lse: lse has a gradient of its own. That it requires one says nothing: a caller's graph may hold it."""
         prob = probabilities(logits, self.dtype, lse)
         has_tangent = lse is not None and differentiates() and forward_ad.unpack_dual(lse).tangent is not None
-        if lse is not None and not (self.by_lse or has_tangent) and (prob.requires_grad or differentiates()):
+        if lse is not None and not (by_lse or has_tangent) and (prob.requires_grad or differentiates()):
             total = prob.sum(-1, keepdim=True)  # whose derivatives are those of an lse that is computed from query and key
             prob = prob / (1 + (total - total.detach()))
         return prob if value is None or grad_output is None else (grad_output @ value.mT).mul(prob).relu_()
@@ -92,7 +97,6 @@ class Abar:
     def sums(self, needs_lse: bool) -> Sums:
         """Those of query, key, value, grad_output, lse and row_bias. Without one for lse, that counts as computed from query and
         key, as everywhere."""
-        self.by_lse = needs_lse
         inputs = self.inputs if needs_lse else self.inputs._replace(lse=None)
         return Sums(inputs, "query", "key", "value", "grad_output", "lse", "row_bias")
 
@@ -105,7 +109,7 @@ class Abar:
             grad = grad / sum((part == reduced[:, None]).sum(1, keepdim=True) for part in self._maps(b, i))
 
         def maps(logits: Tensor, **others: Tensor) -> tuple[Tensor]:
-            part = self._map(logits, **others)
+            part = self._map(logits, "lse" in sums, **others)
             return (torch.where(part == reduced[:, None], part, 0.0) if ranked else part,)
 
         for tile in self._tiles(b, i):
