@@ -121,6 +121,27 @@ def test_against_stored_maps(make):
     assert "vision" not in got.position and "<canvas" in got.to_html()
 
 
+def test_each_prompt_has_a_row_of_all_its_images():
+    """As many images as prompts, but both are of the first."""
+    torch.manual_seed(0)
+    model, layers, token_of_patch, before, count = llava()
+    lively(model).eval()
+    inputs = two_images(count)
+    first = inputs["input_ids"].flatten()
+    ids = torch.stack([first, first.where(first != 98, 7)])
+    got, alone = (
+        explain(
+            model,
+            inputs | {"input_ids": some, "attention_mask": torch.ones_like(some)},
+            method=va.methods.Gradient(through_connector=True),
+        )
+        for some in (ids, ids[:1])
+    )
+    assert got.relevancy["vision"].shape == (2, 2 * (16 + before)) and not got.relevancy["vision"][1].any()
+    assert_rows(got[0].relevancy["vision"], alone.relevancy["vision"])
+    assert got[0].image_samples == [0, 0] and not got[1].relevancy["vision"].any() and not len(got[1].image)
+
+
 def test_answers():
     """Each token by itself, and all of them together, whose rows are read at once."""
     torch.manual_seed(0)

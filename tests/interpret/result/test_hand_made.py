@@ -77,6 +77,7 @@ R = {"text": torch.rand(2, 4)}
         ({"relevancy": {"text": [[0.5]]}}, TypeError, r"relevancy\['text'\] must be a torch.Tensor"),
         ({"relevancy": {"text": torch.rand(4)}}, ValueError, r"relevancy\['text'\] must be floating point of shape"),
         ({"relevancy": {"text": torch.ones(2, 4).long()}}, ValueError, r"relevancy\['text'\] must be floating point of shape"),
+        ({"relevancy": R | {"vision": torch.rand(3, 4)}}, ValueError, r"relevancy\['vision'\] must have 2 samples, .* got 3"),
         ({"image": torch.rand(3, 2, 2)}, ValueError, "image_samples must name the sample of each of the 3 maps of image"),
         ({"image": torch.rand(2, 2, 2), "image_samples": [0, 2]}, ValueError, r"image_samples must be from 0 to 1; got \[0, 2\]"),
         ({"image": torch.rand(2, 0, 2)}, ValueError, r"image must have maps with at least one patch; got one of \(0, 2\)"),

@@ -94,17 +94,6 @@ def test_an_answer_in_one_row_is_text():
     assert len(found["texts"][0]) == len(found["methods"][0]["choices"][0]["words"]) == 6
 
 
-def test_a_tower_that_sees_one_image_at_a_time():
-    """Its rows are as many as images: two of the second prompt, none of the first."""
-    vision = torch.arange(8.0).reshape(2, 4)
-    parts = {"relevancy": {"language": torch.rand(3, 6), "vision": vision}, "image": torch.rand(2, 2, 2), "image_samples": [1, 1]}
-    explanation = Explanation(**parts, position={"vision": torch.tensor([0, 0])})
-    rows = [choice["rows"]["vision"] for choice in data(explanation.to_html())["methods"][0]["choices"]]
-    np.testing.assert_allclose(values(rows[1], rows[1]["low"], rows[1]["high"]), [0, 1, 2, 3, 0, 5, 6, 7], atol=5e-3)
-    assert rows[0]["cells"] == rows[2]["cells"] == [0] * 4
-    assert {(e.sample, e.tower, e.part) for e in explanation.top(1)} >= {(1, "vision", "patch"), (0, "language", "token")}
-
-
 def test_crops_regions_and_towers():
     tiles = made(image=torch.rand(3, 2, 2), image_samples=[0, 0, 1], tower_images={"text": torch.rand(3, 4, 4)})
     apart = data(tiles.to_html(photo()))["methods"][0]["choices"][0]["views"]

@@ -133,9 +133,9 @@ def vision_maps(
     fields: Mapping[str, Any],
     layouts: Sequence[Layout] | None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The relevancy of the vision tower before a connector: one vector for each map, if it ran so; else (B, [T,] n), all its
-    tokens of a prompt in order, with zeros after shorter ones. And `fields`, those of `parts`, with its maps: crops of a photo
-    are joined according to the `layouts` of the image tokens. `row` (images, N) or (images, T, N) is as the tower ran."""
+    """The relevancy of the vision tower before a connector, (B, [T,] n): all its tokens of a prompt in order, with zeros after
+    shorter ones. And `fields`, those of `parts`, with its maps: crops of a photo are joined according to the `layouts` of the
+    image tokens. `row` (images, N) or (images, T, N) is as the tower ran."""
     is_image = image_tokens(config, arguments)
     prompts = is_image.nonzero()[:, 0].cpu()
     merged = connector(config, arguments, (row.shape[0], row.shape[-1]), len(prompts))
@@ -153,7 +153,7 @@ def vision_maps(
     vision_fields: dict[str, Any] = {"image": maps, "image_samples": image_samples, "photos": photos, "crops": crops}
     if fields.get("image_samples") == image_samples:
         vision_fields["tower_images"] = {"language": fields["image"]}
-    if len(row) != len(image_samples):
+    if map_prompts != list(range(len(row))) or len(row) != len(is_image):  # not one image a prompt
         owners = torch.tensor(map_prompts)[merged.owners].to(flat.device)
         row = _padded([flat[..., owners == prompt] for prompt in range(len(is_image))])
     return row, vision_fields

@@ -46,9 +46,8 @@ class Explanation(Explained):
     scale them. `explanation[i]` is one sample of the batch.
 
     Args:
-        relevancy: tower -> (B, N), the relevancy vector over all tokens of that tower, special tokens included. A tower that sees
-            one image at a time has (images, N) if prompts hold several; the first tower never has. A tower that sees tiles, or
-            all images at once, has (B, N) with all image tokens of a prompt, and zeros after shorter prompts.
+        relevancy: tower -> (B, N), the relevancy vector over all tokens of that tower, special tokens included. A vision tower
+            has the tokens of all images, or tiles, of a prompt in order, and zeros after shorter prompts.
         image: the patch entries on their grid (B, h, w); (images, h, w) if prompts hold several maps; a tuple of (h, w) if the
             grids differ; None without an image. Maps are in the order of their tokens. An image in tiles has one map of all tiles
             and one of its thumbnail if the places of the tiles are known, else a map per tile. A video has a map per frame.

@@ -161,7 +161,7 @@ def _choices(explanation: Explained, number: int, label: str, words: list[Word],
     def patches_of(maps: Maps | None) -> list[Patch]:
         return [Patch(index, pick(part)) for index, part in maps_of(explanation, maps, number)]
 
-    relevancy = {name: pick(tower_row(explanation, name, number)) for name in explanation.relevancy}
+    relevancy = {name: pick(explanation.without_self(name, number)) for name in explanation.relevancy}
     at_position = {
         name: means(to_array(difference(values[number], explanation.without_self(name, number)).sum(-1)))
         for name, values in explanation.relevancy.items()
@@ -202,14 +202,6 @@ def _sums(values: Array, ranges: Sequence[range], axis: int) -> Array:
         return np.zeros((*values.shape[:axis], 0, *values.shape[axis + 1 :]), values.dtype)
     values = np.take(values, range(ranges[-1].stop), axis)  # the rest is padding for longer texts
     return np.add.reduceat(values, [part.start for part in ranges], axis)
-
-
-def tower_row(explanation: Explained, tower: str, sample: int) -> Tensor:
-    """A tower's entries for one sample, all its images in turn, without what the explained positions give themselves."""
-    values = explanation.relevancy[tower]
-    one_each = len(values) == len(explanation)
-    owners = [sample] if one_each else [i for i, owner in enumerate(explanation.image_samples or []) if owner == sample]
-    return torch.cat([explanation.without_self(tower, i) for i in owners], -1) if owners else torch.zeros_like(values[0])
 
 
 def home(explanation: Explained, *names: str) -> str:

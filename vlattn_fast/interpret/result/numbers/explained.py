@@ -72,6 +72,8 @@ class Explained:
             check_tensor(field, values)
             if values.ndim not in (2, 3) or not values.is_floating_point():
                 raise ValueError(f"{field} must be floating point of shape (B, N) or (B, T, N); got {describe(values)}")
+            if len(values) != len(self):
+                raise ValueError(f"{field} must have {len(self)} samples, as the first tower has; got {len(values)}")
         for name, values in (self.contribution or {}).items():
             if name not in relevancy or values.shape != relevancy[name].shape:
                 raise ValueError(f"contribution[{name!r}] must have the shape of relevancy[{name!r}]; got {describe(values)}")

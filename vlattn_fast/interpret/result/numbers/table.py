@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer, describe
-from vlattn_fast.interpret.result.numbers.choices import Array, Maps, home, maps_of, to_array, tower_row
+from vlattn_fast.interpret.result.numbers.choices import Array, Maps, home, maps_of, to_array
 from vlattn_fast.interpret.result.numbers.explained import Explained
 from vlattn_fast.interpret.result.numbers.rank_correlation import mean_ranks
 
@@ -190,4 +190,4 @@ def _tower_parts(explanation: Explained, sample: int, tower: str, tokens: list[s
     if explanation.regions is not None and tower == home(explanation, "vision", "joint"):
         parts.append(_Part("region", lines(explanation.regions[sample])))
     named = explanation.token_names if tower == next(iter(explanation.relevancy)) else None
-    return parts or [_Part("token", lines(tower_row(explanation, tower, sample)), words=named)]
+    return parts or [_Part("token", lines(explanation.without_self(tower, sample)), words=named)]
