@@ -25,6 +25,7 @@ from tools.model_classes.compare import BOUND, Row, described, score_of
 from tools.tiny_models.shrink import HEADS
 from tools.tiny_models.stored import SOFTMAX
 from vlattn_fast.attach.frozen import Frozen
+from vlattn_fast.attach.observer import Observer
 
 EQUAL = 1e-11  # how far a formula may be from a module's output, as a part of its largest number
 SEEN_CHANGE = 1e-6  # of the gradient, by constant denominators
@@ -275,7 +276,7 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
             expected = gradients(model, inputs)
         if not written.norms:
             return Row("cannot be compared", "it has no norm")
-        with Frozen(model) as frozen:
+        with Observer(model, [frozen := Frozen(model)]):
             got = gradients(model, inputs)
     except Exception as error:
         return Row("cannot be compared", described(error))

@@ -103,25 +103,19 @@ class Subscriber:
     edits: ClassVar[bool] = False  # it changes the attention, as `intervene` does
     of_user: bool = False  # the user runs the edited model, so other observers that only watch are told of its attention
     trains: bool = True  # the model runs as it is, with its dropout
+    sees_all: ClassVar[bool] = False  # it is told of functions that run aside, too, and of runs that others observe
 
     def before_run(self) -> None:
         """The observer is entered; an error prevents it."""
 
     def begins(self, observer: Any) -> Iterator[Callable[[], object]]:
-        """What it attaches to the model itself: yields a function that undoes each step (`Stepwise`)."""
+        """What it attaches to the model itself: yields a function that undoes each step."""
         yield from ()
 
-    def takes_arguments(self, module: nn.Module) -> bool:
-        """Whether `on_arguments` is called for runs of a module."""
-        return False
+    def on_enter(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module begins to run. In a run of `explain` without `kwargs`: torch's hooks of all modules do not get them."""
 
-    def on_arguments(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A module runs with these arguments; after `on_enter`."""
-
-    def on_enter(self, run: ModuleRun, args: tuple[Any, ...]) -> None:
-        """A module begins to run."""
-
-    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], output: Any) -> None:
+    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A module ends; `output` is None if it failed."""
 
     def on_inputs(self, run: ModuleRun, inputs: ScoreAttentionInputs) -> ScoreAttentionInputs:
@@ -143,6 +137,10 @@ class Subscriber:
     def on_lse(self, inputs: ScoreAttentionInputs, lse: Tensor) -> None:
         """score_attention also gave the model this log-sum-exp."""
 
+    def takes_function(self, func: Any) -> bool:
+        """Whether `on_call` is told of this function of torch; asked once a run."""
+        return True
+
     def on_call(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Another function of torch is called; NotImplemented = it runs, else the result that replaces the function's."""
         return NotImplemented
@@ -153,7 +151,8 @@ class Subscriber:
         return 0
 
     def on_result(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Another function of torch gave this result."""
+        """Another function of torch gave this result: a tensor, several, or None. Not of a shape, a dtype or a number, which
+        many calls give."""
 
     def on_recurrence(
         self, run: ModuleRun, reader: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -189,17 +188,17 @@ class _Running:
     """
 
     def __init__(self) -> None:
-        self._set = contextvars.ContextVar[tuple[int, Attends | None]]("vlattn_running", default=(0, None))
+        self.last_set = contextvars.ContextVar[tuple[int, Attends | None]]("vlattn_running", default=(0, None))
 
     def get(self) -> Attends | None:
-        thread, run = self._set.get()
+        thread, run = self.last_set.get()
         return run if thread == threading.get_ident() and run is not None and not run.is_over else None
 
     def set(self, run: Attends | None) -> contextvars.Token[tuple[int, Attends | None]]:
-        return self._set.set((threading.get_ident(), run))
+        return self.last_set.set((threading.get_ident(), run))
 
     def reset(self, token: contextvars.Token[tuple[int, Attends | None]]) -> None:
-        self._set.reset(token)
+        self.last_set.reset(token)
 
 
 RUNNING = _Running()

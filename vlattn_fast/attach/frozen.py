@@ -13,7 +13,6 @@ module around them gives a tensor of its input's shape, as layers and norms do.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,11 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
-from vlattn_fast._ground.attachments import add_hook, add_pre_hook
-from vlattn_fast.attach.events import SCORE_ATTENTION, is_map
-from vlattn_fast.attach.session import Steps, Stepwise, as_mode, named
+from vlattn_fast.attach.events import SCORE_ATTENTION, SOFTMAX, ModuleRun, Subscriber, is_map
+from vlattn_fast.attach.session import named
 from vlattn_fast.ops._sinks import with_sink
 
 _HELD = "vlattn_held"  # a key in the metadata of a node of the graph through which no gradient goes back, or may not
@@ -41,14 +38,15 @@ class _Run:
     runs_others: bool = False
 
 
-class Frozen(Stepwise, TorchFunctionMode):
-    """A context in which the backward pass of `model` treats some values as constants.
+class Frozen(Subscriber):
+    """The constants of the backward pass of an observed run of `model`. Add it to the run's subscribers, or enter
+    `Observer(model, [Frozen(model)])` around runs that have observers of their own.
 
     Args:
-        model: the model; other models that run meanwhile in this thread have their torch functions replaced, too.
+        model: the model.
         norms: the denominators of norms are constants.
         attention: so are attention weights. A run that computes attention itself calls `constant` for queries and keys.
-        trains: the model trains on the same graph: values are constants only while `holds` is set.
+        switches: the model trains on the same graph: values are constants only while `holds` is set.
         similarities: the denominators of vectors of unit length are constants wherever they are.
 
     Attributes:
@@ -56,23 +54,16 @@ class Frozen(Stepwise, TorchFunctionMode):
         missed: the modules that ran, named, that are a norm of another kind, which keeps its derivative.
     """
 
+    sees_all = True
+
     def __init__(
-        self, model: nn.Module, norms: bool = True, attention: bool = False, trains: bool = False, similarities: bool = False
+        self, model: nn.Module, norms: bool = True, attention: bool = False, switches: bool = False, similarities: bool = False
     ) -> None:
-        super().__init__()
-        self.norms, self.attention, self.trains, self.holds = norms, attention, trains, not trains
+        self.norms, self.attention, self._switches, self.holds = norms, attention, switches, not switches
         self.differentiable, self._similarities = False, similarities
-        self._thread, self._runs = threading.get_ident(), list[_Run]()
+        self._runs = list[_Run]()
         self._paths = {module: path for path, module in model.named_modules()} if norms else {}
         self.missed = list[str]()
-
-    def _steps(self) -> Steps:
-        if not (self.norms or self.attention):
-            return
-        yield from as_mode(self)
-        if self.norms:
-            yield add_pre_hook(None, self._enter)
-            yield add_hook(None, self._leave, with_kwargs=True, always_call=True)
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
@@ -85,34 +76,38 @@ class Frozen(Stepwise, TorchFunctionMode):
 
     def constant(self, tensor: Tensor) -> Tensor:
         """The tensor, as a constant of the backward pass."""
-        return self._switched(tensor, None, None) if self.trains else tensor.detach()
+        return self._switched(tensor, None, None) if self._switches else tensor.detach()
 
     def _switched(self, plain: Tensor, x: Tensor | None, norm: _Norm | None) -> Tensor:
         """See `_Switch`. torch.func would take an argument with `__torch_function__` for a tensor."""
         switched: Tensor = _Switch.apply(plain, lambda: self, x, norm)
         return switched
 
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """The result of a function of torch: a norm's with the gradient of a linear function."""
-        kwargs = kwargs or {}
-        if self.norms and func in _NORMS:
+    def takes_function(self, func: Any) -> bool:
+        return (self.norms and func in _NORMS) or (self.attention and func in _ATTENTION)
+
+    def on_call(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a norm with the gradient of a linear function, or of attention with constant weights."""
+        if func in _NORMS:
             return _NORMS[func](self, func, *args, **kwargs)
-        if self.attention and func in (functional.scaled_dot_product_attention, SCORE_ATTENTION):
-            return self._attention(func, *args, **kwargs)
-        if self.attention and func is with_sink:
+        if func is with_sink:
             out, lse, logit = args  # the log-sum-exp has the part of a score that only a sink sees
             return func(out, self.constant(lse), self.constant(logit))
-        result = func(*args, **kwargs)
+        return self._attention(func, *args, **kwargs)
+
+    def on_result(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         node = result.grad_fn if isinstance(result, Tensor) else None
-        if node is not None:
-            kind = node.name().partition("Backward")[0]
-            if self.norms and kind in ("Mul", "Div"):
-                self._find_norm(node, kind)
-            elif self.attention and kind in _SOFTMAX and _is_attention(node, result):
-                self._hold(node)
-        return result
+        if node is None:
+            return
+        kind = node.name().partition("Backward")[0]
+        if self.norms and kind in ("Mul", "Div"):
+            self._find_norm(node, kind)
+        elif self.attention and func in SOFTMAX:  # edits may have changed its shape
+            for each, of_each in _walk(node, _EDITED).items():
+                if of_each in _SOFTMAX and _is_attention(each, result):
+                    self._hold(each)
+        elif self.attention and kind in _SOFTMAX and _is_attention(node, result):
+            self._hold(node)
 
     # --- nodes of the graph ---
 
@@ -145,32 +140,31 @@ class Frozen(Stepwise, TorchFunctionMode):
 
     # --- modules ---
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if threading.get_ident() == self._thread and module in self._paths:
-            self._runs.append(_Run(module))
+    def on_enter(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if run.module in self._paths:
+            self._runs.append(_Run(run.module))
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        runs = self._runs
-        if threading.get_ident() != self._thread or module not in [run.module for run in reversed(runs)]:
+    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        runs, module = self._runs, run.module
+        if module not in [each.module for each in runs]:
             return
-        while (run := runs.pop()).module is not module:  # left by an error, after which the one around it went on
-            runs[-1].lengths += run.lengths
-            runs[-1].others |= run.others
+        while (own := runs.pop()).module is not module:  # left by an error, after which the one around it went on
+            runs[-1].lengths += own.lengths
+            runs[-1].others |= own.others
         around = runs[-1] if runs else _Run(None)
         around.runs_others = True
-        if run.runs_others and not (run.lengths or run.others):
+        if own.runs_others and not (own.lengths or own.others):
             return
-        with torch._C.DisableTorchFunction():
-            first = output[0] if isinstance(output, (tuple, list)) and output else output
-            inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
-            if not isinstance(first, Tensor) or first.shape not in [x.shape for x in inputs]:
-                around.lengths += run.lengths
-                return
-            for root in run.lengths:
-                self._hold(root)
-            starts = {torch.autograd.graph.get_gradient_edge(x).node for x in inputs if x.requires_grad}
-            if not run.others.isdisjoint(starts) or (not run.runs_others and _ends_in_fused_norm(first.grad_fn, starts)):
-                self.missed = [*dict.fromkeys([*self.missed, named(self._paths[module], module)])]
+        first = output[0] if isinstance(output, (tuple, list)) and output else output
+        inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+        if not isinstance(first, Tensor) or first.shape not in [x.shape for x in inputs]:
+            around.lengths += own.lengths
+            return
+        for root in own.lengths:
+            self._hold(root)
+        starts = {torch.autograd.graph.get_gradient_edge(x).node for x in inputs if x.requires_grad}
+        if not own.others.isdisjoint(starts) or (not own.runs_others and _ends_in_fused_norm(first.grad_fn, starts)):
+            self.missed = [*dict.fromkeys([*self.missed, named(self._paths[module], module)])]
 
     # --- calls ---
 
@@ -187,7 +181,7 @@ class Frozen(Stepwise, TorchFunctionMode):
         """func(*args), a norm of x, whose backward pass is that of a linear function."""
         if not (torch.is_grad_enabled() and x.requires_grad):
             return func(*args)
-        if not self.trains:
+        if not self._switches:
             return _Linear.apply(x, norm, func, args)
         return self._switched(func(*args), x, norm)
 
@@ -308,6 +302,7 @@ _NORMS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((functional.rms_norm, torch.rms_norm), _rms_norm),
     **dict.fromkeys((functional.group_norm, torch.group_norm), _group_norm),
 }
+_ATTENTION = (functional.scaled_dot_product_attention, SCORE_ATTENTION, with_sink)
 
 
 # --- the graph of a run ---
@@ -322,6 +317,7 @@ _LINEAR = _ELEMENTWISE | {"Mm", "Addmm"}
 _ROOTS = ("Sqrt", "Rsqrt", "Std", "StdMean", "LinalgVectorNorm")
 _REDUCTIONS = ("Mean", "Sum", "Cumsum", "Amax", "Max")
 _SOFTMAX = ("Softmax", "SafeSoftmax", "MaskedSoftmax", "Exp")
+_EDITED = ("View", "UnsafeView", "MaskedFill")  # what `intervene` does to a softmax
 _FAR = 40  # nodes; a norm has fewer
 
 

@@ -10,16 +10,15 @@ probes, prompt maps and QK-clip are subscribers.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ from vlattn_fast.attach.events import (
     first_argument,
 )
 from vlattn_fast.attach.multihead import heads, joined_masks
-from vlattn_fast.attach.session import Steps, Stepwise, as_mode, overridden, visible
+from vlattn_fast.attach.session import Steps, as_mode, overridden, visible
 from vlattn_fast.attach.written import PRODUCTS, WrittenMaps, WrittenScores
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.ops._groups import bias_arguments
@@ -59,7 +58,7 @@ class _FastPath:
 _FAST_PATH = _FastPath()
 
 
-class Observer(Stepwise, TorchFunctionMode):
+class Observer(TorchFunctionMode):
     """A context in which `subscribers` are told of the runs of `model` in this thread and context.
 
     Args:
@@ -92,21 +91,32 @@ class Observer(Stepwise, TorchFunctionMode):
         self.trains = all(each.trains for each in subscribers)
         self.edits = next((each for each in subscribers if each.edits), None)
         self.of_user = any(each.of_user for each in subscribers)
+        self._sees_all = all(each.sees_all for each in subscribers)
         self._paths, self._starts = ModulePaths(model, within), None if starts is None else {*starts}
         self._changes, self._keeps_order = (keeps_sdpa, further), keeps_order or parts is not None
-        self._told = {name: self._those_with(name) for name in vars(Subscriber) if name.startswith(("on_", "heads_", "takes_"))}
+        self._all, self._seeing_all = _Told(subscribers), _Told([each for each in subscribers if each.sees_all])
+        self._told = self._all  # of functions of torch
         self.maps = WrittenMaps(keeps_graph=self.trains)
         self.runs: list[ModuleRun] = []  # under way, the outermost first
         self._count = 0  # of the runs so far
         self._before_sink: ScoreAttentionInputs | None = None  # of the operator that ran last, if a sink counts next
-        self.is_over, self._is_aside = True, False
+        self.is_over = True
 
-    def _those_with(self, name: str) -> list[Any]:
-        """The methods of this name of the subscribers that define one."""
-        each = [each for each in self._subscribers if getattr(type(each), name) is not getattr(Subscriber, name)]
-        return [getattr(subscriber, name) for subscriber in each]
+    # --- the context, which is entered step by step; leaving undoes the steps that were taken, the last one first ---
 
-    # --- the context ---
+    def __enter__(self) -> Self:
+        ways_back = ExitStack()
+        try:
+            for way_back in self._steps():
+                ways_back.callback(way_back)
+        except BaseException:
+            ways_back.close()
+            raise
+        self._ways_back = ways_back  # not before: entered within itself, it raises, and the outer one has its own
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._ways_back.close()
 
     def _steps(self) -> Steps:
         for subscriber in self._subscribers:
@@ -128,16 +138,12 @@ class Observer(Stepwise, TorchFunctionMode):
         yield from as_mode(self)
         if self.explains:  # torch's global hooks also see modules of other models, which a hook may run
             yield add_pre_hook(None, self._enter_module)
-            yield add_hook(None, self._leave_module, always_call=True)
+            yield add_hook(None, self._leave_module, with_kwargs=True, always_call=True)
         else:  # and warn if a compiled model is called
             for module in self.model.modules():
-                yield add_pre_hook(module, self.hook(self._enter_module))
-                yield add_hook(module, self.hook(self._leave_module), always_call=True)
+                yield add_pre_hook(module, self.hook(self._enter_module), with_kwargs=True)
+                yield add_hook(module, self.hook(self._leave_module), with_kwargs=True, always_call=True)
         for subscriber in self._subscribers:
-            for module in self.model.modules():
-                if subscriber.takes_arguments(module):
-                    hook = self.hook(functools.partial(self._tell_arguments, subscriber))
-                    yield add_pre_hook(module, hook, with_kwargs=True)
             yield from subscriber.begins(self)
 
     def _end(self) -> None:
@@ -153,10 +159,13 @@ class Observer(Stepwise, TorchFunctionMode):
     def is_on(self) -> bool:
         """Whether what runs now is observed: in this thread, and not in a run that began within and belongs to another
         observer."""
-        running = RUNNING.get()
         if self._parts is not None:
-            return running is self
-        return threading.get_ident() == self._thread and (running is None or running is self._around or running.of_user)
+            thread, last = RUNNING.last_set.get()
+            return last is self and thread == threading.get_ident() and not self.is_over
+        if threading.get_ident() != self._thread:
+            return False
+        running = RUNNING.get()
+        return self._sees_all or running is None or running is self._around or running.of_user
 
     def hook(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """The hook of a module, silent in runs that are not observed, and in copies of the model."""
@@ -164,7 +173,7 @@ class Observer(Stepwise, TorchFunctionMode):
 
     # --- modules ---
 
-    def _enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if isinstance(module, _OF_THE_CALLER) or not self.is_on():
             return
         begins_anew = module is self.model and not self.explains and not _runs_within_itself(module)
@@ -181,20 +190,18 @@ class Observer(Stepwise, TorchFunctionMode):
         self._count += 1
         run = ModuleRun(module, path, self._count, begins_anew)
         self.runs.append(run)
-        for on_enter in self._told["on_enter"]:
-            on_enter(run, args)
+        with torch._C.DisableTorchFunction():
+            for on_enter in self._all.on_enter:
+                on_enter(run, args, kwargs or {})
 
-    def _tell_arguments(self, told: Subscriber, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.runs and self.runs[-1].module is module:
-            told.on_arguments(self.runs[-1], args, kwargs)
-
-    def _leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if isinstance(module, _OF_THE_CALLER) or not self.is_on() or all(run.module is not module for run in self.runs):
             return
         while (run := self.runs.pop()).module is not module:
             pass  # left by an error that the model has caught
-        for on_leave in self._told["on_leave"]:
-            on_leave(run, args, output)
+        with torch._C.DisableTorchFunction():
+            for on_leave in self._all.on_leave:
+                on_leave(run, args, kwargs, output)
 
     # --- functions ---
 
@@ -212,44 +219,47 @@ class Observer(Stepwise, TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         # torch takes a mode off for each call, and may put it back after Ctrl-C in a run that has ended
-        if self.is_over or self._is_aside or not self.runs or not self.is_on():
+        if self.is_over or not self.runs or not self.is_on():
             return func(*args, **kwargs)
         run, told = self.runs[-1], self._told
-        takes_calls = bool(told["on_attention"]) and (not told["takes_calls"] or self._takes_calls())
-        if takes_calls and func in _ATTENTION and self._is_told():
-            return func(*args, **kwargs)
-        if takes_calls:
-            if func is functional.scaled_dot_product_attention:
-                return self._sdpa(run, args, kwargs)
-            if func is SCORE_ATTENTION:
-                return self._score_attention(run, ScoreAttentionInputs(*args))
-            if func is with_sink and self._before_sink is not None:
-                return self._with_sink(run, *args)
-            if func is functional.multi_head_attention_forward and self._parts is None:
-                return self._multihead(run, args, kwargs)
+        takes_calls = bool(told.on_attention) and (not told.takes_calls or self._takes_calls())
+        if takes_calls and func in _ATTENTION:
+            attends = self._attention(run, func, args, kwargs)
+            if attends is not None:
+                return attends()
         if func is torch.multinomial and self._keeps_order and _shuffles(run.module, args):
             return torch.arange(len(args[0]), device=args[0].device)
-        return self._other(run, takes_calls, func, args, kwargs)
-
-    def _other(self, run: ModuleRun, takes_calls: bool, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of a function that is not attention, or is a part of attention that is written out by hand."""
         result = NotImplemented
-        for on_call in self._told["on_call"]:
+        for on_call in told.of_function(func) if func not in told.functions else told.functions[func]:
             result = on_call(run, func, args, kwargs)
             if result is not NotImplemented:
                 break
         else:
             result = func(*args, **kwargs)
-        if self.is_over:
+        if self.is_over or not (result is None or isinstance(result, (Tensor, tuple, list))) or isinstance(result, torch.Size):
             return result
         if takes_calls:
-            follow = self._scores if self._parts is None else self._map
-            result = follow(run, func, args, kwargs, result)
-        for on_result in self._told["on_result"]:
+            if self._parts is None:
+                self._scores(run, func, args, kwargs, result)
+            elif func in SOFTMAX or self.maps.are_open:
+                result = self._map(run, func, args, kwargs, result)
+        for on_result in told.on_result:
             on_result(run, func, args, kwargs, result)
         return result
 
     # --- attention calls ---
+
+    def _attention(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+        """What computes the output of an attention function; None = a call like any other."""
+        if func is functional.multi_head_attention_forward:
+            return None if self._parts is not None else lambda: self._multihead(run, args, kwargs)
+        if self._is_told():
+            return lambda: func(*args, **kwargs)
+        if func is functional.scaled_dot_product_attention:
+            return lambda: self._sdpa(run, args, kwargs)
+        if func is SCORE_ATTENTION:
+            return lambda: self._score_attention(run, ScoreAttentionInputs(*args))
+        return None if self._before_sink is None else lambda: self._with_sink(run, *args)
 
     def _sdpa(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sdpa = functional.scaled_dot_product_attention
@@ -263,7 +273,7 @@ class Observer(Stepwise, TorchFunctionMode):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
         """The attention (B, H, N, Dv) of a call that transformers' interface hands over."""
-        if not self._told["on_attention"]:
+        if not self._all.on_attention:
             return attention(query, key, value, masks)
         dropout_p = masks.pop("dropout_p", 0.0)
         event = AttentionEvent(self.runs[-1], query, key, value, masks, (query, key, value), dropout_p)
@@ -319,8 +329,8 @@ class Observer(Stepwise, TorchFunctionMode):
         event = AttentionEvent(run, query, key, None, masks, (of["query"], of["key"], None), of["dropout_p"])
         return self._answer(event, lambda _: forward(*args, **kwargs))
 
-    def _scores(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        """`result`, after the softmax of a module over its own last product has been reported as a call."""
+    def _scores(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Reports the softmax of a module over its own last product as a call."""
         if func in PRODUCTS and isinstance(result, Tensor) and result.ndim == 4:
             right = args[1] if len(args) > 1 else kwargs["other" if "other" in kwargs else "mat2"]
             run.product = WrittenScores(first_argument(args, kwargs), right, result)
@@ -335,13 +345,12 @@ class Observer(Stepwise, TorchFunctionMode):
                     each.on_attention(event, lambda _: result)
         elif run.product is not None:
             run.product.follow(func, args, kwargs, result)
-        return result
 
     def _map(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """`result`, or the output of a call, if `result` is the product of a module's own map with values."""
         if func in SOFTMAX:
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            for heads_of_map in self._told["heads_of_map"]:
+            for heads_of_map in self._all.heads_of_map:
                 if count := heads_of_map(run, result, dim, self.maps.count):
                     self.maps.take(run.path or "", result, None if result.ndim == 4 else count)
                     break
@@ -378,22 +387,45 @@ class Observer(Stepwise, TorchFunctionMode):
     @property
     def recur(self) -> Callable[..., Any] | None:
         """Takes a call of a function in the table of recurrences; None = no subscriber needs it."""
-        return self._recur if self._told["on_recurrence"] else None
+        return self._recur if self._told.on_recurrence else None
 
     def _recur(self, reader: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not (self.is_over or self._is_aside):
-            for on_recurrence in self._told["on_recurrence"]:
+        if not self.is_over:
+            for on_recurrence in self._told.on_recurrence:
                 result = on_recurrence(self.runs[-1], reader, function, args, kwargs)
                 if result is not NotImplemented:
                     return result
         return function(*args, **kwargs)
 
-    def aside(self) -> _Aside:
-        """A context in which nothing is observed; other modes of torch see what runs."""
-        return _Aside(self)
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """A context in which only subscribers that see all are told of functions; other modes of torch see what runs."""
+        before, self._told = self._told, self._seeing_all
+        try:
+            yield
+        finally:
+            self._told = before
 
 
-_ATTENTION = (functional.scaled_dot_product_attention, SCORE_ATTENTION, with_sink)
+class _Told:
+    """The methods of some subscribers, by the event that they are told of."""
+
+    def __init__(self, subscribers: Iterable[Subscriber]) -> None:
+        self._subscribers, self.functions = subscribers, dict[Any, list[Any]]()  # by function of torch: each `on_call`
+        self.on_enter, self.on_leave, self.on_result = self._each("on_enter"), self._each("on_leave"), self._each("on_result")
+        self.on_attention, self.takes_calls = self._each("on_attention"), self._each("takes_calls")
+        self.heads_of_map, self.on_recurrence = self._each("heads_of_map"), self._each("on_recurrence")
+
+    def _each(self, name: str) -> list[Any]:
+        having = (each for each in self._subscribers if getattr(type(each), name) is not getattr(Subscriber, name))
+        return [getattr(subscriber, name) for subscriber in having]
+
+    def of_function(self, func: Any) -> list[Any]:
+        self.functions[func] = [on_call for on_call in self._each("on_call") if on_call.__self__.takes_function(func)]
+        return self.functions[func]
+
+
+_ATTENTION = {functional.scaled_dot_product_attention, functional.multi_head_attention_forward, SCORE_ATTENTION, with_sink}
 _WATCHING: list[Observer] = []  # those that only watch, of all threads
 
 
@@ -434,17 +466,6 @@ class ModulePaths:
         names = [name for name in names if around and name.startswith(f"{around}.")] or names
         self._times[run, module] += 1
         return names[(self._times[run, module] - 1) % len(names)]
-
-
-class _Aside:
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
-
-    def __enter__(self) -> None:
-        self._before, self._observer._is_aside = self._observer._is_aside, True
-
-    def __exit__(self, *error: Any) -> None:
-        self._observer._is_aside = self._before
 
 
 class _Hook:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -242,29 +242,7 @@ def at_rest(model: nn.Module) -> overridden:
 
 # --- a run ---
 
-Steps = Iterator[Callable[[], object]]
-
-
-class Stepwise:
-    """A context that is entered step by step. Leaving undoes the steps that were taken, the last one first."""
-
-    def _steps(self) -> Steps:
-        """Takes the steps; yields a function that undoes each, if possible before the step: Ctrl-C may come in between."""
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        ways_back = contextlib.ExitStack()
-        try:
-            for way_back in self._steps():
-                ways_back.callback(way_back)
-        except BaseException:
-            ways_back.close()
-            raise
-        self._ways_back = ways_back  # not before: entered within itself, it raises, and the outer one has its own
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._ways_back.close()
+Steps = Iterator[Callable[[], object]]  # what undoes each step, if possible before the step: Ctrl-C may come in between
 
 
 def as_mode(mode: TorchFunctionMode) -> Steps:

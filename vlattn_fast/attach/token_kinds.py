@@ -104,12 +104,14 @@ class TokenKinds(Subscriber):
 
     # --- modules ---
 
-    def on_enter(self, run: ModuleRun, args: tuple[Any, ...]) -> None:
+    def on_enter(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if run.begins_anew:
             self._modules.clear()
         self._modules[run] = _Module()
+        if run.module is self._model:
+            self._begin(args, kwargs)
 
-    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], output: Any) -> None:
+    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         module = self._modules.pop(run)
         if module.written:
             add_mark(output, self._mark, module.written, keep=False)
@@ -122,16 +124,13 @@ class TokenKinds(Subscriber):
             if self._finish is not None:
                 self._finish(calls)
 
-    def takes_arguments(self, module: nn.Module) -> bool:
-        return module is self._model
-
-    def on_arguments(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Marks the inputs of a forward pass with their kinds, by their names."""
         self._calls, self._number, self._learns = [], 0, self._needs_graph and torch.is_grad_enabled()
         self._image = {}
         named = list(kwargs.items())
         if args:
-            inner: Any = run.module
+            inner: Any = self._model
             while isinstance(getattr(inner, "_fsdp_wrapped_module", None), nn.Module):  # whose own forward takes *args
                 inner = inner._fsdp_wrapped_module
             names = [name for name in inspect.signature(inner.forward).parameters if name not in ("args", "kwargs")]

@@ -142,9 +142,11 @@ class WrittenMaps:
         self._mark = new_mark("maps")  # of a tensor: the map that it holds, as a bit
         self._maps: list[tuple[str, Tensor | None]] = []  # with the module's path; None = multiplied with its values
         self._changed: set[str] = set()  # modules that use a map otherwise
+        self.are_open = False  # there is one
 
     def take(self, path: str, result: Tensor, heads: int | None = None) -> int:
         """Notes a map of the module at `path`, (B, H, N, M), or (B * H, N, M) of a module with `heads`; returns its number."""
+        self.are_open = True
         add_mark(result, self._mark, 1 << len(self._maps))
         self._maps.append((path, result if heads is None else result.view(-1, heads, *result.shape[-2:])))
         return len(self._maps) - 1
@@ -197,8 +199,6 @@ class WrittenMaps:
 
     def product(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> WrittenProduct | None:
         """The product of a map with values that a function of torch computed, if any."""
-        if not self._maps:
-            return None
         equation, args = _einsum(func, args)
         bits = read_mark((*args, *kwargs.values()), self._mark)
         if not bits or not isinstance(result, (Tensor, tuple, list)) or isinstance(result, torch.Size):

@@ -162,7 +162,7 @@ class RelevancyCapture:
             return forward(*args, **kwargs)
         method = self._new_method()
         arguments = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs}
-        with method.freezing(self._inner), Trace(self._inner, self._request.adapter, method) as trace:
+        with Trace(self._inner, self._request.adapter, method) as trace:
             trace.prepare(arguments)
             find_positions(trace.towers)
             outputs = forward(*args, **kwargs)

@@ -8,7 +8,7 @@ import functools
 import importlib
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,8 +19,16 @@ from torch import Tensor, nn
 import vlattn_fast as va
 from tests.helpers.interpret.cases import CASES, in_double, lively
 from vlattn_fast.attach.frozen import Frozen
+from vlattn_fast.attach.observer import Observer
 
 METHODS = [va.methods.Gradient, va.methods.Weighted, va.methods.GradCam, va.methods.InputGradient, va.methods.Glimpse]
+
+
+@contextlib.contextmanager
+def holding(model: nn.Module, **options: bool) -> Iterator[Frozen]:
+    """A context in which values of the model are constants."""
+    with Observer(model, [frozen := Frozen(model, **options)]):
+        yield frozen
 
 
 class Detached(nn.Module):
@@ -167,7 +175,7 @@ def test_a_softmax_by_any_name_is_attention(name: str, queries: int) -> None:
         return hold(SOFTMAXES[name](query[:, :, :queries] @ key.mT)) @ value
 
     x.requires_grad_()
-    with Frozen(nn.Identity(), norms=False, attention=True):
+    with holding(nn.Identity(), norms=False, attention=True):
         output = attends(x)
         over_heads = (x[:, :, :1] @ x.mT).softmax(1) + x.exp()
     grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (over_heads, (x[:, :, :1] @ x.mT).softmax(1) + x.exp())]
@@ -184,7 +192,7 @@ def test_written_norms_and_maps_are_constants_of_a_training_only_while_asked() -
         y = WRITTEN["power"](x, hold)
         return hold((y @ x.detach().mT).softmax(-1)) @ y
 
-    with Frozen(nn.Identity(), attention=True, trains=True) as frozen:
+    with holding(nn.Identity(), attention=True, switches=True) as frozen:
         trained = output()
     plain, constant, before = (
         torch.autograd.grad(y, x, cotangent, retain_graph=True)[0] for y in (output(), output(Tensor.detach), trained)
@@ -299,7 +307,7 @@ def test_norms_are_found_by_what_they_compute() -> None:
     model = nn.ModuleDict({"gated": Gated(12), "largest": ByLargest(), "squash": Squash(), "power": ByPower(), "gelu": nn.GELU()})
     x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
     gate, cotangent = torch.randn(3, 12).double(), torch.randn(3, 12).double()
-    with Frozen(model) as frozen:
+    with holding(model) as frozen:
         gated, powered, squashed = model["gated"](x, gate), model["power"](x), model["squash"](x)
         model["largest"](model["gelu"](x))
     assert frozen.missed == ["'largest' (ByLargest)"]
@@ -379,7 +387,7 @@ def test_a_written_norm_has_a_constant_denominator(name: str, place: str) -> Non
     torch.manual_seed(0)
     model = Written(name, 12 if place == "layer" else 0).eval()
     x, cotangent = torch.randn(2, 3, 12, dtype=torch.float64).requires_grad_(), torch.randn(2, 3, 12, dtype=torch.float64)
-    with Frozen(model) as frozen:
+    with holding(model) as frozen:
         output = model(x)
     expected = model(x, Tensor.detach)
     assert torch.equal(output, model(x)) and not frozen.missed
@@ -418,7 +426,7 @@ def test_a_layer_holds_the_lengths_of_its_parts() -> None:
     """Of those that give tensors of another shape; what another thread runs meanwhile is no part."""
     torch.manual_seed(0)
     model, x = Doubles(), torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
-    with Frozen(model):
+    with holding(model):
         output = model(x)
     grads = [torch.autograd.grad(y.sum(), x)[0] for y in (output, model(x, Tensor.detach))]
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
@@ -444,7 +452,7 @@ class Catches(nn.Module):
 
 def test_a_module_may_go_on_after_an_error_and_norms_of_weights_keep_their_derivative() -> None:
     model, x = Catches(), torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
-    with Frozen(model):
+    with holding(model):
         output = model(x)
     grads = [torch.autograd.grad(y.sum(), (x, model.weight)) for y in (output, model(x, Tensor.detach))]
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
@@ -455,10 +463,10 @@ def test_nothing_of_a_run_is_kept_for_another() -> None:
     off, on = Written("power", switched_off=True), Written("power").eval()
     with torch.device("meta"):
         x = torch.randn(2, 3, 12, dtype=torch.float16, requires_grad=True)
-        with Frozen(off):
+        with holding(off):
             off(x)
     x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
-    with Frozen(on):
+    with holding(on):
         output = on(x)
     (grad,) = torch.autograd.grad(output, x, output.detach())
     torch.testing.assert_close((grad * x).sum(), output.square().sum())
@@ -484,7 +492,7 @@ def test_the_vectors_of_a_similarity_are_no_norm(norm: bool) -> None:
     """They belong to the score. A root of a mean of squares is a norm's wherever it is."""
     torch.manual_seed(0)
     model, x = Similar(norm), torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
-    with Frozen(model) as frozen:
+    with holding(model) as frozen:
         output = model(x)
     assert not frozen.missed
     grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (output, model(x, Tensor.detach))]
@@ -534,7 +542,7 @@ def test_what_is_not_held_is_named_and_other_products_are_not_norms() -> None:
         {"fused": Fused(), "instance": nn.InstanceNorm1d(4), "batch": nn.BatchNorm1d(4), "gates": Gates()}
     ).eval()
     x = torch.randn(2, 4, 6, requires_grad=True)
-    with Frozen(model) as frozen:
+    with holding(model) as frozen:
         outputs = [module(nn.functional.dropout(model["fused"](x))) for module in model.values()]
         gated = model["gates"](x)
     assert frozen.missed == ["'fused' (Fused)", "'instance' (InstanceNorm1d)"] and len(outputs) == 4
@@ -556,7 +564,7 @@ def test_functions_of_torch(groups: int) -> None:
     ]
     for call in calls:
         plain = call()
-        with Frozen(nn.Identity()):
+        with holding(nn.Identity()):
             output = call()
         assert torch.equal(plain, output)
         (grad,) = torch.autograd.grad(output, x, cotangent)
@@ -571,7 +579,7 @@ def test_roots_outside_of_modules() -> None:
     x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
     cotangent = torch.randn(3, 12, dtype=torch.float64)
     for divided in (lambda: x / x.norm(dim=-1, keepdim=True), lambda: nn.functional.normalize(x, dim=-1)):
-        with Frozen(nn.Identity(), similarities=True):
+        with holding(nn.Identity(), similarities=True):
             output = divided()
             assert torch.equal(torch.pow(x, torch.full_like(x, 2.0)), x * x)
         (grad,) = torch.autograd.grad(output, x, cotangent)
@@ -648,7 +656,7 @@ def test_a_model_may_write_into_what_a_norm_gives() -> None:
 
 def test_norms_of_torch_with_all_their_arguments() -> None:
     x = torch.randn(2, 4, 3)
-    with Frozen(nn.Identity()):
+    with holding(nn.Identity()):
         assert torch.equal(torch.layer_norm(x, [3], cudnn_enable=False), nn.functional.layer_norm(x, [3]))
         assert torch.equal(torch.group_norm(x, 2, cudnn_enabled=False), nn.functional.group_norm(x, 2))
 
@@ -693,7 +701,7 @@ def test_norms_of_transformers(name: str) -> None:
     norm = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), kind)(*arguments)
     model, x = nn.Sequential(norm), torch.randn(shape, requires_grad=True)
     cotangent = torch.randn(shape)
-    with Frozen(model) as frozen:
+    with holding(model) as frozen:
         output = model(x)
     assert not frozen.missed
     (grad,) = torch.autograd.grad(output, x, cotangent)
@@ -709,7 +717,7 @@ def test_a_batch_norm_is_none() -> None:
     detr = importlib.import_module("transformers.models.detr.modeling_detr")
     model = nn.Sequential(detr.DetrFrozenBatchNorm2d(4), nn.Dropout(), nn.SiLU())
     x = torch.randn(1, 4, 2, 2, requires_grad=True)
-    with Frozen(model) as frozen:
+    with holding(model) as frozen:
         outputs = model(x)
     assert outputs.requires_grad and not frozen.missed
 
@@ -726,7 +734,7 @@ def test_a_score_beside_a_sink_is_constant() -> None:
             nn.init.normal_(parameter)
     x = torch.randn(2, 5, 8).double().requires_grad_()
     for attention in (True, False):
-        with Frozen(layer, norms=False, attention=attention):
+        with holding(layer, norms=False, attention=attention):
             output = layer(x)[:, 0, 1].sum()
             (grad,) = torch.autograd.grad(output, x)
         assert torch.allclose((grad * x).sum(), output, rtol=1e-9) == attention

@@ -50,7 +50,7 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
         _check_images(model.config, arguments)
         adapter = replace(adapter, towers=(*adapter.towers, vision_tower))
     request.method.finds_position, request.method.n_vectors = request.position is None, _n_vectors(request, prompt)
-    with request.method.freezing(model), _TRACES[request.method.needs](model, adapter, request.method) as trace:
+    with _TRACES[request.method.needs](model, adapter, request.method) as trace:
         if callable(request.target) or rewrites_forward(model):
             find_positions(trace.towers)
         vision = None if vision_tower is None else trace.towers[-1]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.attachments import add_hook
+from vlattn_fast._ground.attachments import add_hook, add_pre_hook
 from vlattn_fast._ground.groups import mask_of_groups
 from vlattn_fast._ground.tensors import joined
 from vlattn_fast.attach.events import RUNNING, SOFTMAX, Attend, AttentionEvent, ModuleRun, Subscriber, edits_of, first_argument
@@ -63,11 +63,11 @@ class EditedCalls(Subscriber):
             module = self.model.get_submodule(first.call.path)
             self._firsts.setdefault(module, []).append((tower, self._of_modules[module].index(first)))
         self._states: dict[nn.Module, list[StatePlan]] = {}
-        self._entries: dict[nn.Module, StatePlace] = {}  # by first layer of a tower, which may not attend: its state
+        self.entries: dict[nn.Module, StatePlace] = {}  # by first layer of a tower, which may not attend: its state
         self._sizes: dict[TracedTower, tuple[int, int]] = {}  # (B, N) of the states of this run
         for state_plan in plans.states.values():
             self._states.setdefault(self.model.get_submodule(state_plan.place.path), []).append(state_plan)
-            self._entries[self.model.get_submodule(state_plan.entry.path)] = state_plan.entry
+            self.entries[self.model.get_submodule(state_plan.entry.path)] = state_plan.entry
         self._numbers: dict[nn.Module, int] = {}  # of the call that a module makes next
         self._state_runs: dict[nn.Module, int] = {}  # of each module with edited states, in this pass
         self._entry_runs: dict[nn.Module, int] = {}  # of each tower's first layer, likewise
@@ -118,13 +118,9 @@ class EditedCalls(Subscriber):
         plainly.__enter__()
         yield from self.hooks_on_states(observer)
 
-    def begins_tower(self, module: nn.Module) -> bool:
-        """Whether a module is the first layer of a tower with edited states."""
-        return module in self._entries
-
     def enter_tower(self, module: nn.Module, arguments: Sequence[Any]) -> None:
         """Notes how many tokens a tower's cache and its states have, if the module is its first layer."""
-        if (place := self._entries.get(module)) is not None:
+        if (place := self.entries.get(module)) is not None:
             run, runs = place.run
             number = self._entry_runs[module] = self._entry_runs.get(module, -1) + 1
             if number % runs != run:  # a model that runs its layers again has filled its cache meanwhile
@@ -160,27 +156,21 @@ class EditedCalls(Subscriber):
 
     # --- modules ---
 
-    def on_enter(self, run: ModuleRun, args: tuple[Any, ...]) -> None:
-        if run.module is self.model:  # the run before may have ended in an error
-            self._begin_pass()
+    def on_enter(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert run.module is not None
         if run.begins_anew:
             self._attending = []
         if run.module in self._of_modules:
             self._attending.append(_Attending(run.module))
-
-    def takes_arguments(self, module: nn.Module) -> bool:
-        return module is self.model or module in self._firsts or self.begins_tower(module)
-
-    def on_arguments(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert run.module is not None
-        if run.module is self.model:
+        if run.module is self.model:  # the run before may have ended in an error
+            self._begin_pass()
             self._is_part = self._takes_part(kwargs.get("input_ids", args[0] if args else None), _cached(kwargs.values()))
         self.enter_tower(run.module, (*args, *kwargs.values()))
         for tower, number in self._firsts.get(run.module, ()):
             if self._numbers[run.module] == number:  # a model that runs its layers again has filled its cache meanwhile
                 self._cached[tower] = _cached((*args, *kwargs.values()))
 
-    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], output: Any) -> None:
+    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if run.module not in self._of_modules or not self._attending:
             return
         attending, plans = self._attending.pop(), self._of_modules[run.module]
@@ -357,14 +347,12 @@ class ExplainedEdits(Subscriber):
 
     def begins(self, observer: Observer) -> Steps:
         yield self._edits.count_anew()  # a hook of the edited model may explain it
+        for module in self._edits.entries:
+            yield add_pre_hook(module, observer.hook(self._enter), with_kwargs=True)
         yield from self._edits.hooks_on_states(observer)
 
-    def takes_arguments(self, module: nn.Module) -> bool:
-        return self._edits.begins_tower(module)
-
-    def on_arguments(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert run.module is not None
-        self._edits.enter_tower(run.module, (*args, *kwargs.values()))
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._edits.enter_tower(module, (*args, *kwargs.values()))
 
     def on_attention(self, event: AttentionEvent, attend: Attend) -> Tensor:
         plan = None if event.run.path is None else self._edits.next_plan(event.run.module or self._edits.model)

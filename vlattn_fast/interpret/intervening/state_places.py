@@ -175,10 +175,7 @@ class _Notes(Subscriber):
         yield plainly.__exit__
         plainly.__enter__()
 
-    def takes_arguments(self, module: nn.Module) -> bool:
-        return True
-
-    def on_arguments(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def on_enter(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert run.module is not None
         self._runs[run.module] += 1
         if not self._under_way and run.module not in self._towers:
@@ -200,7 +197,7 @@ class _Notes(Subscriber):
             problem = "is attention and no layer, since the next one does not take its output"
             self._found[before.module][-1].update({(kind, tower): problem for kind in KINDS})
 
-    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], output: Any) -> None:
+    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if all(ran.module is not run.module for ran in self._under_way):
             return
         while (ran := self._under_way.pop()).module is not run.module:

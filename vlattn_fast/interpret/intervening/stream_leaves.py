@@ -116,8 +116,8 @@ def run_with_leaves(plans: Plans, tower: TracedTower, what: str, last: ModelCall
     mixing = {model.get_submodule(path): f"mixer {number}" for of, number, path in traced.mixing if of is tower}
     gated = {model.get_submodule(plan.call.path) for plan in attending}
     stream = _Stream(leaves, model, entry_of(plans.state_places, tower, what), mixing, gated)
-    observer = Observer(model, [EditedCalls(plans), stream], parts=traced.roots)
-    with torch.inference_mode(False), torch.enable_grad(), frozen, observer, contextlib.suppress(_Found):
+    observer = Observer(model, [EditedCalls(plans), stream, frozen], parts=traced.roots)
+    with torch.inference_mode(False), torch.enable_grad(), observer, contextlib.suppress(_Found):
         leaves.outputs = model(**traced.arguments)
     if frozen.missed:
         raise ValueError(f"model must have norms that {what} can hold fixed; got {', '.join(frozen.missed[:3])}")

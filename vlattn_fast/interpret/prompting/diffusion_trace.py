@@ -74,12 +74,11 @@ class TextAttention(Subscriber):
     def on_end(self) -> None:
         self._modules.clear()
 
-    def takes_arguments(self, module: nn.Module) -> bool:
-        return module is self.model or next(module.children(), None) is not None
-
-    def on_arguments(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def on_enter(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         module = run.module
         assert module is not None
+        if module is not self.model and next(module.children(), None) is None:
+            return
         if module is self.model:
             self._begin(args, kwargs)
         first = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
@@ -114,7 +113,7 @@ class TextAttention(Subscriber):
                 frames, height, width = images[0]
                 self._packed = (height, width) if frames == 1 else None, sum(f * h * w for f, h, w in images)
 
-    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], output: Any) -> None:
+    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         while self._modules and self._modules[-1].run.number > run.number:
             self._modules.pop()  # left by an error that the model has caught
         if not self._modules or self._modules[-1].run is not run:

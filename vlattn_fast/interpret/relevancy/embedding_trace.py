@@ -80,8 +80,8 @@ class EmbeddingTrace(Subscriber):
         self._dims: dict[str, int | None] = {}  # of the features of each input, as an earlier run found them
         self._mark = new_mark("input")  # of a tensor: the input that it is from, and which entry of it each position holds
         # Attention is frozen at its calls of torch's and this package's functions.
-        is_frozen = method.frozen is not None and method.frozen.attention
-        self._observer = Observer(model, [self], parts=[model] if is_frozen else [])
+        frozen = method.freezing(model)
+        self._observer = Observer(model, [self, *frozen], parts=[model] if any(each.attention for each in frozen) else [])
 
     def __enter__(self) -> Self:
         self._observer.__enter__()
@@ -146,18 +146,27 @@ class EmbeddingTrace(Subscriber):
             return (*args[:number], passed, *args[number + 1 :]), kwargs
         return args, {**kwargs, number: passed}
 
-    def on_call(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Follows inputs of a model without an adapter to the function that embeds them."""
+    def _source(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The argument of a function that holds an input, if any."""
         several = func in (torch.where, Tensor.__setitem__)
-        source = next((x for x in (args if several else (*args, kwargs.get("input"))[:1]) if hasattr(x, self._mark)), None)
-        if source is None:
-            return NotImplemented
+        return next((x for x in (args if several else (*args, kwargs.get("input"))[:1]) if hasattr(x, self._mark)), None)
+
+    def takes_function(self, func: Any) -> bool:
+        return func is functional.embedding
+
+    def on_call(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The function that embeds an input of a model without an adapter."""
+        source = self._source(func, args, kwargs)
+        return NotImplemented if source is None else self._looked_up(*getattr(source, self._mark), func(*args, **kwargs))
+
+    def on_result(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Follows inputs of a model without an adapter to the function that embeds them."""
+        source = self._source(func, args, kwargs)
+        if source is None or func is functional.embedding:
+            return
         of, numbers = getattr(source, self._mark)
         if func is functional.conv1d:
             self._note_convolution(of, numbers)
-        result = func(*args, **kwargs)
-        if func is functional.embedding:
-            return self._looked_up(of, numbers, result)
         into = args[0] if func is Tensor.__setitem__ else result
         try:
             moved = self._numbers_after(func, args, kwargs, source, into)
@@ -168,7 +177,6 @@ class EmbeddingTrace(Subscriber):
                 setattr(part, self._mark, (of, part_numbers))
             elif part is source:
                 delattr(part, self._mark)
-        return result
 
     def _numbers_after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], source: Tensor, result: Any) -> Any:
         """The numbers of the result of a function; None = it does not hold the input any more."""

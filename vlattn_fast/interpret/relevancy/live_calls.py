@@ -60,13 +60,17 @@ class LiveCalls(Method):
 
     # --- the forward pass ---
 
-    def freezing(self, model: nn.Module) -> Frozen:
+    def freezing(self, model: nn.Module) -> list[Frozen]:
         frozen = super().freezing(model)
-        frozen.differentiable = self.higher_order
+        for each in frozen:
+            each.differentiable = self.higher_order
         return frozen
 
     def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], within_run: Callable[[Hook], Hook]) -> Iterator[Any]:
         yield from self.formula.hooks(model, towers, within_run)
+
+    def follows(self, func: Any) -> bool:
+        return self.formula.follows(func)
 
     def follow(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], last_tower: Callable[[Tensor, Tensor], TowerTrace | None]

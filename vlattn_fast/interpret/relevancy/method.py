@@ -184,10 +184,10 @@ class Method:
         self.frozen: Frozen | None = None  # the constants of the backward pass
         self.remarks: list[str] = []
 
-    def freezing(self, model: nn.Module) -> Frozen:
-        """The context of a run in whose backward pass `freeze` holds something constant."""
+    def freezing(self, model: nn.Module) -> list[Frozen]:
+        """What holds the constants of a run's backward pass, if `freeze` names any."""
         self.frozen = Frozen(model, NORMS in self.freeze, ATTENTION in self.freeze, self.trains)
-        return self.frozen
+        return [self.frozen] if self.freeze else []
 
     def for_call(self) -> Self:
         """The method for one call of `explain`, with the same options."""
@@ -308,12 +308,16 @@ class Method:
         """`output` without the graph that made it. A gradient at it may name the explained position."""
         return output.detach().requires_grad_(self.finds_position and tower.gradients.finds_position)
 
+    def follows(self, func: Any) -> bool:
+        """Whether `follow` gets the calls of this function of torch."""
+        return False
+
     def follow(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], last_tower: Callable[[Tensor, Tensor], TowerTrace | None]
     ) -> Any:
-        """The result of a call of torch in parallel to attention. `last_tower` takes two tensors and gives the tower through
-        whose last attention the first one came, and the second did not."""
-        return func(*args, **kwargs)
+        """The result of a call of torch in parallel to attention; NotImplemented = as it is. `last_tower` takes two tensors and
+        gives the tower through whose last attention the first one came, and the second did not."""
+        return NotImplemented
 
     # --- the backward pass ---
 

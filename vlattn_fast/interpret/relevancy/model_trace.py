@@ -81,7 +81,6 @@ class Trace(Subscriber):
         self._convolutions: dict[int, tuple[Reading, Tensor]] = {}  # by the module's run: the last one, and its output
         self._convolved = set[int]()  # the runs of modules that called torch's convolution themselves
         self._key_mark = new_mark("keys")  # of a tensor: the towers whose self-attention took it for its keys, as bits
-        self._follows = type(method).follow is not Method.follow  # most methods do not
         roots = [submodule(model, tower.path, tower) for tower in adapter.towers]
         if self.finds_towers:
             roots = [model.get_submodule(adapter.within)]
@@ -89,7 +88,7 @@ class Trace(Subscriber):
         check_rules(model, within, mixers=method.needs_mixer_rules)
         edits = None if self.trains else edits_of(model)
         mixers = itertools.chain.from_iterable(map(replacements, roots))
-        subscribers = [self] if edits is None else [edits.for_explained_run(), self]
+        subscribers = [*method.freezing(model), *(() if edits is None else [edits.for_explained_run()]), self]
         self.observer = Observer(model, subscribers, parts=roots, within=adapter.within, keeps_sdpa=self.trains, further=mixers)
 
     def __enter__(self) -> Self:
@@ -114,12 +113,12 @@ class Trace(Subscriber):
         self._marks.forget()
         self.moves.forget()
 
-    def on_enter(self, run: ModuleRun, args: tuple[Any, ...]) -> None:
+    def on_enter(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if run.path is not None:
             self._ran.add(run.path)
             self._marks.enter(run.path, args)
 
-    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], output: Any) -> None:
+    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._convolutions.pop(run.number, None)
         first = output[0] if isinstance(output, tuple) else output
         frozen = self.method.frozen
@@ -140,6 +139,10 @@ class Trace(Subscriber):
                     f"{tuple(first.shape)} in {place}, and no published rule joins several attentions over the same tokens"
                 )
 
+    def takes_function(self, func: Any) -> bool:
+        named = func in (functional.conv1d, functional.multi_head_attention_forward)
+        return named or getattr(func, "__name__", None) == "flex_attention" or self.method.follows(func)
+
     def on_call(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is functional.conv1d:
             self._convolved.add(run.number)
@@ -153,7 +156,7 @@ class Trace(Subscriber):
             raise ValueError(
                 f"model must call attention through scaled_dot_product_attention; got flex_attention in '{run.path}'"
             )
-        return self.method.follow(func, args, kwargs, self._last_tower) if self._follows else NotImplemented
+        return self.method.follow(func, args, kwargs, self._last_tower)
 
     def heads_of_map(self, run: ModuleRun, probabilities: Tensor, dim: Any, number: int) -> int:
         path = run.path
@@ -168,8 +171,6 @@ class Trace(Subscriber):
         return heads if probabilities.ndim == 4 or (heads and len(probabilities) % heads == 0) else 0
 
     def on_result(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
-            return  # a shape, a dtype, a number: many of the calls
         calls = self._marks.hand_on(func, args, kwargs, result)
         if run.path is not None:
             self.moves.follow(func, args, kwargs, result, run.path)

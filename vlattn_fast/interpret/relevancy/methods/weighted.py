@@ -120,13 +120,16 @@ class Weighted(GradientMethod):
         sums.waits, sums.carries, sums.number, sums.branch, sums.partial = True, carries, self._calls, None, None
         self._calls += 1
 
+    def follows(self, func: Any) -> bool:
+        return getattr(func, "__name__", "").strip("_") in _SUMS
+
     def follow(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], last_tower: Callable[[Tensor, Tensor], TowerTrace | None]
     ) -> Any:
         """The result of a function of torch; the terms of a residual sum get their weights."""
         terms = [arg for arg in args if isinstance(arg, Tensor)]
-        if kwargs or len(args) != 2 or len(terms) != 2 or getattr(func, "__name__", "").strip("_") not in _SUMS:
-            return func(*args, **kwargs)
+        if kwargs or len(args) != 2 or len(terms) != 2:
+            return NotImplemented
         for added, stream in (terms, terms[::-1]):
             tower = last_tower(added, stream)
             sums = None if tower is None else self.cached.get(tower)
@@ -137,7 +140,7 @@ class Weighted(GradientMethod):
                 sums.branch, sums.partial = branch, func(*args)
                 return sums.partial
             if func is Tensor.add_ and added is args[0]:  # the model goes on with this tensor
-                return func(*args)
+                return NotImplemented
             positions = (
                 tower.positions.locate_states(stream) if tower.positions.reorders and sums.carries and not self.trains else None
             )
@@ -146,7 +149,7 @@ class Weighted(GradientMethod):
                     stream, branch = stream.detach(), branch.detach()
                 weighed = self._weigh(tower, sums, stream, branch, added, positions)
             return func(*(weighed if arg is added else arg for arg in args))
-        return func(*args)
+        return NotImplemented
 
     def _weigh(
         self, tower: TowerTrace, sums: _Sums, stream: Tensor, branch: Tensor, added: Tensor, positions: Tensor | None
