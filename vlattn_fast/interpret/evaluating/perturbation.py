@@ -151,49 +151,87 @@ def _masked(pixels: Tensor, sizes: list[tuple[int, int]], grids: list[tuple[int,
 def split(adapter: Adapter | None, inputs: Mapping[str, Any], count: int, shown: Any, words: Words | None) -> list[Sample]:
     """A batch of `count` samples, one by one. `shown`, an explanation of it or, for a model without an adapter, any object with
     `.image`, tells grids and towers. `words`: see `evaluate`."""
-    image, owners = getattr(shown, "image", None), getattr(shown, "image_samples", None)
-    grids = [tuple(part.shape[-2:]) for part in image] if image is not None else []
-    owners = list(range(len(grids))) if owners is None else owners
-    text, inner = _shown_words(adapter, inputs, shown), _inner_words(adapter, inputs)
-    texts = [mask for mask in (text, inner) if mask is not None]  # as `.text` may have them
-    removable = texts[0] & texts[-1] if texts else None
-    if removable is not None and words is not None:
-        removable = _asked(words, inputs, text if adapter is None else removable)
-        texts += [removable] if adapter is None else []
-    if adapter is not None and removable is not None and adapter.towers and adapter.answers == "input_ids":
-        rule = adapter.towers[0].rule
-        if rule is not None and rule.token is not None and rule.asks:  # without these words another question would be asked
-            asking = rule.token(adapter.scoring.kind(inputs, (removable.shape[0], removable.shape[1])))
-            removable = removable if asking is None else removable.scatter(1, asking[:, None].cpu(), False)
-    region_boxes, pixels = getattr(shown, "boxes", None), inputs.get("pixel_values")
-    if grids and not _fit(pixels, grids, [list(owners).count(number) for number in range(count)], inputs):
-        grids = []
-    pictures = _images_of_maps(grids, len(pixels)) if grids and isinstance(pixels, Tensor) and pixels.ndim == 4 else None
-    problem = None
-    if not grids and count > 1 and isinstance(pixels, Tensor) and pixels.shape[0] not in (1, count):
-        problem = (
-            "inputs must be of one sample if it is unknown which pixel_values, such as tiles of images, belong to which; "
-            f"got {count} samples and pixel_values {tuple(pixels.shape)}. Pass them one by one in dataset"
-        )
-    samples = []
+    texts, pictures = _Texts.of(adapter, inputs, shown, words), _Pictures.of(inputs, count, shown)
+    filled = adapter is not None and adapter.names != NAMES  # its positions are those of the longest text
+    samples, region_boxes = [], getattr(shown, "boxes", None)
     for number in range(count):
-        images = [index for index, owner in enumerate(owners) if owner == number] if grids else None
-        regions = _real_regions(inputs, number)
-        own_grids = [grids[index] for index in images] if images else None
-        boxes = None
+        (grids, images), regions, boxes = pictures.of_sample(number), _real_regions(inputs, number), None
         if regions is not None and region_boxes is not None:
             boxes = region_boxes[number].cpu().double()[regions]
-        elif own_grids is not None and len(own_grids) == 1:
-            boxes = grid_entries(*own_grids[0])
-        columns = None if removable is None else removable[number].nonzero()[:, 0]
-        shown_entries = None if text is None or columns is None else text[number].cumsum(0)[columns] - 1
-        entries = {} if columns is None else _entries(texts, number, columns)
-        rows = images if images is None or pictures is None else [row for index in images for row in pictures[index]]
-        rows = None if isinstance(pixels, Tensor) and pixels.ndim == 5 else rows  # images of a sample are next to one another
-        single = _sample_inputs(inputs, number, count, rows)
-        filled = adapter is not None and adapter.names != NAMES  # its positions are those of the longest text
-        samples.append(Sample(single, columns, shown_entries, entries, own_grids, regions, boxes, problem, filled))
+        elif grids is not None and len(grids) == 1:
+            boxes = grid_entries(*grids[0])
+        single = _sample_inputs(inputs, number, count, images)
+        samples.append(Sample(single, *texts.of_sample(number), grids, regions, boxes, pictures.problem(count), filled))
     return samples
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The words of a batch, masks bool (B, N) over the columns of `input_ids`."""
+
+    shown: Tensor | None  # as an explanation's `.text` has them
+    removable: Tensor | None  # None without text
+    widths: list[Tensor]  # all that a vector of `.text` may be over
+
+    @classmethod
+    def of(cls, adapter: Adapter | None, inputs: Mapping[str, Any], shown: Any, words: Words | None) -> _Texts:
+        text = _shown_words(adapter, inputs, shown)
+        masks = [mask for mask in (text, _inner_words(adapter, inputs)) if mask is not None]
+        if not masks:
+            return cls(text, None, [])
+        removable = masks[0] & masks[-1]
+        if words is not None:
+            removable = _asked(words, inputs, text if adapter is None else removable)
+            masks += [removable] if adapter is None else []
+        rule = adapter.towers[0].rule if adapter is not None and adapter.towers and adapter.answers == "input_ids" else None
+        if adapter is not None and rule is not None and rule.token is not None and rule.asks:
+            # without these words another question would be asked
+            asking = rule.token(adapter.scoring.kind(inputs, (removable.shape[0], removable.shape[1])))
+            removable = removable if asking is None else removable.scatter(1, asking[:, None].cpu(), False)
+        return cls(text, removable, masks)
+
+    def of_sample(self, number: int) -> tuple[Tensor | None, Tensor | None, dict[int, list[Tensor]]]:
+        """`words`, `shown_entries` and `entries` of a `Sample`."""
+        if self.removable is None:
+            return None, None, {}
+        columns = self.removable[number].nonzero()[:, 0]
+        shown = None if self.shown is None else self.shown[number].cumsum(0)[columns] - 1
+        return columns, shown, _entries(self.widths, number, columns)
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """The maps of a batch, and the images in `pixel_values` that they belong to."""
+
+    grids: list[tuple[int, int]]  # (h, w) of each map
+    owners: Sequence[int]  # the sample of each map
+    images: list[list[int]] | None  # the images of each map; None if patches cannot be removed
+    pixels: Any
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any], count: int, shown: Any) -> _Pictures:
+        image, owners, pixels = getattr(shown, "image", None), getattr(shown, "image_samples", None), inputs.get("pixel_values")
+        grids = [] if image is None else [tuple(part.shape[-2:]) for part in image]
+        owners = list(range(len(grids)) if owners is None else owners)
+        images = _images(pixels, grids, [owners.count(number) for number in range(count)], inputs) if grids else None
+        return cls(grids, owners, images, pixels)
+
+    def of_sample(self, number: int) -> tuple[list[tuple[int, int]] | None, list[int] | None]:
+        """Grids and images of a sample. None without; and without images if its row of `pixel_values` has them."""
+        if self.images is None:
+            return None, None
+        maps = [index for index, owner in enumerate(self.owners) if owner == number]
+        images = None if self.pixels.ndim == 5 else [row for index in maps for row in self.images[index]]
+        return [self.grids[index] for index in maps] or None, images
+
+    def problem(self, count: int) -> str | None:
+        """Why the model cannot run on a sample of `count` by itself."""
+        if self.images is not None or not isinstance(self.pixels, Tensor) or count == 1 or self.pixels.shape[0] in (1, count):
+            return None
+        return (
+            "inputs must be of one sample if it is unknown which pixel_values, such as tiles of images, belong to which; "
+            f"got {count} samples and pixel_values {tuple(self.pixels.shape)}. Pass them one by one in dataset"
+        )
 
 
 def _asked(words: Words, inputs: Mapping[str, Any], text: Tensor | None) -> Tensor:
@@ -241,23 +279,24 @@ def _entries(texts: list[Tensor], number: int, columns: Tensor) -> dict[int, lis
     return by_width
 
 
-def _fit(pixels: Any, grids: list[tuple[int, int]], counts: list[int], inputs: Mapping[str, Any]) -> bool:
-    """Whether patches can be told apart in `pixel_values`, of which each sample has `counts` maps. ValueError for an image that
-    is not a whole number of patches."""
+def _images(pixels: Any, grids: list[tuple[int, int]], counts: list[int], inputs: Mapping[str, Any]) -> list[list[int]] | None:
+    """The numbers of the images in `pixel_values` that each map belongs to; None if their patches cannot be told apart. Each
+    sample has `counts` maps. ValueError for an image that is not a whole number of patches."""
     if not isinstance(pixels, Tensor):
-        return False
+        return None
     if pixels.ndim == 2:
-        return inputs.get("image_grid_thw") is not None and pixels.shape[0] % sum(h * w for h, w in grids) == 0
+        whole = inputs.get("image_grid_thw") is not None and pixels.shape[0] % sum(h * w for h, w in grids) == 0
+        return [[number] for number in range(len(grids))] if whole else None
     pixels, real = _image_pixels(inputs)
     if real is not None and real.sum(1).tolist() != counts:
-        return False
-    if pixels.ndim != 4 or (pictures := _images_of_maps(grids, len(pixels))) is None:
-        return False
-    shapes = [min(grids) if len(grids) < len(pixels) else grid for grid, rows in zip(grids, pictures, strict=True) for _ in rows]
+        return None
+    if pixels.ndim != 4 or (images := _images_of_maps(grids, len(pixels))) is None:
+        return None
+    shapes = [min(grids) if len(grids) < len(pixels) else grid for grid, rows in zip(grids, images, strict=True) for _ in rows]
     for (height, width), (h, w) in zip(_real_sizes(pixels, real, inputs), shapes, strict=True):
         if height % h or width % w:
             raise ValueError(f"pixel_values must be a whole number of patches, {h} x {w}; got {height} x {width} pixels")
-    return True
+    return images
 
 
 def _images_of_maps(grids: list[tuple[int, int]], count: int) -> list[list[int]] | None:
