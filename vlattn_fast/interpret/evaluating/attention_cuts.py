@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class _Group:
 
 
 _Groups = dict[str, list[_Group]]  # of a sample, by part
+_Masses = dict[tuple[str, int, str], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -111,43 +113,49 @@ def cut_attention(plan: Plan, batch: Batch, tally: Tally) -> None:
         return
     question = _Question.check(plan, batch)
     groups = [_groups(sample, number, question.pair[0].tokens) for number, sample in enumerate(batch.samples)]
-    masses = {
-        (name, number, part): _mass(part, values[part], groups[number])
-        for name, maps in batch.maps.items()
-        for number, values in enumerate(maps)
-        for part in PARTS
-    }
-    if EDGES in plan.methods.values():
-        named = [[(part, place) for part in PARTS for place in range(len(each[part]))] for each in groups]
-        singles = _masks([[frozenset([one]) for one in each] for each in named], groups, question)
-        effects = question.first_order(singles)
-        for name in (name for name, method in plan.methods.items() if method == EDGES):
-            for number, each in enumerate(named):
-                for part in PARTS:
-                    rows = [place for place, (of, _) in enumerate(each) if of == part]
-                    masses[name, number, part] = effects[rows, number] if len(rows) >= LEAST else None
+    masses = _masses(plan, batch, groups, question)
     cuts: list[dict[Cut, int]] = [{frozenset(): 0} for _ in groups]
     for (_, number, part), mass in masses.items():
-        if mass is not None:
-            for cut in [*_singles(part, mass), *(cut for test in _DRAWN for cut in _drawn(test, part, mass))]:
-                cuts[number].setdefault(cut, len(cuts[number]))
+        for cut in [] if mass is None else [*_singles(part, mass), *(cut for test in _DRAWN for cut in _drawn(test, part, mass))]:
+            cuts[number].setdefault(cut, len(cuts[number]))
     scores, probabilities = question.cut(_masks(cuts, groups, question), plan.batch_size)
     noise = rounding(coarsest(plan.model.parameters()))
     for (name, number, part), mass in masses.items():
-        key, places = (name, INTERVENTION, part), cuts[number]
         if mass is None:
             for test in ("", ":top", ":insertion", ":deletion"):
                 tally.add((name, INTERVENTION + test, part), None)
             continue
-        whole = scores[0, number]
+        whole, places = scores[0, number], cuts[number]
         falls = whole - scores[[places[cut] for cut in _singles(part, mass)], number]
         falls = falls.where(falls.abs() > noise * whole.abs(), 0.0)
         known = not (constant(mass) or constant(falls))
-        tally.add(key, rank_correlation(mass, falls) if known else None)
+        tally.add((name, INTERVENTION, part), rank_correlation(mass, falls) if known else None)
         tally.add((name, f"{INTERVENTION}:top", part), overlap(mass, falls) if known else None)
         for test in _DRAWN:
             curve = [float(probabilities[places[cut], number]) for cut in _drawn(test, part, mass)]
             tally.add((name, f"{INTERVENTION}:{test}", part), CURVES[test].value(curve, TENTHS), curve)
+
+
+def _masses(
+    plan: Plan, batch: Batch, groups: Sequence[_Groups], question: _Question
+) -> dict[tuple[str, int, str], Tensor | None]:
+    """(K,) what each map gives to each group, by (map, sample, part); None if the sample has too few. For "attribute_edges",
+    which makes no map, the first-order effects."""
+    every = [(number, part) for number in range(len(groups)) for part in PARTS]
+    many = {(number, part): len(groups[number][part]) >= LEAST for number, part in every}
+    masses: _Masses = {}
+    for name, maps in batch.maps.items():
+        for number, part in every:
+            values = maps[number][part] if many[number, part] else None
+            sums = None if values is None else [values[group.entries].sum() for group in groups[number][part]]
+            masses[name, number, part] = None if sums is None else torch.stack(sums)
+    if edges := [name for name, method in plan.methods.items() if method == EDGES]:
+        named = [[(part, place) for part in PARTS for place in range(len(each[part]))] for each in groups]
+        effects = question.first_order(_masks([[frozenset([one]) for one in each] for each in named], groups, question))
+        for name, (number, part) in product(edges, every):
+            rows = [row for row, (of, _) in enumerate(named[number]) if of == part]
+            masses[name, number, part] = effects[rows, number] if many[number, part] else None
+    return masses
 
 
 def overlap(one: Tensor, two: Tensor) -> float:
@@ -165,13 +173,6 @@ def _drawn(test: str, part: str, mass: Tensor) -> list[Cut]:
     """The cut at each step of a curve: all groups but those that stay."""
     inputs = CURVES[test].inputs({part: mass}, TENTHS)
     return [frozenset((part, place) for place in range(len(mass)) if place not in stays[part]) for stays in inputs]
-
-
-def _mass(part: str, values: Tensor | None, groups: _Groups) -> Tensor | None:
-    """(K,), the sum of the map over each group; None if the sample has too few groups."""
-    if values is None or len(groups[part]) < LEAST:
-        return None
-    return torch.stack([values[group.entries].sum() for group in groups[part]])
 
 
 def _groups(sample: Sample, number: int, tokens: Tokens) -> _Groups:
