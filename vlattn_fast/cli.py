@@ -59,7 +59,7 @@ def _method_options() -> Iterator[inspect.Parameter]:
         taken: Any = list[str] if repeated else str if default is None else type(default)
         lines = [_first_sentence(name, kinds), f"Of {', '.join(kind.name for kind in kinds)}."]
         lines += [] if default is False else [f"Default: {default if default is not None else 'of the method'}."]
-        option = typer.Option(f"--{name.replace('_', '-')}", help=" ".join(lines), rich_help_panel="Options of methods")
+        option = typer.Option(_option(name), help=" ".join(lines), rich_help_panel="Options of methods")
         yield inspect.Parameter(name, parameter.KEYWORD_ONLY, default=None, annotation=Annotated[taken | None, option])
 
 
@@ -175,8 +175,19 @@ def _as_usage_errors(*errors: type[Exception], command: Callable[..., None] | No
         argument, _, rest = str(error).partition(" ")
         options = inspect.signature(command).parameters if command is not None else ()
         named = next((name for name in (argument, argument.removesuffix("s")) if name in options), None)
-        message = str(error) if named is None else f"--{named.replace('_', '-')} {rest}"
+        message = str(error) if named is None else f"{_option(named)} {rest}"
         raise typer.BadParameter(message) from error
+
+
+def _option(argument: str) -> str:
+    return "--" + argument.replace("_", "-")
+
+
+def _check_apart(**two: Any) -> None:
+    """Raises if both options are given."""
+    if None not in two.values():
+        first, second = map(_option, two)
+        raise typer.BadParameter(f"{first} must be given without {second}; got both")
 
 
 def _check_known(option: str, values: Iterable[str | None] | None, known: Iterable[str]) -> None:
@@ -379,22 +390,20 @@ def explain(
     _check_known("--method", methods, METHODS)
     if len(methods) > 1 and (dataset is not None or out.suffix != ".html"):
         raise typer.BadParameter(f"--method must be given once unless --out is one page (.html); got {', '.join(methods)}")
-    if find_sinks and dataset is not None:
-        raise typer.BadParameter("--find-sinks must be given without --dataset; got both")
-    if per is not None and (dataset is not None or len(methods) > 1):
-        raise typer.BadParameter(f"--per must be given with one --method and without --dataset; got {', '.join(methods)}")
+    if len(methods) > 1 and per is not None:
+        raise typer.BadParameter(f"--per must be given with one --method; got {', '.join(methods)}")
     _check_known("--dtype", [dtype], MODEL_DTYPES)
-    if answer is not None and generate is not None:
-        raise typer.BadParameter("--answer must be given without --generate; got both")
-    if target is not None and (answer is not None or generate is not None):
-        raise typer.BadParameter("--target must be given without --answer and --generate; got both")
+    _check_apart(answer=answer, generate=generate)
+    _check_apart(target=target, answer=answer)
+    _check_apart(target=target, generate=generate)
+    for name, value in {"find_sinks": find_sinks or None, "per": per, "image": image}.items():
+        _check_apart(**{name: value}, dataset=dataset)
     if device is not None:
         _check_device(device)
     size_options = {"batch_size": batch_size, "shard_size": shard_size, "workers": workers}
     sizes = {name: size for name, size in size_options.items() if size is not None}
     if sizes and dataset is None:
-        names = ", ".join("--" + name.replace("_", "-") for name in sizes)
-        raise typer.BadParameter(f"--dataset must be given with {names}; got none")
+        raise typer.BadParameter(f"--dataset must be given with {', '.join(map(_option, sizes))}; got none")
     by_name: dict[str, Any] = {"text": text or (), "target": _number(target), "position": _number(position)}
     by_name |= {"answer": answer, "generate": generate, "dtype": dtype}
     try:
@@ -402,33 +411,40 @@ def explain(
             check_model(model)  # before `out`: users fix what is named first
             objects = _with_given(methods, method_options)
             by_name["method"] = objects[0]
-            if dataset is None:
-                if out.suffix not in (".html", ".png"):
-                    raise ValueError(f"out must end in .html or .png; got {out.name!r}")
-                _check_file(out)
-                for line in explain_one(Options.check(model, **by_name), objects, image, out, device, per, find_sinks):
-                    typer.echo(line)
-                return
-            if image is not None:
-                raise typer.BadParameter("--image must be given without --dataset; got both")
-            outcome = explain_dataset(model, dataset, out, device=device, **sizes, **by_name)
-    except KeyboardInterrupt:
-        if dataset is None:
-            raise
-        typer.echo(f"explain was stopped. {out} holds what was written before; run the same command again to continue", err=True)
-        raise typer.Exit(130) from None
-    except OSError as error:  # a full disk
-        rest = "" if dataset is None else f". {out} holds what was written before; run the same command again to continue"
-        typer.echo(f"explain stopped: {error.filename or out}: {error.strerror or error}{rest}", err=True)
-        raise typer.Exit(1) from None
-    if outcome.first:
-        inputs = outcome.done + outcome.failed + outcome.skipped
-        typer.echo(f"done {outcome.done}, failed {outcome.failed}, skipped {outcome.skipped} (done before), of {inputs}: {out}")
-        if outcome.failed:
-            for line in summary_lines(load_explanations(out).failures):
+            if dataset is not None:
+                return _explain_dataset(model, dataset, out, device=device, **sizes, **by_name)
+            if out.suffix not in (".html", ".png"):
+                raise ValueError(f"out must end in .html or .png; got {out.name!r}")
+            _check_file(out)
+            for line in explain_one(Options.check(model, **by_name), objects, image, out, device, per, find_sinks):
                 typer.echo(line)
-            typer.echo(f"{out / FAILURES} lists the inputs that failed, with reasons")
-            raise typer.Exit(1)
+    except OSError as error:  # a full disk
+        raise _stopped(
+            f"explain stopped: {error.filename or out}: {error.strerror or error}", None if dataset is None else out, 1
+        ) from None
+
+
+def _explain_dataset(model: str, dataset: Path, out: Path, **options: Any) -> None:
+    try:
+        outcome = explain_dataset(model, dataset, out, **options)
+    except KeyboardInterrupt:
+        raise _stopped("explain was stopped", out, 130) from None
+    if not outcome.first:
+        return
+    inputs = outcome.done + outcome.failed + outcome.skipped
+    typer.echo(f"done {outcome.done}, failed {outcome.failed}, skipped {outcome.skipped} (done before), of {inputs}: {out}")
+    if outcome.failed:
+        for line in summary_lines(load_explanations(out).failures):
+            typer.echo(line)
+        typer.echo(f"{out / FAILURES} lists the inputs that failed, with reasons")
+        raise typer.Exit(1)
+
+
+def _stopped(reason: str, stored: Path | None, status: int) -> typer.Exit:
+    """Prints the reason, and where what was `stored` before goes on."""
+    rest = "" if stored is None else f". {stored} holds what was written before; run the same command again to continue"
+    typer.echo(reason + rest, err=True)
+    return typer.Exit(status)
 
 
 @_command
