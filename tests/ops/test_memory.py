@@ -10,6 +10,7 @@ import torch
 import vlattn_fast as va
 from tests.helpers.compare import LargestAllocation, bytes_of
 from vlattn_fast import scores as S
+from vlattn_fast.backends.streaming import _tiles
 
 MB = 1 << 20
 KINDS: dict[str, Any] = {
@@ -47,6 +48,19 @@ def test_largest_allocation_grows_at_most_linearly(kind: str) -> None:
     assert large.bytes <= 2.2 * small.bytes, f"{small.bytes} by {small.by}, {large.bytes} by {large.by}"
     assert large.peak <= 2.2 * small.peak
     assert large.bytes <= 4 * MB < 8192 * 8192 * 4
+
+
+def test_a_second_derivative_holds_one_tile_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tangents and graphs of a tile must not keep one another alive until the pass is over."""
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 1 << 12)
+    peaks = []
+    for n in (128, 256):
+        q, k, v = (torch.randn(1, 1, n, 4, requires_grad=True) for _ in range(3))
+        (grad,) = torch.autograd.grad(va.score_attention(q, k, v, backend="streaming").sum(), q, create_graph=True)
+        with LargestAllocation() as seen:
+            torch.autograd.grad(grad.sum(), q)
+        peaks.append(seen.peak)
+    assert peaks[1] <= 1.3 * peaks[0]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from vlattn_fast._ground.checks import has_forward_mode
@@ -53,19 +54,43 @@ def _by_leaves(outputs: Sequence[Tensor | None], leaves: list[Tensor], by_output
     return list(torch.autograd.grad(ys, leaves, grads, allow_unused=True, materialize_grads=True))
 
 
+def vjp(f: Callable[[Named], _Outputs], x: Named) -> tuple[_Outputs, Callable[[Sequence[Tensor | None]], Named]]:
+    """f(x), and a function that takes `by_outputs` and gives the gradients of their product with f(x) by `x`; None for zero. Of
+    tensors with tangents all have tangents."""
+    no_cycles = _GraphlessTangents() if differentiates() else nullcontext()
+    with _above_kernels(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(differentiates()), no_cycles:
+        leaves = {name: y.view_as(y).requires_grad_() for name, y in x.items()}  # `detach` would drop tangents
+        outputs = f(leaves)
+
+    def pull(by_outputs: Sequence[Tensor | None]) -> Named:
+        with _above_kernels(), forward_ad._set_fwd_grad_enabled(differentiates()):
+            return dict(zip(x, _by_leaves(outputs, list(leaves.values()), by_outputs), strict=True))
+
+    return outputs, pull
+
+
+class _GraphlessTangents(TorchFunctionMode):
+    """Drops the graphs of tangents. That of an exponential holds the exponential, which holds its tangent: a cycle that torch
+    frees only with the level, so that all tiles of a pass would stay in memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for y in tree_leaves(made):
+            tangent = forward_ad.unpack_dual(y).tangent if isinstance(y, Tensor) else None
+            if tangent is not None and tangent.requires_grad and not tangent._is_view():
+                tangent.detach_()
+        return made
+
+
 def outputs_and_gradients(
     f: Callable[[Named], _Outputs], x: Named, by_outputs: Sequence[Tensor | None] | Callable[[_Outputs], Sequence[Tensor | None]]
 ) -> tuple[_Outputs, Named]:
-    """f(x), and the gradients of `by_outputs` times it by `x`; None for zero. `by_outputs` may be a function of f(x). Of tensors
-    with tangents all have tangents."""
-    with _above_kernels(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(differentiates()):
-        leaves = {name: y.view_as(y).requires_grad_() for name, y in x.items()}  # `detach` would drop tangents
-        outputs = f(leaves)
-        if callable(by_outputs):
-            with torch.no_grad():
-                by_outputs = by_outputs(outputs)
-        made = _by_leaves(outputs, list(leaves.values()), by_outputs)
-    return outputs, dict(zip(x, made, strict=True))
+    """f(x), and the gradients of `by_outputs` times it by `x`. `by_outputs` may be a function of f(x)."""
+    outputs, pull = vjp(f, x)
+    if callable(by_outputs):
+        with torch.no_grad():
+            by_outputs = by_outputs(outputs)
+    return outputs, pull(by_outputs)
 
 
 def gradients(f: Callable[[Named], Sequence[Tensor | None]], x: Named, by_outputs: Sequence[Tensor | None]) -> Named:

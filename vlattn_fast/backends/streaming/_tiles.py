@@ -6,7 +6,7 @@ temporaries of one tile stay in cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,10 +161,19 @@ def probabilities(logits: Tensor, dtype: torch.dtype, lse: Tensor | None = None)
         return logits.to(dtype)
     if lse is not None:
         return _probabilities_from_lse(logits, lse[..., None]).to(dtype)
+    return _of_rows(torch.softmax, logits, 0.0).to(dtype)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Log-softmax of full rows; -inf for a fully masked row."""
+    return _of_rows(torch.log_softmax, logits, -torch.inf) if logits.shape[-1] else logits
+
+
+def _of_rows(softmax: Callable[..., Tensor], logits: Tensor, of_empty: float) -> Tensor:
     empty = torch.isneginf(logits.detach().amax(-1, keepdim=True))
     if empty.device.type == "cpu" and not empty.any():  # here a look at the data is free, and filling costs more than the softmax
-        return torch.softmax(logits, dim=-1).to(dtype)
-    return torch.softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0).to(dtype)
+        return softmax(logits, dim=-1)
+    return softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, of_empty)
 
 
 def lse_is_lost(lse: Tensor) -> Tensor:

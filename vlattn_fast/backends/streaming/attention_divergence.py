@@ -1,23 +1,24 @@
 """attention_divergence in O(N + M) memory with plain PyTorch: both maps tile by tile, twice in training.
 
-All f here are homogeneous of degree 1: with r = df/dA and r' = df/dA', f = A r + A' r'. Let m_i = sum_j A_ij r_ij. Then
-D = m + m', and dD/dS_ij = A_ij (r_ij - m_i), likewise for the other side. A mean over heads Abar = mean_h A_h gives
-dD/dS_h = A_h / H (r - sum_j A_h r).
+All f here are homogeneous of degree 1: with r = df/dA and r' = df/dA', f = A r + A' r'. The slopes of f by log A and log A' are
+A r and A' r'; before log A the gradients are autograd's within a tile.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
 from vlattn_fast.backends.inputs import derivative_inputs
-from vlattn_fast.backends.streaming._forward_mode import tangents_of
-from vlattn_fast.backends.streaming._tiles import Masks, Tiling, logsumexp, tile_elements
+from vlattn_fast.backends.streaming._forward_mode import Named, tangents_of, vjp
+from vlattn_fast.backends.streaming._scores import Tile
+from vlattn_fast.backends.streaming._tiles import Masks, Tiling, log_probabilities, tile_elements
 
 _SMALL = 1e-2  # below this |log A - log A'| the terms of KL are a series
 
@@ -68,117 +69,40 @@ AttentionDivergenceJvpInputs, AttentionDivergenceSecondInputs = derivative_input
 )
 
 
-class Side(Protocol):
-    """One of the two sides that are compared."""
+class Side(NamedTuple):
+    """One of the two maps that are compared. tensors: what it is made of; a key has a head for each of the query's. indexed: by
+    how many of a tile's slices (b, h, i) each is cut. heads: how many maps it has, and maps: how many a tile holds at once.
+    scores: (b, h, i, M) from a tile's parts of the tensors, without masks."""
 
-    @property
-    def heads(self) -> int:
-        """How many maps it has."""
-        ...
+    tensors: Named
+    indexed: dict[str, int]
+    heads: int
+    maps: int
+    scores: Callable[[Named], Tensor]
 
-    @property
-    def maps(self) -> int:
-        """How many maps a tile holds at once."""
-        ...
+    def place(self, name: str, tile: Tile) -> tuple[slice, ...]:
+        return tile[: self.indexed[name]]
 
-    def scores(self, b: slice, h: slice, i: slice) -> Tensor:
-        """(b, h, i, M), without masks."""
-        ...
-
-    def zeros(self) -> list[Tensor]:
-        """The gradients of its tensors, in the dtype of sums."""
-        ...
-
-    def add_gradients(self, made: list[Tensor], by_score: Tensor, b: slice, h: slice, i: slice) -> None:
-        """Adds those of a tile of scores."""
-        ...
+    def parts(self, tile: Tile) -> Named:
+        return {name: x[self.place(name, tile)].to(compute_dtype(x)) for name, x in self.tensors.items()}
 
 
-class Products(NamedTuple):
-    """scale q k^T; the key has a head for each of the query's."""
-
-    query: Tensor
-    key: Tensor
-    scale: float
-
-    @property
-    def heads(self) -> int:
-        return self.query.shape[1]
-
-    @property
-    def maps(self) -> int:
-        return self.heads
-
-    def scores(self, b: slice, h: slice, i: slice) -> Tensor:
-        dtype = compute_dtype(self.query)
-        return self.scale * (self.query[b, h, i].to(dtype) @ self.key[b, h].to(dtype).mT)
-
-    def zeros(self) -> list[Tensor]:
-        return zeros_like(self.query, self.key)
-
-    def add_gradients(self, made: list[Tensor], by_score: Tensor, b: slice, h: slice, i: slice) -> None:
-        by_score = self.scale * by_score
-        made[0][b, h, i] = by_score @ self.key[b, h].to(by_score.dtype)
-        made[1][b, h] += by_score.mT @ self.query[b, h, i].to(by_score.dtype)
-
-
-class Tile(NamedTuple):
-    """Some rows: the heads' log A (b, h, i, M), and those of their mean if it is compared."""
-
-    b: slice
-    h: slice  # one for both sides, or all heads of each
-    i: slice
-    heads: tuple[Tensor, Tensor]
-    compared: tuple[Tensor, Tensor]
+def products(query: Tensor, key: Tensor, scale: float) -> Side:
+    """scale q k^T."""
+    heads = query.shape[1]
+    tensors = {"query": query, "key": expand_heads(key, heads)}
+    return Side(tensors, {"query": 3, "key": 2}, heads, heads, lambda x: (scale * x["query"]) @ x["key"].mT)
 
 
 def forward(inputs: AttentionDivergenceInputs) -> Tensor:
     """D (B, H, N), or (B, 1, N) of the mean over heads."""
-    query = inputs.query
-    shape = query.shape[0], 1 if inputs.head_mean else query.shape[1], query.shape[2]
-    return divergences(_tiles(inputs, _sides(inputs)), query, shape, inputs.kind, inputs.beta)
-
-
-def divergences(tiles: Iterable[Tile], like: Tensor, shape: tuple[int, ...], kind: str, beta: float) -> Tensor:
-    """The sum of each row's terms."""
-    result = like.new_zeros(shape, dtype=compute_dtype(like))
-    for tile in tiles:
-        terms, _, _ = _terms(kind, *tile.compared, beta)
-        result[tile.b, tile.h, tile.i] = terms.sum(-1)
-    return result
+    return _divergence(inputs).forward()
 
 
 def backward(inputs: AttentionDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, other_query and other_key; None for a side that needs none."""
-    sides, needs = _sides(inputs), (inputs.need_own, inputs.need_other)
-    made = gradients(_tiles(inputs, sides), sides, needs, inputs.grad, inputs.kind, inputs.beta)
-    by_tensor = list[Tensor | None]()
-    for by_side, side, key in zip(made, sides, (inputs.key, inputs.other_key), strict=True):
-        if by_side is None:
-            by_tensor += (None, None)
-        else:
-            by_query, by_key = by_side
-            by_tensor += by_query.to(side.query.dtype), fold_heads(by_key, key.shape[1]).to(key.dtype)
-    return tuple(by_tensor)
-
-
-def gradients(
-    tiles: Iterable[Tile], sides: tuple[Side, Side], needs: Sequence[bool], grad: Tensor, kind: str, beta: float
-) -> list[list[Tensor] | None]:
-    """Those of the tensors of each side, in the dtype of sums, from `grad` (B, H or 1, N); None for a side that needs none."""
-    made = [side.zeros() if need else None for side, need in zip(sides, needs, strict=True)]
-    for tile in tiles:
-        _, *weighted = _terms(kind, *tile.compared, beta)  # A r and A' r'
-        for side, by_side, log_p, of_mean, by_weight in zip(sides, made, tile.heads, tile.compared, weighted, strict=True):
-            if by_side is None:
-                continue
-            by_score = grad[tile.b, tile.h, tile.i, None].to(by_weight.dtype)
-            if of_mean is not log_p:  # A_h r = (A_h / Abar) Abar r, and A_h / Abar is at most H
-                share = (log_p - of_mean).masked_fill(torch.isneginf(log_p), -torch.inf).exp()
-                by_weight, by_score = by_weight * share, by_score / side.heads
-            by_score = (by_weight - log_p.exp() * by_weight.sum(-1, keepdim=True)) * by_score
-            side.add_gradients(by_side, by_score, tile.b, tile.h, tile.i)
-    return made
+    tensors = [getattr(inputs, field) for field in FIELDS]
+    return _divergence(inputs).gradients(inputs.grad, tensors, (inputs.need_own, inputs.need_other))
 
 
 def jvp(inputs: NamedTuple) -> tuple[Tensor | None, ...]:
@@ -195,44 +119,72 @@ def second(inputs: NamedTuple) -> tuple[Tensor | None, ...]:
     return tangents_of(of_both, inputs, AttentionDivergenceBackwardInputs, FIELDS)
 
 
-def zeros_like(*tensors: Tensor) -> list[Tensor]:
-    """In the dtype of sums."""
-    return [torch.zeros(x.shape, dtype=compute_dtype(x), device=x.device) for x in tensors]
+def _divergence(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs) -> Divergence:
+    own = products(inputs.query, inputs.key, inputs.scale)
+    other = products(inputs.other_query, inputs.other_key, inputs.other_scale)
+    return Divergence(inputs, (own, other), inputs.kind, inputs.beta, inputs.head_mean)
 
 
-def _sides(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs) -> tuple[Products, Products]:
-    query, other = inputs.query, inputs.other_query
-    own = Products(query, expand_heads(inputs.key, query.shape[1]), inputs.scale)
-    return own, Products(other, expand_heads(inputs.other_key, other.shape[1]), inputs.other_scale)
+class Divergence:
+    """The divergence of two sides, tile by tile; with all heads of both in a tile if their means are compared. chosen: indices
+    (B, N, K) of the keys that each query keeps; others than 0 to M - 1 are none."""
 
+    def __init__(
+        self, inputs: Any, sides: tuple[Side, Side], kind: str, beta: float, head_mean: bool, chosen: Tensor | None = None
+    ) -> None:
+        self.query, self.num_keys, self.sides, self.chosen = inputs.query, inputs.key.shape[2], sides, chosen
+        self.terms, self.head_mean = partial(_terms, kind, beta), head_mean
+        self.masks = Masks(inputs.attn_mask, inputs.key_mask, None, None, inputs.is_causal)
 
-def _tiles(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs, sides: tuple[Side, Side]) -> Iterator[Tile]:
-    masks = Masks(inputs.attn_mask, inputs.key_mask, None, None, inputs.is_causal)
-    return tiles_of(sides, masks, inputs.query, inputs.key.shape[2], inputs.head_mean)
+    def forward(self) -> Tensor:
+        """The sum of each row's terms, (B, H or 1, N)."""
+        batch, heads, queries, _ = self.query.shape
+        result = self.query.new_zeros(batch, 1 if self.head_mean else heads, queries, dtype=compute_dtype(self.query))
+        for tile in self._tiles():
+            own, other = [self._map(side, tile, side.parts(tile)) for side in self.sides]
+            result[tile] = self.terms(own, other)[0].sum(-1)
+        return result
 
+    def gradients(self, grad: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """Those of `tensors`, which are those of both sides as they were given, from `grad` (B, H or 1, N); None for those of a
+        side that needs none."""
+        sums = [
+            {name: torch.zeros(x.shape, dtype=compute_dtype(x), device=x.device) for name, x in side.tensors.items() if need}
+            for side, need in zip(self.sides, needs, strict=True)
+        ]
+        for tile in self._tiles():
+            self._add_gradients(sums, tile, grad[tile][..., None])
+        made = [total.get(name) for side, total in zip(self.sides, sums, strict=True) for name in side.tensors]
+        return tuple([y if y is None else fold_heads(y, x.shape[1]).to(x.dtype) for x, y in zip(tensors, made, strict=True)])
 
-def tiles_of(
-    sides: tuple[Side, Side], masks: Masks, query: Tensor, keys: int, head_mean: bool, chosen: Tensor | None = None
-) -> Iterator[Tile]:
-    """With all heads of both sides in a tile if their means are compared. chosen: indices (B, N, K) of the keys that each query
-    keeps; others than 0 to M - 1 are none."""
-    batch, num_heads, queries, _ = query.shape
-    at_once = sum(side.maps for side in sides) if head_mean else 2
-    tiling = Tiling(batch, 1 if head_mean else num_heads, queries, keys, max(1, tile_elements(query) // max(1, at_once)))
-    for b, i in tiling.query_tiles():
-        kept = None if chosen is None else _kept(chosen[b, i], keys)
-        for h in [slice(None)] if head_mean else tiling.heads():
-            logs = list[Tensor]()
-            for side in sides:
-                scores = masks.apply(side.scores(b, h, i), (batch, side.heads, queries, keys), b, h, i)
-                if kept is not None:
-                    scores = scores.masked_fill(~kept[:, None], -torch.inf)
-                scores = scores - _largest(scores, -1)  # an lse of huge logits would round all of them
-                lse = logsumexp(scores)[..., None]
-                logs.append(scores - torch.where(torch.isneginf(lse), 0.0, lse))
-            own, other = logs
-            compared = (_mean(own), _mean(other)) if head_mean else (own, other)
-            yield Tile(b, h, i, (own, other), compared)
+    def _add_gradients(self, sums: list[Named], tile: Tile, grad: Tensor) -> None:
+        parts = [side.parts(tile) for side in self.sides]
+        (own, by_own), (other, by_other) = [
+            vjp(lambda leaves, side=side, x=x: [self._map(side, tile, x | leaves)], {name: x[name] for name in total})
+            for side, x, total in zip(self.sides, parts, sums, strict=True)
+        ]
+        _, *slopes = self.terms(own[0], other[0])
+        for side, total, pull, slope in zip(self.sides, sums, (by_own, by_other), slopes, strict=True):
+            for name, y in pull([slope * grad]).items() if total else ():
+                total[name][side.place(name, tile)] += y
+
+    def _tiles(self) -> Iterator[Tile]:
+        batch, num_heads, queries, _ = self.query.shape
+        at_once = sum(side.maps for side in self.sides) if self.head_mean else 2
+        most = max(1, tile_elements(self.query) // max(1, at_once))
+        tiling = Tiling(batch, 1 if self.head_mean else num_heads, queries, self.num_keys, most)
+        for b, i in tiling.query_tiles():
+            for h in [slice(None)] if self.head_mean else tiling.heads():
+                yield b, h, i
+
+    def _map(self, side: Side, tile: Tile, x: Named) -> Tensor:
+        """log A of a side, (b, h, i, M), or that of the mean over heads; -inf for masked pairs."""
+        (b, _, i), (batch, _, queries, _) = tile, self.query.shape
+        logits = self.masks.apply(side.scores(x), (batch, side.heads, queries, self.num_keys), *tile)
+        if self.chosen is not None:
+            logits = logits.masked_fill(~_kept(self.chosen[b, i], self.num_keys)[:, None], -torch.inf)
+        log_p = log_probabilities(logits)
+        return _mean(log_p) if self.head_mean else log_p
 
 
 def _kept(chosen: Tensor, keys: int) -> Tensor:
@@ -241,30 +193,25 @@ def _kept(chosen: Tensor, keys: int) -> Tensor:
     return slots.new_zeros(*slots.shape[:-1], keys + 1, dtype=torch.bool).scatter_(-1, slots, value=True)[..., :keys]
 
 
-def _largest(x: Tensor, dim: int) -> Tensor:
-    """The largest numbers along `dim`, as constants; 0 where all are -inf."""
-    largest = x.detach().amax(dim, keepdim=True) if x.shape[dim] else x.new_zeros(())
-    return torch.where(torch.isneginf(largest), 0.0, largest)
-
-
 def _mean(log_p: Tensor) -> Tensor:
     """The logarithm of the mean over heads."""
     if log_p.shape[1] == 1:
         return log_p
-    largest = _largest(log_p, 1)
+    largest = log_p.detach().amax(1, keepdim=True)
+    largest = torch.where(torch.isneginf(largest), 0.0, largest)
     total = (log_p - largest).exp().sum(1, keepdim=True)
     seen = total != 0  # of a NaN as well
     return torch.where(seen, torch.where(seen, total, 1.0).log() + largest - math.log(log_p.shape[1]), -torch.inf)
 
 
-def _terms(kind: str, a: Tensor, b: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+def _terms(kind: str, beta: float, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """f(p, q), p df/dp and q df/dq of a = log p, b = log q; 0 for masked pairs. r alone could overflow.
 
     Terms are at least 0 each, so that a small divergence keeps its digits. Those of KL are p (d - 1 + e^-d), d = a - b: p and q
     have the same sum over the keys, and constants drop out of r.
     """
     if kind == "reverse_kl":
-        f, by_q, by_p = _terms("kl", b, a, beta)
+        f, by_q, by_p = _terms("kl", beta, b, a)
         return f, by_p, by_q
     masked = torch.isneginf(a) | torch.isneginf(b)
     a, b = a.masked_fill(masked, 0.0), b.masked_fill(masked, 0.0)

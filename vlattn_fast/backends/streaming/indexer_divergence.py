@@ -1,20 +1,14 @@
-"""indexer_divergence in O(N + M) memory with plain PyTorch: attention_divergence's KL of means, one side of which is an indexer.
-
-With I_ij = sum_h w_ih relu(z_hij), z = q_h . k_j, A' = softmax(I): dD/dI = A' - A, dI/dw_h = relu(z_h), dI/dz_h = w_h [z_h > 0].
-"""
+"""indexer_divergence in O(N + M) memory with plain PyTorch: attention_divergence's KL of means with an indexer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
 from vlattn_fast.backends.inputs import derivative_inputs
-from vlattn_fast.backends.streaming._forward_mode import tangents_of
-from vlattn_fast.backends.streaming._tiles import Masks
-from vlattn_fast.backends.streaming.attention_divergence import Products, Tile, divergences, gradients, tiles_of, zeros_like
+from vlattn_fast.backends.streaming._forward_mode import Named, tangents_of
+from vlattn_fast.backends.streaming.attention_divergence import Divergence, Side, products
 
 
 class IndexerDivergenceInputs(NamedTuple):
@@ -60,60 +54,15 @@ IndexerDivergenceJvpInputs, IndexerDivergenceSecondInputs = derivative_inputs(
 _Inputs = IndexerDivergenceInputs | IndexerDivergenceBackwardInputs
 
 
-class _Indexer(NamedTuple):
-    """One map of several heads, which share a key."""
-
-    query: Tensor
-    key: Tensor
-    weights: Tensor
-
-    @property
-    def heads(self) -> int:
-        return 1
-
-    @property
-    def maps(self) -> int:
-        return 1 + self.query.shape[1]
-
-    def scores(self, b: slice, h: slice, i: slice) -> Tensor:
-        products = self._products(b, i)
-        weights = self.weights[b, :, i, None].to(products.dtype)
-        return (weights * products.relu()).sum(1, keepdim=True)
-
-    def zeros(self) -> list[Tensor]:
-        return zeros_like(*self)
-
-    def add_gradients(self, made: list[Tensor], by_score: Tensor, b: slice, h: slice, i: slice) -> None:
-        by_query, by_key, by_weights = made
-        products = self._products(b, i)
-        by_weights[b, :, i] = (by_score * products.relu()).sum(-1)
-        by_product = by_score * self.weights[b, :, i, None].to(products.dtype)
-        by_product = by_product.masked_fill(products <= 0, 0.0)
-        by_query[b, :, i] = by_product @ self.key[b, None].to(products.dtype)
-        by_key[b] += (by_product.mT @ self.query[b, :, i].to(products.dtype)).sum(1)
-
-    def _products(self, b: slice, i: slice) -> Tensor:
-        dtype = compute_dtype(self.query)
-        return self.query[b, :, i].to(dtype) @ self.key[b, None].to(dtype).mT
-
-
 def forward(inputs: IndexerDivergenceInputs) -> Tensor:
     """D (B, N)."""
-    query = inputs.query
-    shape = query.shape[0], 1, query.shape[2]
-    return divergences(_tiles(inputs, _sides(inputs)), query, shape, "kl", 0.5)[:, 0]
+    return _divergence(inputs).forward()[:, 0]
 
 
 def backward(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, index_query, index_key and index_weights; None for a side that needs none."""
-    sides, needs = _sides(inputs), (inputs.need_attention, inputs.need_index)
-    by_attention, by_index = gradients(_tiles(inputs, sides), sides, needs, inputs.grad[:, None], "kl", 0.5)
-    made: list[Tensor | None] = [None] * 5
-    if by_attention is not None:
-        made[:2] = by_attention[0], fold_heads(by_attention[1], inputs.key.shape[1])
-    if by_index is not None:
-        made[2:] = by_index
-    return tuple([None if x is None else x.to(inputs.query.dtype) for x in made])
+    tensors = [getattr(inputs, field) for field in FIELDS]
+    return _divergence(inputs).gradients(inputs.grad[:, None], tensors, (inputs.need_attention, inputs.need_index))
 
 
 def jvp(inputs: NamedTuple) -> tuple[Tensor | None, ...]:
@@ -130,11 +79,17 @@ def second(inputs: NamedTuple) -> tuple[Tensor | None, ...]:
     return tangents_of(of_both, inputs, IndexerDivergenceBackwardInputs, FIELDS)
 
 
-def _sides(inputs: _Inputs) -> tuple[Products, _Indexer]:
-    attention = Products(inputs.query, expand_heads(inputs.key, inputs.query.shape[1]), inputs.scale)
-    return attention, _Indexer(inputs.index_query, inputs.index_key, inputs.index_weights)
+def _divergence(inputs: _Inputs) -> Divergence:
+    sides = products(inputs.query, inputs.key, inputs.scale), _indexer(inputs.index_query, inputs.index_key, inputs.index_weights)
+    return Divergence(inputs, sides, "kl", 0.5, head_mean=True, chosen=inputs.topk_indices)
 
 
-def _tiles(inputs: _Inputs, sides: tuple[Products, _Indexer]) -> Iterator[Tile]:
-    masks = Masks(inputs.attn_mask, inputs.key_mask, None, None, inputs.is_causal)
-    return tiles_of(sides, masks, inputs.query, inputs.key.shape[2], head_mean=True, chosen=inputs.topk_indices)
+def _indexer(query: Tensor, key: Tensor, weights: Tensor) -> Side:
+    """One map of several heads, which share a key: sum_h w_ih relu(q_h . k_j)."""
+
+    def scores(x: Named) -> Tensor:
+        products = x["index_query"] @ x["index_key"][:, None].mT
+        return (x["index_weights"][..., None] * products.relu()).sum(1, keepdim=True)
+
+    tensors = {"index_query": query, "index_key": key, "index_weights": weights}
+    return Side(tensors, {"index_query": 3, "index_key": 1, "index_weights": 3}, 1, 1 + query.shape[1], scores)
