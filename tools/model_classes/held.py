@@ -276,7 +276,7 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
             expected = gradients(model, inputs)
         if not written.norms:
             return Row("cannot be compared", "it has no norm")
-        with Observer(model, [frozen := Frozen(model)]):
+        with Observer(model, [frozen := Frozen()]):
             got = gradients(model, inputs)
     except Exception as error:
         return Row("cannot be compared", described(error))

@@ -115,6 +115,11 @@ def is_dtensor(x: Any) -> bool:
     return distributed is not None and isinstance(x, distributed.DTensor)
 
 
+def is_distributed() -> bool:
+    """Returns whether several processes may share tensors."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_jit_traced() -> bool:
     """Returns whether torch.jit.trace runs. It checks a trace with a second one without gradients; both need the same graph."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()

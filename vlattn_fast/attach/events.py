@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -32,8 +32,12 @@ class ModuleRun:
     module: nn.Module | None  # None = what runs before the first module
     path: str | None  # of the module in the model; None = of another model, or of a part that is not observed
     number: int  # no other run of a module has it
+    around: ModuleRun | None = None  # the run that it is within
     begins_anew: bool = False  # it is a pass of the whole model, within no other
     product: WrittenScores | None = None  # the module's last matmul, which may be the scores of attention
+    lengths: list[Any] = field(default_factory=list)  # roots in it by which vectors get unit length: nodes of the graph
+    magnitudes: set[Any] = field(default_factory=set)  # what is divided in it by a magnitude of another kind
+    has_parts: bool = False  # modules ran within it
 
 
 @dataclass(frozen=True, eq=False)

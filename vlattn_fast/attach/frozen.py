@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -28,22 +27,11 @@ from vlattn_fast.ops._sinks import with_sink
 _HELD = "vlattn_held"  # a key in the metadata of a node of the graph through which no gradient goes back, or may not
 
 
-@dataclass(eq=False)
-class _Run:
-    """A module that runs."""
-
-    module: nn.Module | None  # None = what runs outside of the model's modules
-    lengths: list[Any] = field(default_factory=list)  # roots in it by which vectors get unit length
-    others: set[Any] = field(default_factory=set)  # what is divided in it by a magnitude of another kind: nodes
-    runs_others: bool = False
-
-
 class Frozen(Subscriber):
     """The constants of the backward pass of an observed run of `model`. Add it to the run's subscribers, or enter
-    `Observer(model, [Frozen(model)])` around runs that have observers of their own.
+    `Observer(model, [Frozen()])` around runs that have observers of their own.
 
     Args:
-        model: the model.
         norms: the denominators of norms are constants.
         attention: so are attention weights. A run that computes attention itself calls `constant` for queries and keys.
         switches: the model trains on the same graph: values are constants only while `holds` is set.
@@ -56,13 +44,9 @@ class Frozen(Subscriber):
 
     sees_all = True
 
-    def __init__(
-        self, model: nn.Module, norms: bool = True, attention: bool = False, switches: bool = False, similarities: bool = False
-    ) -> None:
+    def __init__(self, norms: bool = True, attention: bool = False, switches: bool = False, similarities: bool = False) -> None:
         self.norms, self.attention, self._switches, self.holds = norms, attention, switches, not switches
         self.differentiable, self._similarities = False, similarities
-        self._runs = list[_Run]()
-        self._paths = {module: path for path, module in model.named_modules()} if norms else {}
         self.missed = list[str]()
 
     @contextlib.contextmanager
@@ -101,7 +85,7 @@ class Frozen(Subscriber):
             return
         kind = node.name().partition("Backward")[0]
         if self.norms and kind in ("Mul", "Div"):
-            self._find_norm(node, kind)
+            self._find_norm(run, node, kind)
         elif self.attention and func in SOFTMAX:  # edits may have changed its shape
             for each, of_each in _walk(node, _EDITED).items():
                 if of_each in _SOFTMAX and _is_attention(each, result):
@@ -116,7 +100,7 @@ class Frozen(Subscriber):
         node.metadata[_HELD] = True
         node.register_prehook(lambda grads: (None, *grads[1:]) if self.holds else None)
 
-    def _find_norm(self, node: Any, kind: str) -> None:
+    def _find_norm(self, run: ModuleRun, node: Any, kind: str) -> None:
         """Holds what one factor is divided by, if that is a norm of the other factor."""
         factors = [factor for factor, _ in node.next_functions]
         if len(factors) < 2 or None in factors:
@@ -125,13 +109,12 @@ class Frozen(Subscriber):
             for divisor in _divisors(factor, -1 if kind == "Div" and number else 1):
                 measured = _measured(divisor)
                 if _HELD not in divisor.metadata and not measured.nodes.isdisjoint(_near(factors[1 - number], _LINEAR)):
-                    self._divides(divisor, measured)
+                    self._divides(run, divisor, measured)
 
-    def _divides(self, divisor: Any, measured: _Measured) -> None:
+    def _divides(self, run: ModuleRun, divisor: Any, measured: _Measured) -> None:
         """A tensor is divided by this magnitude of its own."""
-        run = self._runs[-1] if self._runs else _Run(None)
         if not measured.is_of_squares:
-            run.others |= measured.nodes
+            run.magnitudes |= measured.nodes
         elif measured.is_mean or self._similarities:
             self._hold(divisor)
         else:
@@ -140,31 +123,21 @@ class Frozen(Subscriber):
 
     # --- modules ---
 
-    def on_enter(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if run.module in self._paths:
-            self._runs.append(_Run(run.module))
-
     def on_leave(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        runs, module = self._runs, run.module
-        if module not in [each.module for each in runs]:
-            return
-        while (own := runs.pop()).module is not module:  # left by an error, after which the one around it went on
-            runs[-1].lengths += own.lengths
-            runs[-1].others |= own.others
-        around = runs[-1] if runs else _Run(None)
-        around.runs_others = True
-        if own.runs_others and not (own.lengths or own.others):
+        if not self.norms or (run.has_parts and not (run.lengths or run.magnitudes)):
             return
         first = output[0] if isinstance(output, (tuple, list)) and output else output
         inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
         if not isinstance(first, Tensor) or first.shape not in [x.shape for x in inputs]:
-            around.lengths += own.lengths
+            if run.around is not None:
+                run.around.lengths += run.lengths
             return
-        for root in own.lengths:
+        for root in run.lengths:
             self._hold(root)
         starts = {torch.autograd.graph.get_gradient_edge(x).node for x in inputs if x.requires_grad}
-        if not own.others.isdisjoint(starts) or (not own.runs_others and _ends_in_fused_norm(first.grad_fn, starts)):
-            self.missed = [*dict.fromkeys([*self.missed, named(self._paths[module], module)])]
+        if not run.magnitudes.isdisjoint(starts) or (not run.has_parts and _ends_in_fused_norm(first.grad_fn, starts)):
+            assert run.module is not None
+            self.missed = [*dict.fromkeys([*self.missed, named(run.path or "", run.module)])]
 
     # --- calls ---
 
@@ -362,7 +335,8 @@ def _divisors(start: Any, sign: int) -> list[Any]:
     """The roots and reductions that a factor divides by, with `sign` -1 those that a divisor multiplies by."""
     divisors, ahead, seen = [], [(start, sign)], {start}
     for node, sign in ahead:
-        kind, exponent = node.name().partition("Backward")[0], _exponent(node)
+        kind = node.name().partition("Backward")[0]
+        exponent = _exponent(node) if kind == "Pow" else 1.0
         if kind in _ROOTS or kind in _REDUCTIONS or exponent % 1:
             divisors += [node] if (sign < 0) != (kind == "Rsqrt" or exponent < 0) else []
         elif (kind in _ELEMENTWISE or exponent == -1) and len(ahead) < _FAR:
@@ -383,7 +357,8 @@ def _measured(divisor: Any) -> _Measured:
     is_root, squares, others, mean = kind in ("Sqrt", "Rsqrt") or abs(_exponent(divisor)) == 0.5, set[Any](), set[Any](), False
     ahead = [(start if is_root or kind == "Pow" else divisor, False, False)]
     for node, is_reduced, is_mean in ahead:
-        kind, exponent = node.name().partition("Backward")[0], _exponent(node)
+        kind = node.name().partition("Backward")[0]
+        exponent = _exponent(node) if kind == "Pow" else 1.0
         before = [each for each, _ in node.next_functions if each is not None]
         both = _near(before[0]) & _near(before[1]) if kind in ("Mul", "Bmm") and len(before) == 2 else set[Any]()
         if kind in ("Var", "VarMean"):

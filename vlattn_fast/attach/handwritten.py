@@ -31,17 +31,22 @@ def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     Raises:
         ValueError: other code has replaced the forward of a module.
     """
+    functions: dict[type[nn.Module], Any] = {}  # by class; None = it attends otherwise, or not
     for name, module in model.named_modules():
-        function = multihead_attention if defining_class(type(module)) is nn.MultiheadAttention else _by_name
-        if hasattr(module, REPLACED) or (function is _by_name and _written(type(module)) is None):
+        kind = type(module)
+        if kind not in functions:
+            is_torch = defining_class(kind) is nn.MultiheadAttention
+            functions[kind] = multihead_attention if is_torch else None if _written(kind) is None else _by_name
+        function = functions[kind]
+        if function is None or hasattr(module, REPLACED):
             continue  # the operator of a replaced score is observed anyway
         # accelerate's hooks call the earlier forward.
         attribute = "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
         before = vars(module).get(attribute)
         is_class_forward = attribute == "_old_forward" and getattr(before, "__func__", None) is type(module).forward
         if before is not None and not is_class_forward and getattr(before, "func", None) is not function:  # else by another run
-            kind = type(module).__name__
-            raise ValueError(f"model must have the forward of its class in '{name}' ({kind}); got one of its own, {before!r}")
+            place = f"'{name}' ({kind.__name__})"
+            raise ValueError(f"model must have the forward of its class in {place}; got one of its own, {before!r}")
         yield module, attribute, functools.partial(function, module)
 
 

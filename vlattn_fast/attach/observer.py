@@ -180,22 +180,23 @@ class Observer(TorchFunctionMode):
         if begins_anew:  # Ctrl-C may have left the pass before
             self.runs[:] = self.runs[:1] if self._starts is None else []
             self.maps = WrittenMaps(keeps_graph=self.trains)  # those of a run before have been multiplied
-        if self.runs:
-            around = self.runs[-1]
+        around = self.runs[-1] if self.runs else None
+        if around is not None:
+            around.has_parts = True
             path = self._paths.of(module, around.path, around.number)
         elif module in (self._starts or ()):
             path = self._paths.of(module, None, 0)
         else:
             return  # a single part is not a forward pass of the model
         self._count += 1
-        run = ModuleRun(module, path, self._count, begins_anew)
+        run = ModuleRun(module, path, self._count, around, begins_anew)
         self.runs.append(run)
         with torch._C.DisableTorchFunction():
             for on_enter in self._all.on_enter:
                 on_enter(run, args, kwargs or {})
 
     def _leave_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if isinstance(module, _OF_THE_CALLER) or not self.is_on() or all(run.module is not module for run in self.runs):
+        if isinstance(module, _OF_THE_CALLER) or not self.is_on() or module not in [run.module for run in self.runs]:
             return
         while (run := self.runs.pop()).module is not module:
             pass  # left by an error that the model has caught
@@ -224,9 +225,10 @@ class Observer(TorchFunctionMode):
         run, told = self.runs[-1], self._told
         takes_calls = bool(told.on_attention) and (not told.takes_calls or self._takes_calls())
         if takes_calls and func in _ATTENTION:
-            attends = self._attention(run, func, args, kwargs)
-            if attends is not None:
-                return attends()
+            if func is not functional.multi_head_attention_forward and self._is_told():
+                return func(*args, **kwargs)
+            if (attended := _ATTENTION[func](self, run, args, kwargs)) is not NotImplemented:
+                return attended
         if func is torch.multinomial and self._keeps_order and _shuffles(run.module, args):
             return torch.arange(len(args[0]), device=args[0].device)
         result = NotImplemented
@@ -249,18 +251,6 @@ class Observer(TorchFunctionMode):
 
     # --- attention calls ---
 
-    def _attention(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
-        """What computes the output of an attention function; None = a call like any other."""
-        if func is functional.multi_head_attention_forward:
-            return None if self._parts is not None else lambda: self._multihead(run, args, kwargs)
-        if self._is_told():
-            return lambda: func(*args, **kwargs)
-        if func is functional.scaled_dot_product_attention:
-            return lambda: self._sdpa(run, args, kwargs)
-        if func is SCORE_ATTENTION:
-            return lambda: self._score_attention(run, ScoreAttentionInputs(*args))
-        return None if self._before_sink is None else lambda: self._with_sink(run, *args)
-
     def _sdpa(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sdpa = functional.scaled_dot_product_attention
         event = AttentionEvent.from_sdpa(run, args, kwargs)
@@ -280,8 +270,9 @@ class Observer(TorchFunctionMode):
         output: Tensor = self._answer(event, _plain)
         return output
 
-    def _score_attention(self, run: ModuleRun, inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
+    def _score_attention(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The operator's output and log-sum-exp. With a sink the attention ends afterwards, in `_with_sink`."""
+        inputs = ScoreAttentionInputs(*args)
         with self._unobserved():
             for subscriber in self._subscribers:
                 inputs = subscriber.on_inputs(run, inputs)
@@ -293,20 +284,23 @@ class Observer(TorchFunctionMode):
             return output, lse
         return self._answer(replace(_scored(run, inputs), lse=lse), lambda _: output), lse
 
-    def _with_sink(self, run: ModuleRun, output: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
-        """The output of the operator that ran last, with its sink."""
-        inputs, self._before_sink = self._before_sink, None
-        assert inputs is not None
+    def _with_sink(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of the operator that ran last, with its sink; NotImplemented = none is waiting for one."""
+        (output, lse, sink), inputs, self._before_sink = args, self._before_sink, None
+        if inputs is None:
+            return NotImplemented
 
         def compute(event: AttentionEvent) -> Tensor:
             assert event.lse is not None and event.sink is not None
             return with_sink(output, event.lse, event.sink)
 
-        result: Tensor = self._answer(replace(_scored(run, inputs), sink=sink, lse=lse), compute)
-        return result
+        return self._answer(replace(_scored(run, inputs), sink=sink, lse=lse), compute)
 
     def _multihead(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Projects query and key once more: nn.MultiheadAttention splits into heads in code that no mode sees."""
+        """Projects query and key once more: nn.MultiheadAttention splits into heads in code that no mode sees. NotImplemented: a
+        run that replaces attention, where it is an error of its subscriber."""
+        if self._parts is not None:
+            return NotImplemented
         forward = functional.multi_head_attention_forward
         bound = inspect.signature(forward).bind(*args, **kwargs)
         bound.apply_defaults()
@@ -411,21 +405,25 @@ class _Told:
     """The methods of some subscribers, by the event that they are told of."""
 
     def __init__(self, subscribers: Iterable[Subscriber]) -> None:
-        self._subscribers, self.functions = subscribers, dict[Any, list[Any]]()  # by function of torch: each `on_call`
-        self.on_enter, self.on_leave, self.on_result = self._each("on_enter"), self._each("on_leave"), self._each("on_result")
-        self.on_attention, self.takes_calls = self._each("on_attention"), self._each("takes_calls")
-        self.heads_of_map, self.on_recurrence = self._each("heads_of_map"), self._each("on_recurrence")
+        def each(name: str) -> list[Any]:
+            return [getattr(x, name) for x in subscribers if getattr(type(x), name) is not getattr(Subscriber, name)]
 
-    def _each(self, name: str) -> list[Any]:
-        having = (each for each in self._subscribers if getattr(type(each), name) is not getattr(Subscriber, name))
-        return [getattr(subscriber, name) for subscriber in having]
+        self.on_enter, self.on_leave, self.on_call, self.on_result = map(each, ("on_enter", "on_leave", "on_call", "on_result"))
+        self.on_attention, self.takes_calls = each("on_attention"), each("takes_calls")
+        self.heads_of_map, self.on_recurrence = each("heads_of_map"), each("on_recurrence")
+        self.functions: dict[Any, list[Any]] = {}  # by function of torch: the `on_call` that are told of it
 
     def of_function(self, func: Any) -> list[Any]:
-        self.functions[func] = [on_call for on_call in self._each("on_call") if on_call.__self__.takes_function(func)]
+        self.functions[func] = [on_call for on_call in self.on_call if on_call.__self__.takes_function(func)]
         return self.functions[func]
 
 
-_ATTENTION = {functional.scaled_dot_product_attention, functional.multi_head_attention_forward, SCORE_ATTENTION, with_sink}
+_ATTENTION: dict[Any, Callable[..., Any]] = {
+    functional.scaled_dot_product_attention: Observer._sdpa,
+    functional.multi_head_attention_forward: Observer._multihead,
+    SCORE_ATTENTION: Observer._score_attention,
+    with_sink: Observer._with_sink,
+}
 _WATCHING: list[Observer] = []  # those that only watch, of all threads
 
 

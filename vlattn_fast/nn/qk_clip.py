@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.attachments import add_hook, add_pre_hook
-from vlattn_fast._ground.checks import check_number
+from vlattn_fast._ground.checks import check_number, is_distributed
 from vlattn_fast._ground.tensors import resolve_scale, scaled_dot_default
 from vlattn_fast.attach.session import uncompiled, unwrapped
 from vlattn_fast.attach.token_kinds import AttentionCall, TokenKinds
@@ -123,7 +123,7 @@ class QKClip(TrainingContext):
             )
         self._raise_in_all_processes(recorded.error)
         largest = recorded.largest
-        if _are_several():
+        if is_distributed():
             for_all = {module: _max_over_processes(largest.get(module), x) for module, x in self._projections.items()}
             largest = {module: x for module, x in for_all.items() if x is not None}
         heads = {module: (x > self.threshold).nonzero()[:, 0].tolist() for module, x in largest.items()}
@@ -152,7 +152,7 @@ class QKClip(TrainingContext):
 
     def _raise_in_all_processes(self, error: Exception | None) -> None:
         """Raises one process's error in each of them: a process that went on would wait for the others forever."""
-        if not _are_several():
+        if not is_distributed():
             if error is not None:
                 raise error
             return
@@ -205,7 +205,7 @@ class QKClip(TrainingContext):
         try:
             self._take_up(call)
         except ValueError as error:
-            if not _are_several():
+            if not is_distributed():
                 raise
             self._current.error = self._current.error or error
 
@@ -255,10 +255,6 @@ def _bound(query: Tensor, key: Tensor, options: dict[str, Any]) -> float:
     norms = [x.norm(dim=-1).amax().float() if x.numel() else x.new_zeros(()) for x in (query, key)]
     bound = float(abs(scale) * norms[0] * norms[1] * 1.01)
     return bound if bound == bound else torch.inf
-
-
-def _are_several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _max_over_processes(largest: Tensor | None, projections: Projections) -> Tensor | None:

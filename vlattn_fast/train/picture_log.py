@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlattn_fast._ground.checks import check_writable
+from vlattn_fast._ground.checks import check_writable, is_distributed
 from vlattn_fast.attach.session import is_sharded
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.train.attached import Attached
@@ -69,8 +69,7 @@ class PictureLog(Attached):
 
     def _begin_step(self, step: int) -> None:
         if step == 0:
-            several = torch.distributed.is_available() and torch.distributed.is_initialized()
-            self._draw_if_due(0, not several or torch.distributed.get_rank() == 0)
+            self._draw_if_due(0, not is_distributed() or torch.distributed.get_rank() == 0)
 
     def _end_step(self, step: int, is_first_process: bool) -> dict[str, float]:
         if step % self.every == 0:

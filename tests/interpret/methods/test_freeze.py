@@ -27,7 +27,7 @@ METHODS = [va.methods.Gradient, va.methods.Weighted, va.methods.GradCam, va.meth
 @contextlib.contextmanager
 def holding(model: nn.Module, **options: bool) -> Iterator[Frozen]:
     """A context in which values of the model are constants."""
-    with Observer(model, [frozen := Frozen(model, **options)]):
+    with Observer(model, [frozen := Frozen(**options)]):
         yield frozen
 
 

@@ -65,7 +65,7 @@ def named_sinks(request: Request, prompt: Prompt, run: Run, image_samples: Seque
 def _as_entered(tower: TowerTrace, values: Tensor, found: Findings) -> Tensor:
     """(B, N) over the tower's tokens, of values over the keys of a call."""
     positions = tower.positions
-    if tower.positions.moves is None or not positions.is_flat:
+    if not positions.is_flat:
         return values.cpu()
     at = positions.call(found.token_positions)
     flat = at.spread(values[:, None].cpu().to(torch.float64), at.keys)

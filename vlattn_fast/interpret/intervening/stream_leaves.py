@@ -97,7 +97,7 @@ def run_with_leaves(plans: Plans, tower: TracedTower, what: str, last: ModelCall
     `last`: the run ends at this call, and the leaves are those of the layers before. None = those of all layers.
     """
     traced, model, leaves = plans.traced, plans.traced.model, Leaves()
-    frozen = Frozen(model, similarities=True)
+    frozen = Frozen(similarities=True)
     mlps = plans.state_places["mlp"][tower]
     attending = [plan for plan in plans.calls if plan.call.tower is tower]
     for plan in attending:

@@ -28,6 +28,8 @@ from vlattn_fast.interpret.adapters.image_grids import square_patches
 from vlattn_fast.interpret.adapters.pixels import Shape
 from vlattn_fast.interpret.relevancy.method import Link, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, note_lost_gradient
+from vlattn_fast.interpret.relevancy.tracking.tensor_records import TensorRecords
+from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
 from vlattn_fast.interpret.relevancy.tracking.token_numbers import LAYOUTS, LOST, NONE, name_of
 
 # Functions that models call on ids before they look them up, and that leave each in its position.
@@ -72,7 +74,8 @@ class EmbeddingTrace(Subscriber):
 
     def __init__(self, model: nn.Module, adapter: Adapter, method: Method) -> None:
         self.model, self.adapter, self.method = model, adapter, method
-        self.towers = [TowerTrace(entry, model, keeps=False) for entry in adapter.towers]
+        self._moves = TokenMoves(TensorRecords(model))  # none
+        self.towers = [TowerTrace(entry, model, self._moves) for entry in adapter.towers]
         self.calls: list[Link] = []  # none is traced
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._names = {module: path for path, module in model.named_modules()}
@@ -80,7 +83,7 @@ class EmbeddingTrace(Subscriber):
         self._dims: dict[str, int | None] = {}  # of the features of each input, as an earlier run found them
         self._mark = new_mark("input")  # of a tensor: the input that it is from, and which entry of it each position holds
         # Attention is frozen at its calls of torch's and this package's functions.
-        frozen = method.freezing(model)
+        frozen = method.freezing()
         self._observer = Observer(model, [self, *frozen], parts=[model] if any(each.attention for each in frozen) else [])
 
     def __enter__(self) -> Self:
@@ -157,7 +160,10 @@ class EmbeddingTrace(Subscriber):
     def on_call(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The function that embeds an input of a model without an adapter."""
         source = self._source(func, args, kwargs)
-        return NotImplemented if source is None else self._looked_up(*getattr(source, self._mark), func(*args, **kwargs))
+        if source is None:
+            return NotImplemented
+        of, numbers = getattr(source, self._mark)
+        return self._looked_up(of, numbers, func(*args, **kwargs))
 
     def on_result(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Follows inputs of a model without an adapter to the function that embeds them."""
@@ -220,7 +226,7 @@ class EmbeddingTrace(Subscriber):
     def _enter_input(self, name: str, values: Tensor, dim: int | None) -> Tensor:
         tower = next((tower for tower in self.towers if tower.name == name), None)
         if tower is None:
-            tower = TowerTrace(None, self.model, keeps=False)
+            tower = TowerTrace(None, self.model, self._moves)
             tower.name, tower.grid = name, (values.shape[2], values.shape[3]) if values.ndim == 4 and dim == 1 else None
             self.towers.append(tower)
         return self._enter(tower, name, values, dim)

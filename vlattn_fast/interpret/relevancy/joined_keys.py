@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlattn_fast._ground.attachments import new_mark
 from vlattn_fast._ground.checks import is_wrapped
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
+from vlattn_fast.interpret.relevancy.tracking.tensor_records import TensorRecords
 
 _CAT = (torch.cat, torch.concat, torch.concatenate)
+JOINING = {*_CAT, functional.pad}
 # Functions that may give the tokens another order.
 _MOVES = {"flip", "fliplr", "roll", "index_select", "gather", "take_along_dim", "sort", "argsort", "where"}
 
@@ -40,42 +41,36 @@ class Part:
 
 @dataclass(frozen=True)
 class Join:
-    """How a tensor was joined along dimension `dim`."""
+    """How a tensor was joined along dimension `dim`, of this size."""
 
     dim: int
+    size: int
     parts: tuple[Part, ...]
-
-    @property
-    def size(self) -> int:
-        return sum(part.size for part in self.parts)
 
 
 class JoinedKeys:
-    """The joins of a run. `describe` gives a tensor's part of a join; `strict`: an error for keys from elsewhere, which may be
-    tokens that ran earlier."""
+    """The joins of a run, in its `records`. `strict`: an error for keys from elsewhere, which may be tokens that ran earlier."""
 
-    def __init__(self, describe: Callable[[Tensor, int], Part], strict: bool) -> None:
-        self._name, self._describe, self._any = new_mark("joins"), describe, False  # of a tensor: its join
-        self._strict = strict
+    def __init__(self, records: TensorRecords, strict: bool) -> None:
+        self._records, self._strict = records, strict
 
-    def follow(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
-        """After a function of torch: its results remember how they were joined."""
+    def follow(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, source: Tensor | None) -> None:
+        """After a function of torch: its results remember how they were joined. `source`: the argument that was joined."""
         join = None
         if func in _CAT:
             join = self._cat(result, *args, **kwargs)
         elif func is functional.pad:
             join = self._pad(*args, **kwargs)
         if join is not None:
-            setattr(result, self._name, join)
-            self._any = True
-        elif self._any:
-            self._hand_on(func, args, result)
+            self._records.at(result).join = join
+        elif source is not None:
+            self._hand_on(func, args, source, result)
 
     def copy(self, tensor: Tensor, source: Tensor) -> None:
         """`tensor` has the numbers of `source`, in another shape."""
-        join: Join | None = getattr(source, self._name, None)
+        join: Join | None = self._records.of(source).join
         if join is not None and (dim := _place(source, join, tensor)) is not None:
-            setattr(tensor, self._name, replace(join, dim=dim))
+            self._records.at(tensor).join = join if dim == join.dim else replace(join, dim=dim)
 
     def with_columns(self, call: TracedCall, sizes: Sequence[int]) -> TracedCall:
         """The call with the columns of its tokens, one of `sizes` many, if it has further keys that differ from them."""
@@ -112,7 +107,7 @@ class JoinedKeys:
 
     def _levels(self, tensor: Tensor, size: int) -> Iterator[tuple[Part, ...]]:
         """The parts of keys or values, then what those were joined of, and so on."""
-        join: Join | None = getattr(tensor, self._name, None)
+        join: Join | None = self._records.of(tensor).join
         parts = join.parts if join is not None and join.dim == 2 and join.size == size else ()
         while parts:
             yield parts
@@ -130,24 +125,25 @@ class JoinedKeys:
         if len(padded) != 1 or min(padded[0][1]) < 0:
             return None
         dim, (before, after) = padded[0]
-        edge = Part(0, "model") if mode == "constant" else self._describe(input, dim)
-        parts = [replace(edge, size=before), self._part(input, dim), replace(edge, size=after)]
+        edge = Part(0, "model") if mode == "constant" else self._part(input, dim)
+        parts = [replace(edge, size=before, within=()), self._part(input, dim), replace(edge, size=after, within=())]
         return _mixed(dim, [part for part in parts if part.size])
 
     def _part(self, tensor: Tensor, dim: int) -> Part:
-        join: Join | None = getattr(tensor, self._name, None)
+        record = self._records.of(tensor)
+        join: Join | None = record.join
         within = join.parts if join is not None and join.dim == dim else ()
-        return replace(self._describe(tensor, dim), within=within)
+        return Part(tensor.shape[dim], self._records.where_from(tensor), within, record.calls, record.entered, record.keys)
 
-    def _hand_on(self, func: Any, args: Sequence[Any], result: Any) -> None:
-        source = next((tensor for tensor in _tensors(args) if hasattr(tensor, self._name)), None)
+    def _hand_on(self, func: Any, args: Sequence[Any], source: Tensor, result: Any) -> None:
+        """Hands the join of an argument on to the result of a function."""
         name = getattr(func, "__name__", "")
-        if source is None or name in _MOVES:
+        if name in _MOVES:
             return
         if func is torch.einsum and isinstance(result, Tensor):
-            place = _by_label(args, source, getattr(source, self._name).dim)
-            if place is not None:
-                setattr(result, self._name, replace(getattr(source, self._name), dim=place))
+            join = self._records.of(source).join
+            if (place := _by_label(args, source, join.dim)) is not None:
+                self._records.at(result).join = replace(join, dim=place)
             return
         for tensor in _tensors((result,)):
             if tensor is not source and (name != "__getitem__" or _is_view(source, tensor)):
@@ -211,7 +207,7 @@ def check_cross(call: TracedCall, owner: TowerTrace | None, reached: Sequence[To
 def _mixed(dim: int, parts: list[Part]) -> Join | None:
     """The join of parts, of which some are tokens and others are not, or another tower's; else None."""
     some = {(part.origin == "tokens", part.calls, part.entered, part.keys_of) for part in parts}
-    return Join(dim, tuple(parts)) if len(some) > 1 else None
+    return Join(dim, sum(part.size for part in parts), tuple(parts)) if len(some) > 1 else None
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
@@ -248,6 +244,8 @@ def _place(source: Tensor, join: Join, result: Tensor) -> int | None:
     """The dimension of `result` in which the joined dimension of `source` lies; None if that cannot be told. A view keeps its
     stride, and a reshape the number of elements before it. Else the index is the same, from the left or the right."""
     dim, size = join.dim, join.size
+    if result.shape == source.shape and result.stride() == source.stride():
+        return dim
     if result.shape == source.shape and not _is_view(source, result):
         return dim
     if _is_view(source, result):

@@ -7,14 +7,13 @@ is differentiable and stores no map.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.attachments import Hook
 from vlattn_fast._ground.checks import is_wrapped
 from vlattn_fast.attach.frozen import Frozen
 from vlattn_fast.attach.session import is_checkpointed, named
@@ -50,6 +49,7 @@ class LiveCalls(Method):
         self.formula.trains = True
         self.name, self.needs_score, self.holds_start = formula.name, formula.needs_score, formula.holds_start
         self.adds_parallel, self.start_layer = formula.adds_parallel, formula.start_layer
+        self.weighs_sums = formula.weighs_sums
         self.pools: dict[TowerTrace, TracedCall] = {}
         if self.higher_order and not self.needs_score:
             raise ValueError(f"higher_order must be False for method {self.name!r}, which takes no gradient; got True")
@@ -60,20 +60,14 @@ class LiveCalls(Method):
 
     # --- the forward pass ---
 
-    def freezing(self, model: nn.Module) -> list[Frozen]:
-        frozen = super().freezing(model)
+    def freezing(self) -> list[Frozen]:
+        frozen = super().freezing()
         for each in frozen:
             each.differentiable = self.higher_order
         return frozen
 
-    def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], within_run: Callable[[Hook], Hook]) -> Iterator[Any]:
-        yield from self.formula.hooks(model, towers, within_run)
-
-    def follows(self, func: Any) -> bool:
-        return self.formula.follows(func)
-
     def follow(
-        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], last_tower: Callable[[Tensor, Tensor], TowerTrace | None]
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], last_tower: Callable[..., tuple[TowerTrace | None, bool]]
     ) -> Any:
         return self.formula.follow(func, args, kwargs, last_tower)
 
@@ -152,37 +146,31 @@ class LiveCalls(Method):
     # --- afterwards ---
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
-        terms = [self.formula.terms(tower) for tower in backward.towers]
-        calls = [self._calls(tower) for tower in backward.towers]
-        pools = [self.pools.get(tower) for tower in backward.towers]
-        tensors = [call.output for each_tower in calls for call in each_tower]
-        tensors += [call.output for call in pools if call is not None]
-        tensors += [
-            each_tower[call.number][2] for each_tower, each in zip(terms, calls, strict=True) if each_tower for call in each
-        ]
-        grads = iter(backward.gradients(tensors) if self.needs_score else [None] * len(tensors))
-        call_grads = [[next(grads) for _ in each] for each in calls]
-        pool_grads = [None if call is None else next(grads) for call in pools]
-        term_grads = [[next(grads) if each_tower else None for _ in each] for each_tower, each in zip(terms, calls, strict=True)]
+        calls = {tower: self._calls(tower) for tower in backward.towers}
+        terms = {call: each[call.number] for tower, of in calls.items() if (each := self.formula.terms(tower)) for call in of}
+        attended = [call for of in calls.values() for call in of] + [self.pools[t] for t in backward.towers if t in self.pools]
+        tensors = [call.output for call in attended] + [added for *_, added in terms.values()]
+        grads = backward.gradients(tensors) if self.needs_score else [None] * len(tensors)
+        call_grads = dict(zip(attended, grads[: len(attended)], strict=True))
+        term_grads = dict(zip(terms, grads[len(attended) :], strict=True))
         rows = []
-        for tower in range(len(calls)):
-            row, pool = backward.starts[tower], pools[tower]
-            if pool is not None:
-                row = self._step(row, pool, pool_grads[tower])
-                if backward.towers[tower].positions.reorders:
-                    at = backward.towers[tower].positions.call(pool.token_positions)
+        for tower, row in zip(backward.towers, backward.starts, strict=True):
+            positions = tower.positions
+            if (pool := self.pools.get(tower)) is not None:
+                row = self._step(row, pool, call_grads[pool])
+                if positions.reorders:
+                    at = positions.call(pool.token_positions)
                     row = at.spread(row, at.keys)
-            each = zip(calls[tower], call_grads[tower], term_grads[tower], strict=True)
-            positions = backward.towers[tower].positions
             last_share, added = 1.0, None  # by a mixer parallel to the call
-            for call, grad, term_grad in reversed(list(each)):
+            for call in reversed(calls[tower]):
+                grad = call_grads[call]
                 if call.parallel:
                     last_share, this_share = self.formula.recursion.parallel
                     added = this_share * self._step(row, call, grad).to(row)
                     continue
-                a, b = self.formula.weights(call, terms[tower].get(call.number), term_grad)
+                a, b = self.formula.weights(call, terms.get(call), term_grads.get(call))
                 if positions.reorders:
-                    row = self._moved(row, a, b, call, grad, positions, terms[tower].get(call.number))
+                    row = self._moved(row, a, b, call, grad, positions, terms.get(call))
                     continue
                 row = row * as_factor(a, row) + self._step(row * as_factor(b, row), call, grad).to(row)
                 if added is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from vlattn_fast._ground.attachments import Hook
 from vlattn_fast._ground.checks import check_choice, check_names
 from vlattn_fast.attach.frozen import Frozen
 from vlattn_fast.interpret.adapters.adapter import Adapter, Tower
@@ -125,6 +124,7 @@ class Method:
             tokens, so that a rule must cover it.
         holds_start: a relevancy vector begins as the weights of the explained positions, and the layers add to it. If it
             equals these weights at the end, the score does not depend on the explained position, and `explain` raises an error.
+        weighs_sums: `follow` gets the calls of torch's functions.
         trains: the model runs as it is, in train mode or not, and the calls keep their graph.
         cached: for each tower, what the method caches for the backward pass.
         start_layer, sinks, through_connector: options of some methods, with the values for all others.
@@ -145,6 +145,7 @@ class Method:
     default_freeze: ClassVar[tuple[str, ...]] = ()
     by_layer: ClassVar[bool] = False
     needs_mixer_rules: ClassVar[bool] = True
+    weighs_sums: bool = False
     adds_parallel: bool = False
     holds_start: bool = False
     trains: bool = False
@@ -184,9 +185,9 @@ class Method:
         self.frozen: Frozen | None = None  # the constants of the backward pass
         self.remarks: list[str] = []
 
-    def freezing(self, model: nn.Module) -> list[Frozen]:
+    def freezing(self) -> list[Frozen]:
         """What holds the constants of a run's backward pass, if `freeze` names any."""
-        self.frozen = Frozen(model, NORMS in self.freeze, ATTENTION in self.freeze, self.trains)
+        self.frozen = Frozen(NORMS in self.freeze, ATTENTION in self.freeze, self.trains)
         return [self.frozen] if self.freeze else []
 
     def for_call(self) -> Self:
@@ -238,11 +239,6 @@ class Method:
             raise ValueError(f"start_layer must be 0 for towers that attend to one another; got {self.start_layer}")
 
     # --- the forward pass ---
-
-    def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], within_run: Callable[[Hook], Hook]) -> Iterator[Any]:
-        """Adds further hooks; yields the functions that remove them. `towers` are those with an adapter: others are
-        found while the model runs. `within_run` makes a hook that is silent in other runs of the same model."""
-        yield from ()
 
     def judged(self, tower: TowerTrace, source: TowerTrace, call: TracedCall) -> TracedCall:
         """A call from the tokens of `tower` to those of `source`, without the keys that `sinks` says to remove."""
@@ -308,15 +304,12 @@ class Method:
         """`output` without the graph that made it. A gradient at it may name the explained position."""
         return output.detach().requires_grad_(self.finds_position and tower.gradients.finds_position)
 
-    def follows(self, func: Any) -> bool:
-        """Whether `follow` gets the calls of this function of torch."""
-        return False
-
     def follow(
-        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], last_tower: Callable[[Tensor, Tensor], TowerTrace | None]
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], last_tower: Callable[..., tuple[TowerTrace | None, bool]]
     ) -> Any:
         """The result of a call of torch in parallel to attention; NotImplemented = as it is. `last_tower` takes two tensors and
-        gives the tower through whose last attention the first one came, and the second did not."""
+        gives the tower through whose last attention the first one came, and the second did not; and whether the second one
+        entered a module before that attention."""
         return NotImplemented
 
     # --- the backward pass ---

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlattn_fast._ground.attachments import add_mark, new_mark, read_mark
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
 from vlattn_fast.attach.events import Attend, AttentionEvent, ModuleRun, Subscriber, edits_of, is_map
 from vlattn_fast.attach.observer import Observer
@@ -24,7 +23,7 @@ from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Re
 from vlattn_fast.attach.session import in_layers, is_checkpointed, layers_of, named
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.adapters.adapter import Adapter
-from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, Joint, Part, check_cross, joint_keys
+from vlattn_fast.interpret.relevancy.joined_keys import JOINING, JoinedKeys, Joint, check_cross, joint_keys
 from vlattn_fast.interpret.relevancy.method import Link, Method
 from vlattn_fast.interpret.relevancy.recurrent_calls import (
     check_recurrences,
@@ -37,7 +36,7 @@ from vlattn_fast.interpret.relevancy.recurrent_calls import (
 )
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, begun, note_lost_gradient, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
-from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
+from vlattn_fast.interpret.relevancy.tracking.tensor_records import TensorRecords
 from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
 from vlattn_fast.interpret.relevancy.tracking.token_positions import ids_of
 
@@ -68,19 +67,18 @@ class Trace(Subscriber):
         self.model, self.method, self.trains = model, method, method.trains
         self.finds_towers = not adapter.towers or adapter.bimodal  # towers that no adapter names, and cross-attention
         self._ran: set[str] = set()
-        self._make_tower = functools.partial(TowerTrace, model=model, keeps=self.finds_towers, ran=self._ran)
+        self._records = TensorRecords(model)
+        self.moves = TokenMoves(self._records)
+        self._make_tower = functools.partial(TowerTrace, model=model, moves=self.moves, keeps=self.finds_towers, ran=self._ran)
         self.towers = [self._make_tower(entry) for entry in adapter.towers]
         self.calls: list[Link] = []  # in the order in which they ran, if rules for several towers may need them
         self.by_hand: dict[str, set[torch.Size]] = {}  # by module that computed a softmax: the shapes of maps
         self._chunks: dict[int, int] = {}  # of the runs that attended in chunks: their queries, over the whole batch
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
-        self._marks = TensorMarks(model)
-        self._joined = JoinedKeys(self._part, strict=self.finds_towers)
-        self.moves = TokenMoves(self._marks.calls, self._marks.constants)
+        self._joined = JoinedKeys(self._records, strict=self.finds_towers)
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._convolutions: dict[int, tuple[Reading, Tensor]] = {}  # by the module's run: the last one, and its output
         self._convolved = set[int]()  # the runs of modules that called torch's convolution themselves
-        self._key_mark = new_mark("keys")  # of a tensor: the towers whose self-attention took it for its keys, as bits
         roots = [submodule(model, tower.path, tower) for tower in adapter.towers]
         if self.finds_towers:
             roots = [model.get_submodule(adapter.within)]
@@ -88,7 +86,7 @@ class Trace(Subscriber):
         check_rules(model, within, mixers=method.needs_mixer_rules)
         edits = None if self.trains else edits_of(model)
         mixers = itertools.chain.from_iterable(map(replacements, roots))
-        subscribers = [*method.freezing(model), *(() if edits is None else [edits.for_explained_run()]), self]
+        subscribers = [*method.freezing(), *(() if edits is None else [edits.for_explained_run()]), self]
         self.observer = Observer(model, subscribers, parts=roots, within=adapter.within, keeps_sdpa=self.trains, further=mixers)
 
     def __enter__(self) -> Self:
@@ -106,17 +104,19 @@ class Trace(Subscriber):
     # --- the run ---
 
     def begins(self, observer: Observer) -> Iterator[Any]:
-        yield from self._marks.across_processes(self.model, observer.hook)
-        yield from self.method.hooks(self.model, self.towers, observer.hook)
+        yield from self._records.across_processes(self.model, observer.hook)
 
     def on_end(self) -> None:
-        self._marks.forget()
-        self.moves.forget()
+        self._records.forget()
 
     def on_enter(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if run.path is not None:
             self._ran.add(run.path)
-            self._marks.enter(run.path, args)
+            if args and run.path[-1:].isdigit():
+                self._records.enter(args[0])
+        if self.method.weighs_sums and args and isinstance(args[0], Tensor) and not isinstance(run.module, nn.Identity):
+            record = self._records.at(args[0])
+            record.entry = len(self._owners) if record.entry is None else record.entry
 
     def on_leave(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._convolutions.pop(run.number, None)
@@ -128,8 +128,8 @@ class Trace(Subscriber):
         attended = [
             1 << tower.calls.last for tower in self.towers if tower.calls.run == run.number and tower.calls.last is not None
         ]
-        if attended and isinstance(first, Tensor) and not self._marks.calls((first,)):
-            self._marks.add_calls(first, sum(attended))  # lost within, as where several processes add up their heads
+        if attended and isinstance(first, Tensor) and not self._records.of(first).calls:
+            self._records.copy(first, calls=sum(attended))  # lost within, as where several processes add up their heads
         if (queries := self._chunks.pop(run.number, 0)) and isinstance(first, Tensor):
             if first.numel() != queries * first.shape[-1]:  # calls over the same tokens look like chunks until the module returns
                 assert run.module is not None
@@ -141,7 +141,7 @@ class Trace(Subscriber):
 
     def takes_function(self, func: Any) -> bool:
         named = func in (functional.conv1d, functional.multi_head_attention_forward)
-        return named or getattr(func, "__name__", None) == "flex_attention" or self.method.follows(func)
+        return named or getattr(func, "__name__", None) == "flex_attention" or self.method.weighs_sums
 
     def on_call(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is functional.conv1d:
@@ -171,13 +171,14 @@ class Trace(Subscriber):
         return heads if probabilities.ndim == 4 or (heads and len(probabilities) % heads == 0) else 0
 
     def on_result(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        calls = self._marks.hand_on(func, args, kwargs, result)
+        calls, joined = self._records.follow(func, args, kwargs, result)
         if run.path is not None:
             self.moves.follow(func, args, kwargs, result, run.path)
         if calls and isinstance(result, Tensor) and result.ndim == 3:
             if (owner := self._owners[calls.bit_length() - 1]) is not None:
                 owner.goes_through(result)
-        self._joined.follow(func, args, kwargs, result)
+        if joined is not None or func in JOINING:
+            self._joined.follow(func, args, kwargs, result, joined)
 
     def _around_of(self, path: str) -> TowerTrace | None:
         """The listed tower that the module at `path` lies in, if any."""
@@ -186,15 +187,17 @@ class Trace(Subscriber):
                 return tower
         return None
 
-    def _last_tower(self, tensor: Tensor, another: Tensor) -> TowerTrace | None:
-        """The tower through whose last attention `tensor` came, and `another` did not."""
-        last = self._marks.calls((tensor,)).bit_length() - 1
-        owner = None if last < 0 or self._marks.calls((another,)) >> last else self._owners[last]
-        return owner if owner is not None and owner.calls.last == last else None
+    def _last_tower(self, tensor: Tensor, another: Tensor) -> tuple[TowerTrace | None, bool]:
+        """The tower through whose last attention `tensor` came, and `another` did not, and whether that one entered a module
+        before it."""
+        last, record = self._records.of(tensor).calls.bit_length() - 1, self._records.of(another)
+        owner = None if last < 0 or record.calls >> last else self._owners[last]
+        is_last = owner is not None and owner.calls.last == last
+        return owner if is_last else None, record.entry is not None and record.entry <= last
 
     def prepare(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """The arguments that the model is called with, whose tensors are marked."""
-        self._marks.give(arguments)
+        self._records.give(arguments)
         return arguments
 
     # --- attention calls ---
@@ -209,7 +212,7 @@ class Trace(Subscriber):
     def _marked_as(self, view: Tensor, tensor: Tensor, dim: int | None = None) -> Tensor:
         """A view of `tensor` with its marks, copied by hand: the trace does not follow its own functions. `dim`: one that it
         adds, or -1."""
-        self._marks.copy(view, tensor)
+        self._records.copy(view, tensor)
         self._joined.copy(view, tensor)
         self.moves.hand_on(view, tensor, dim)
         return view
@@ -218,7 +221,7 @@ class Trace(Subscriber):
         """The attention (B, H, N, D) of one call, as the model computes it; with relevancy, if the tower is explained.
         Dropout is off but in a run that trains."""
         tensors, masks = self._parts_of(event, attend)
-        calls, path = self._marks.calls(tensors[:1]), event.run.path
+        calls, path = self._records.of(tensors[0]).calls, event.run.path
         query, key = map(self._frozen, tensors[:2])
         masks = {name: mask if name == "group_bias" else self._frozen(mask) for name, mask in masks.items()}
         call = TracedCall(path or "", query, key, tensors[2], masks, dropout_p=event.dropout_p if self.trains else 0.0)
@@ -275,7 +278,7 @@ class Trace(Subscriber):
         with torch._C.DisableTorchFunction():
             if isinstance(mixer, Convolution):
                 self._marked_as(mixing.query, mixer.value, 3)
-            calls = self._marks.calls((mixing.query, mixing.value))
+            calls = self._records.of(mixing.query).calls | self._records.of(mixing.value).calls
             output, owner = self._attend(run, mixing, calls)
             self._attended(mixing, owner, calls, output)
         return reading.with_output(result, output[..., 0] if isinstance(mixer, Convolution) else output)
@@ -289,14 +292,14 @@ class Trace(Subscriber):
             self._marked_as(result, self._output, -1 if event.is_one_head else None)
 
     def on_lse(self, inputs: ScoreAttentionInputs, lse: Tensor) -> None:
-        self._marks.copy(lse, inputs.query, inputs.key)
+        self._records.copy(lse, inputs.query, inputs.key)
 
     def _attended(self, call: TracedCall, owner: TowerTrace | None, calls: int, output: Tensor) -> None:
         """Marks the output of a call whose queries came through `calls`; `owner`: the tower that it belongs to, if any."""
         if owner is not None:
             calls |= 1 << len(self._owners)
             self._owners.append(owner)
-        self._marks.add_calls(output, calls, call.query, call.key, call.value)
+        self._records.copy(output, call.query, call.key, call.value, calls=calls)
         self.moves.hand_on(output, call.query)
 
     def _attend(self, run: ModuleRun, call: TracedCall, calls: int) -> tuple[Tensor, TowerTrace | None]:
@@ -309,7 +312,7 @@ class Trace(Subscriber):
             )
         pooling = next((tower for tower in self.towers if tower.pooling_path == call.path), None)
         if pooling is not None:
-            into = pooling.enter_pooling(self._joined.with_columns(call, [pooling.size]), self.moves)
+            into = pooling.enter_pooling(self._joined.with_columns(call, [pooling.size]))
             return pooling.gradients.leaves_pooling(self.method.pool(pooling, self.method.judged(pooling, pooling, into))), None
         new = self._linked(run, call, calls)
         call, owner, reached = new.call, new.owner, self._reached(new.key_calls)
@@ -319,29 +322,30 @@ class Trace(Subscriber):
             self._check_left_out(new)
             return call.computed(), None
         tower = owner or begun(self._new_tower(), call.path, new.ids, self._reached(calls))
-        tower.entered = tower.entered or self._marks.entered(call.query)
+        tower.entered = tower.entered or self._records.of(call.query).entered
         if joint:
             return self._attend_jointly(tower, call, joint), tower
         if new.is_same:
             return self._attend_to_itself(run, tower, new), tower
-        first = calls == new.key_calls == 0 and self._marks.entered_as_one(call.query, call.key)
+        entered = self._records.of(call.query).entered & self._records.of(call.key).entered
+        first = calls == new.key_calls == 0 and entered != 0
         self._check_across(new)
         check_cross(call, owner, reached, calls == new.key_calls, first or calls != 0)
         return self._attend_across(tower, new), tower
 
     def _linked(self, run: ModuleRun, call: TracedCall, calls: int) -> _NewCall:
         """Which tower a call continues, and whether its keys are the tokens of its queries."""
-        queries, key_calls = call.query.shape[2], self._marks.calls((call.key,))
+        queries, key = call.query.shape[2], self._records.of(call.key)
         ids, key_ids = (ids_of(self.moves.of(tensor), tensor) for tensor in (call.query, call.key))
         owner = self._tower_of(run, calls, call.query.shape[0], queries, ids)
         # A layer may share an earlier layer's keys, which came through fewer calls than its queries.
-        shared = owner is not None and bool(read_mark((call.key,), self._key_mark) >> self.towers.index(owner) & 1)
+        shared = owner is not None and bool(key.keys >> self.towers.index(owner) & 1)
         held = owner is not None and owner.positions.holds(key_ids, all_of=True)  # also where they are others than the queries'
-        same = call.is_mixing or held or shared or self._same_tokens(call, calls, key_calls)
+        same = call.is_mixing or held or shared or self._same_tokens(call, calls, key.calls)
         if not held and not call.is_mixing:
-            call = self._joined.with_columns(call, [queries] if same else [tower.size for tower in self._reached(key_calls)])
+            call = self._joined.with_columns(call, [queries] if same else [tower.size for tower in self._reached(key.calls)])
             same = same and queries == call.tokens
-        return _NewCall(call, owner, calls, key_calls, ids, same)
+        return _NewCall(call, owner, calls, key.calls, ids, same)
 
     def _check_left_out(self, new: _NewCall) -> None:
         """ValueError for a call within a tower with an entry that is in none of its layers: the map would leave it out."""
@@ -362,7 +366,7 @@ class Trace(Subscriber):
     def _attend_jointly(self, tower: TowerTrace, call: TracedCall, joint: Sequence[Joint]) -> Tensor:
         """To the tower's own tokens and to those of others in one softmax."""
         number = len(self._owners)
-        call = tower.enter(replace(call, columns=joint[0].columns), number, moves=self.moves, source=True)
+        call = tower.enter(replace(call, columns=joint[0].columns), number, source=True)
         output = self.method.attended_jointly(tower, call)
         for keys in joint:
             source_call = replace(call, columns=keys.columns)
@@ -374,9 +378,9 @@ class Trace(Subscriber):
         call = replace(new.call, parallel=parallel)
         same_layer = not self.method.needs_mixer_rules and self._repeats(run, tower, new)
         is_chunk = not same_layer and self._is_chunk(run, tower, call, new.calls)
-        call = tower.enter(call, len(self._owners), is_chunk, self.moves, same_layer=same_layer)
+        call = tower.enter(call, len(self._owners), is_chunk, same_layer=same_layer)
         tower.calls.came_through, tower.calls.mixes = new.calls, call.is_mixing
-        add_mark(call.key, self._key_mark, 1 << self.towers.index(tower))
+        self._records.at(call.key).keys |= 1 << self.towers.index(tower)
         tower.note_others(call, measures=not self.trains)
         call, output = self.method.attended(tower, tower, call)
         self._keep(tower, tower, call, output, new.key_calls)
@@ -385,7 +389,7 @@ class Trace(Subscriber):
     def _attend_across(self, tower: TowerTrace, new: _NewCall) -> Tensor:
         """To another tower's tokens."""
         tower.note_others(new.call, measures=not self.trains)
-        call = tower.enter(new.call, len(self._owners), moves=self.moves, source=True)  # before `_source_of`, if it is new
+        call = tower.enter(new.call, len(self._owners), source=True)  # before `_source_of`, if it is new
         source = self._source_of(new.key_calls, call)
         call, output = self.method.attended(tower, source, call)
         self._keep(tower, source, call, output, new.key_calls)
@@ -426,11 +430,6 @@ class Trace(Subscriber):
             source_call = next((i for i in earlier if key_calls >> i & 1 and self._owners[i] is source), None)
             self.calls.append(Link(tower, source, replace(call, output=output), source_call, joint))
 
-    def _part(self, tensor: Tensor, dim: int) -> Part:
-        """A tensor as a part of a join along `dim`."""
-        calls, entered, keys_of = self._marks.calls((tensor,)), self._marks.entered(tensor), read_mark((tensor,), self._key_mark)
-        return Part(tensor.shape[dim], self._marks.origin(tensor), calls=calls, entered=entered, keys_of=keys_of)
-
     # --- which tower a call belongs to, and which its keys come from ---
 
     def _new_tower(self) -> TowerTrace:
@@ -460,7 +459,7 @@ class Trace(Subscriber):
         """Whether queries and keys are of one sequence: in cross-attention they came through the calls of different towers, or
         from different inputs."""
         if calls == key_calls or not calls:
-            return calls == key_calls and (calls > 0 or self._marks.from_same(call.query, call.key))
+            return calls == key_calls and (calls > 0 or self._records.from_same(call.query, call.key))
         reached = self._reached(key_calls)
         return bool(reached) and reached[0] in self._reached(calls)[:1]
 
@@ -479,8 +478,9 @@ class Trace(Subscriber):
     def check(self) -> None:
         """ValueError, naming the module, if attention of an explained tower was not traced."""
         called = {path for tower in self.towers for path in tower.calls.paths}
-        check_recurrences({path: self.model.get_submodule(path) for path in self._ran if self._concerns(path)}, [*called])
-        by_hand = {path: shapes for path, shapes in self.by_hand.items() if self._concerns(path)}
+        places = self._places()
+        check_recurrences({path: self.model.get_submodule(path) for path in self._ran if path.startswith(places)}, [*called])
+        by_hand = {path: shapes for path, shapes in self.by_hand.items() if path.startswith(places)}
         self.observer.maps.check(self.model, by_hand, called, [tower.shape for tower in self.towers])
         number = 0
         for tower in self.towers:
@@ -491,4 +491,8 @@ class Trace(Subscriber):
 
     def _concerns(self, path: str) -> bool:
         """Whether a module may lie in a tower that is explained."""
-        return self.finds_towers or any(path.startswith(f"{layers}.") for tower in self.towers for layers in tower.calls.lists)
+        return path.startswith(self._places())
+
+    def _places(self) -> tuple[str, ...]:
+        """How the paths of such modules begin."""
+        return ("",) if self.finds_towers else tuple([f"{layers}." for tower in self.towers for layers in tower.calls.lists])

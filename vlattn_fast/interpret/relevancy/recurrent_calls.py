@@ -163,15 +163,19 @@ def replacements(root: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     """(object, attribute, function) for what the table names below `root`; for `overridden`. Each function runs as the model has
     it, and the run of this thread gets the call."""
     seen = set[int]()
+    of_classes: dict[type[nn.Module], tuple[Reader | None, Any, list[Any]]] = {}
     for module in root.modules():
-        reader = next((CLASSES[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in CLASSES), None)
-        written = FORWARDS.get(defining_class(type(module)).__name__)
+        kind = type(module)
+        if kind not in of_classes:
+            reader = next((CLASSES[base.__name__] for base in kind.__mro__ if base.__name__ in CLASSES), None)
+            of_classes[kind] = reader, FORWARDS.get(defining_class(kind).__name__), _files(kind)
+        reader, written, files = of_classes[kind]
         attribute = "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
         if reader is not None:
             yield module, attribute, _handed(reader, getattr(module, attribute))
         elif written is not None:
             yield module, attribute, functools.partial(_run_written, written, module, getattr(module, attribute))
-        for target in _with_files(module):
+        for target in files if FUNCTIONS.keys().isdisjoint(vars(module)) else (module, *files):
             if id(target) in seen:
                 continue
             seen.add(id(target))
@@ -189,15 +193,15 @@ def named_in(target: Any) -> list[str]:
 
 def recurs(module: nn.Module) -> bool:
     """Whether the file of a module's class has a recurrence: then its short convolutions stand before it."""
-    return any(name in FUNCTIONS for target in _with_files(module) for name in named_in(target)) or any(
+    return any(name in FUNCTIONS for target in (module, *_files(type(module))) for name in named_in(target)) or any(
         kind.__name__ in CLASSES for part in module.modules() for kind in type(part).__mro__
     )
 
 
-def _with_files(module: nn.Module) -> list[Any]:
-    """A module of torch, and the files of its classes."""
-    files = [sys.modules.get(kind.__module__) for kind in type(module).__mro__ if kind not in (nn.Module, object)]
-    return [module, *(file for file in files if file is not None)]
+def _files(kind: type[nn.Module]) -> list[Any]:
+    """The files of a class and of its bases."""
+    files = [sys.modules.get(base.__module__) for base in kind.__mro__ if base not in (nn.Module, object)]
+    return [file for file in files if file is not None]
 
 
 def _run_written(written: Callable[..., Any], module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -245,11 +249,11 @@ def check_rules(model: nn.Module, parts: Sequence[str], mixers: bool = True) -> 
 def check_recurrences(ran: Mapping[str, nn.Module], called: Sequence[str]) -> None:
     """ValueError, naming the module, if a recurrence among the modules that ran is not among those that `called` one that is
     traced: in parallel to attention in the same layer it would be left out."""
+    # a class of a user may be built on one of them
+    kinds = {kind: any(base.__name__.endswith(RECURRENT) for base in kind.__mro__) for kind in {*map(type, ran.values())}}
     for path, module in ran.items():
-        kind = type(module).__name__
-        names = (each.__name__ for each in type(module).__mro__)  # a class of a user may be built on one of them
-        if any(name.endswith(RECURRENT) for name in names) and not any(f"{caller}.".startswith(f"{path}.") for caller in called):
+        if kinds[type(module)] and not any(f"{caller}.".startswith(f"{path}.") for caller in called):
             raise ValueError(
-                f"model must use supported functions for its recurrence; got '{path}' ({kind}), whose recurrence cannot be "
+                f"model must use supported functions for its recurrence; got {named(path, module)}, whose recurrence cannot be "
                 "traced. method='input_gradient' supports any layer"
             )

@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from vlattn_fast._ground.checks import is_distributed
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.attach.session import layers_of, named
 from vlattn_fast.attach.tensor_parallel import has_dtensors, heads_mesh
@@ -171,7 +172,9 @@ class ScoreGradients:
 class TowerTrace:
     """The state of one tower during a run of `model`, of whose modules `ran` has the paths."""
 
-    def __init__(self, entry: Tower | None, model: nn.Module, keeps: bool, ran: Collection[str] = ()) -> None:
+    def __init__(
+        self, entry: Tower | None, model: nn.Module, moves: TokenMoves, keeps: bool = False, ran: Collection[str] = ()
+    ) -> None:
         self.entry, self.model = entry, model  # no entry: a tower that is found
         self.keeps = keeps  # every call is cached, for rules that use them after the backward pass
         self.name = "" if entry is None else entry.name
@@ -186,10 +189,10 @@ class TowerTrace:
         # By module: how many of its keys are not tokens, and the share of attention that they take; None = not measured.
         self.others: dict[str, tuple[int, Tensor | None]] = {}
         self.probes: int | None = None  # queries of the pooling head; None before it ran
-        self.calls, self.positions = CallOrder(), TokenPositions()
+        self.calls, self.positions = CallOrder(), TokenPositions(moves)
         self.gradients = ScoreGradients(finds_position=entry is None or entry.rule.by_gradient)
         self.carriers = Carriers()  # of methods that carry relevancy through the layers
-        self._has_dtensors = distributed.is_available() and distributed.is_initialized() and has_dtensors(model)
+        self._has_dtensors = is_distributed() and has_dtensors(model)
         self.pooling_path: str | None = None
         if entry is not None:
             root, lists = submodule(model, entry.path, entry), self.calls.lists
@@ -253,16 +256,10 @@ class TowerTrace:
     # --- attention calls ---
 
     def enter(
-        self,
-        call: TracedCall,
-        number: int,
-        chunk: bool = False,
-        moves: TokenMoves | None = None,
-        source: bool = False,
-        same_layer: bool = False,
+        self, call: TracedCall, number: int, chunk: bool = False, source: bool = False, same_layer: bool = False
     ) -> TracedCall:
-        """Take a call of this tower's tokens in, the run's number `number`; returns it with what the tower knows of it. `moves`
-        has the numbers of its tokens; `source`: its keys are another tower's; `same_layer`: it is of the last call's layer."""
+        """Take a call of this tower's tokens in, the run's number `number`; returns it with what the tower knows of it. `source`:
+        its keys are another tower's; `same_layer`: it is of the last call's layer."""
         path, query = call.path, call.query
         if self.batch is None:
             self.batch, self.dtype, self.device = query.shape[0], compute_dtype(query), query.device
@@ -273,10 +270,8 @@ class TowerTrace:
             self.numbers.enter(path, source)
         if self.calls.enter(path, number, chunk):
             self.size += query.shape[2]
-        token_positions = None
-        if moves is not None:
-            key, columns = (call.query, None) if source else (call.key, call.columns)
-            token_positions = self.positions.enter(moves, call.query, key, columns, path, chunk, self.size)
+        key, columns = (call.query, None) if source else (call.key, call.columns)
+        token_positions = self.positions.enter(call.query, key, columns, path, chunk, self.size)
         if call.parallel and (token_positions is not None or self.calls.chunked):
             raise ValueError(f"model must keep its tokens in order if a layer has two parallel mixers; got others in '{path}'")
         self.positions.end = None
@@ -288,12 +283,12 @@ class TowerTrace:
         if count := call.key.shape[2] - call.tokens:
             self.others[call.path] = count, call.share_of_others() if measures else None
 
-    def enter_pooling(self, call: TracedCall, moves: TokenMoves) -> TracedCall:
+    def enter_pooling(self, call: TracedCall) -> TracedCall:
         """Take the call of the attention-pooling head in, whose queries are learned and no tokens."""
         if self.pooled:
             raise ValueError(f"model must call the pooling head of tower '{self.name}' once; got '{self.pooling_path}' again")
         self.probes = call.query.shape[2]
-        token_positions = self.positions.pool(moves, call.key, call.columns) if self.calls.paths else None
+        token_positions = self.positions.pool(call.key, call.columns) if self.calls.paths else None
         return dataclasses.replace(call, mesh=self._mesh(call), token_positions=token_positions)
 
     def _mesh(self, call: TracedCall) -> Any:

@@ -9,14 +9,13 @@ entered a module before it. So x is the residual stream, while the output of an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vlattn_fast._ground.attachments import Hook, add_pre_hook, new_mark
 from vlattn_fast._ground.tensors import over_sums
 from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS, Weighting, residual_weights
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Link
@@ -37,7 +36,6 @@ class _Sums:
 
     waits: bool = False  # an attention has yet to be added to the stream
     carries: bool = False  # that attention is of the tower to itself, through which the carrier goes
-    number: int = 0  # how many attention calls were before it
     unsummed: str | None = None  # the first module whose attention was never added to the stream
     branch: Tensor | None = None  # o, if something else was added to it already,
     partial: Tensor | None = None  # and their sum
@@ -58,7 +56,7 @@ class Weighted(GradientMethod):
     """
 
     name = "weighted"
-    adds_parallel = False
+    adds_parallel, weighs_sums = False, True
     recursion = Recursion("gradient", row_normalize=True, residual_weight=0.0)
 
     cached: dict[TowerTrace, _Sums]
@@ -89,21 +87,7 @@ class Weighted(GradientMethod):
         self.weighting = weighting
         super().__init__(start_layer=start_layer, sinks=sinks, freeze=freeze, of=of)
 
-    def begin(self) -> None:
-        super().begin()
-        self._mark = new_mark("entered")  # of a tensor: how many attention calls were before it entered a module
-        self._calls = 0
-
     # --- the forward pass ---
-
-    def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], within_run: Callable[[Hook], Hook]) -> Iterator[Any]:
-        yield add_pre_hook(None, within_run(self._enter))
-
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        # They return their input, which may be any tensor.
-        if args and isinstance(args[0], Tensor) and not isinstance(module, (nn.Identity, nn.Dropout)):
-            if not hasattr(args[0], self._mark):
-                setattr(args[0], self._mark, self._calls)
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         self.begins(tower, call.chunk)
@@ -117,26 +101,22 @@ class Weighted(GradientMethod):
         sums = self.cached.setdefault(tower, _Sums())
         if sums.waits and not chunk and sums.unsummed is None:
             sums.unsummed = tower.calls.paths[-2]
-        sums.waits, sums.carries, sums.number, sums.branch, sums.partial = True, carries, self._calls, None, None
-        self._calls += 1
-
-    def follows(self, func: Any) -> bool:
-        return getattr(func, "__name__", "").strip("_") in _SUMS
+        sums.waits, sums.carries, sums.branch, sums.partial = True, carries, None, None
 
     def follow(
-        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], last_tower: Callable[[Tensor, Tensor], TowerTrace | None]
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], last_tower: Callable[..., tuple[TowerTrace | None, bool]]
     ) -> Any:
         """The result of a function of torch; the terms of a residual sum get their weights."""
         terms = [arg for arg in args if isinstance(arg, Tensor)]
-        if kwargs or len(args) != 2 or len(terms) != 2:
+        if kwargs or len(args) != 2 or len(terms) != 2 or getattr(func, "__name__", "").strip("_") not in _SUMS:
             return NotImplemented
         for added, stream in (terms, terms[::-1]):
-            tower = last_tower(added, stream)
+            tower, enters_before = last_tower(added, stream)
             sums = None if tower is None else self.cached.get(tower)
             if tower is None or sums is None or not sums.waits or added.shape != stream.shape or added.ndim != 3:
                 continue
             branch = sums.branch if sums.branch is not None and added is sums.partial else added
-            if getattr(stream, self._mark, sums.number + 1) > sums.number:  # such as of an MLP parallel to the attention
+            if not enters_before:  # such as of an MLP parallel to the attention
                 sums.branch, sums.partial = branch, func(*args)
                 return sums.partial
             if func is Tensor.add_ and added is args[0]:  # the model goes on with this tensor

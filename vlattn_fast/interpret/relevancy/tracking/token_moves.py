@@ -7,7 +7,7 @@ All else leaves a token in its position, or loses the numbers if the result has 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlattn_fast._ground.attachments import new_mark
+from vlattn_fast.interpret.relevancy.tracking.tensor_records import TensorRecords
 from vlattn_fast.interpret.relevancy.tracking.token_numbers import (
     ANY,
     BROADCASTS,
@@ -47,15 +47,11 @@ from vlattn_fast.interpret.relevancy.tracking.token_numbers import (
 
 
 class TokenMoves:
-    """The numbers of all tensors of a run. `is_after_attention` says whether a tensor came through an attention call: tokens that
-    are joined before the first one are new tokens, and those that are merged after one are lost. `constants`: the ids of
-    the model's own tensors, which have no tokens."""
+    """The numbers of all tensors of a run, in its `records`. Tokens that are joined before the first attention call are new
+    tokens, and those that are merged after one are lost. The model's own tensors have none."""
 
-    def __init__(self, is_after_attention: Callable[[Any], int], constants: Container[int]) -> None:
-        self._is_after_attention, self._constants = is_after_attention, constants
-        self._outside: list[Tensor] = []
-        self._unmarked: dict[int, Numbers | None] = {}
-        self._mark = new_mark("numbers")
+    def __init__(self, records: TensorRecords) -> None:
+        self._records = records
         self._names: dict[Any, str] = {}
         self._results: dict[Hashable, tuple[Any, Any]] = {}  # of moves that were made before, with what the keys are ids of
         self._same: dict[Hashable, Numbers] = {}
@@ -66,10 +62,18 @@ class TokenMoves:
     # --- numbers of tensors ---
 
     def of(self, tensor: Any) -> Numbers | None:
-        return getattr(tensor, self._mark, None) or self._unmarked.get(id(tensor))
+        return self._records.of(tensor).numbers
 
-    def give(self, tensor: Tensor, numbers: Numbers | None) -> None:
-        setattr(tensor, self._mark, numbers)
+    def _is_after_attention(self, tensor: Tensor) -> bool:
+        return self._records.of(tensor).calls > 0
+
+    def give(self, tensor: Any, numbers: Any, is_constant: bool = False) -> None:
+        """Gives a tensor its numbers, or several theirs; None = its tokens are lost."""
+        for place, part in enumerate(tensor) if isinstance(tensor, (tuple, list)) else [(0, tensor)]:
+            if isinstance(part, Tensor):
+                record = self._records.at(part)
+                record.numbers = numbers[place] if isinstance(numbers, list) else numbers
+                record.is_followed, record.is_constant = True, is_constant
 
     def hand_on(self, view: Tensor, tensor: Tensor, dim: int | None = None) -> None:
         """Gives `view`, that is made outside of torch's functions, the numbers of `tensor`; with a new dimension `dim`, or if
@@ -79,7 +83,7 @@ class TokenMoves:
             ids = numbers.ids.unsqueeze(dim) if dim >= 0 else numbers.ids.squeeze(-dim)
             make = lambda: Numbers(tuple(ids.shape), why=numbers.why, _ids=ids)  # noqa: E731
             numbers = self._once(("dim", id(numbers), dim), numbers, make)
-        setattr(view, self._mark, numbers)
+        self.give(view, numbers)
 
     def new(self, shape: Sequence[int]) -> Numbers:
         """Numbers of new tokens, along all dimensions of `shape` that are larger than 1."""
@@ -120,15 +124,22 @@ class TokenMoves:
         if not several and not (isinstance(result, Tensor) and result.is_floating_point()):
             return
         if name in MADE or (name in LAYOUTS and self._is_constant(first)):
-            self._give(result, False)
+            self.give(result, None, is_constant=True)
             return
         if name in JOINS and args:
             for part in args[0]:
                 self._of_outside(part)
-        numbered = self._numbered((*args, *kwargs.values()) if kwargs else args)
+        numbered = []
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(value, Tensor):
+                record = getattr(value, self._records.name, None)
+                numbers = record.numbers if record is not None and record.is_followed else self._of_outside(value)
+                if numbers is not None:
+                    numbered.append((value, numbers))
         rule = _RULES.get(name)
         if rule is None and len(numbered) == 1 and not several and numbered[0][0].shape == result.shape:
-            setattr(result, self._mark, numbered[0][1])  # most functions
+            record = getattr(result, self._records.name)
+            record.numbers, record.is_followed, record.is_constant = numbered[0][1], True, False  # most functions
             return
         call = TorchCall(name, func, args, kwargs, result, path, numbered)
         try:
@@ -138,55 +149,35 @@ class TokenMoves:
                 numbers = self._kept(call, numbered) if rule is None else rule(self, call)
         except LOST:  # a form of the function that the rule does not know: its tokens are lost
             numbers = None
-        if numbers is None and not several and result.ndim > 1 and not self._is_after_attention((result,)):
+        is_constant = False
+        if numbers is None and not several and result.ndim > 1 and not self._is_after_attention(result):
             numbers = self._as_new(call)
-        self._give(result, numbers)
-
-    def _numbered(self, values: Sequence[Any]) -> list[tuple[Tensor, Numbers]]:
-        """The tensors with tokens among some arguments."""
-        numbered = []
-        for value in values:
-            if isinstance(value, Tensor):
-                numbers = getattr(value, self._mark, None)
-                if numbers is None:
-                    numbers = self._of_outside(value)
-                if numbers:
-                    numbered.append((value, numbers))
-        return numbered
+            is_constant = numbers is None
+        self.give(result, numbers, is_constant)
 
     def _of_outside(self, tensor: Any) -> Numbers | None:
         """Numbers for a tensor that comes from outside of the run, as an input of the model does. Its own tensors have none."""
-        if not isinstance(tensor, Tensor) or id(tensor) in self._constants or hasattr(tensor, self._mark):
-            return self.of(tensor)
-        if tensor.ndim < 2 or not tensor.is_floating_point() or self._is_after_attention((tensor,)):
+        if not isinstance(tensor, Tensor):
             return None
-        numbers = self.new((*tensor.shape[:-1], 1))
-        setattr(tensor, self._mark, numbers)
-        self._outside.append(tensor)
-        return numbers
-
-    def forget(self) -> None:
-        """Takes the marks off tensors from outside, whose numbers stay known."""
-        self._unmarked = {id(tensor): vars(tensor).pop(self._mark, None) for tensor in self._outside}
-
-    def _give(self, result: Any, numbers: Any) -> None:
-        if isinstance(result, Tensor):
-            setattr(result, self._mark, numbers)
-        else:
-            for number, part in enumerate(result):
-                if isinstance(part, Tensor):
-                    setattr(part, self._mark, numbers[number] if isinstance(numbers, list) else numbers)
+        record = self._records.of(tensor)
+        if record.is_followed or id(tensor) in self._records.constants or record.calls:
+            return record.numbers
+        if tensor.ndim < 2 or not tensor.is_floating_point():
+            return None
+        record = self._records.outside(tensor)
+        record.numbers, record.is_followed = self.new((*tensor.shape[:-1], 1)), True
+        return record.numbers
 
     def _is_constant(self, tensor: Any) -> bool:
         """Whether a tensor is a parameter, or was made of one, or out of nothing."""
-        return id(tensor) in self._constants or getattr(tensor, self._mark, None) is False
+        return id(tensor) in self._records.constants or self._records.of(tensor).is_constant
 
-    def _as_new(self, call: TorchCall) -> Numbers | bool:
-        """New tokens: all dimensions but the last one are theirs. A sum or a join of the same tokens gives the same ones. False
+    def _as_new(self, call: TorchCall) -> Numbers | None:
+        """New tokens: all dimensions but the last one are theirs. A sum or a join of the same tokens gives the same ones. None
         if a function only took constants, such as a cast of a parameter."""
         tensors = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
         if tensors and all(map(self._is_constant, tensors)):
-            return False
+            return None
         shape = (*call.result.shape[:-1], 1)
         parts = call.args[0] if call.name in JOINS and call.args else call.args
         numbers = [self.of(x) for x in parts] if isinstance(parts, (tuple, list)) else []
@@ -212,7 +203,7 @@ class TokenMoves:
             return None
         if all(n is whole[0][1] for _, n in whole):
             return self._aligned(whole[0][1], len(shape))
-        after = [(x, n) for x, n in whole if self._is_after_attention((x,))]
+        after = [(x, n) for x, n in whole if self._is_after_attention(x)]
         first, *others = (self._aligned(n, len(shape)) for _, n in after or whole)
         result: Numbers | None = first
         for second in others:
@@ -282,7 +273,7 @@ class TokenMoves:
         source: Any = call.args[0] if call.args else call.kwargs.get("input")
         if (numbers := self.of(source)) is None:
             return None
-        key = key_of((call.args[1:], tuple(call.kwargs.items())))
+        key = key_of(call.args[1:], tuple(call.kwargs.items()))
         key = None if key is None else (call.func, id(numbers), tuple(source.shape), key)
         return self._once(key, numbers, lambda: self._moved(call, source, numbers))
 
@@ -304,16 +295,14 @@ class TokenMoves:
         kwargs = {name: value for name, value in call.kwargs.items() if name != "tensors"}
         numbers = [self.of(x) for x in tensors]
         known = [n for n in numbers if n is not None]
-        if not known or (len(known) < len(numbers) and not self._is_after_attention(tensors)):
+        if not known or (len(known) < len(numbers) and not any(map(self._is_after_attention, tensors))):
             return None  # before the first attention they are new tokens
         shapes = [tuple(x.shape) for x in tensors]
         dim: Any = None
         if call.name in CONCATENATIONS:
             dim = (rest[0] if rest else kwargs.get("dim", 0)) % len(shapes[0])
         if dim is not None and all(n.shape[dim] == 1 for n in known) and all(shape[dim] > 1 for shape in shapes):
-            after = [
-                n for x, n in zip(tensors, numbers, strict=True) if n is not None and self._is_after_attention((x,))
-            ] or known
+            after = [n for x, n in zip(tensors, numbers, strict=True) if n is not None and self._is_after_attention(x)] or known
             return after[0] if all(are_equal(n, after[0]) for n in after) else None  # features side by side
         thin = dim is not None and dim < len(shapes[0]) - 1 and all(n.shape[-1] == 1 for n in known)
 
@@ -325,7 +314,7 @@ class TokenMoves:
             parts = [part[..., :1] for part in over] if thin else over
             return self._numbers(narrowed(call.func(parts, *rest, **kwargs)), call, known)
 
-        key = key_of((rest, tuple(kwargs.items())))
+        key = key_of(rest, tuple(kwargs.items()))
         return self._once(key and (call.func, key, *map(id, numbers), *shapes), numbers, join)
 
     def _pad(self, call: TorchCall) -> Numbers | None:
@@ -340,7 +329,7 @@ class TokenMoves:
         kept = [0 if numbers.shape[-1 - i // 2] == 1 and source.shape[-1 - i // 2] > 1 else x for i, x in enumerate(amounts)]
         if not any(kept):
             return numbers
-        if not self._is_after_attention((source,)):
+        if not self._is_after_attention(source):
             return None
         key = ("pad", id(numbers), tuple(source.shape), tuple(kept))
         return self._once(key, numbers, lambda: self._numbers(functional.pad(numbers.ids, kept, value=NONE), call, [numbers]))
@@ -409,7 +398,7 @@ class TokenMoves:
         if call.name == "rmatmul":
             factors = factors[::-1]
         first, second = (self.of(x) for x in factors)
-        mixes = second is not None and self._is_after_attention((factors[1],)) and not self._is_after_attention((factors[0],))
+        mixes = second is not None and self._is_after_attention(factors[1]) and not self._is_after_attention(factors[0])
         if first is not None and first.shape[-1] == 1 and not mixes:
             return self._kept(call, [(factors[0], first)])
         if second is None or factors[1].ndim < 2:
@@ -433,7 +422,7 @@ class TokenMoves:
             numbers = self.of(x)
             if numbers is None:
                 continue
-            known = known or bool(self._is_after_attention((x,)))
+            known = known or self._is_after_attention(x)
             if all(label in product for label, size in zip(labels, numbers.shape, strict=True) if size > 1):
                 ids = numbers.ids.permute([labels.index(label) for label in product if label in labels])
                 for dim, label in enumerate(product):

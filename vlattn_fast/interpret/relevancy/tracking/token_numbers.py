@@ -80,14 +80,15 @@ def name_of(func: Any) -> str:
 def fits(shape: Sequence[int], numbers: Sequence[int], result: Sequence[int]) -> bool:
     """Whether a result has the positions of the tokens of a tensor of this shape, each once."""
     ahead = len(result) - len(shape)
-    if ahead < 0 or any(size > 1 for size in result[:ahead]):
+    if ahead < 0 or (ahead and max(result[:ahead]) > 1):
         return False
     if not ahead and numbers[-1] == 1 and shape[:-1] == result[:-1]:
         return True
-    aligned = [*zip(shape, numbers, result[ahead:], strict=True)]
-    return all(size == of for size, number, of in aligned if number > 1) and all(
-        size > 1 or of == 1 for size, _, of in aligned[:-1]
-    )
+    last = len(shape) - 1
+    for dim, (size, number, of) in enumerate(zip(shape, numbers, result[ahead:], strict=True)):
+        if (number > 1 and size != of) or (dim < last and size <= 1 and of != 1):
+            return False
+    return True
 
 
 def are_equal(one: Numbers, second: Numbers) -> bool:
@@ -102,16 +103,21 @@ def narrowed(ids: Tensor) -> Tensor:
     return ids.contiguous()
 
 
-def key_of(value: Any) -> Hashable:
-    """`value` as a key; None if it holds tensors, or what cannot be one."""
-    if isinstance(value, (tuple, list)):
-        parts = [key_of(part) for part in value]
-        return None if any(part is None for part in parts) else tuple(parts)
-    if isinstance(value, slice):
-        return key_of(("slice", value.start, value.stop, value.step))
-    if value is None:
-        return "None"
-    return value if isinstance(value, (int, str, float, bool, type(Ellipsis))) else None
+def key_of(*values: Any) -> Hashable:
+    """`values` as a key; None if they hold tensors, or what cannot be one."""
+    key, ahead = list[Any](), list[Any](values)
+    for value in ahead:
+        if isinstance(value, (tuple, list)):
+            key.append(("several", len(value)))
+            ahead += value
+        elif isinstance(value, slice):
+            key.append(("slice",))
+            ahead += (value.start, value.stop, value.step)
+        elif value is None or value is Ellipsis or isinstance(value, (int, str, float)):
+            key.append(value)
+        else:
+            return None
+    return tuple(key)
 
 
 def on_cpu(value: Any) -> Any:

@@ -76,8 +76,8 @@ class _Numbered:
 class TokenPositions:
     """The positions of one tower."""
 
-    def __init__(self) -> None:
-        self.moves: TokenMoves | None = None
+    def __init__(self, moves: TokenMoves) -> None:
+        self.moves = moves
         self.shape = (0, 0)  # of the first call, with its further parts: B, N
         self.count = 0
         self._size = 0  # of the first call's positions
@@ -99,7 +99,7 @@ class TokenPositions:
     # --- numbers ---
 
     def numbers(self, tensor: Tensor) -> Numbers | None:
-        return None if self.moves is None else self.moves.of(tensor)
+        return self.moves.of(tensor)
 
     def locate(self, ids: Tensor) -> Tensor:
         """The position of each token; -1 for what is not a token of the tower."""
@@ -114,13 +114,11 @@ class TokenPositions:
 
     # --- calls ---
 
-    def enter(
-        self, moves: TokenMoves, query: Tensor, key: Tensor, columns: Tensor | None, path: str, chunk: bool, size: int
-    ) -> Moved | None:
+    def enter(self, query: Tensor, key: Tensor, columns: Tensor | None, path: str, chunk: bool, size: int) -> Moved | None:
         """Takes a call of the tower to itself in, whose tokens have these `columns` among the keys (None = all); returns None
         if its tokens are all of the tower's, in order. Gives the numbers of its queries to `query`, so that its output has
         them."""
-        self.moves = moves
+        moves = self.moves
         numbers = moves.of(query)
         if not self.reorders and not chunk and id(numbers) in self._in_order and moves.of(key) is numbers:
             self.last, self.latest = None, numbers
@@ -133,8 +131,8 @@ class TokenPositions:
                 )
         ids, key_ids = ids_of(numbers, query), _of_columns(ids_of(moves.of(key), key), columns)
         if self._layout is None or (chunk and size > self.shape[1]):
-            return self._begin(moves, query, ids, key_ids, chunk, size)
-        queries = self._queries(moves, query, ids, path)
+            return self._begin(query, ids, key_ids, chunk, size)
+        queries = self._queries(query, ids, path)
         self.latest = moves.of(query)
         keys = queries
         if key_ids is not None and moves.of(key) is not numbers and not (ids is not None and torch.equal(ids, key_ids)):
@@ -157,11 +155,9 @@ class TokenPositions:
         self.reorders = True
         return Moved(queries, keys, self.count)
 
-    def _begin(
-        self, moves: TokenMoves, query: Tensor, ids: Tensor | None, key_ids: Tensor | None, chunk: bool, size: int
-    ) -> Moved | None:
+    def _begin(self, query: Tensor, ids: Tensor | None, key_ids: Tensor | None, chunk: bool, size: int) -> Moved | None:
         """The first call, or a further part of the sequence in it."""
-        batch, count = query.shape[0], query.shape[2]
+        moves, (batch, _, count, _) = self.moves, query.shape
         if ids is None or bool((ids < 0).any()) or ids.unique().numel() < ids.numel() or bool((self.locate(ids) >= 0).any()):
             moves.rename(query, moves.new((batch, 1, count, 1)), ids)
         numbers = self.latest = moves.of(query)
@@ -182,9 +178,9 @@ class TokenPositions:
         self.reorders = True
         return Moved(taken, keys, self.count)
 
-    def pool(self, moves: TokenMoves, key: Tensor, columns: Tensor | None) -> Moved | None:
+    def pool(self, key: Tensor, columns: Tensor | None) -> Moved | None:
         """The positions of the keys of a pooling head; None if they are all of the tower's tokens, in order."""
-        ids = _of_columns(ids_of(moves.of(key), key), columns)
+        ids = _of_columns(ids_of(self.moves.of(key), key), columns)
         whole = self._in_rows
         keys = whole if ids is None or not self.holds(ids) else self.locate(ids)
         if torch.equal(keys, whole) and not self.reorders:
@@ -192,9 +188,9 @@ class TokenPositions:
         self.reorders = True
         return Moved(keys, keys, self.count)
 
-    def _queries(self, moves: TokenMoves, query: Tensor, ids: Tensor | None, path: str) -> Tensor:
+    def _queries(self, query: Tensor, ids: Tensor | None, path: str) -> Tensor:
         """The positions (B', N) of the queries of a later call; new tokens get new positions."""
-        batch, count = query.shape[0], query.shape[2]
+        moves, (batch, _, count, _) = self.moves, query.shape
         positions = None if ids is None else self.locate(ids)
         if ids is None or positions is None or not bool((positions >= 0).any()):  # not known: as the first call has them
             if (batch, count) != self.shape:
@@ -232,7 +228,7 @@ class TokenPositions:
 
     def locate_states(self, states: Tensor) -> Tensor:
         """The positions (B', N) of states (B', N, C); ValueError if they are lost."""
-        numbers = None if self.moves is None else self.moves.of(states)
+        numbers = self.moves.of(states)
         positions = None if numbers is None else self.locate(numbers.ids.expand(*states.shape[:-1], -1)[..., 0])
         if positions is None or bool((positions < 0).any()):
             raise ValueError(
@@ -244,7 +240,7 @@ class TokenPositions:
 
     def goes_through(self, states: Tensor) -> None:
         """Notes where the tokens are after the last call: the latest states that hold all of those that any hold."""
-        numbers = None if self.moves is None else self.moves.of(states)
+        numbers = self.moves.of(states)
         if numbers is None or numbers is self.end:
             return
         if self.end is None or math.prod(numbers.shape) >= self.end.ids.numel():
@@ -255,7 +251,7 @@ class TokenPositions:
         B and N. An adapter knows its tokens in the order of the first call, unless they leave as they entered."""
         in_first = self._numbered.positions < self._size
         ids, positions = self._numbered.ids[in_first], self._numbered.positions[in_first]
-        if self.moves is None or not len(ids) or self._size == 0:
+        if not len(ids) or self._size == 0:
             return None
         begin, shape = self.moves.beginning(int(ids[0]))
         sizes = [size for size in shape if size > 1]

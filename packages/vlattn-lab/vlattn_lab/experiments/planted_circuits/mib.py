@@ -102,7 +102,7 @@ def measures_on_planted(circuit: Circuit, ranking: Samples, tested: Samples, see
     model = circuit.model
     asked: dict[str, Any] = {"target": ranking.answers.tolist()}
     plain = attribute_edges(model, ranking.inputs, ranking.groups, **asked)
-    with Observer(model, [Frozen(model)]):
+    with Observer(model, [Frozen()]):
         held = attribute_edges(model, ranking.inputs, ranking.groups, **asked)
     true = intervene_each(model, ranking.inputs, plain)
     kept = [number for number, edge in enumerate(plain) if not circuit.is_causal or _is_causal(ranking.groups, edge)]
@@ -136,7 +136,7 @@ def measures_on_scenes(model: CLIPMapper, asked: Asked, seed: int) -> dict[str, 
     half = len(asked.inputs["input_ids"]) // 2
     ranking, tested = part(asked, slice(half)), part(asked, slice(half, None))
     effects = Effects.of(model, ranking)
-    with Observer(model, [Frozen(model)]):
+    with Observer(model, [Frozen()]):
         tables = {pair: attribute_edges(model, ranking.inputs, ranking.groups(pair), tower=PAIRS[pair]) for pair in PAIRS}
         heads = torch.cat([stored.head.T for stored in stored_maps(model, ranking).values()]).double()
     held_rows = {
