@@ -101,8 +101,7 @@ def _towers_of(
 ) -> tuple[list[TowerTrace], list[TowerTrace]]:
     """The towers with an explained position, and those that they attend to; `vision` is neither."""
     towers = [tower for tower in trace.towers if tower is not vision]
-    links = trace.links
-    by_name = {tower.name: tower for tower in towers}
+    links, by_name = trace.links, {tower.name: tower for tower in towers}
     if isinstance(request.position, Mapping):
         for name in request.position:
             if name not in by_name:
@@ -110,19 +109,26 @@ def _towers_of(
         explained = [by_name[name] for name in request.position]
     else:
         listed = [tower for tower in towers if tower.entry is not None]  # only their adapters name a position
-        explained = [t for t in listed or towers if t.calls.paths and not any(source is t for _, source in links)]
+        sources = {source for _, source in links}
+        explained = [tower for tower in listed or towers if tower.calls.paths and tower not in sources]
         explained = explained or towers[:1]  # all attend to one another: the first is explained
-        if not listed and request.adapter.answers != "input_ids":  # the decoder runs last; others come before an encoder
-            explained = [tower for tower in explained if any(of is tower for of, _ in links)][-1:] or explained
-        if prompt.answer is not None and not listed:  # the decoder is the last tower of the answer's size
-            answered = tuple(prompt.arguments[request.adapter.answers].shape)
-            explained = [tower for tower in explained if tower.shape == answered][-1:]
-            if not explained:
-                raise ValueError(
-                    f"model must have a tower over the tokens of '{request.adapter.answers}' {answered}, which hold the answer; "
-                    f"got {', '.join(tower.described for tower in towers)}"
-                )
+        answers = request.adapter.answers
+        explained = explained if listed else _decoders(explained, {tower for tower, _ in links}, answers, prompt)
+        if not explained:
+            shape, found = tuple(prompt.arguments[answers].shape), ", ".join(tower.described for tower in towers)
+            raise ValueError(
+                f"model must have a tower over the tokens of '{answers}' {shape}, which hold the answer; got {found}"
+            )
     return explained, [tower for tower in towers if tower not in explained and any((t, tower) in links for t in explained)]
+
+
+def _decoders(towers: list[TowerTrace], attending: set[TowerTrace], answers: str, prompt: Prompt) -> list[TowerTrace]:
+    """Of towers that no adapter lists: the decoder, if the model has one; of an answer, the last one of its size."""
+    if answers != "input_ids":  # it runs last; others come before an encoder
+        towers = [tower for tower in towers if tower in attending][-1:] or towers
+    if prompt.answer is None:
+        return towers
+    return [tower for tower in towers if tower.shape == prompt.arguments[answers].shape][-1:]
 
 
 # --- the connector ---

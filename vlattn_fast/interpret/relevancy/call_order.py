@@ -88,10 +88,10 @@ class CallOrder:
         self.last = number
         return is_new
 
-    def is_parallel(self, call: TracedCall, calls: int) -> bool:
-        """Whether a call, whose queries came through `calls`, and the last one are the attention and the recurrence of one layer,
-        over the same tokens, as in Falcon-H1, which adds their outputs."""
-        if self.last is None or self.path is None or calls >> self.last & 1 or calls != self.came_through:
+    def is_parallel(self, call: TracedCall) -> bool:
+        """Whether a call and the last one are the attention and the recurrence of one layer, over the same tokens, as in
+        Falcon-H1, which adds their outputs."""
+        if self.last is None or self.path is None or call.calls >> self.last & 1 or call.calls != self.came_through:
             return False
         return call.is_mixing != self.mixes and split_path(self.path) == split_path(call.path)
 

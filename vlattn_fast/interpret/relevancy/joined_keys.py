@@ -181,15 +181,15 @@ def joint_keys(
     return []
 
 
-def check_cross(call: TracedCall, owner: TowerTrace | None, reached: Sequence[TowerTrace], as_one: bool, knows: bool) -> None:
+def check_cross(call: TracedCall, owner: TowerTrace | None, reached: Sequence[TowerTrace], knows: bool) -> None:
     """ValueError for cross-attention to keys that are not another tower's.
 
     Args:
         owner: the tower that the queries continue; None = they begin one.
         reached: those that the keys came through, the last first.
-        as_one: the keys came through the same calls as the queries.
         knows: there are such calls, or states that both came through.
     """
+    as_one = call.calls == call.key_calls  # the keys came through the same calls as the queries
     path, queries, keys = call.path, call.query.shape[2], call.tokens
     if owner is None and as_one and reached and keys == reached[0].size:
         raise ValueError(f"model must not pool tokens before attention; got {queries} queries for {keys} tokens in '{path}'")

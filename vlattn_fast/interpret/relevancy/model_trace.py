@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +39,6 @@ from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.tensor_records import TensorRecords
 from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
 from vlattn_fast.interpret.relevancy.tracking.token_positions import ids_of
-
-
-class _NewCall(NamedTuple):
-    """What is known of a call before its tower takes it in."""
-
-    call: TracedCall
-    owner: TowerTrace | None  # the tower that its queries continue; None = they begin one
-    calls: int  # those that its queries came through, as bits
-    key_calls: int  # and its keys
-    ids: Tensor | None  # the numbers of the queries' tokens, if they are known
-    is_same: bool  # its keys are the tokens of its queries
 
 
 class Trace(Subscriber):
@@ -314,53 +303,55 @@ class Trace(Subscriber):
         if pooling is not None:
             into = pooling.enter_pooling(self._joined.with_columns(call, [pooling.size]))
             return pooling.gradients.leaves_pooling(self.method.pool(pooling, self.method.judged(pooling, pooling, into))), None
-        new = self._linked(run, call, calls)
-        call, owner, reached = new.call, new.owner, self._reached(new.key_calls)
-        joins = self.finds_towers and not new.is_same
+        call, owner, is_same = self._linked(run, replace(call, calls=calls, key_calls=self._records.of(call.key).calls))
+        joins = self.finds_towers and not is_same
         joint = joint_keys(self._joined, call, owner, self.towers, self._reached) if joins else []
-        if owner is None and (not self.finds_towers or not (new.is_same or in_layers(call.path))):
-            self._check_left_out(new)
+        if owner is None and (not self.finds_towers or not (is_same or in_layers(call.path))):
+            self._check_left_out(call, is_same)
             return call.computed(), None
-        tower = owner or begun(self._new_tower(), call.path, new.ids, self._reached(calls))
+        tower = owner or begun(self._new_tower(), call.path, self._ids(call.query), self._reached(calls))
         tower.entered = tower.entered or self._records.of(call.query).entered
         if joint:
             return self._attend_jointly(tower, call, joint), tower
-        if new.is_same:
-            return self._attend_to_itself(run, tower, new), tower
+        if is_same:
+            return self._attend_to_itself(run, tower, call), tower
         entered = self._records.of(call.query).entered & self._records.of(call.key).entered
-        first = calls == new.key_calls == 0 and entered != 0
-        self._check_across(new)
-        check_cross(call, owner, reached, calls == new.key_calls, first or calls != 0)
-        return self._attend_across(tower, new), tower
+        self._check_across(call)
+        check_cross(call, owner, self._reached(call.key_calls), bool(calls or (not call.key_calls and entered)))
+        return self._attend_across(tower, call), tower
 
-    def _linked(self, run: ModuleRun, call: TracedCall, calls: int) -> _NewCall:
-        """Which tower a call continues, and whether its keys are the tokens of its queries."""
-        queries, key = call.query.shape[2], self._records.of(call.key)
-        ids, key_ids = (ids_of(self.moves.of(tensor), tensor) for tensor in (call.query, call.key))
-        owner = self._tower_of(run, calls, call.query.shape[0], queries, ids)
+    def _ids(self, tensor: Tensor) -> Tensor | None:
+        """The numbers (B, N) of the tokens of queries or keys, if they are known."""
+        return ids_of(self.moves.of(tensor), tensor)
+
+    def _linked(self, run: ModuleRun, call: TracedCall) -> tuple[TracedCall, TowerTrace | None, bool]:
+        """The call with the columns of its tokens, the tower that it continues, and whether its keys are the tokens of its
+        queries."""
+        queries, key, key_ids = call.query.shape[2], self._records.of(call.key), self._ids(call.key)
+        owner = self._tower_of(run, call.calls, call.query.shape[0], queries, self._ids(call.query))
         # A layer may share an earlier layer's keys, which came through fewer calls than its queries.
         shared = owner is not None and bool(key.keys >> self.towers.index(owner) & 1)
         held = owner is not None and owner.positions.holds(key_ids, all_of=True)  # also where they are others than the queries'
-        same = call.is_mixing or held or shared or self._same_tokens(call, calls, key.calls)
+        same = call.is_mixing or held or shared or self._same_tokens(call)
         if not held and not call.is_mixing:
             call = self._joined.with_columns(call, [queries] if same else [tower.size for tower in self._reached(key.calls)])
             same = same and queries == call.tokens
-        return _NewCall(call, owner, calls, key.calls, ids, same)
+        return call, owner, same
 
-    def _check_left_out(self, new: _NewCall) -> None:
+    def _check_left_out(self, call: TracedCall, is_same: bool) -> None:
         """ValueError for a call within a tower with an entry that is in none of its layers: the map would leave it out."""
-        if new.is_same and (around := self._around_of(new.call.path)) is not None:
+        if is_same and (around := self._around_of(call.path)) is not None:
             raise ValueError(
-                f"model must call only the attention of its layers in tower '{around.name}'; got a call of '{new.call.path}', "
+                f"model must call only the attention of its layers in tower '{around.name}'; got a call of '{call.path}', "
                 "which is in none of them"
             )
 
-    def _check_across(self, new: _NewCall) -> None:
+    def _check_across(self, call: TracedCall) -> None:
         """ValueError for other keys than the queries' tokens in a model whose adapter knows no cross-attention."""
         if not self.finds_towers:
             raise ValueError(
                 f"inputs must give the whole sequence in one forward pass, to towers without cross-attention; "
-                f"got {new.call.query.shape[2]} queries and {new.call.tokens} keys in attention '{new.call.path}'"
+                f"got {call.query.shape[2]} queries and {call.tokens} keys in attention '{call.path}'"
             )
 
     def _attend_jointly(self, tower: TowerTrace, call: TracedCall, joint: Sequence[Joint]) -> Tensor:
@@ -369,46 +360,46 @@ class Trace(Subscriber):
         call = tower.enter(replace(call, columns=joint[0].columns), number, source=True)
         output = self.method.attended_jointly(tower, call)
         for keys in joint:
-            source_call = replace(call, columns=keys.columns)
-            self._keep(tower, keys.tower or tower, source_call, output, keys.calls, joint=keys.tower is not None)
+            source_call = replace(call, columns=keys.columns, key_calls=keys.calls)
+            self._keep(tower, keys.tower or tower, source_call, output, joint=keys.tower is not None)
         return output
 
-    def _attend_to_itself(self, run: ModuleRun, tower: TowerTrace, new: _NewCall) -> Tensor:
-        parallel = tower.calls.is_parallel(new.call, new.calls) and self.method.adds_parallel and not self.finds_towers
-        call = replace(new.call, parallel=parallel)
-        same_layer = not self.method.needs_mixer_rules and self._repeats(run, tower, new)
-        is_chunk = not same_layer and self._is_chunk(run, tower, call, new.calls)
+    def _attend_to_itself(self, run: ModuleRun, tower: TowerTrace, call: TracedCall) -> Tensor:
+        parallel = tower.calls.is_parallel(call) and self.method.adds_parallel and not self.finds_towers
+        call = replace(call, parallel=parallel)
+        same_layer = not self.method.needs_mixer_rules and self._repeats(run, tower, call)
+        is_chunk = not same_layer and self._is_chunk(run, tower, call)
         call = tower.enter(call, len(self._owners), is_chunk, same_layer=same_layer)
-        tower.calls.came_through, tower.calls.mixes = new.calls, call.is_mixing
+        tower.calls.came_through, tower.calls.mixes = call.calls, call.is_mixing
         self._records.at(call.key).keys |= 1 << self.towers.index(tower)
         tower.note_others(call, measures=not self.trains)
         call, output = self.method.attended(tower, tower, call)
-        self._keep(tower, tower, call, output, new.key_calls)
+        self._keep(tower, tower, call, output)
         return output
 
-    def _attend_across(self, tower: TowerTrace, new: _NewCall) -> Tensor:
+    def _attend_across(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         """To another tower's tokens."""
-        tower.note_others(new.call, measures=not self.trains)
-        call = tower.enter(new.call, len(self._owners), source=True)  # before `_source_of`, if it is new
-        source = self._source_of(new.key_calls, call)
+        tower.note_others(call, measures=not self.trains)
+        call = tower.enter(call, len(self._owners), source=True)  # before `_source_of`, if it is new
+        source = self._source_of(call)
         call, output = self.method.attended(tower, source, call)
-        self._keep(tower, source, call, output, new.key_calls)
+        self._keep(tower, source, call, output)
         return output
 
-    def _repeats(self, run: ModuleRun, tower: TowerTrace, new: _NewCall) -> bool:
+    def _repeats(self, run: ModuleRun, tower: TowerTrace, call: TracedCall) -> bool:
         """Whether a run of a module attends from the tokens of its last call again, as DiffLlama does to other values."""
-        last = ids_of(tower.positions.latest, new.call.query)
-        again = tower.calls.path == new.call.path and tower.calls.run == run.number
-        return again and last is not None and new.ids is not None and torch.equal(last, new.ids)
+        last, ids = ids_of(tower.positions.latest, call.query), self._ids(call.query)
+        again = tower.calls.path == call.path and tower.calls.run == run.number
+        return again and last is not None and ids is not None and torch.equal(last, ids)
 
-    def _is_chunk(self, run: ModuleRun, tower: TowerTrace, call: TracedCall, calls: int) -> bool:
+    def _is_chunk(self, run: ModuleRun, tower: TowerTrace, call: TracedCall) -> bool:
         """Whether a call takes a further part of the tower's sequence: a module may attend to a long one in chunks. One run of it
         calls again then, with queries that did not come through the last call."""
         queries = call.query.shape[0] * call.query.shape[2]
         again = tower.calls.path == call.path and tower.calls.run == run.number and tower.calls.last is not None
-        apart = not call.parallel and tower.calls.last is not None and not calls >> tower.calls.last & 1
+        apart = not call.parallel and tower.calls.last is not None and not call.calls >> tower.calls.last & 1
         has_rules = self.method.needs_mixer_rules
-        if apart and (calls or tower.calls.is_parallel(call, calls)) and not again and has_rules:
+        if apart and (call.calls or tower.calls.is_parallel(call)) and not again and has_rules:
             raise ValueError(
                 f"model must run the attention layers of a tower one after another; got '{call.path}' in parallel to "
                 f"'{tower.calls.path}', over the same tokens, and no published rule joins their relevancies. Methods 'gradient' "
@@ -419,15 +410,13 @@ class Trace(Subscriber):
         tower.calls.run, tower.calls.queries = run.number, queries
         return again and apart
 
-    def _keep(
-        self, tower: TowerTrace, source: TowerTrace, call: TracedCall, output: Tensor, key_calls: int, joint: bool = False
-    ) -> None:
+    def _keep(self, tower: TowerTrace, source: TowerTrace, call: TracedCall, output: Tensor, joint: bool = False) -> None:
         """Appends to `calls`, with the source's last call that the keys came through; the tower's steps begin anew."""
         if not joint:
             tower.gradients.leaves_call(output, call.chunk, tower.positions.latest)
         if self.finds_towers:
-            earlier = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
-            source_call = next((i for i in earlier if key_calls >> i & 1 and self._owners[i] is source), None)
+            earlier = range(call.key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
+            source_call = next((i for i in earlier if call.key_calls >> i & 1 and self._owners[i] is source), None)
             self.calls.append(Link(tower, source, replace(call, output=output), source_call, joint))
 
     # --- which tower a call belongs to, and which its keys come from ---
@@ -455,18 +444,18 @@ class Trace(Subscriber):
                 return tower
         return None
 
-    def _same_tokens(self, call: TracedCall, calls: int, key_calls: int) -> bool:
+    def _same_tokens(self, call: TracedCall) -> bool:
         """Whether queries and keys are of one sequence: in cross-attention they came through the calls of different towers, or
         from different inputs."""
-        if calls == key_calls or not calls:
-            return calls == key_calls and (calls > 0 or self._records.from_same(call.query, call.key))
-        reached = self._reached(key_calls)
-        return bool(reached) and reached[0] in self._reached(calls)[:1]
+        if call.calls == call.key_calls or not call.calls:
+            return call.calls == call.key_calls and (call.calls > 0 or self._records.from_same(call.query, call.key))
+        reached = self._reached(call.key_calls)
+        return bool(reached) and reached[0] in self._reached(call.calls)[:1]
 
-    def _source_of(self, calls: int, call: TracedCall) -> TowerTrace:
+    def _source_of(self, call: TracedCall) -> TowerTrace:
         """The tower whose tokens are the keys; else a made-up one without layers."""
         key, batch, size = call.key, call.key.shape[0], call.tokens
-        for tower in (*self._reached(calls), *(tower for tower in self.towers if not tower.calls.paths)):
+        for tower in (*self._reached(call.key_calls), *(tower for tower in self.towers if not tower.calls.paths)):
             if (tower.batch, tower.size) == (batch, size):
                 return tower
         tower = next((tower for tower in self.towers if not tower.calls.lists and tower.batch is None), None) or self._new_tower()

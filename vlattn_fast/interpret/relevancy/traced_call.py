@@ -73,6 +73,8 @@ class TracedCall:
     value: Tensor
     masks: dict[str, Any]  # the options of the call
     mesh: Any = None  # the processes that share its heads; None = all heads are here
+    calls: int = 0  # the calls that its queries came through, as bits
+    key_calls: int = 0  # and its keys
     number: int = -1  # among all calls of the run
     layer: int = 0  # its number in the tower, from 0: that of the block that calls
     parallel: bool = False  # it takes the same tokens as the last call, and the model adds the outputs of both

@@ -298,20 +298,18 @@ class TokenMoves:
         if not known or (len(known) < len(numbers) and not any(map(self._is_after_attention, tensors))):
             return None  # before the first attention they are new tokens
         shapes = [tuple(x.shape) for x in tensors]
-        dim: Any = None
         if call.name in CONCATENATIONS:
-            dim = (rest[0] if rest else kwargs.get("dim", 0)) % len(shapes[0])
-        if dim is not None and all(n.shape[dim] == 1 for n in known) and all(shape[dim] > 1 for shape in shapes):
-            after = [n for x, n in zip(tensors, numbers, strict=True) if n is not None and self._is_after_attention(x)] or known
-            return after[0] if all(are_equal(n, after[0]) for n in after) else None  # features side by side
-        thin = dim is not None and dim < len(shapes[0]) - 1 and all(n.shape[-1] == 1 for n in known)
+            dim: int = (rest[0] if rest else kwargs.get("dim", 0)) % len(shapes[0])
+            if all(n.shape[dim] == 1 for n in known) and min(shape[dim] for shape in shapes) > 1:  # features side by side
+                both = zip(tensors, numbers, strict=True)
+                after = [n for x, n in both if n is not None and self._is_after_attention(x)] or known
+                return after[0] if all(are_equal(n, after[0]) for n in after) else None
+            if dim < len(shapes[0]) - 1 and all(n.shape[-1] == 1 for n in known):  # the same for all features
+                shapes = [(*shape[:-1], min(shape[-1], 1)) for shape in shapes]
 
         def join() -> Numbers:
-            over = [
-                torch.full((1,) * len(s), NONE).expand(s) if n is None else n.over(s)
-                for n, s in zip(numbers, shapes, strict=True)
-            ]
-            parts = [part[..., :1] for part in over] if thin else over
+            none = torch.tensor(NONE)
+            parts = [none.expand(s) if n is None else n.over(s) for n, s in zip(numbers, shapes, strict=True)]
             return self._numbers(narrowed(call.func(parts, *rest, **kwargs)), call, known)
 
         key = key_of(rest, tuple(kwargs.items()))
