@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 Launch = Callable[[], Any]  # a launch with its arguments, which stay alive
+SIZES = {*(f"BLOCK_{what}" for what in ("Q", "KV", "EDGE", "T", "G", "I", "J", "K")), "AHEAD"}
 Tile = dict[str, Any]  # "kernel", its name, and the whole numbers that it is compiled with: BLOCK_Q, num_warps, num_stages, ...
 
 
@@ -47,11 +48,13 @@ def recording() -> Iterator[list[Tile]]:
 
 
 def tile_of(kernel: Any, named: Mapping[str, Any]) -> Tile:
-    """The whole numbers among a launch's constants and options. Sizes and strides of tensors are arguments, flags are bool."""
+    """The whole numbers among a launch's options, and the sizes of its tiles. Sizes and strides of tensors are arguments."""
+    constants: dict[str, Any] = getattr(named.get("C"), "_asdict", dict)()
+    tile = {name: x.value for name, x in constants.items() if name in SIZES and x.value > 0}
     types = kernel.fn.__annotations__
-    constants = {
+    options = {
         name: x
         for name, x in named.items()
         if type(x) is int and (name not in kernel.arg_names or "constexpr" in str(types.get(name)))
     }
-    return {"kernel": kernel.fn.__name__, **constants}
+    return {"kernel": kernel.fn.__name__, **tile, **options}

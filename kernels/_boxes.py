@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vlattn_fast.kernels._tiles import Tile
+
 
 class Boxes(NamedTuple):
     """Tiles of query, key and value. The last tile of keys may be smaller."""
@@ -51,10 +53,10 @@ def _strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]
 
 
 @triton.jit
-def load_box(boxes, i_b, i_h, row):
-    """The tile [rows,columns] of head i_h of sample i_b that begins at this row, zeros outside of the tensor."""
+def boxed_tile(boxes, i_b, i_h, row):
+    """The tile [rows,columns], not `wide`, of head i_h of sample i_b that begins at this row, zeros outside of the tensor."""
     b = boxes.load([i_b.to(tl.int32), i_h.to(tl.int32), row, 0])
-    return b.reshape([boxes.block_shape[2], boxes.block_shape[3]])
+    return Tile(b.reshape([boxes.block_shape[2], boxes.block_shape[3]]), 0, 0, 0, 0)
 
 
 @triton.jit

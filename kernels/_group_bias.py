@@ -384,6 +384,18 @@ def tile_at(step, tiles, MASK: tl.constexpr):
 
 
 @triton.jit
+def of_queries(b, KEY_MAJOR: tl.constexpr):
+    """Numbers [q] beside a tile [q,kv], or KEY_MAJOR [kv,q]."""
+    return b[None, :] if KEY_MAJOR else b[:, None]
+
+
+@triton.jit
+def of_keys(b, KEY_MAJOR: tl.constexpr):
+    """Numbers [kv] beside such a tile."""
+    return b[:, None] if KEY_MAJOR else b[None, :]
+
+
+@triton.jit
 def groups_of_keys(masks, o_kv, M):
     """The group of each key; beyond the keys that of the last one."""
     return tl.load(masks.p_words + tl.minimum(o_kv, M - 1)).to(tl.int32)
@@ -403,11 +415,12 @@ def row_bias_of(masks, group, o_q, N):
 
 
 @triton.jit
-def add_group_bias(b_log2, masks, start, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, FLOAT: tl.constexpr):
+def add_group_bias(b_log2, pairs, KEY_MAJOR: tl.constexpr, FLOAT: tl.constexpr):
     """Logits [q,kv], or KEY_MAJOR [kv,q], and the bias of each pair: -inf where that is -inf, whatever the score is.
 
-    start: the first key. FLOAT: there is a float mask, whose -inf stays.
+    pairs: `Pairs`. FLOAT: there is a float mask, whose -inf stays.
     """
+    masks, start, o_q, o_kv, N, M = pairs
     first, _, changes, _ = groups_of_tile(masks, start, M, o_kv.shape[0], GROUP_BIAS)
     if changes == 0:
         b_log2 = _added(b_log2, row_bias_of(masks, first, o_q, N), KEY_MAJOR, FLOAT)
@@ -415,15 +428,15 @@ def add_group_bias(b_log2, masks, start, o_q, o_kv, N, M, KEY_MAJOR: tl.constexp
         b_group = groups_of_keys(masks, o_kv, M)
         group = next_group(b_group, -1)
         while group <= masks.num_groups:
-            m_group = (b_group == group)[:, None] if KEY_MAJOR else (b_group == group)[None, :]
-            b_log2 = tl.where(m_group, _added(b_log2, row_bias_of(masks, group, o_q, N), KEY_MAJOR, FLOAT), b_log2)
+            b_sum = _added(b_log2, row_bias_of(masks, group, o_q, N), KEY_MAJOR, FLOAT)
+            b_log2 = tl.where(of_keys(b_group == group, KEY_MAJOR), b_sum, b_log2)
             group = next_group(b_group, group)
     return b_log2
 
 
 @triton.jit
 def _added(b_log2, b_row, KEY_MAJOR: tl.constexpr, FLOAT: tl.constexpr):
-    b_bias = b_row[None, :] if KEY_MAJOR else b_row[:, None]
+    b_bias = of_queries(b_row, KEY_MAJOR)
     b_sum = b_log2 + b_bias
     if FLOAT:  # both may be the largest number
         b_sum = tl.where(b_sum < -3.4028234e38, -3.4028234e38, b_sum)
@@ -467,14 +480,11 @@ def add_sums_of_all_groups(b_sums, b_x, masks, o_kv, M):
 
 
 @triton.jit
-def chosen_rows(masks, of_tile, b_first, b_last, o_kv, M, KEY_MAJOR: tl.constexpr):
+def chosen_rows(pairs, of_tile, b_first, b_last, KEY_MAJOR: tl.constexpr):
     """For each pair of a tile of two groups that stand one behind the other, [q,kv] or KEY_MAJOR [kv,q], the number [q] of its
     query for the group of its key."""
-    m_first = groups_of_keys(masks, o_kv, M) == of_tile[0]  # [kv]
-    if KEY_MAJOR:
-        return tl.where(m_first[:, None], b_first[None, :], b_last[None, :])
-    else:
-        return tl.where(m_first[None, :], b_first[:, None], b_last[:, None])
+    m_first = of_keys(groups_of_keys(pairs.masks, pairs.o_kv, pairs.M) == of_tile[0], KEY_MAJOR)
+    return tl.where(m_first, of_queries(b_first, KEY_MAJOR), of_queries(b_last, KEY_MAJOR))
 
 
 @triton.jit
@@ -545,20 +555,19 @@ def unforeseen(o, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def special_logits(b_s, b_scale, masks, special, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, PRECISION: tl.constexpr):
+def special_logits(b_s, b_scale, pairs, special, KEY_MAJOR: tl.constexpr, PRECISION: tl.constexpr):
     """Logits [q,kv], or KEY_MAJOR [kv,q], of scores and the scale of each row, and the special bias of the groups of these bits.
 
     Groups do not loop: the compiler computes addresses anew in a loop that holds another one. The first instructions are none of
     a branch without a special bias: they would be computed in front of both, apart from what follows.
     """
-    special, o_q = unforeseen(special, PRECISION), unforeseen(o_q, PRECISION)
-    b_group = groups_of_keys(masks, unforeseen(o_kv, PRECISION), M)
+    special, o_q = unforeseen(special, PRECISION), unforeseen(pairs.o_q, PRECISION)
+    b_group = groups_of_keys(pairs.masks, unforeseen(pairs.o_kv, PRECISION), pairs.M)
     b_log2 = b_s * b_scale[:, None]
     for group in tl.static_range(1, MULTIPLIED + 1):
         if special & (1 << group) != 0:
-            m_group = (b_group == group)[:, None] if KEY_MAJOR else (b_group == group)[None, :]
-            b_rest = row_bias_of(masks, tl.full([], group, tl.int32), o_q, N)
-            b_log2 = tl.where(m_group, _added(b_log2, b_rest, KEY_MAJOR, False), b_log2)
+            b_rest = row_bias_of(pairs.masks, tl.full([], group, tl.int32), o_q, pairs.N)
+            b_log2 = tl.where(of_keys(b_group == group, KEY_MAJOR), _added(b_log2, b_rest, KEY_MAJOR, False), b_log2)
     return b_log2
 
 

@@ -37,20 +37,19 @@ from vlattn_fast.kernels._tiles import (
     CALLER_LSE,
     LOG2_E,
     ROW_MULTIPLE,
+    Pairs,
     add_products,
     block_and_head,
     block_size,
     cdiv,
     dot,
     edge_block,
-    head_side,
+    head_tile,
     heads_of,
     key_range,
-    key_side,
+    key_tile,
     launched,
-    load_side,
     map_of,
-    mask_key_major,
     mask_logits,
     mask_tile,
     masks_at,
@@ -63,11 +62,10 @@ from vlattn_fast.kernels._tiles import (
     row_products,
     rows_and_head,
     seeing_queries_of_heads,
-    side_at,
     store_head,
     store_tile,
+    tile_of,
     within,
-    wrapped,
     zero_sums,
 )
 
@@ -86,17 +84,6 @@ class MapGradient(NamedTuple):
     u: Tensor | None = None
     T: int = 0
     taken: Tensor | None = None
-
-
-class RowConstants(NamedTuple):
-    """Beside score_attention's constants. BLOCK_T: carried rows in one product, 0 where w is a map; MANY: there are more of them.
-    PRECISION: of `dot` over them; ROUND: to tf32 before."""
-
-    BY_GRADIENT: bool
-    BLOCK_T: int
-    MANY: bool
-    PRECISION: str
-    ROUND: bool
 
 
 class Launch(NamedTuple):
@@ -169,18 +156,14 @@ def sums(launch: Launch, rows: RowStats, w: MapGradient, u: Tensor | None = None
 
     The terms of a delta are those from which `gradients` subtracts it: where a row has one key, nothing is left.
     """
-    query, num_kv = launch.call["x"].q.p, launch.call["x"].M
+    query = launch.call["x"].q.p
     shape = *query.shape[:2], padded_rows(query.shape[2])
     u_map = query.new_zeros((*shape[:2], 0 if u is None else w.T, shape[2]), dtype=torch.float32)
     delta = query.new_zeros(shape, dtype=torch.float32)
     if launch.pairs > 0 and (w.map is not None or w.T > 0):
         config, arguments = _arguments("map_backward_rows", launch, rows, w)
         _map_backward_rows_kernel[(shape[2] // config["BLOCK_Q"] * shape[0] * shape[1],)](
-            **arguments,
-            p_u=u,
-            p_u_map=u_map,
-            p_delta=delta if deltas else None,
-            BLOCK_EDGE=edge_block(num_kv, config["BLOCK_KV"], launch.call["C"].CAUSAL),
+            **arguments, p_u=u, p_u_map=u_map, p_delta=delta if deltas else None
         )
     return u_map, delta
 
@@ -193,7 +176,7 @@ def gradients(
     lse: None where it counts as computed from query and key; else P = exp(logit - lse) has a gradient by each. delta: the sums of
     w E of each row, (B, H, N), N padded.
     """
-    x, is_causal = launch.call["x"], launch.call["C"].CAUSAL
+    x = launch.call["x"]
     batch, heads, num_q, _ = x.q.p.shape
     heads_kv, num_kv = x.k.p.shape[1:3]
     grad_q, grad_k = (torch.zeros_like(side.p, memory_format=torch.contiguous_format) for side in (x.q, x.k))
@@ -204,8 +187,8 @@ def gradients(
     if launch.pairs > 0 and (w.map is not None or w.T > 0):
         scaled, unit = _in_units(w, x.q.p)
         rows = rows._replace(delta=None if lse is not None else delta if unit is None else delta / unit)
-        config, arguments = _arguments("map_backward_q", launch, rows, scaled)
         for p_grad_bias, first_group, block_g in blocks:
+            config, arguments = _arguments("map_backward_q", launch, rows, scaled, block_g)
             _map_backward_q_kernel[(padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)](
                 **arguments,
                 grad_q=heads_of(grad_q),
@@ -213,16 +196,10 @@ def gradients(
                 p_unit=unit,
                 p_grad_bias=p_grad_bias,
                 first_group=first_group,
-                BLOCK_G=block_g,
-                BLOCK_EDGE=edge_block(num_kv, config["BLOCK_KV"], is_causal),
             )
         config, arguments = _arguments("map_backward_kv", launch, rows, scaled)
         _map_backward_kv_kernel[(cdiv(num_kv, config["BLOCK_KV"]) * batch * heads_kv,)](
-            **arguments,
-            grad_k=heads_of(grad_k),
-            grad_v=None if grad_v is None else heads_of(grad_v),
-            p_unit=unit,
-            BLOCK_EDGE=edge_block(num_q, config["BLOCK_Q"], is_causal),
+            **arguments, grad_k=heads_of(grad_k), grad_v=None if grad_v is None else heads_of(grad_v), p_unit=unit
         )
     grad_lse = None if lse is None else -delta[..., :num_q].to(lse.dtype)
     return grad_q, grad_k, grad_v, grad_do, grad_lse, grad_bias
@@ -260,15 +237,27 @@ def taken(launch: Launch, rows: RowStats, head_reduction: str) -> tuple[Tensor, 
     return bits, counts.sum(1), result[:, 0]
 
 
-def _arguments(kernel: str, launch: Launch, rows: RowStats, w: MapGradient | None) -> tuple[Config, dict[str, Any]]:
+def _arguments(
+    kernel: str, launch: Launch, rows: RowStats, w: MapGradient | None, block_g: int = 0
+) -> tuple[Config, dict[str, Any]]:
     """The configuration of a launch, and the named arguments that all kernels here share."""
-    num_t, constants = 0 if w is None else w.T, launch.call["C"]
+    num_t, x, constants = 0 if w is None else w.T, launch.call["x"], launch.call["C"]
     block_t = num_t if num_t <= 1 else min(MAX_T, block_size(num_t))
     precision = constants.PRECISION if constants.EXACT or constants.PRECISION == "widen" else "tf32"
-    rounds = not constants.EXACT or precision == "tf32"
-    of_rows = RowConstants(launch.by_gradient, block_t, num_t > MAX_T, precision, rounds)
     config = config_of(kernel, launch, block_t)
-    return config, {**launched(launch.call, config), "stats": rows._replace(sums=None), "w": w, "R": wrapped(of_rows)}
+    of_loop = (x.N, config["BLOCK_Q"]) if kernel == "map_backward_kv" else (x.M, config["BLOCK_KV"])
+    call = launched(
+        launch.call,
+        config,
+        BY_GRADIENT=launch.by_gradient,
+        BLOCK_EDGE=edge_block(*of_loop, constants.CAUSAL),
+        BLOCK_T=block_t,
+        BLOCK_G=block_g,
+        MANY=num_t > MAX_T,
+        CARRIED=precision,
+        ROUND=not constants.EXACT or precision == "tf32",
+    )
+    return config, {**call, "stats": rows._replace(sums=None), "w": w}
 
 
 @triton.jit
@@ -296,50 +285,50 @@ def _carried(p, o, o_t, stride, stride_t, size, T, SAME: tl.constexpr):
 
 
 @triton.jit
-def _times_carried(b_x, b_y, R: tl.constexpr):
+def _times_carried(b_x, b_y, C: tl.constexpr):
     """b_x b_y^T [x,y] of tiles of `_carried`."""
     if len(b_x.shape) == 1:
         return b_x[:, None] * b_y[None, :]
     else:
-        if R.ROUND:
+        if C.ROUND:
             b_x, b_y = round_tf32(b_x), round_tf32(b_y)
-        return dot(b_x, tl.trans(b_y), R.PRECISION)
+        return dot(b_x, tl.trans(b_y), C.CARRIED)
 
 
 @triton.jit
-def _add_carried(b_sums, b_map, b_u, R: tl.constexpr):
+def _add_carried(b_sums, b_map, b_u, C: tl.constexpr):
     """b_sums and b_map b_u, of b_map [q,kv] and b_u [kv,T], or [kv] of one row."""
     if len(b_u.shape) == 1:
         b_sums += tl.sum(b_map * b_u[None, :], axis=1)
     else:
-        if R.ROUND:
+        if C.ROUND:
             b_map, b_u = round_tf32(b_map), round_tf32(b_u)
-        b_sums += dot(b_map, b_u, R.PRECISION)
+        b_sums += dot(b_map, b_u, C.CARRIED)
     return b_sums
 
 
 @triton.jit
-def _carried_products(w, i_b, o_t, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, R: tl.constexpr):
+def _carried_products(w, i_b, o_t, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, C: tl.constexpr):
     """r u^T of the columns o_t, [q,kv] or KEY_MAJOR [kv,q]."""
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     b_r = _carried(w.r + i_b * NP * w.T, o_q, o_t, w.T, 1, None, w.T, not KEY_MAJOR)
     b_u = _carried(w.u + i_b * M * w.T, o_kv, o_t, w.T, 1, M, w.T, KEY_MAJOR)
     if KEY_MAJOR:
-        return _times_carried(b_u, b_r, R)
+        return _times_carried(b_u, b_r, C)
     else:
-        return _times_carried(b_r, b_u, R)
+        return _times_carried(b_r, b_u, C)
 
 
 @triton.jit
-def _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, KEY_MAJOR: tl.constexpr, R: tl.constexpr):
+def _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, KEY_MAJOR: tl.constexpr, C: tl.constexpr):
     """w of a head, [q,kv] or KEY_MAJOR [kv,q]; 0 beyond N x M."""
     H, N, M = x.H, x.N, x.M
     if w.map is None:
-        o_t = tl.arange(0, R.BLOCK_T)
-        b_w = _carried_products(w, i_b, o_t, o_q, o_kv, N, M, KEY_MAJOR, R)
-        if R.MANY:
-            for start in range(R.BLOCK_T, w.T, R.BLOCK_T):
-                b_w += _carried_products(w, i_b, start + o_t, o_q, o_kv, N, M, KEY_MAJOR, R)
+        o_t = tl.arange(0, C.BLOCK_T)
+        b_w = _carried_products(w, i_b, o_t, o_q, o_kv, N, M, KEY_MAJOR, C)
+        if C.MANY:
+            for start in range(C.BLOCK_T, w.T, C.BLOCK_T):
+                b_w += _carried_products(w, i_b, start + o_t, o_q, o_kv, N, M, KEY_MAJOR, C)
     else:
         if KEY_MAJOR:
             o_pair = o_q.to(tl.int64)[None, :] * M + o_kv[:, None]
@@ -372,47 +361,33 @@ def row_numbers(stats, o_row):
 
 
 @triton.jit
-def _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, start, o_q, o_kv, x, EDGE: tl.constexpr, C: tl.constexpr):
+def _probabilities(t_q, t_k, b_shift, b_inverse, masks, start, o_q, o_kv, x, EDGE: tl.constexpr, C: tl.constexpr):
     """P [q,kv], and the slopes that `times_activation` takes."""
-    b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)
+    b_x = row_products(t_q, t_k, C.A, C.PRECISION)
     b_s, b_slope = activate(b_x, b_shift, b_shift, b_shift, x.parameter, EDGE, C)  # cosine alone reads norms: not here
-    b_logit = mask_tile(b_s * x.scale_log2, masks, start, o_q, o_kv, x.N, x.M, C, EDGE)
+    b_logit = mask_tile(b_s * x.scale_log2, Pairs(masks, start, o_q, o_kv, x.N, x.M), C, EDGE)
     return tl.exp2(b_logit - b_shift[:, None]) * b_inverse[:, None], b_slope
 
 
 @triton.jit
-def _tile_of_queries(x, stats, C: tl.constexpr, R: tl.constexpr, BLOCK_Q: tl.constexpr):
+def _tile_of_queries(x, stats, C: tl.constexpr):
     """A program's tile: its indices, its head's keys, values and masks, the queries, dO where the rule is "gradient" (else the
     queries again), and what makes probabilities of logits."""
     N = x.N
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(NP // BLOCK_Q, x.H, C.GROUP_K, x.M * (C.A + C.DV), C.CAUSAL)
+    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(NP // C.BLOCK_Q, x.H, C.GROUP_K, x.M * (C.A + C.DV), C.CAUSAL)
     p_q, p_k, p_v, _, _, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    of_q = side_at(p_q, x.q.stride_n, o_q, N, C.A)
-    b_q = load_side(of_q, tl.arange(0, C.BLOCK_A), C.A)  # [q,A]
-    of_do, b_do = of_q, b_q
-    if R.BY_GRADIENT:
-        of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)
-        b_do = load_side(of_do, tl.arange(0, C.BLOCK_DV), C.DV)  # [q,Dv]
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    t_q = tile_of(p_q, x.q.stride_n, o_q, N, C.A, C.BLOCK_A)  # [q,A]
+    t_do = t_q
+    if C.BY_GRADIENT:
+        t_do = head_tile(x.grad, i_b, i_h, o_q, N, C.DV, C.BLOCK_DV)  # [q,Dv]
     b_shift, b_inverse = row_numbers(stats, i_bh * NP + o_q)
-    return (i_q, i_bh, i_b, i_h, i_hk), p_k, p_v, masks, o_q, b_q, of_q, b_do, of_do, b_shift, b_inverse
+    return (i_q, i_bh, i_b, i_h, i_hk), p_k, p_v, masks, o_q, t_q, t_do, b_shift, b_inverse
 
 
 @triton.jit
-def _map_backward_rows_kernel(
-    x,
-    stats,
-    w,
-    p_u,
-    p_u_map,
-    p_delta,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
-):
+def _map_backward_rows_kernel(x, stats, w, p_u, p_u_map, p_delta, C: tl.constexpr):
     """Sums over the keys j of the map E of one head, for a tile of its queries i.
 
     P_ij  = 2^(x_ij - shift_i) / total_i        dP_ij     = dO_i v_j
@@ -420,36 +395,32 @@ def _map_backward_rows_kernel(
     w_ij  = sum_t r_it u_jt, or a map           delta_i   = sum_j w_ij E_ij, where deltas are asked for
     """
     N, M = x.N, x.M
-    ONE: tl.constexpr = R.BLOCK_T <= 1
+    ONE: tl.constexpr = C.BLOCK_T <= 1
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    indices, p_k, p_v, masks, o_q, b_q, of_q, b_do, of_do, b_shift, b_inverse = _tile_of_queries(x, stats, C, R, BLOCK_Q)
+    indices, p_k, p_v, masks, o_q, t_q, t_do, b_shift, b_inverse = _tile_of_queries(x, stats, C)
     i_q, i_bh, i_b, i_h, _ = indices
-    o_a = tl.arange(0, C.BLOCK_A)
-    o_d = tl.arange(0, C.BLOCK_DV)
-    o_t = tl.arange(0, R.BLOCK_T if R.BLOCK_T > 0 else 1)
-    b_delta = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_u_map = tl.zeros([BLOCK_Q], dtype=tl.float32) if ONE else tl.zeros([BLOCK_Q, R.BLOCK_T], dtype=tl.float32)
-    whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    o_t = tl.arange(0, C.BLOCK_T if C.BLOCK_T > 0 else 1)
+    b_delta = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+    b_u_map = tl.zeros([C.BLOCK_Q], dtype=tl.float32) if ONE else tl.zeros([C.BLOCK_Q, C.BLOCK_T], dtype=tl.float32)
+    whole, end = key_range(i_q, M, False, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     seen = seen_keys(masks, o_q, N, M, C.MASK)
     for EDGE in tl.static_range(2):
         begin, finish = whole if EDGE else 0, end if EDGE else whole
-        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
+        tiles = seen_tiles(seen, begin, finish, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
             start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            of_k = side_at(p_k, x.k.stride_n, o_kv, M if EDGE else None, C.A)
-            b_k = load_side(of_k, o_a, C.A)  # [kv,A]
-            b_map, b_slope = _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, start, o_q, o_kv, x, EDGE, C)
-            if R.BY_GRADIENT:
-                of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
-                b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
-                b_map = map_of(b_map, row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION), o_kv, M if EDGE else None)
+            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
+            t_k = tile_of(p_k, x.k.stride_n, o_kv, M if EDGE else None, C.A, C.BLOCK_A)  # [kv,A]
+            b_map, b_slope = _probabilities(t_q, t_k, b_shift, b_inverse, masks, start, o_q, o_kv, x, EDGE, C)
+            if C.BY_GRADIENT:
+                t_v = key_tile(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.BLOCK_DV, C.KEY_MASK)
+                b_map = map_of(b_map, row_products(t_do, t_v, C.DV, C.PRECISION), o_kv, M if EDGE else None)
             if p_delta is not None:
-                b_delta += tl.sum(b_map * _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, False, R), axis=1)
+                b_delta += tl.sum(b_map * _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, False, C), axis=1)
             if p_u is not None:
                 # rows, not columns: a product over keys reads its operand with the keys of a row side by side
                 b_u = _carried(p_u + i_b * M * w.T, o_kv, o_t, 1, M, M if EDGE else None, w.T, False)  # [kv,T]
-                b_u_map = _add_carried(b_u_map, b_map, b_u, R)
+                b_u_map = _add_carried(b_u_map, b_map, b_u, C)
     if p_delta is not None:
         tl.store(p_delta + i_bh * NP + o_q, tl.where(o_q < N, b_delta, 0.0))  # an infinite value makes NaN of padding
     if p_u is not None:
@@ -461,22 +432,7 @@ def _map_backward_rows_kernel(
 
 
 @triton.jit
-def _map_backward_q_kernel(
-    x,
-    stats,
-    w,
-    grad_q,
-    grad_do,
-    p_unit,
-    p_grad_bias,
-    first_group,
-    BLOCK_G: tl.constexpr,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
-):
+def _map_backward_q_kernel(x, stats, w, grad_q, grad_do, p_unit, p_grad_bias, first_group, C: tl.constexpr):
     """dQ and the gradient of dO, for a tile of queries i of one head, from w, the gradient of its map E.
 
     w'_ij = w_ij where P_ij dP_ij > 0, else 0 (rule "attention": w_ij)
@@ -489,144 +445,113 @@ def _map_backward_q_kernel(
     """
     N, M = x.N, x.M
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    indices, p_k, p_v, masks, o_q, b_q, of_q, b_do, of_do, b_shift, b_inverse = _tile_of_queries(x, stats, C, R, BLOCK_Q)
+    indices, p_k, p_v, masks, o_q, t_q, t_do, b_shift, b_inverse = _tile_of_queries(x, stats, C)
     i_q, i_bh, i_b, i_h, _ = indices
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
-    b_dq = zero_sums(x.q.p.dtype.element_ty, BLOCK_Q, C.A, C.BLOCK_A)
-    if R.BY_GRADIENT:
-        b_ddo = zero_sums(x.q.p.dtype.element_ty, BLOCK_Q, C.DV, C.BLOCK_DV)
+    b_dq = zero_sums(x.q.p.dtype.element_ty, C.BLOCK_Q, C.A, C.BLOCK_A)
+    if C.BY_GRADIENT:
+        b_ddo = zero_sums(x.q.p.dtype.element_ty, C.BLOCK_Q, C.DV, C.BLOCK_DV)
     if stats.delta is not None:
         b_delta = tl.load(stats.delta + i_bh * NP + o_q)
-    if BLOCK_G > 0:
-        b_bias = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
-    whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    if C.BLOCK_G > 0:
+        b_bias = tl.zeros([C.BLOCK_Q, C.BLOCK_G], dtype=tl.float32)
+    whole, end = key_range(i_q, M, False, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     seen = seen_keys(masks, o_q, N, M, C.MASK)
     for EDGE in tl.static_range(2):
         begin, finish = whole if EDGE else 0, end if EDGE else whole
-        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
+        tiles = seen_tiles(seen, begin, finish, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
             start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            of_k = key_side(p_k, x.k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.KEY_MASK)
-            b_k = load_side(of_k, o_a, C.A)  # [kv,A]
-            b_p, b_slope = _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, start, o_q, o_kv, x, EDGE, C)  # [q,kv]
-            b_w = _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, False, R)
-            if R.BY_GRADIENT:
-                of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
-                b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
-                b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)  # [q,kv]
+            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
+            t_k = key_tile(p_k, x.k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.BLOCK_A, C.KEY_MASK)  # [kv,A]
+            b_p, b_slope = _probabilities(t_q, t_k, b_shift, b_inverse, masks, start, o_q, o_kv, x, EDGE, C)  # [q,kv]
+            b_w = _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, False, C)
+            if C.BY_GRADIENT:
+                t_v = key_tile(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.BLOCK_DV, C.KEY_MASK)
+                b_dp = row_products(t_do, t_v, C.DV, C.PRECISION)  # [q,kv]
                 b_w = tl.where(b_p * b_dp > 0.0, b_w, 0.0)  # w', by the product: where it underflows, E is 0
-                b_ddo = add_products(b_ddo, b_w * b_p, b_v, of_v, C.DV, C.PRECISION)
+                b_ddo = add_products(b_ddo, b_w * b_p, t_v, C.DV, C.PRECISION)
                 b_w = _rounded_product(b_w, b_dp, C.EXACT)
             if stats.delta is not None:
                 b_w -= b_delta[:, None]
             b_ds = b_p * b_w
-            if BLOCK_G > 0:
+            if C.BLOCK_G > 0:
                 b_bias = add_group_sums(
                     b_bias, b_ds, masks, groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK), o_kv, M, first_group
                 )
             if C.SCORE != "dot":  # a softcap
                 b_ds = times_activation(b_ds, b_slope, C.SCORE)
-            b_dq = add_products(b_dq, b_ds, b_k, of_k, C.A, C.PRECISION)
+            b_dq = add_products(b_dq, b_ds, t_k, C.A, C.PRECISION)
     unit = 1.0 if p_unit is None else tl.load(p_unit)
     store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, [b * (x.scale * unit) for b in b_dq])
-    if R.BY_GRADIENT:
+    if C.BY_GRADIENT:
         store_head(grad_do, i_b, i_h, o_q, o_d, N, C.DV, [b * unit for b in b_ddo])
-    if BLOCK_G > 0:
+    if C.BLOCK_G > 0:
         store_group_sums(p_grad_bias, masks, i_bh, o_q, N, first_group, b_bias * unit)
 
 
 @triton.jit
-def _map_backward_kv_kernel(
-    x,
-    stats,
-    w,
-    grad_k,
-    grad_v,
-    p_unit,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
-):
+def _map_backward_kv_kernel(x, stats, w, grad_k, grad_v, p_unit, C: tl.constexpr):
     """dK and dV of a tile of keys j, over all queries i of the GROUP_K query heads that share it. Tiles are [kv,q].
 
     dv_j = sum_i w'_ij P_ij dO_i
     dk_j = scale sum_i dS_ij score'(q_i k_j) q_i, with w' and dS as in `_map_backward_q_kernel`
     """
     H, N, M = x.H, x.N, x.M
-    i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), H // C.GROUP_K, 1)
+    i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, C.BLOCK_KV), H // C.GROUP_K, 1)
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    o_kv = i_kv * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV)
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
     # rows beyond N have P = 0, and keys are rows of the tiles below: those of padding are dropped at the end, without masks
     m_key = real_tokens(x.masks.p_keys + i_b * M, o_kv, M, C.KEY_MASK)
-    of_k = head_side(x.k, i_b, i_hk, o_kv, M, C.A)
-    b_k = load_side(of_k, o_a, C.A)  # [kv,A]
-    b_dk = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.A, C.BLOCK_A)
-    if R.BY_GRADIENT:
-        of_v = head_side(x.v, i_b, i_hk, o_kv, M, C.DV)
-        b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
-        b_dv = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.DV, C.BLOCK_DV)
-    whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
-    seeing = seeing_queries_of_heads(x.masks, i_b, i_hk * C.GROUP_K, C.GROUP_K, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
+    t_k = head_tile(x.k, i_b, i_hk, o_kv, M, C.A, C.BLOCK_A)  # [kv,A]
+    b_dk = zero_sums(x.q.p.dtype.element_ty, C.BLOCK_KV, C.A, C.BLOCK_A)
+    if C.BY_GRADIENT:
+        t_v = head_tile(x.v, i_b, i_hk, o_kv, M, C.DV, C.BLOCK_DV)  # [kv,Dv]
+        b_dv = zero_sums(x.q.p.dtype.element_ty, C.BLOCK_KV, C.DV, C.BLOCK_DV)
+    whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
+    seeing = seeing_queries_of_heads(x.masks, i_b, i_hk * C.GROUP_K, C.GROUP_K, i_kv * C.BLOCK_KV, N, M, C.BLOCK_KV, C.MASK)
     for EDGE in tl.static_range(2):
         first, last = edge if EDGE else whole, edge_end if EDGE else end
-        tiles = seen_tiles(seeing, first, last, BLOCK_EDGE if EDGE else BLOCK_Q, C.MASK)
+        tiles = seen_tiles(seeing, first, last, C.BLOCK_EDGE if EDGE else C.BLOCK_Q, C.MASK)
         first, last = tiles[0], tiles[1]
-        num_q = tl.cdiv(last - first, BLOCK_EDGE if EDGE else BLOCK_Q)
+        num_q = tl.cdiv(last - first, C.BLOCK_EDGE if EDGE else C.BLOCK_Q)
         for j in range(num_q * C.GROUP_K):  # one loop over tiles and query heads of this key head: nested loops spill
             i_h = i_hk if C.GROUP_K == 1 else i_hk * C.GROUP_K + j // num_q
             i_q = j if C.GROUP_K == 1 else j % num_q
-            o_q = first + (i_q * BLOCK_EDGE + tl.arange(0, BLOCK_EDGE) if EDGE else i_q * BLOCK_Q + tl.arange(0, BLOCK_Q))
+            o_q = first + (i_q * C.BLOCK_EDGE + tl.arange(0, C.BLOCK_EDGE) if EDGE else i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q))
             # rows beyond N are the last one again, with P = 0: zeros times an infinite key would be NaN
             o_row = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
-            of_q = head_side(x.q, i_b, i_h, o_row, None, C.A)
-            b_q = load_side(of_q, o_a, C.A)  # [q,A]
-            b_s, b_slope = activate(row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION), 0.0, 0.0, 0.0, x.parameter, EDGE, C)
-            b_logit = mask_key_major(
-                b_s * x.scale_log2, x.masks, i_b, i_h, i_kv * BLOCK_KV, o_kv, o_q, o_row, N, M, C, EDGE
-            )  # [kv,q]
+            t_q = head_tile(x.q, i_b, i_h, o_row, None, C.A, C.BLOCK_A)  # [q,A]
+            b_s, b_slope = activate(row_products(t_k, t_q, C.A, C.PRECISION), 0.0, 0.0, 0.0, x.parameter, EDGE, C)
+            pairs = Pairs(masks_at(x.masks, i_b, i_h, M), i_kv * C.BLOCK_KV, o_row, o_kv, N, M)
+            b_logit = mask_tile(b_s * x.scale_log2, pairs, C, EDGE, True)  # [kv,q]
             b_shift, b_inverse = row_numbers(stats, (i_b * H + i_h) * NP + o_q)
             b_p = tl.exp2(b_logit - b_shift[None, :]) * b_inverse[None, :]
-            b_w = _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, True, R)
-            if R.BY_GRADIENT:
-                of_do = head_side(x.grad, i_b, i_h, o_q, N if EDGE or C.CAUSAL else None, C.DV)
-                b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
-                b_dp = row_products(b_v, of_v, b_do, of_do, C.DV, C.PRECISION)
+            b_w = _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, True, C)
+            if C.BY_GRADIENT:
+                t_do = head_tile(x.grad, i_b, i_h, o_q, N if EDGE or C.CAUSAL else None, C.DV, C.BLOCK_DV)  # [q,Dv]
+                b_dp = row_products(t_v, t_do, C.DV, C.PRECISION)
                 b_w = tl.where(b_p * b_dp > 0.0, b_w, 0.0)  # w', by the product: where it underflows, E is 0
-                b_dv = add_products(b_dv, b_w * b_p, b_do, of_do, C.DV, C.PRECISION)
+                b_dv = add_products(b_dv, b_w * b_p, t_do, C.DV, C.PRECISION)
                 b_w = _rounded_product(b_w, b_dp, C.EXACT)
             if stats.delta is not None:
                 b_w -= tl.load(stats.delta + (i_b * H + i_h) * NP + o_q)[None, :]
             b_ds = b_p * b_w
             if C.SCORE != "dot":  # a softcap
                 b_ds = times_activation(b_ds, b_slope, C.SCORE)
-            b_dk = add_products(b_dk, b_ds, b_q, of_q, C.A, C.PRECISION)
+            b_dk = add_products(b_dk, b_ds, t_q, C.A, C.PRECISION)
     unit = 1.0 if p_unit is None else tl.load(p_unit)
     b_dk = [tl.where(m_key[:, None], b * (x.scale * unit), 0.0) for b in b_dk]
     store_head(grad_k, i_b, i_hk, o_kv, o_a, M, C.A, b_dk)
-    if R.BY_GRADIENT:
+    if C.BY_GRADIENT:
         store_head(grad_v, i_b, i_hk, o_kv, o_d, M, C.DV, [tl.where(m_key[:, None], b * unit, 0.0) for b in b_dv])
 
 
 @triton.jit
-def _map_taken_kernel(
-    x,
-    stats,
-    w,
-    p_bits,
-    p_counts,
-    p_maps,
-    LEAST: tl.constexpr,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-):
+def _map_taken_kernel(x, stats, w, p_bits, p_counts, p_maps, LEAST: tl.constexpr, C: tl.constexpr):
     """For a tile of pairs ij and up to BITS heads h, with E_hij as in `_map_backward_rows_kernel`:
 
     map_ij   = max_h E_hij, or the LEAST of them
@@ -634,39 +559,37 @@ def _map_taken_kernel(
     count_ij = the number of these bits
     """
     H, N, M = x.H, x.N, x.M
-    num_q, num_kv, words = tl.cdiv(N, BLOCK_Q), tl.cdiv(M, BLOCK_KV), tl.cdiv(H, BITS)
+    num_q, num_kv, words = tl.cdiv(N, C.BLOCK_Q), tl.cdiv(M, C.BLOCK_KV), tl.cdiv(H, BITS)
     i = tl.program_id(0).to(tl.int64)
     i_bw = i // (num_q * num_kv)
     i_b, i_w = i_bw // words, i_bw % words
     i_q, i_kv = ((i // num_kv) % num_q).to(tl.int32), (i % num_kv).to(tl.int32)
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    o_a = tl.arange(0, C.BLOCK_A)
-    o_d = tl.arange(0, C.BLOCK_DV)
-    b_most = tl.full([BLOCK_Q, BLOCK_KV], float("inf") if LEAST else float("-inf"), dtype=tl.float32)
-    b_bits = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.int32)
-    b_count = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    o_kv = i_kv * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV)
+    b_most = tl.full([C.BLOCK_Q, C.BLOCK_KV], float("inf") if LEAST else float("-inf"), dtype=tl.float32)
+    b_bits = tl.zeros([C.BLOCK_Q, C.BLOCK_KV], dtype=tl.int32)
+    b_count = tl.zeros([C.BLOCK_Q, C.BLOCK_KV], dtype=tl.float32)
     for h in range(0, tl.minimum(BITS, H - i_w * BITS).to(tl.int32)):
         i_h = i_w * BITS + h
         i_bh = i_b * H + i_h
-        masks = masks_at(x.masks, i_b, i_h, M)
-        of_q = head_side(x.q, i_b, i_h, o_q, N, C.A)
-        of_k = head_side(x.k, i_b, i_h // C.GROUP_K, o_kv, M, C.A)
-        b_x = row_products(load_side(of_q, o_a, C.A), of_q, load_side(of_k, o_a, C.A), of_k, C.A, C.PRECISION)
+        pairs = Pairs(masks_at(x.masks, i_b, i_h, M), i_kv * C.BLOCK_KV, o_q, o_kv, N, M)
+        t_q = head_tile(x.q, i_b, i_h, o_q, N, C.A, C.BLOCK_A)
+        t_k = head_tile(x.k, i_b, i_h // C.GROUP_K, o_kv, M, C.A, C.BLOCK_A)
+        b_x = row_products(t_q, t_k, C.A, C.PRECISION)
         b_s, b_slope = activate(b_x, 0.0, 0.0, 0.0, x.parameter, False, C)
-        b_logit = mask_logits(b_s * x.scale_log2, masks, i_kv * BLOCK_KV, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
+        b_logit = mask_logits(b_s * x.scale_log2, pairs, C.MASK, C.KEY_MASK, C.CAUSAL)
         b_shift, b_inverse = row_numbers(stats, i_bh * NP + tl.minimum(o_q, NP - 1))  # a tile may be larger than the padding
         b_map = tl.exp2(b_logit - b_shift[:, None]) * b_inverse[:, None]
-        if R.BY_GRADIENT:
-            of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)
-            of_v = head_side(x.v, i_b, i_h // C.GROUP_V, o_kv, M, C.DV)
-            b_dp = row_products(load_side(of_do, o_d, C.DV), of_do, load_side(of_v, o_d, C.DV), of_v, C.DV, C.PRECISION)
+        if C.BY_GRADIENT:
+            t_do = head_tile(x.grad, i_b, i_h, o_q, N, C.DV, C.BLOCK_DV)
+            t_v = head_tile(x.v, i_b, i_h // C.GROUP_V, o_kv, M, C.DV, C.BLOCK_DV)
+            b_dp = row_products(t_do, t_v, C.DV, C.PRECISION)
             b_map = relu(b_map * b_dp)
         # a larger map begins anew with its bit alone, an equal one adds its bit; NaN is neither
         b_new = (b_map < b_most) if LEAST else (b_map > b_most)
         b_same = b_map == b_most
-        b_bit = tl.full([BLOCK_Q, BLOCK_KV], 1, dtype=tl.int32) << h
+        b_bit = tl.full([C.BLOCK_Q, C.BLOCK_KV], 1, dtype=tl.int32) << h
         b_bits = tl.where(b_new, b_bit, tl.where(b_same, b_bits | b_bit, b_bits))
         b_count = tl.where(b_new, 1.0, tl.where(b_same, b_count + 1.0, b_count))
         b_most = tl.where(b_new, b_map, b_most)

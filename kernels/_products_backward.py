@@ -51,8 +51,9 @@ from vlattn_fast.kernels._scores import (
 from vlattn_fast.kernels._tiles import (
     FEATURES,
     ROW_MULTIPLE,
+    Pairs,
+    Tile,
     add_products,
-    aligned_step,
     block_and_head,
     cdiv,
     dot,
@@ -62,19 +63,17 @@ from vlattn_fast.kernels._tiles import (
     groups_of_heads,
     has_wgmma,
     head_at,
-    head_side,
+    head_tile,
     heads_in_turn,
     heads_of,
     keep_factor,
     key_range,
-    key_side,
+    key_tile,
     launched,
-    load_head,
-    load_side,
     map_of,
     masks_at,
     padded_rows,
-    power_key_major,
+    part_of,
     power_tile,
     query_range,
     real_tokens,
@@ -82,10 +81,11 @@ from vlattn_fast.kernels._tiles import (
     row_products,
     row_shift,
     rows_and_head,
+    rows_of,
     rows_times_sums,
     seeing_queries_of_heads,
-    side_at,
     store_head,
+    tile_of,
     wide,
     with_bias,
     within,
@@ -169,7 +169,13 @@ def queries(
     grad_bias, blocks = gradient_blocks(row_bias, call["C"].MASK)
     for p_grad_bias, first_group, block_g in blocks if shift.numel() > 0 else ():
         _backward_q_kernel[(padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)](
-            **launched(call, config),
+            **launched(
+                call,
+                config,
+                BY_GRADIENT=by_gradient,
+                BLOCK_G=block_g,
+                BLOCK_EDGE=edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL),
+            ),
             out=heads_of(out),
             p_lse=lse,
             p_grad_lse=grad_lse,
@@ -177,9 +183,6 @@ def queries(
             grad_q=heads_of(grad_q),
             p_grad_bias=p_grad_bias,
             first_group=first_group,
-            BY_GRADIENT=by_gradient,
-            BLOCK_G=block_g,
-            BLOCK_EDGE=edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL),
         )
     return grad_q, stats, grad_bias
 
@@ -238,7 +241,7 @@ def keys(
     else:
         blocks = cdiv(num_kv, config["BLOCK_KV"]) * (cdiv(num_t, config["BLOCK_T"]) if num_t > 0 else 1)
         _backward_kv_kernel[(blocks * batch * parts,)](
-            **launched(call, config),
+            **launched(call, config, GROUP=heads // heads_kv, BY_GRADIENT=by_gradient, BLOCK_EDGE=block_edge),
             stats=RowStats(rows.shift, rows.total, rows.delta),
             own_out=None if whole_rows is None else heads_of(whole_rows.out),
             p_own_lse=None if whole_rows is None else whole_rows.lse,
@@ -251,9 +254,6 @@ def keys(
             KEY_HEADS=key_heads,
             T=num_t,
             factor=factor,
-            GROUP=heads // heads_kv,
-            BY_GRADIENT=by_gradient,
-            BLOCK_EDGE=block_edge,
         )
     if grad_k is not None and grad_v is not None:
         grad_k, grad_v = heads_summed(grad_k, key, grad_v, value)
@@ -261,22 +261,7 @@ def keys(
 
 
 @triton.jit
-def _backward_q_kernel(
-    x,
-    out,
-    p_lse,
-    p_grad_lse,
-    stats,
-    grad_q,
-    p_grad_bias,
-    first_group,
-    BY_GRADIENT: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
-):
+def _backward_q_kernel(x, out, p_lse, p_grad_lse, stats, grad_q, p_grad_bias, first_group, C: tl.constexpr):
     """dQ of a tile of queries i of one head, and the `RowStats` that the key-major pass takes.
 
     x_ij    = scale_log2 score(q_i k_j), under the masks         P_ij  = 2^(x_ij - shift_i), shift = log2(e) lse
@@ -293,80 +278,76 @@ def _backward_q_kernel(
     HALF: tl.constexpr = C.SCORE == "cosine" and q.p.dtype.element_ty == tl.float16
     APART: tl.constexpr = wide(q.p.dtype.element_ty, C.BLOCK_A)  # b_mean beside dQ would take too many registers
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(NP // BLOCK_Q, H, C.GROUP_K, M * (C.A + C.DV), C.CAUSAL)
+    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(NP // C.BLOCK_Q, H, C.GROUP_K, M * (C.A + C.DV), C.CAUSAL)
     p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
     o_a = tl.arange(0, C.BLOCK_A)
-    o_d = tl.arange(0, C.BLOCK_DV)
-    of_do = head_side(grad, i_b, i_h, o_q, N, C.DV)
-    b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
-    b_out = load_head(out, i_b, i_h, o_q, o_d, N, C.DV)  # [q,Dv]
+    t_do = head_tile(grad, i_b, i_h, o_q, N, C.DV, C.BLOCK_DV)  # [q,Dv]
+    b_out = head_tile(out, i_b, i_h, o_q, N, C.DV, C.BLOCK_DV).b  # [q,Dv]
     b_grad_lse = grad_of_lse(p_grad_lse, i_bh, o_q, N)
-    b_delta = delta_of(b_do, b_out, b_grad_lse)
-    of_q = side_at(p_q, q.stride_n, o_q, N, C.A)
-    b_q = load_side(of_q, o_a, C.A)  # [q,A]
+    b_delta = delta_of(t_do.b, b_out, b_grad_lse)
+    t_q = tile_of(p_q, q.stride_n, o_q, N, C.A, C.BLOCK_A)  # [q,A]
     b_inv_q = inverse_norm(p_pre_q, o_q, C.SCORE)  # [q]
     b_weight, clamped = weights_of_rows(b_inv_q, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE, HALF)
     b_scale = scale_log2 * b_weight  # [q]
     b_shift = _row_shift(stats, p_lse, i_bh, i_bh * NP, o_q, N, C)
-    b_dq = zero_sums(q.p.dtype.element_ty, BLOCK_Q, C.A, C.BLOCK_A)
-    b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_bias, b_mean_bias = _first_bias(q.p.dtype.element_ty, BLOCK_Q, BLOCK_G, C)
+    b_dq = zero_sums(q.p.dtype.element_ty, C.BLOCK_Q, C.A, C.BLOCK_A)
+    b_total = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+    b_sums = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+    b_along = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+    b_bias, b_mean_bias = _first_bias(q.p.dtype.element_ty, C)
     if C.EXACT:
-        b_rest = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        b_rest = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
         b_mean = b_dq
-        b_mean_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        b_mean_along = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
     # tiles at the edge take masks and cosine's clamp; where it acts on some pair of the block, all of them do
-    whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    whole, end = key_range(i_q, M, False, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     whole = tl.where(clamped, 0, whole)
-    special, seen, b_parts = groups_of_rows(x, masks, i_bh, i_q * BLOCK_Q, o_q, C.MASK)
+    special, seen, b_parts = groups_of_rows(x, masks, i_bh, i_q * C.BLOCK_Q, o_q, C.MASK)
     if APART:
-        rows = of_q, b_scale, b_shift, b_inv_q, b_weight
-        BLOCK: tl.constexpr = 32 if BLOCK_KV > 32 else BLOCK_KV  # of 64 whole keys sm_80 would have 144 KB in shared memory
-        b_mean_along = _store_mean(x, grad_q, rows, p_k, p_pre_k, masks, seen, i_q, i_b, i_h, C, BLOCK_Q, BLOCK)
+        rows = t_q, b_scale, b_shift, b_inv_q, b_weight
+        BLOCK: tl.constexpr = 32 if C.BLOCK_KV > 32 else C.BLOCK_KV  # of 64 whole keys sm_80 would have 144 KB in shared memory
+        b_mean_along = _store_mean(x, grad_q, rows, p_k, p_pre_k, masks, seen, i_q, i_b, i_h, C, BLOCK)
     for EDGE in tl.static_range(2):
         begin, finish = whole if EDGE else 0, end if EDGE else whole
-        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
+        tiles = seen_tiles(seen, begin, finish, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
             start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            of_k = key_side(p_k, k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.KEY_MASK)
-            b_k = load_side(of_k, o_a, C.A)  # [kv,A]
-            of_v = key_side(p_v, v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
-            b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
+            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
+            t_k = key_tile(p_k, k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.BLOCK_A, C.KEY_MASK)  # [kv,A]
+            t_v = key_tile(p_v, v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.BLOCK_DV, C.KEY_MASK)  # [kv,Dv]
             norms = b_inv_q, inverse_norm(p_pre_k, o_kv, C.SCORE), b_weight
-            b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)  # [q,kv]
+            b_x = row_products(t_q, t_k, C.A, C.PRECISION)  # [q,kv]
             of_tile = 0, 0, 0, False
             if C.MASK == GROUP_PRODUCT:
                 b_x = with_bias(b_x, b_parts, x.product, i_b, start, M, C.PRECISION)
             else:
                 of_tile = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
             b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
-            b_p = power_tile(b_s, b_scale, b_shift, masks, special, of_tile, start, o_q, o_kv, N, M, C, EDGE)
-            b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)  # [q,kv]
+            pairs = Pairs(masks, start, o_q, o_kv, N, M)
+            b_p = power_tile(b_s, b_scale, b_shift, pairs, special, of_tile, C, EDGE)
+            b_dp = row_products(t_do, t_v, C.DV, C.PRECISION)  # [q,kv]
             if x.dropout is not None:
                 b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
-            b_total, b_sums = _add_row_sums(b_total, b_sums, b_p, b_dp, o_kv, M if EDGE else None, SUMS, BY_GRADIENT, C.EXACT)
+            b_total, b_sums = _add_row_sums(b_total, b_sums, b_p, b_dp, o_kv, M if EDGE else None, SUMS, C.BY_GRADIENT, C.EXACT)
             b_ds = b_p * (b_dp - b_delta[:, None])
             if C.EXACT:
                 b_rest += tl.sum(b_ds, axis=1)  # before the slope: it is the softmax whose rows sum to 0
-            if BLOCK_G > 0:
+            if C.BLOCK_G > 0:
                 b_bias, b_mean_bias = _add_bias(
                     b_bias, b_mean_bias, b_ds, b_p, x.product, masks, of_tile, i_b, start, o_kv, M, first_group, C
                 )
             b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
-            b_k = lengthened(b_k, norms[1], HALF and EDGE)
-            b_dq = add_products(b_dq, b_ds, b_k, of_k, C.A, C.PRECISION)
+            t_k = lengthened(t_k, norms[1], HALF and EDGE)
+            b_dq = add_products(b_dq, b_ds, t_k, C.A, C.PRECISION)
             if C.EXACT and not APART:
                 b_p, b_mean_along = through_score(b_p, b_mean_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE)
-                b_mean = add_products(b_mean, b_p, b_k.to(tl.bfloat16), of_k, C.A, C.PRECISION)
+                b_mean = add_products(b_mean, b_p, in_bfloat16(t_k), C.A, C.PRECISION)
         if C.SCORE == "cosine" and not EDGE:  # without a clamp sum_j dS_ij S_ij is q_i dQ_i
-            b_along = rows_times_sums(b_q, of_q, b_dq, C.A)
+            b_along = rows_times_sums(t_q, b_dq, C.A)
             if C.EXACT and not APART:
-                b_mean_along = rows_times_sums(b_q, of_q, b_mean, C.A)
-    if not BY_GRADIENT:
+                b_mean_along = rows_times_sums(t_q, b_mean, C.A)
+    if not C.BY_GRADIENT:
         b_sums = b_total  # before a fully masked row gets a total of 1
     if C.EXACT:
         m_row = (o_q < N) & (b_total > 0.0)
@@ -377,36 +358,36 @@ def _backward_q_kernel(
         b_factor = b_rest
         if APART:
             b_factor *= b_total
-            b_mean = _stored_mean(head_side(grad_q, i_b, i_h, o_q, N, C.A), len(b_dq), C.A)
+            b_mean = _stored_mean(head_tile(grad_q, i_b, i_h, o_q, N, C.A, C.BLOCK_A), len(b_dq), C.A)
         b_dq, b_along = _without_rounding(b_dq, b_along, b_mean, b_mean_along, b_factor)
-        if BLOCK_G > 0:
+        if C.BLOCK_G > 0:
             b_bias -= b_rest[:, None] * b_mean_bias
         tl.store(stats.total + i_bh * NP + o_q, b_total)
     elif C.MASK >= FLOAT_MASK:
         b_total = tl.load(stats.total + i_bh * NP + o_q)
-    b_dq, b_along, b_sums, b_bias = _over_total(b_dq, b_along, b_sums, b_bias, b_total, special, C, BLOCK_G > 0)
+    b_dq, b_along, b_sums, b_bias = _over_total(b_dq, b_along, b_sums, b_bias, b_total, special, C, C.BLOCK_G > 0)
     if C.SCORE == "cosine":
-        b_dq = along_norms(b_dq, b_weight, b_q, of_q, b_inv_q, b_along, C.A)
+        b_dq = along_norms(b_dq, b_weight, t_q, b_inv_q, b_along, C.A)
     _store_stats(stats, i_bh * NP, o_q, N, b_shift, b_sums, b_delta, C)
     store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, [b * x.scale for b in b_dq])
-    if BLOCK_G > 0:
+    if C.BLOCK_G > 0:
         if C.MASK == GROUP_PRODUCT:
             indices = i_q, i_bh, i_b, i_h, i_hk
-            b_bias = _finite_bias(b_bias, b_total, x, stats, indices, special, C, BLOCK_Q, BLOCK_KV, BLOCK_G)
-            store_sums_of_product(p_grad_bias, masks, i_bh, i_q * BLOCK_Q, N, b_bias)
+            b_bias = _finite_bias(b_bias, b_total, x, stats, indices, special, C)
+            store_sums_of_product(p_grad_bias, masks, i_bh, i_q * C.BLOCK_Q, N, b_bias)
         else:
             store_group_sums(p_grad_bias, masks, i_bh, o_q, N, first_group, b_bias)
 
 
 @triton.jit
-def _first_bias(dtype: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_G: tl.constexpr, C: tl.constexpr):
+def _first_bias(dtype: tl.constexpr, C: tl.constexpr):
     """What `_add_bias` adds to."""
     b_bias, b_mean_bias = 0, 0  # nothing: Triton 3.6 returns no None
-    if BLOCK_G > 0:
-        b_bias = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
+    if C.BLOCK_G > 0:
+        b_bias = tl.zeros([C.BLOCK_Q, C.BLOCK_G], dtype=tl.float32)
         b_mean_bias = b_bias
         if C.MASK == GROUP_PRODUCT:
-            b_bias = first_sums(dtype, BLOCK_Q, BLOCK_G)
+            b_bias = first_sums(dtype, C.BLOCK_Q, C.BLOCK_G)
     return b_bias, b_mean_bias
 
 
@@ -431,11 +412,11 @@ def _store_stats(stats, first, o_q, N, b_shift, b_sums, b_delta, C: tl.constexpr
 
 
 @triton.jit
-def _stored_mean(side, PARTS: tl.constexpr, A: tl.constexpr):
+def _stored_mean(t_mean, PARTS: tl.constexpr, A: tl.constexpr):
     """What `_store_mean` has left in the place of the gradient."""
     b_mean = ()
     for i in tl.static_range(PARTS):
-        b_mean = extended(b_mean, load_side(side, tl.arange(0, FEATURES) + i * FEATURES, A))
+        b_mean = extended(b_mean, part_of(t_mean, i * FEATURES, A))
     return b_mean
 
 
@@ -471,62 +452,38 @@ def _over_total(b_dq, b_along, b_sums, b_bias, b_total, special, C: tl.constexpr
 
 
 @triton.jit
-def _finite_bias(
-    b_bias,
-    b_total,
-    x,
-    stats,
-    indices,
-    special,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
+def _finite_bias(b_bias, b_total, x, stats, indices, special, C: tl.constexpr):
     """The gradient of the bias [q,BLOCK_G], with the rows made anew of which a product with members made NaN."""
     i_q, i_bh, i_b, i_h, i_hk = indices
     m_bad = tl.sum(b_bias * 0.0, axis=1) != 0.0  # what is not finite makes NaN
     if tl.max(m_bad.to(tl.int32), axis=0) > 0:
-        b_again = _group_sums(x, stats, i_q, i_bh, i_b, i_h, i_hk, special, C, BLOCK_Q, BLOCK_KV, BLOCK_G)
+        b_again = _group_sums(x, stats, i_q, i_bh, i_b, i_h, i_hk, special, C)
         b_bias = tl.where(m_bad[:, None], b_again / b_total[:, None], b_bias)
     return b_bias
 
 
 @triton.jit
-def _group_sums(
-    x,
-    stats,
-    i_q,
-    i_bh,
-    i_b,
-    i_h,
-    i_hk,
-    special,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
+def _group_sums(x, stats, i_q, i_bh, i_b, i_h, i_hk, special, C: tl.constexpr):
     """total_i dbias_ig [q,BLOCK_G] of `_backward_q_kernel`, where some dS is not finite: a product has 0 times infinity, NaN."""
     N, M = x.N, x.M
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     p_q, p_k, p_v, _, _, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
-    o_q, o_a, o_d = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, C.BLOCK_A), tl.arange(0, C.BLOCK_DV)
-    of_q, of_do = side_at(p_q, x.q.stride_n, o_q, N, C.A), head_side(x.grad, i_b, i_h, o_q, N, C.DV)
-    b_q, b_do = load_side(of_q, o_a, C.A), load_side(of_do, o_d, C.DV)
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    t_q = tile_of(p_q, x.q.stride_n, o_q, N, C.A, C.BLOCK_A)
+    t_do = head_tile(x.grad, i_b, i_h, o_q, N, C.DV, C.BLOCK_DV)
     b_shift, b_delta = tl.load(stats.shift + i_bh * NP + o_q), tl.load(stats.delta + i_bh * NP + o_q)
-    b_scale = tl.full([BLOCK_Q], 1.0, dtype=tl.float32) * x.scale_log2
-    b_parts = parts_of(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)
-    b_sums = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
-    _, end = key_range(i_q, M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
-    for start in range(0, end, BLOCK_KV):
-        o_kv = start + tl.arange(0, BLOCK_KV)
-        of_k = key_side(p_k, x.k.stride_n, masks.p_keys, o_kv, M, C.A, C.KEY_MASK)
-        of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M, C.DV, C.KEY_MASK)
-        b_x = row_products(b_q, of_q, load_side(of_k, o_a, C.A), of_k, C.A, C.PRECISION)
+    b_scale = tl.full([C.BLOCK_Q], 1.0, dtype=tl.float32) * x.scale_log2
+    b_parts = parts_of(x.product, i_bh, i_q * C.BLOCK_Q, N, C.BLOCK_Q)
+    b_sums = tl.zeros([C.BLOCK_Q, C.BLOCK_G], dtype=tl.float32)
+    _, end = key_range(i_q, M, True, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
+    for start in range(0, end, C.BLOCK_KV):
+        o_kv = start + tl.arange(0, C.BLOCK_KV)
+        t_k = key_tile(p_k, x.k.stride_n, masks.p_keys, o_kv, M, C.A, C.BLOCK_A, C.KEY_MASK)
+        t_v = key_tile(p_v, x.v.stride_n, masks.p_keys, o_kv, M, C.DV, C.BLOCK_DV, C.KEY_MASK)
+        b_x = row_products(t_q, t_k, C.A, C.PRECISION)
         b_x = with_bias(b_x, b_parts, x.product, i_b, start, M, C.PRECISION)
-        b_p = power_tile(b_x, b_scale, b_shift, masks, special, None, start, o_q, o_kv, N, M, C, True)
-        b_dp = row_products(b_do, of_do, load_side(of_v, o_d, C.DV), of_v, C.DV, C.PRECISION)
+        b_p = power_tile(b_x, b_scale, b_shift, Pairs(masks, start, o_q, o_kv, N, M), special, None, C, True)
+        b_dp = row_products(t_do, t_v, C.DV, C.PRECISION)
         if x.dropout is not None:
             b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
         b_sums = add_sums_of_all_groups(b_sums, b_p * (b_dp - b_delta[:, None]), masks, o_kv, M)
@@ -534,39 +491,42 @@ def _group_sums(
 
 
 @triton.jit
-def _store_mean(
-    x, grad_q, rows, p_k, p_pre_k, masks, seen, i_q, i_b, i_h, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr
-):
+def _store_mean(x, grad_q, rows, p_k, p_pre_k, masks, seen, i_q, i_b, i_h, C: tl.constexpr, BLOCK_KV: tl.constexpr):
     """Stores `b_mean` of `_without_rounding`, over the sum of P, in the place of dQ, and returns b_mean_along over it.
 
     Scores are made of bfloat16, too: P errs by 2^-9 of a logit, and in float32 by 2^-24, the size of b_rest. An error that all
     keys of a row share falls out of the quotient. P is at most 1, which a large logit's error could exceed.
     """
-    of_q, b_scale, b_shift, b_inv_q, b_weight = rows
-    o_q, o_a = of_q[2], tl.arange(0, C.BLOCK_A)
-    b_q = load_side(of_q, o_a, C.A).to(tl.bfloat16)
-    b_mean = zero_sums(tl.bfloat16, BLOCK_Q, C.A, C.BLOCK_A)
-    b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    _, end = key_range(i_q, x.M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    t_q, b_scale, b_shift, b_inv_q, b_weight = rows
+    o_q, o_a = t_q.o_row, tl.arange(0, C.BLOCK_A)
+    t_q = in_bfloat16(t_q)
+    b_mean = zero_sums(tl.bfloat16, C.BLOCK_Q, C.A, C.BLOCK_A)
+    b_total = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+    b_along = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+    _, end = key_range(i_q, x.M, True, C.CAUSAL, C.BLOCK_Q, BLOCK_KV)
     tiles = seen_tiles(seen, 0, end, BLOCK_KV, C.MASK)
     for step in range(tiles[0], tiles[1], BLOCK_KV):
         start = tile_at(step, tiles, C.MASK)
         o_kv = start + tl.arange(0, BLOCK_KV)
-        of_k = key_side(p_k, x.k.stride_n, masks.p_keys, o_kv, x.M, C.A, C.KEY_MASK)
-        b_k = load_side(of_k, o_a, C.A).to(tl.bfloat16)
+        t_k = in_bfloat16(key_tile(p_k, x.k.stride_n, masks.p_keys, o_kv, x.M, C.A, C.BLOCK_A, C.KEY_MASK))
         norms = b_inv_q, inverse_norm(p_pre_k, o_kv, C.SCORE), b_weight
-        b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)
+        b_x = row_products(t_q, t_k, C.A, C.PRECISION)
         b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, x.parameter, True, C)
-        b_p = power_tile(b_s, b_scale, b_shift, masks, 0, None, start, o_q, o_kv, x.N, x.M, C, True)
+        b_p = power_tile(b_s, b_scale, b_shift, Pairs(masks, start, o_q, o_kv, x.N, x.M), 0, None, C, True)
         b_p = tl.minimum(b_p, 1.0, propagate_nan=tl.PropagateNan.ALL)
         b_total += tl.sum(b_p, axis=1)
         b_p, b_along = through_score(b_p, b_along, b_s, b_slope, norms, x.parameter, C.SCORE, True)
-        b_mean = add_products(b_mean, b_p, b_k, of_k, C.A, C.PRECISION)
+        b_mean = add_products(b_mean, b_p, t_k, C.A, C.PRECISION)
     b_total = tl.where(b_total > 0.0, b_total, 1.0)
     store_head(grad_q, i_b, i_h, o_q, o_a, x.N, C.A, [b / b_total[:, None] for b in b_mean])
     tl.debug_barrier()  # other threads load it
     return b_along / b_total
+
+
+@triton.jit
+def in_bfloat16(t):
+    """A tile [x,SIZE] in bfloat16, which is never `wide`."""
+    return Tile(t.b.to(tl.bfloat16), t.p, t.stride, t.o_row, t.m_row)
 
 
 @triton.jit
@@ -610,26 +570,7 @@ def _without_rounding(b_dq, b_along, b_mean, b_mean_along, b_rest):
 
 @triton.jit
 def _backward_kv_kernel(
-    x,
-    stats,
-    own_out,
-    p_own_lse,
-    p_own_grad_lse,
-    own_grad_q,
-    p_r,
-    grad_k,
-    grad_v,
-    p_r_abar,
-    KEY_HEADS,
-    T,
-    factor,
-    GROUP: tl.constexpr,
-    BY_GRADIENT: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    x, stats, own_out, p_own_lse, p_own_grad_lse, own_grad_q, p_r, grad_k, grad_v, p_r_abar, KEY_HEADS, T, factor, C: tl.constexpr
 ):
     """dK and dV of a tile of keys j, over the GROUP query heads that share it; r Abar of BLOCK_T rows of r (0: none).
 
@@ -645,112 +586,102 @@ def _backward_kv_kernel(
     WHOLE: tl.constexpr = own_grad_q is not None
     HALF: tl.constexpr = C.SCORE == "cosine" and x.q.p.dtype.element_ty == tl.float16
     APART: tl.constexpr = GRADS and x.q.p.dtype.element_ty == tl.float32 and (C.A > 192 or C.DV > 192) and has_wgmma()
-    i_kv, o_kv, o_t, i_bp, i_b, i_p = _keys_and_rows(x, KEY_HEADS, T, GROUP, C, BLOCK_KV, BLOCK_T)
+    i_kv, o_kv, o_t, i_bp, i_b, i_p = _keys_and_rows(x, KEY_HEADS, T, C)
     o_a, o_d = tl.arange(0, C.BLOCK_A), tl.arange(0, C.BLOCK_DV)
     # rows beyond N have P = 0, and keys are rows of the tiles below: those of padding are dropped at the end, without masks
     m_key = real_tokens(x.masks.p_keys + i_b * M, o_kv, M, C.KEY_MASK)
-    b_dk, b_dv, b_along = _zero_gradients(x, C, BLOCK_KV, WHOLE or BLOCK_T > 1)
-    b_r_abar = zero_carried(BLOCK_KV, BLOCK_T)
-    ranges = (N, N, 0, N) if WHOLE else query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    b_dk, b_dv, b_along = _zero_gradients(x, C, WHOLE or C.BLOCK_T > 1)
+    b_r_abar = zero_carried(C.BLOCK_KV, C.BLOCK_T)
+    ranges = (N, N, 0, N) if WHOLE else query_range(i_kv, N, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     for i in range(KEY_HEADS):
         i_hkv = i_p * KEY_HEADS + i
-        seeing, of_tile, b_member = _groups_of_keys(x, i_b, i_hkv * GROUP, i_kv * BLOCK_KV, GROUP, C, BLOCK_KV)
-        of_k, b_k, of_v, b_v = _keys_and_values(x, i_b, i_hkv, o_kv, m_key, GROUP, WHOLE, C)  # [kv,A], [kv,Dv]
-        b_inv_k, b_weight, clamped = _weights_of_keys(x, i_b, i_hkv, o_kv, GROUP, HALF, C)  # [kv]
+        seeing, of_tile, b_member = _groups_of_keys(x, i_b, i_hkv * C.GROUP, i_kv * C.BLOCK_KV, C.GROUP, C, C.BLOCK_KV)
+        t_k, t_v = _keys_and_values(x, i_b, i_hkv, o_kv, m_key, WHOLE, C)  # [kv,A], [kv,Dv]
+        b_inv_k, b_weight, clamped = _weights_of_keys(x, i_b, i_hkv, o_kv, HALF, C)  # [kv]
         # under a causal mask the tiles at the edge come before the whole ones; where cosine's clamp acts, all are at the edge
         # LOOP 0 has all, or 1 has dV and 2 the rest: two sums of wgmma's 64 rows and 256 features would be 256 numbers a thread,
         # and ptxas would serialise the products
         for LOOP in tl.static_range(1 if APART else 0, 3 if APART else 1):
             for EDGE in tl.static_range(1 if WHOLE else 0, 2):
-                tiles = _tiles_of_queries(seeing, ranges, clamped, N, GROUP, EDGE, C, BLOCK_EDGE if EDGE else BLOCK_Q)
+                tiles = _tiles_of_queries(seeing, ranges, clamped, N, EDGE, C, C.BLOCK_EDGE if EDGE else C.BLOCK_Q)
                 # one loop over tiles and query heads of this key head: nested loops spill
                 for j in range(tiles.begin, tiles.end):
-                    i_h, i_bh, row, o_q, o_row = _queries(
-                        x, j, tiles, i_b, i_hkv, GROUP, EDGE, C, BLOCK_EDGE if EDGE else BLOCK_Q
-                    )
-                    of_q, b_q = _tile_of_head(x.q, i_b, i_h, o_row, o_a, None, C.A)  # [q,A]
+                    i_h, i_bh, row, o_q, o_row = _queries(x, j, tiles, i_b, i_hkv, EDGE, C, C.BLOCK_EDGE if EDGE else C.BLOCK_Q)
+                    t_q = head_tile(x.q, i_b, i_h, o_row, None, C.A, C.BLOCK_A)  # [q,A]
                     norms = b_inv_k, inverse_norm(precomputed_at(x.p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE), b_weight
-                    b_x, special = _with_bias(row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION), b_member, x, i_bh, row, C)
+                    b_x, special = _with_bias(row_products(t_k, t_q, C.A, C.PRECISION), b_member, x, i_bh, row, C)
                     b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
-                    of_pairs = i_b, i_h, i_kv * BLOCK_KV, o_kv, o_q, o_row, N, M
-                    b_p = _probabilities(b_s, b_weight, x, stats, p_own_lse, special, of_tile, of_pairs, C, EDGE)
-                    if GRADS or BY_GRADIENT:
-                        of_do, b_do = _tile_of_head(x.grad, i_b, i_h, o_q, o_d, N if EDGE or C.CAUSAL else None, C.DV)  # [q,Dv]
-                        b_dp = row_products(b_v, of_v, b_do, of_do, C.DV, C.PRECISION)  # [kv,q]
-                    if BLOCK_T > 0 and LOOP != 1:
-                        b_map = map_of(b_p, b_dp, o_q, N if EDGE or C.CAUSAL else None) if BY_GRADIENT else b_p
+                    pairs = Pairs(x.masks, i_kv * C.BLOCK_KV, o_row, o_kv, N, M)
+                    b_p = _probabilities(b_s, b_weight, x, stats, p_own_lse, i_b, i_h, o_q, pairs, special, of_tile, C, EDGE)
+                    if GRADS or C.BY_GRADIENT:
+                        t_do = head_tile(x.grad, i_b, i_h, o_q, N if EDGE or C.CAUSAL else None, C.DV, C.BLOCK_DV)  # [q,Dv]
+                        b_dp = row_products(t_v, t_do, C.DV, C.PRECISION)  # [kv,q]
+                    if C.BLOCK_T > 0 and LOOP != 1:
+                        b_map = map_of(b_p, b_dp, o_q, N if EDGE or C.CAUSAL else None) if C.BY_GRADIENT else b_p
                         b_r_abar = add_carried(b_r_abar, b_map, p_r, i_b, o_q, o_t, T, x, C)
                     if GRADS:
                         b_dropped_p, b_dp = dropped(b_p, b_dp, x, i_bh, o_q, o_kv)
                         if LOOP != 2:
-                            b_dv = add_products(b_dv, b_dropped_p, b_do, of_do, C.DV, C.PRECISION)
+                            b_dv = add_products(b_dv, b_dropped_p, t_do, C.DV, C.PRECISION)
                         if LOOP != 1:
                             b_delta = _deltas(x, stats, own_out, p_own_grad_lse, i_bh, i_b, i_h, o_q, o_row, C)  # [q]
                             b_ds = _gradients_of_logits(b_p, b_dp, b_delta, m_key, WHOLE)
                             b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
-                            b_q = lengthened(b_q, norms[1], HALF and EDGE)
-                            b_dk = add_products(b_dk, b_ds, b_q, of_q, C.A, C.PRECISION)
-                            _store_query_gradients(own_grad_q, b_k, b_ds, x, i_b, i_h, o_q, C)
+                            t_q = lengthened(t_q, norms[1], HALF and EDGE)
+                            b_dk = add_products(b_dk, b_ds, t_q, C.A, C.PRECISION)
+                            _store_query_gradients(own_grad_q, t_k.b, b_ds, x, i_b, i_h, o_q, C)
                 if GRADS and C.SCORE == "cosine" and not EDGE and LOOP != 1:  # as in `_backward_q_kernel`
-                    b_along = rows_times_sums(b_k, of_k, b_dk, C.A)
+                    b_along = rows_times_sums(t_k, b_dk, C.A)
             if GRADS and LOOP != 2:  # registers are free then
                 store_head(grad_v, i_b, i_p, o_kv, o_d, M, C.DV, [tl.where(m_key[:, None], b, 0.0) for b in b_dv])
         if GRADS and C.SCORE == "cosine":
-            b_dk = along_norms(b_dk, b_weight, b_k, of_k, b_inv_k, b_along, C.A)
+            b_dk = along_norms(b_dk, b_weight, t_k, b_inv_k, b_along, C.A)
     if GRADS:
         store_head(grad_k, i_b, i_p, o_kv, o_a, M, C.A, [tl.where(m_key[:, None], b * x.scale, 0.0) for b in b_dk])
     store_carried(p_r_abar, b_r_abar, factor, i_bp, o_t, T, o_kv, m_key, M)
 
 
 @triton.jit
-def _keys_and_rows(x, KEY_HEADS, T, GROUP: tl.constexpr, C: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_T: tl.constexpr):
+def _keys_and_rows(x, KEY_HEADS, T, C: tl.constexpr):
     """A program's block of keys, its number and the keys; its rows of r; and its heads, as `block_and_head` has them."""
-    num_kv = tl.cdiv(x.M, BLOCK_KV)
-    num_t = tl.cdiv(T, BLOCK_T) if BLOCK_T > 0 else 1
+    num_kv = tl.cdiv(x.M, C.BLOCK_KV)
+    num_t = tl.cdiv(T, C.BLOCK_T) if C.BLOCK_T > 0 else 1
     if C.CAUSAL:  # most queries see the first keys
-        elements = x.N * (GROUP * KEY_HEADS * (C.A + C.DV))
-        i_block, i_bp, i_b, i_p, _ = heads_in_turn(num_kv * num_t, x.H // (GROUP * KEY_HEADS), 1, elements)
+        elements = x.N * (KEY_HEADS * C.GROUP * (C.A + C.DV))
+        i_block, i_bp, i_b, i_p, _ = heads_in_turn(num_kv * num_t, x.H // (KEY_HEADS * C.GROUP), 1, elements)
     else:
-        i_block, i_bp, i_b, i_p, _ = block_and_head(num_kv * num_t, x.H // (GROUP * KEY_HEADS), 1)
+        i_block, i_bp, i_b, i_p, _ = block_and_head(num_kv * num_t, x.H // (KEY_HEADS * C.GROUP), 1)
     i_kv = i_block % num_kv
-    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    o_t = (i_block // num_kv) * BLOCK_T + tl.arange(0, BLOCK_T if BLOCK_T > 0 else 1)
+    o_kv = i_kv * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV)
+    o_t = (i_block // num_kv) * C.BLOCK_T + tl.arange(0, C.BLOCK_T if C.BLOCK_T > 0 else 1)
     return i_kv, o_kv, o_t, i_bp, i_b, i_p
 
 
 @triton.jit
-def _zero_gradients(x, C: tl.constexpr, BLOCK_KV: tl.constexpr, MORE: tl.constexpr):
+def _zero_gradients(x, C: tl.constexpr, MORE: tl.constexpr):
     """Zeros for the sums of dK and dV, and for cosine's along the norms. MORE: dQ or carried rows have products, too."""
     # beside those Triton 3.9, too, makes copies of the one number (`first_sums`)
-    b_dk = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.A, C.BLOCK_A, MORE)
-    b_dv = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.DV, C.BLOCK_DV, MORE)
-    return b_dk, b_dv, tl.zeros([BLOCK_KV], dtype=tl.float32)
+    b_dk = zero_sums(x.q.p.dtype.element_ty, C.BLOCK_KV, C.A, C.BLOCK_A, MORE)
+    b_dv = zero_sums(x.q.p.dtype.element_ty, C.BLOCK_KV, C.DV, C.BLOCK_DV, MORE)
+    return b_dk, b_dv, tl.zeros([C.BLOCK_KV], dtype=tl.float32)
 
 
 @triton.jit
-def _tile_of_head(x, i_b, i_h, o_row, o_col, num_rows, SIZE: tl.constexpr):
-    """Where rows of a head of `Heads` x lie, and their tile [rows,SIZE]."""
-    side = head_side(x, i_b, i_h, o_row, num_rows, SIZE)
-    return side, load_side(side, o_col, SIZE)
-
-
-@triton.jit
-def _heads_of_keys(i_hkv, GROUP: tl.constexpr, C: tl.constexpr):
+def _heads_of_keys(i_hkv, C: tl.constexpr):
     """The head of keys and that of values which the i_hkv-th GROUP query heads share."""
-    i_hk = i_hkv if GROUP == C.GROUP_K else i_hkv * GROUP // C.GROUP_K
-    i_hv = i_hkv if GROUP == C.GROUP_V else i_hkv * GROUP // C.GROUP_V
+    i_hk = i_hkv if C.GROUP == C.GROUP_K else i_hkv * C.GROUP // C.GROUP_K
+    i_hv = i_hkv if C.GROUP == C.GROUP_V else i_hkv * C.GROUP // C.GROUP_V
     return i_hk, i_hv
 
 
 @triton.jit
-def _keys_and_values(x, i_b, i_hkv, o_kv, m_key, GROUP: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr):
+def _keys_and_values(x, i_b, i_hkv, o_kv, m_key, WHOLE: tl.constexpr, C: tl.constexpr):
     """Where keys and values of the i_hkv-th GROUP query heads lie, and their tiles. WHOLE: padding is zeros, for dQ is a sum over
     the keys."""
-    i_hk, i_hv = _heads_of_keys(i_hkv, GROUP, C)
+    i_hk, i_hv = _heads_of_keys(i_hkv, C)
     m_row = m_key if WHOLE else within(o_kv, x.M)
-    of_k = head_at(x.k, i_b, i_hk, C.A), aligned_step(x.k.stride_n, C.A), o_kv, m_row
-    of_v = head_at(x.v, i_b, i_hv, C.DV), aligned_step(x.v.stride_n, C.DV), o_kv, m_row
-    return of_k, load_side(of_k, tl.arange(0, C.BLOCK_A), C.A), of_v, load_side(of_v, tl.arange(0, C.BLOCK_DV), C.DV)
+    t_k = rows_of(head_at(x.k, i_b, i_hk, C.A), x.k.stride_n, o_kv, m_row, C.A, C.BLOCK_A)
+    return t_k, rows_of(head_at(x.v, i_b, i_hv, C.DV), x.v.stride_n, o_kv, m_row, C.DV, C.BLOCK_DV)
 
 
 @triton.jit
@@ -769,17 +700,17 @@ def _groups_of_keys(x, i_b, first_head, start, HEADS: tl.constexpr, C: tl.conste
 
 
 @triton.jit
-def _weights_of_keys(x, i_b, i_hkv, o_kv, GROUP: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr):
+def _weights_of_keys(x, i_b, i_hkv, o_kv, HALF: tl.constexpr, C: tl.constexpr):
     """For cosine 1 / |k_j| of a tile of keys, and their `weights_of_rows` beside the queries of GROUP heads."""
-    i_hk, _ = _heads_of_keys(i_hkv, GROUP, C)
+    i_hk, _ = _heads_of_keys(i_hkv, C)
     b_inv_k = inverse_norm(precomputed_at(x.p_pres[1], i_b * (x.H // C.GROUP_K) + i_hk, x.M, C.A, False), o_kv, C.SCORE)  # [kv]
-    p_inv_q = precomputed_at(x.p_pres[0], i_b * x.H + i_hkv * GROUP, x.N, C.A, False)
-    b_weight, clamped = weights_of_rows(b_inv_k, p_inv_q, GROUP * tl.cdiv(x.N, 128) * 128, x.parameter, C.SCORE, HALF)
+    p_inv_q = precomputed_at(x.p_pres[0], i_b * x.H + i_hkv * C.GROUP, x.N, C.A, False)
+    b_weight, clamped = weights_of_rows(b_inv_k, p_inv_q, tl.cdiv(x.N, 128) * C.GROUP * 128, x.parameter, C.SCORE, HALF)
     return b_inv_k, b_weight, clamped
 
 
 @triton.jit
-def _tiles_of_queries(seeing, ranges, clamped, N, GROUP: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+def _tiles_of_queries(seeing, ranges, clamped, N, EDGE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
     """The tiles of BLOCK queries that see a tile of keys, those at its EDGE or the whole ones. ranges: of `query_range`."""
     whole, end, edge, edge_end = ranges
     first = tl.where(clamped, tl.minimum(whole, edge), edge) if EDGE else whole
@@ -790,15 +721,15 @@ def _tiles_of_queries(seeing, ranges, clamped, N, GROUP: tl.constexpr, EDGE: tl.
     number = 0
     if C.MASK == GROUP_PRODUCT:  # tiles are numbered from the first query on, else their addresses are computed anew
         number, first = (first // BLOCK).to(tl.int64), 0
-    begin = number if GROUP == 1 else 0
-    return _Tiles(begin, begin + GROUP * of_head, first, of_head, number)
+    begin = number if C.GROUP == 1 else 0
+    return _Tiles(begin, begin + of_head * C.GROUP, first, of_head, number)
 
 
 @triton.jit
-def _queries(x, j, tiles, i_b, i_hkv, GROUP: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+def _queries(x, j, tiles, i_b, i_hkv, EDGE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
     """The head of the j-th tile, its number in all samples, the tile's first query, all its queries, and the rows to read."""
-    i_h = i_hkv if GROUP == 1 else i_hkv * GROUP + j // tiles.of_head
-    i_q = j if GROUP == 1 else tiles.number + j % tiles.of_head
+    i_h = i_hkv if C.GROUP == 1 else i_hkv * C.GROUP + j // tiles.of_head
+    i_q = j if C.GROUP == 1 else tiles.number + j % tiles.of_head
     o_q = tiles.first + (i_q * BLOCK + tl.arange(0, BLOCK))
     # rows beyond N are the last one again, with P = 0: zeros times an infinite key would be NaN
     return i_h, i_b * x.H + i_h, tiles.first + i_q * BLOCK, o_q, tl.minimum(o_q, x.N - 1) if EDGE or C.CAUSAL else o_q
@@ -815,17 +746,17 @@ def _with_bias(b_x, b_member, x, i_bh, row, C: tl.constexpr):
 
 
 @triton.jit
-def _probabilities(b_s, b_weight, x, stats, p_lse, special, of_tile, of_pairs, C: tl.constexpr, EDGE: tl.constexpr):
-    """P_ij = 2^(x_ij - shift_i) / total_i of scores [kv,q]. p_lse: that of `OwnRows`. special, of_tile, of_pairs: of
-    `power_key_major`."""
-    i_b, i_h, _, _, o_q, _, _, _ = of_pairs
-    row = (i_b * x.H + i_h) * (tl.cdiv(x.N, ROW_MULTIPLE) * ROW_MULTIPLE)
+def _probabilities(b_s, b_weight, x, stats, p_lse, i_b, i_h, o_q, pairs, special, groups, C: tl.constexpr, EDGE: tl.constexpr):
+    """P_ij = 2^(x_ij - shift_i) / total_i of scores [kv,q]. p_lse: that of `OwnRows`. pairs, special, groups:
+    of `power_tile`."""
+    i_bh = i_b * x.H + i_h
+    row = i_bh * (tl.cdiv(x.N, ROW_MULTIPLE) * ROW_MULTIPLE)
     if p_lse is None:
         b_shift = tl.load(stats.shift + row + o_q)  # [q]
     else:
-        b_shift = row_shift(p_lse + (i_b * x.H + i_h) * x.N, o_q, x.N)
+        b_shift = row_shift(p_lse + i_bh * x.N, o_q, x.N)
     p_total = stats.total + row if stats.total is not None else 0
-    b_p = power_key_major(b_s, x.scale_log2 * b_weight, b_shift, p_total, x.masks, special, of_tile, *of_pairs, C, EDGE)
+    b_p = power_tile(b_s, x.scale_log2 * b_weight, b_shift, pairs, special, groups, C, EDGE, (i_b, i_h, p_total, o_q))
     if C.MASK == GROUP_PRODUCT:
         pass
     elif C.MASK >= GROUP_BIAS and not C.EXACT:
@@ -843,9 +774,8 @@ def _deltas(x, stats, out, p_grad_lse, i_bh, i_b, i_h, o_q, o_row, C: tl.constex
     else:
         # dO by another address than products read it by: Triton has one buffer for a tile that not only products read, and copies
         # the next tile there while a product reads this one
-        o_d = tl.arange(0, C.BLOCK_DV)
-        b_do = load_head(x.grad, i_b, i_h, o_row, o_d, None, C.DV)  # [q,Dv]
-        b_out = load_head(out, i_b, i_h, o_row, o_d, None, C.DV)
+        b_do = head_tile(x.grad, i_b, i_h, o_row, None, C.DV, C.BLOCK_DV).b  # [q,Dv]
+        b_out = head_tile(out, i_b, i_h, o_row, None, C.DV, C.BLOCK_DV).b
         return tl.where(o_q < x.N, delta_of(b_do, b_out, grad_of_lse(p_grad_lse, i_bh, o_row, x.N)), 0.0)
 
 

@@ -38,27 +38,28 @@ from vlattn_fast.kernels._tiles import (
     ROW_MULTIPLE,
     Heads,
     MaskPointers,
+    Pairs,
     add_products,
     aligned,
     cdiv,
     edge_block,
     extended,
     head_at,
-    head_side,
+    head_tile,
     heads_of,
     keep_factor,
     key_range,
-    key_side,
+    key_tile,
     launched,
-    load_side,
     masks_and_kind,
     masks_at,
+    part_of,
     power_tile,
     row_products,
     row_shift,
     rows_and_head,
-    side_at,
     store_sums,
+    tile_of,
     with_bias,
     zero_sums,
 )
@@ -99,77 +100,63 @@ def launch(
     lse_tangent = torch.empty_like(lse)
     if lse.numel() > 0:
         _jvp_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
-            **launched(call, config),
+            **launched(call, config, BLOCK_EDGE=edge_block(x.M, config["BLOCK_KV"], constants.CAUSAL)),
             tangents=tangents,
             out=heads_of(out),
             p_lse=lse,
             stats=coarse,
             p_out_tangent=out_tangent,
             p_lse_tangent=lse_tangent,
-            BLOCK_EDGE=edge_block(x.M, config["BLOCK_KV"], constants.CAUSAL),
         )
     return out_tangent, lse_tangent
 
 
 @triton.jit
-def _jvp_kernel(
-    x,
-    tangents,
-    out,
-    p_lse,
-    stats,
-    p_out_tangent,
-    p_lse_tangent,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
-):
+def _jvp_kernel(x, tangents, out, p_lse, stats, p_out_tangent, p_lse_tangent, C: tl.constexpr):
     """dout and dlse of a tile of queries i of one head, as the top of this file defines them.
 
     A row without keys has the shift infinity, so that its P, and with it its tangents, are 0. In float32 (EXACT) all sums over P
     are divided by the sum of P, which undoes the rounding of lse; under a float mask by the total in `stats`.
     """
     H, N, M = x.H, x.N, x.M
-    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(tl.cdiv(N, BLOCK_Q), H, C.GROUP_K, M * (2 * (C.A + C.DV)), C.CAUSAL)
+    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(tl.cdiv(N, C.BLOCK_Q), H, C.GROUP_K, M * (2 * (C.A + C.DV)), C.CAUSAL)
     p_q, p_k, p_v, _, _, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
     p_dk, p_dv = head_at(tangents.k, i_b, i_hk, C.A), head_at(tangents.v, i_b, i_h // C.GROUP_V, C.DV)
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_a, o_d = tl.arange(0, C.BLOCK_A), tl.arange(0, C.BLOCK_DV)
-    of_q, of_dq = side_at(p_q, x.q.stride_n, o_q, N, C.A), head_side(tangents.q, i_b, i_h, o_q, N, C.A)
-    b_q, b_dq = load_side(of_q, o_a, C.A), load_side(of_dq, o_a, C.A)  # [q,A]
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    o_d = tl.arange(0, C.BLOCK_DV)
+    t_q = tile_of(p_q, x.q.stride_n, o_q, N, C.A, C.BLOCK_A)
+    t_dq = head_tile(tangents.q, i_b, i_h, o_q, N, C.A, C.BLOCK_A)
     b_shift, b_total = _shift_and_total(stats, p_lse, i_bh, o_q, N, C)
-    b_one = tl.full([BLOCK_Q], 1.0, dtype=tl.float32)
+    b_one = tl.full([C.BLOCK_Q], 1.0, dtype=tl.float32)
     b_centre = tl.where(b_shift == float("inf"), 0.0, float("inf"))  # infinity: there is none yet
     uncentred = tl.full([], 1, tl.int32)
-    b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_out = zero_sums(x.v.p.dtype.element_ty, BLOCK_Q, C.DV, C.BLOCK_DV)
-    whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
-    special, seen, b_parts = groups_of_rows(x, masks, i_bh, i_q * BLOCK_Q, o_q, C.MASK)
+    b_mean = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+    b_sum = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+    b_out = zero_sums(x.v.p.dtype.element_ty, C.BLOCK_Q, C.DV, C.BLOCK_DV)
+    whole, end = key_range(i_q, M, False, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
+    special, seen, b_parts = groups_of_rows(x, masks, i_bh, i_q * C.BLOCK_Q, o_q, C.MASK)
     for EDGE in tl.static_range(2):
         begin, finish = whole if EDGE else 0, end if EDGE else whole
-        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
+        tiles = seen_tiles(seen, begin, finish, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
             start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            of_k = key_side(p_k, x.k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.KEY_MASK)
-            of_dk = key_side(p_dk, tangents.k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.KEY_MASK)
-            b_k, b_dk = load_side(of_k, o_a, C.A), load_side(of_dk, o_a, C.A)  # [kv,A]
-            of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
-            of_dv = key_side(p_dv, tangents.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
-            b_v, b_dv = load_side(of_v, o_d, C.DV), load_side(of_dv, o_d, C.DV)  # [kv,Dv]
-            b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)  # [q,kv]
+            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
+            t_k = key_tile(p_k, x.k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.BLOCK_A, C.KEY_MASK)
+            t_dk = key_tile(p_dk, tangents.k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.BLOCK_A, C.KEY_MASK)
+            t_v = key_tile(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.BLOCK_DV, C.KEY_MASK)
+            t_dv = key_tile(p_dv, tangents.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.BLOCK_DV, C.KEY_MASK)
+            b_x = row_products(t_q, t_k, C.A, C.PRECISION)  # [q,kv]
             of_tile = 0, 0, 0, False
             if C.MASK == GROUP_PRODUCT:
                 b_x = with_bias(b_x, b_parts, x.product, i_b, start, M, C.PRECISION)
             else:
                 of_tile = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
             b_s, b_slope = activate(b_x, b_one, b_one, b_one, x.parameter, EDGE, C)
-            b_p = power_tile(b_s, b_one * x.scale_log2, b_shift, masks, special, of_tile, start, o_q, o_kv, N, M, C, EDGE)
-            b_dx = row_products(b_dq, of_dq, b_k, of_k, C.A, C.PRECISION)
-            b_dx += row_products(b_q, of_q, b_dk, of_dk, C.A, C.PRECISION)
-            b_dx = _tangents_of_logits(b_dx, b_slope, x, tangents.bias, i_b, i_h, start, o_q, o_kv, C)
+            pairs = Pairs(masks, start, o_q, o_kv, N, M)
+            b_p = power_tile(b_s, b_one * x.scale_log2, b_shift, pairs, special, of_tile, C, EDGE)
+            b_dx = row_products(t_dq, t_k, C.A, C.PRECISION)
+            b_dx += row_products(t_q, t_dk, C.A, C.PRECISION)
+            b_dx = _tangents_of_logits(b_dx, b_slope, x, tangents.bias, i_b, i_h, pairs, C)
             if uncentred != 0:
                 b_centre, uncentred = _centred(b_centre, b_dx, b_p)
             b_dp = _tangents_of_powers(b_dx, b_p, b_centre, EDGE, C)
@@ -179,13 +166,13 @@ def _jvp_kernel(
             if x.dropout is not None:
                 b_factor = keep_factor(x.dropout, i_bh, o_q, o_kv, N)
                 b_p, b_dp = b_p * b_factor, b_dp * b_factor
-            b_out = add_products(b_out, b_dp, b_v, of_v, C.DV, C.PRECISION)
-            b_out = add_products(b_out, b_p, b_dv, of_dv, C.DV, C.PRECISION)
+            b_out = add_products(b_out, b_dp, t_v, C.DV, C.PRECISION)
+            b_out = add_products(b_out, b_p, t_dv, C.DV, C.PRECISION)
     if C.EXACT:
         b_total = tl.where(b_sum > 0.0, b_sum, 1.0)
     b_mean /= b_total
-    of_out = head_side(out, i_b, i_h, o_q, N, C.DV)
-    b_out = _around_mean(b_out, b_mean, b_total, of_out, C.DV)
+    t_out = head_tile(out, i_b, i_h, o_q, N, C.DV, C.BLOCK_DV)
+    b_out = _around_mean(b_out, b_mean, b_total, t_out, C.DV)
     store_sums(p_out_tangent + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, o_d, N, C.DV, b_out)
     tl.store(p_lse_tangent + i_bh * N + o_q, b_mean + _or_zero(b_centre), mask=o_q < N)
 
@@ -201,13 +188,14 @@ def _shift_and_total(stats, p_lse, i_bh, o_q, N, C: tl.constexpr):
 
 
 @triton.jit
-def _tangents_of_logits(b_dx, b_slope, x, bias, i_b, i_h, start, o_q, o_kv, C: tl.constexpr):
+def _tangents_of_logits(b_dx, b_slope, x, bias, i_b, i_h, pairs, C: tl.constexpr):
     """x_ij [q,kv], from the products dq_i k_j + q_i dk_j."""
     if C.SCORE != "dot":
         b_dx = times_activation(b_dx, b_slope, C.SCORE)
     b_dx *= x.scale
     if bias is not None:
-        b_dx = add_group_bias(b_dx, masks_at(bias, i_b, i_h, x.M), start, o_q, o_kv, x.N, x.M, False, False)
+        _, start, o_q, o_kv, N, M = pairs
+        b_dx = add_group_bias(b_dx, Pairs(masks_at(bias, i_b, i_h, M), start, o_q, o_kv, N, M), False, False)
     return b_dx
 
 
@@ -237,10 +225,10 @@ def _tangents_of_powers(b_dx, b_p, b_centre, EDGE: tl.constexpr, C: tl.constexpr
 
 
 @triton.jit
-def _around_mean(b_sums, b_mean, b_total, of_out, DV: tl.constexpr):
+def _around_mean(b_sums, b_mean, b_total, t_out, DV: tl.constexpr):
     """The sums over their total, less mean_i out_i."""
     b_tangents = ()
     for i in tl.static_range(len(b_sums)):
-        b_part = load_side(of_out, tl.arange(0, b_sums[i].shape[1]) + i * FEATURES, DV).to(tl.float32)
+        b_part = part_of(t_out, i * FEATURES, DV).to(tl.float32)
         b_tangents = extended(b_tangents, b_sums[i] / b_total[:, None] - b_mean[:, None] * b_part)
     return b_tangents

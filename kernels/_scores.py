@@ -19,15 +19,15 @@ from vlattn_fast.kernels._tiles import (
     Dropout,
     Heads,
     MaskPointers,
+    Tile,
     extended,
     head_at,
-    load_side,
     mask_tile,
     masks_at,
     part_of,
     real_tokens,
     row_products,
-    side_at,
+    tile_of,
 )
 
 
@@ -168,11 +168,11 @@ def norm_backward(b_x, b_inverse, b_along):
 
 
 @triton.jit
-def along_norms(b_sums, b_weight, b_x, x, b_inverse, b_along, SIZE: tl.constexpr):
-    """Cosine's gradient of rows b_x [x,SIZE], at side x, from the sums of `add_products`."""
+def along_norms(b_sums, b_weight, x, b_inverse, b_along, SIZE: tl.constexpr):
+    """Cosine's gradient of a tile x [x,SIZE] from the sums of `add_products`."""
     b_grad = ()
     for i in tl.static_range(len(b_sums)):
-        b_part = part_of(b_x, x, i * FEATURES, SIZE)
+        b_part = part_of(x, i * FEATURES, SIZE)
         b_grad = extended(b_grad, b_sums[i] * b_weight[:, None] - norm_backward(b_part, b_inverse, b_along * b_weight))
     return b_grad
 
@@ -215,16 +215,17 @@ def times_slope(b_x, b_inv_row, b_inv_column, b_weight, parameter, CLAMPED: tl.c
 
 
 @triton.jit
-def lengthened(b_y, b_inv_column, LENGTHENED: tl.constexpr):
-    """The vectors [column,A] that meet gradients which `times_slope` has multiplied: in float16 at least of length 1.
+def lengthened(t, b_inv_column, LENGTHENED: tl.constexpr):
+    """A tile [column,A] that meets gradients which `times_slope` has multiplied: in float16 its vectors have at least length 1.
 
     Their slope is 1 / |y|, and 1e8 beside a zero vector. A gradient times that overflows in float16, and times zero it is NaN.
     A vector of length 1 and a gradient without the slope have the same product. Zero vectors stay.
     """
     if LENGTHENED:
         b_longer = tl.where(b_inv_column == float("inf"), 1.0, tl.maximum(b_inv_column, 1.0))
-        b_y = (b_y.to(tl.float32) * b_longer[:, None]).to(tl.float16)
-    return b_y
+        return Tile((t.b.to(tl.float32) * b_longer[:, None]).to(tl.float16), t.p, t.stride, t.o_row, t.m_row)
+    else:
+        return t
 
 
 @triton.jit
@@ -290,12 +291,12 @@ def add_masks(b_s, b_masked, C: tl.constexpr):
 
 
 @triton.jit
-def masked_logits(b_logit, masks, start, o_q, o_kv, N, M, EDGE: tl.constexpr, C: tl.constexpr):
+def masked_logits(b_logit, pairs, EDGE: tl.constexpr, C: tl.constexpr):
     """`mask_tile` of any score. Those over hidden units take an attn_mask apart: see `keep_layout`."""
     if C.UNITS and C.MASK != 0:
-        return add_masks(b_logit, mask_tile(tl.zeros_like(b_logit), masks, start, o_q, o_kv, N, M, C, EDGE), C)
+        return add_masks(b_logit, mask_tile(tl.zeros_like(b_logit), pairs, C, EDGE), C)
     else:
-        return mask_tile(b_logit, masks, start, o_q, o_kv, N, M, C, EDGE)
+        return mask_tile(b_logit, pairs, C, EDGE)
 
 
 @triton.jit
@@ -386,8 +387,9 @@ def scores_of_tile(x, head, p_u, o_q, o_kv, C: tl.constexpr):
         of_q, of_k = (p_q, p_pre_q, o_q, x.q.stride_n, x.N), (p_k, p_pre_k, o_kv, x.k.stride_n, x.M)
         b_s = sum_units(of_q, of_k, p_u, bound, largest, total, C)
     else:
-        of_q, of_k = side_at(p_q, x.q.stride_n, o_q, x.N, C.A), side_at(p_k, x.k.stride_n, o_kv, x.M, C.A)
-        b_x = row_products(load_side(of_q, o_a, C.A), of_q, load_side(of_k, o_a, C.A), of_k, C.A, C.PRECISION)
+        t_q = tile_of(p_q, x.q.stride_n, o_q, x.N, C.A, C.BLOCK_A)
+        t_k = tile_of(p_k, x.k.stride_n, o_kv, x.M, C.A, C.BLOCK_A)
+        b_x = row_products(t_q, t_k, C.A, C.PRECISION)
         b_s = activate_all(b_x, p_pre_q, p_pre_k, o_q, o_kv, x.parameter, C)
     return b_s
 

@@ -53,12 +53,13 @@ class _Constants(NamedTuple):
     PARTS: int
     ONE_BLOCK: bool
     PRECISION: str
+    BLOCK_Q: int = 0
+    BLOCK_KV: int = 0
+    BLOCK_D: int = 0
 
 
 @triton.jit
-def _attend_kernel(
-    q, c, parts, outs, D, unscale, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _attend_kernel(q, c, parts, outs, D, unscale, C: tl.constexpr):
     """cos(q, a) and |a| of some query rows and one context set, which neighbouring programs share.
 
     a = alpha C is computed one block of features at a time.
@@ -66,24 +67,24 @@ def _attend_kernel(
     L, M = q.L, c.M
     p_parts, stride_part, stride_row, stride_x = parts
     i = tl.program_id(0).to(tl.int64)
-    num_q = tl.cdiv(L, BLOCK_Q)
+    num_q = tl.cdiv(L, C.BLOCK_Q)
     i_x, i_q = i // num_q, (i % num_q).to(tl.int32)
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_kv = tl.arange(0, BLOCK_KV)
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    o_kv = tl.arange(0, C.BLOCK_KV)
     num = tl.load(c.p_lengths + i_x).to(tl.int32)
     p_c = c.p + i_x * M * D
     p_parts += i_x * stride_x
-    b_dot = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_square = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_dot = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+    b_square = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
     wide_part = tl.cast(stride_part, tl.int64)
     if C.ONE_BLOCK:
         # behind the contexts there are zeros up to a stride that is a known multiple of 16, so the mask does not split loads
         b_0 = load_tile(p_parts, stride_row, o_q, o_kv, L, stride_x)  # [q,kv]
         b_1 = load_tile(p_parts + (1 if C.PARTS > 1 else 0) * wide_part, stride_row, o_q, o_kv, L, stride_x)
         b_2 = load_tile(p_parts + (2 if C.PARTS > 2 else 0) * wide_part, stride_row, o_q, o_kv, L, stride_x)
-    for d in range(0, tl.where(i_q * BLOCK_Q < tl.load(q.p_total), D, 0), BLOCK_D):
-        o_d = d + tl.arange(0, BLOCK_D)
-        b_a = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    for d in range(0, tl.where(i_q * C.BLOCK_Q < tl.load(q.p_total), D, 0), C.BLOCK_D):
+        o_d = d + tl.arange(0, C.BLOCK_D)
+        b_a = tl.zeros([C.BLOCK_Q, C.BLOCK_D], dtype=tl.float32)
         if C.ONE_BLOCK:
             b_c = load_tile(p_c, D, o_kv, o_d, num, D)  # [kv,D]
             b_a += dot(b_0, b_c, C.PRECISION)
@@ -92,7 +93,7 @@ def _attend_kernel(
             if C.PARTS > 2:
                 b_a += dot(b_2, b_c, C.PRECISION)
         else:
-            for m in range(0, num, BLOCK_KV):
+            for m in range(0, num, C.BLOCK_KV):
                 b_c = load_tile(p_c, D, m + o_kv, o_d, num, D)
                 for part in tl.static_range(C.PARTS):
                     b_part = load_tile(p_parts + part * wide_part, stride_row, o_q, m + o_kv, L, stride_x)

@@ -52,13 +52,11 @@ def gradient_maps(
 
 
 @triton.jit
-def _maps_kernel(
-    q, c, scores, attention, norms, grad, outs, smooth, sharpness, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr
-):
+def _maps_kernel(q, c, scores, attention, norms, grad, outs, smooth, sharpness, C: tl.constexpr):
     """W, V, grad_dot and by_norm_q of one pair, through aggregation, cosine, softmax and first norm."""
     i_x, i_y, begin, end, num = pair(q, c)
     L, M = q.L, c.M
-    o_kv = tl.arange(0, BLOCK_KV)
+    o_kv = tl.arange(0, C.BLOCK_KV)
     alpha, along, p_cosine, p_norm_a = attention
     p_w, stride_part, p_v, p_grad_dot, p_by_norm_q = outs
     p_s, stride_row = scores[0] + i_x * M, scores[1]
@@ -66,22 +64,22 @@ def _maps_kernel(
     maps = (p_s, stride_row), (alpha[0] + i_x * alpha[2], alpha[1]), (along[0] + i_x * along[1], along[2])
     rows = p_cosine, p_norm_a + i_x * L, q.p_norm
     gradient = tl.where(num > 0, tl.load(grad[0] + i_x * grad[1] + i_y * grad[2]), 0.0)
-    top, total = pool(p_cosine, begin, end, sharpness, C.AGGREGATION, BLOCK_Q)
+    top, total = pool(p_cosine, begin, end, sharpness, C.AGGREGATION, C.BLOCK_Q)
     pooled = gradient, top, total, sharpness
     b_norm_c = tl.load(norms + i_x * M + o_kv, mask=o_kv < num, other=0.0)
     dtype: tl.constexpr = along[0].dtype.element_ty
-    b_shift, b_norm = columns(p_s, stride_row, begin, end, o_kv, num, dtype, C, BLOCK_Q)
-    b_column = tl.zeros([BLOCK_KV], dtype=dtype)  # sum over the queries of normal * its gradient
+    b_shift, b_norm = columns(p_s, stride_row, begin, end, o_kv, num, dtype, C)
+    b_column = tl.zeros([C.BLOCK_KV], dtype=dtype)  # sum over the queries of normal * its gradient
     if C.NORM != "none":
-        for n in range(begin, end, BLOCK_Q):
-            o_q = n + tl.arange(0, BLOCK_Q)
+        for n in range(begin, end, C.BLOCK_Q):
+            o_q = n + tl.arange(0, C.BLOCK_Q)
             b_s, b_alpha, b_by_a, b_by_q, b_dot, b_grad = _grad_normal(
                 maps, rows, b_norm_c, pooled, smooth, o_q, o_kv, end, num, C
             )
             b_normal = normal(b_s, b_shift, b_norm, C)
             b_column += tl.sum(tl.where((o_q < end)[:, None], b_normal * b_grad, 0.0), axis=0)
-    for n in range(begin, end, BLOCK_Q):
-        o_q = n + tl.arange(0, BLOCK_Q)
+    for n in range(begin, end, C.BLOCK_Q):
+        o_q = n + tl.arange(0, C.BLOCK_Q)
         b_s, b_alpha, b_by_a, b_by_q, b_dot, b_grad = _grad_normal(maps, rows, b_norm_c, pooled, smooth, o_q, o_kv, end, num, C)
         if C.NORM == "softmax":
             b_grad = normal(b_s, b_shift, b_norm, C) * (b_grad - b_column[None, :])

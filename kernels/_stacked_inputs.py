@@ -63,6 +63,8 @@ class Constants(NamedTuple):
     CLIP: bool
     AGGREGATION: str
     PARTS: int
+    BLOCK_Q: int = 0
+    BLOCK_KV: int = 0
 
 
 def sides(inputs: Inputs) -> tuple[Side, Side]:

@@ -63,12 +63,13 @@ class _Constants(NamedTuple):
     INNER: bool
     ADD: bool
     PRECISION: str
+    BLOCK_I: int = 0
+    BLOCK_J: int = 0
+    BLOCK_K: int = 0
 
 
 @triton.jit
-def _matmul_kernel(
-    a, b, p_total, out, sizes, C: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def _matmul_kernel(a, b, p_total, out, sizes, C: tl.constexpr):
     """out (i, j), or out plus, the sum of the parts of a (parts, i, k) times b (k, j).
 
     Rows of a from `total` on are zero and are skipped; with INNER inner indices.
@@ -76,15 +77,15 @@ def _matmul_kernel(
     p_a, stride_part, stride_ai, stride_ak = a
     p_b, stride_bk, stride_bj = b
     num_rows, num_cols, num_inner = sizes
-    num_i = tl.cdiv(num_rows, BLOCK_I)
+    num_i = tl.cdiv(num_rows, C.BLOCK_I)
     i = tl.program_id(0)
-    o_i = (i % num_i) * BLOCK_I + tl.arange(0, BLOCK_I)
-    o_j = (i // num_i) * BLOCK_J + tl.arange(0, BLOCK_J)
+    o_i = (i % num_i) * C.BLOCK_I + tl.arange(0, C.BLOCK_I)
+    o_j = (i // num_i) * C.BLOCK_J + tl.arange(0, C.BLOCK_J)
     total = tl.load(p_total).to(tl.int32)
-    end = tl.minimum(num_inner, total) if C.INNER else tl.where((i % num_i) * BLOCK_I < total, num_inner, 0)
-    b_out = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
-    for k in range(0, end, BLOCK_K):
-        o_k = k + tl.arange(0, BLOCK_K)
+    end = tl.minimum(num_inner, total) if C.INNER else tl.where((i % num_i) * C.BLOCK_I < total, num_inner, 0)
+    b_out = tl.zeros([C.BLOCK_I, C.BLOCK_J], dtype=tl.float32)
+    for k in range(0, end, C.BLOCK_K):
+        o_k = k + tl.arange(0, C.BLOCK_K)
         m_a = (o_i < num_rows)[:, None] & (o_k < end)[None, :]
         m_b = (o_k < end)[:, None] & (o_j < num_cols)[None, :]
         offsets = o_i.to(tl.int64)[:, None] * stride_ai + o_k.to(tl.int64)[None, :] * stride_ak

@@ -62,16 +62,16 @@ def map_configuration(size: int, elements: int) -> dict[str, int]:
 
 
 @triton.jit
-def _weights_kernel(q, c, scores, p_alpha, parts, smooth, factor, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+def _weights_kernel(q, c, scores, p_alpha, parts, smooth, factor, C: tl.constexpr):
     """The softmax over the contexts of the normalised scores of one pair."""
     i_x, _, begin, end, num = pair(q, c)
-    o_kv = tl.arange(0, BLOCK_KV)
+    o_kv = tl.arange(0, C.BLOCK_KV)
     p_s, stride_row = scores[0] + i_x * c.M, scores[1]
     p_parts, stride_part, stride_alpha_row, stride_alpha_x = parts
     dtype: tl.constexpr = tl.float32 if p_alpha is None else p_alpha.dtype.element_ty
-    b_shift, b_norm = columns(p_s, stride_row, begin, end, o_kv, num, dtype, C, BLOCK_Q)
-    for n in range(begin, end, BLOCK_Q):
-        o_q = n + tl.arange(0, BLOCK_Q)
+    b_shift, b_norm = columns(p_s, stride_row, begin, end, o_kv, num, dtype, C)
+    for n in range(begin, end, C.BLOCK_Q):
+        o_q = n + tl.arange(0, C.BLOCK_Q)
         b_s = load_tile(p_s, stride_row, o_q, o_kv, end, num).to(dtype)  # [q,kv]
         b_x = smooth * normal(b_s, b_shift, b_norm, C)
         b_x = tl.where((o_kv < num)[None, :], b_x, float("-inf"))
@@ -94,13 +94,13 @@ def clip(b_s, CLIP: tl.constexpr):
 
 
 @triton.jit
-def columns(p_s, stride_row, begin, end, o_kv, num, dtype: tl.constexpr, C: tl.constexpr, BLOCK_Q: tl.constexpr):
+def columns(p_s, stride_row, begin, end, o_kv, num, dtype: tl.constexpr, C: tl.constexpr):
     """The arguments b_shift and b_norm of `normal`, [kv] each: the maximum and the sum of exponentials, or 0 and the norm."""
     b_shift = tl.full(o_kv.shape, float("-inf") if C.NORM == "softmax" else 0.0, dtype=dtype)
     b_sum = tl.zeros(o_kv.shape, dtype=dtype)
     if C.NORM != "none":
-        for n in range(begin, end, BLOCK_Q):
-            o_q = n + tl.arange(0, BLOCK_Q)
+        for n in range(begin, end, C.BLOCK_Q):
+            o_q = n + tl.arange(0, C.BLOCK_Q)
             b_x = clip(load_tile(p_s, stride_row, o_q, o_kv, end, num).to(dtype), C.CLIP)
             if C.NORM == "softmax":
                 b_x = tl.where((o_q < end)[:, None], b_x, float("-inf"))

@@ -28,6 +28,7 @@ from vlattn_fast.kernels._group_bias import (
 from vlattn_fast.kernels._key_groups import dot_members, groups_of, member
 from vlattn_fast.kernels._scores import softcapped
 from vlattn_fast.kernels._tiles import (
+    Pairs,
     below_max,
     block_and_head,
     cdiv,
@@ -35,17 +36,17 @@ from vlattn_fast.kernels._tiles import (
     edge_block,
     first_sums,
     head_at,
+    head_tile,
     key_range,
+    key_tile,
     launched,
-    load_head,
-    load_keys,
-    load_rows,
     load_tile,
     mask_logits,
     mask_tile,
     masks_at,
     query_range,
     store_tile,
+    tile_of,
     within,
 )
 
@@ -63,15 +64,13 @@ def queries(
     for p_grad_bias, first_group, block_g in blocks if grad_weight.numel() > 0 else ():
         config = configuration("attention_statistics", "backward_q", **facts)
         _backward_q_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
-            **launched(call, config),
+            **launched(call, config, BLOCK_G=block_g, BLOCK_EDGE=edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL)),
             p_mass=mass,
             p_mean_x=mean_x,
             p_grad_weight=grad_weight,
             p_grad_q=grad_q,
             p_grad_bias=p_grad_bias,
             first_group=first_group,
-            BLOCK_G=block_g,
-            BLOCK_EDGE=edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL),
         )
     return grad_q, grad_weight, grad_bias
 
@@ -85,27 +84,13 @@ def keys(call: dict[str, Any], facts: dict[str, Any]) -> Tensor:
         config = configuration("attention_statistics", "backward_kv", **facts)
         edge = edge_block(call["x"].N, config["BLOCK_Q"], call["C"].CAUSAL)
         grid = (cdiv(num_kv, config["BLOCK_KV"]) * batch * heads,)
-        _backward_kv_kernel[grid](**launched(call, config), p_grad_k=grad_k, BLOCK_EDGE=edge)
+        _backward_kv_kernel[grid](**launched(call, config, BLOCK_EDGE=edge), p_grad_k=grad_k)
     return grad_k
 
 
 @triton.jit
 def _backward_q_kernel(
-    x,
-    p_grads,
-    p_rows,
-    p_mass,
-    p_mean_x,
-    p_grad_weight,
-    p_grad_q,
-    p_grad_bias,
-    first_group,
-    scale,
-    BLOCK_G: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
+    x, p_grads, p_rows, p_mass, p_mean_x, p_grad_weight, p_grad_q, p_grad_bias, first_group, scale, C: tl.constexpr
 ):
     """dQ of a tile of queries i of one head, and of each row what the key-major kernel needs beside the statistics.
 
@@ -120,24 +105,24 @@ def _backward_q_kernel(
     """
     q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
     p_argmax, p_row_max, p_maximum, p_minus_delta = p_rows
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, C.BLOCK_Q), H, GROUP_K)
     p_k = head_at(k, i_b, i_hk, C.D)
     masks = masks_at(masks, i_b, i_h, M)
     p_groups = groups[0] + i_b * groups[1]
     p_grad_mass, p_grad_entropy, p_grad_maximum, p_grad_received = p_grads
     p_grad_mass += i_bh * N * G
     p_grad_received += i_bh * M
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
     o_d = tl.arange(0, C.BLOCK_D)
     o_row, m_row = i_bh * N + o_q, o_q < N
-    b_q = load_head(q, i_b, i_h, o_q, o_d, N, C.D)  # [q,D]
+    b_q = head_tile(q, i_b, i_h, o_q, N, C.D, C.BLOCK_D).b  # [q,D]
     b_max = tl.load(p_row_max + o_row, mask=m_row, other=float("inf"))
     p_of_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, weight
     rows, b_first = _grad_rows(p_of_rows, o_q, o_row, m_row, C)
     b_maximum, b_ge, b_gm, b_w = rows
-    whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    whole, end = key_range(i_q, M, False, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     seen = seen_keys(masks, o_q, N, M, C.MASK)
-    b_sum_terms = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_sum_terms = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
     if C.MAXIMUM:
         b_sum_terms = b_gm * b_maximum
     if C.MASS:
@@ -145,7 +130,7 @@ def _backward_q_kernel(
         b_sum_terms = _add_sum_mass(b_sum_terms, p_grad_mass, p_row_mass, b_maximum, o_q, N, G, C)
     if C.RECEIVED:
         keys = whole, end, seen
-        b_received = _grad_weight(x, b_q, b_max, p_k, p_grad_received, masks, o_q, keys, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE)
+        b_received = _grad_weight(x, b_q, b_max, p_k, p_grad_received, masks, o_q, keys, C)
         b_received *= b_maximum
         b_sum_terms += b_w * b_received
         if C.WEIGHT:
@@ -154,18 +139,18 @@ def _backward_q_kernel(
     if C.ENTROPY:
         b_minus_delta += b_ge * tl.load(p_mean_x + o_row, mask=m_row, other=0.0)
     tl.store(p_minus_delta + o_row, b_minus_delta, mask=m_row)
-    b_dq = first_sums(b_q.dtype, BLOCK_Q, C.BLOCK_D)
-    if BLOCK_G > 0:
-        b_bias = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
+    b_dq = first_sums(b_q.dtype, C.BLOCK_Q, C.BLOCK_D)
+    if C.BLOCK_G > 0:
+        b_bias = tl.zeros([C.BLOCK_Q, C.BLOCK_G], dtype=tl.float32)
     for EDGE in tl.static_range(2):
         begin, finish = whole if EDGE else 0, end if EDGE else whole
-        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
+        tiles = seen_tiles(seen, begin, finish, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
             start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_keys(p_k, k.stride_n, masks.p_keys, o_kv, o_d, M if EDGE else None, C.D, C.KEY_MASK)  # [kv,D]
+            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
+            b_k = key_tile(p_k, k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.D, C.BLOCK_D, C.KEY_MASK).b  # [kv,D]
             b_s, b_slope = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
-            b_s = mask_tile(b_s, masks, start, o_q, o_kv, N, M, C, EDGE)
+            b_s = mask_tile(b_s, Pairs(masks, start, o_q, o_kv, N, M), C, EDGE)
             b_here = tl.arange(0, o_kv.shape[0])[None, :] == (b_first - start)[:, None]  # o_kv would take more instructions
             b_ds = _grad_score(
                 b_s,
@@ -179,7 +164,7 @@ def _backward_q_kernel(
                 EDGE == 1,
                 C,
             )
-            if BLOCK_G > 0:
+            if C.BLOCK_G > 0:
                 b_bias = add_group_sums(
                     b_bias, b_ds, masks, groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK), o_kv, M, first_group
                 )
@@ -187,46 +172,45 @@ def _backward_q_kernel(
                 b_ds *= b_slope
             b_dq += dot(b_ds.to(b_k.dtype), b_k, C.PRECISION)
     store_tile(p_grad_q + i_bh * N * C.D, C.D, o_q, o_d, N, C.D, b_dq * scale)
-    if BLOCK_G > 0:
+    if C.BLOCK_G > 0:
         store_group_sums(p_grad_bias, masks, i_bh, o_q, N, first_group, b_bias)
 
 
 @triton.jit
-def _backward_kv_kernel(
-    x, p_grads, p_rows, p_grad_k, scale, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_EDGE: tl.constexpr
-):
+def _backward_kv_kernel(x, p_grads, p_rows, p_grad_k, scale, C: tl.constexpr):
     """dK of a tile of keys j, over all queries i of the GROUP_K query heads that share it, with dS as in `_backward_q_kernel`:
 
     dk_j = scale sum_i dS_ij slope_ij q_i
     """
     q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
     p_argmax, p_row_max, p_maximum, p_minus_delta = p_rows
-    i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), H // GROUP_K, 1)
+    i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, C.BLOCK_KV), H // GROUP_K, 1)
     p_groups = groups[0] + i_b * groups[1]
     p_grad_mass, p_grad_entropy, p_grad_maximum, p_grad_received = p_grads
-    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    o_kv = i_kv * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV)
     o_d = tl.arange(0, C.BLOCK_D)
-    b_k = load_head(k, i_b, i_hk, o_kv, o_d, M, C.D)  # [kv,D]
-    b_dk = first_sums(b_k.dtype, BLOCK_KV, C.BLOCK_D, True)  # EACH: else Triton 3.9, too, makes copies of the one number here
-    whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    b_k = head_tile(k, i_b, i_hk, o_kv, M, C.D, C.BLOCK_D).b  # [kv,D]
+    b_dk = first_sums(b_k.dtype, C.BLOCK_KV, C.BLOCK_D, True)  # EACH: else Triton 3.9, too, makes copies of the one number here
+    whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     for head in range(0, GROUP_K):
         i_h = i_hk * GROUP_K + head
         i_bh = i_b * H + i_h
         of_head = masks_at(masks, i_b, i_h, M)
-        seeing = seeing_queries(of_head, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
+        seeing = seeing_queries(of_head, i_kv * C.BLOCK_KV, N, M, C.BLOCK_KV, C.MASK)
         for EDGE in tl.static_range(1 if C.CAUSAL else 2):
             first, last = edge if EDGE or C.CAUSAL else whole, edge_end if EDGE else end
-            tiles = seen_tiles(seeing, first, last, BLOCK_EDGE if EDGE else BLOCK_Q, C.MASK)
+            tiles = seen_tiles(seeing, first, last, C.BLOCK_EDGE if EDGE else C.BLOCK_Q, C.MASK)
             # Edges in one stage: a tile that mma and wgmma both read has one buffer, into which stages would copy the next
             # tile while a product reads it (triton-lang/triton pull request 7110)
-            for start in tl.range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_Q, num_stages=1 if EDGE else None):
-                o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
+            for start in tl.range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_Q, num_stages=1 if EDGE else None):
+                o_q = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_Q)
                 o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or C.CAUSAL else None)
                 o_last = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q  # as `_received_kernel` takes rows beyond N
-                b_q = load_head(q, i_b, i_h, o_last, o_d, None, C.D)  # [q,D]
+                b_q = head_tile(q, i_b, i_h, o_last, None, C.D, C.BLOCK_D).b  # [q,D]
                 b_s, b_slope = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
                 if C.MASK != 0 or C.CAUSAL:  # the key padding mask is applied after the loop
-                    b_s = mask_logits(b_s, of_head, i_kv * BLOCK_KV, o_q, o_kv, N, M, C.MASK, False, C.CAUSAL)
+                    pairs = Pairs(of_head, i_kv * C.BLOCK_KV, o_q, o_kv, N, M)
+                    b_s = mask_logits(b_s, pairs, C.MASK, False, C.CAUSAL)
                 p_of_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, weight
                 rows, b_first = _grad_rows(p_of_rows, o_q, o_row, m_row, C)
                 b_ds = _grad_score(
@@ -251,34 +235,20 @@ def _backward_kv_kernel(
 
 
 @triton.jit
-def _grad_weight(
-    x,
-    b_q,
-    b_max,
-    p_k,
-    p_grad_received,
-    masks,
-    o_q,
-    keys,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
-):
+def _grad_weight(x, b_q, b_max, p_k, p_grad_received, masks, o_q, keys, C: tl.constexpr):
     """sum_j 2^x_ij dreceived_j of a tile of queries, [q]. keys: of `key_range`, and `seen_keys`."""
     whole, end, seen = keys
     N, M, stride_k, scale_log2, parameter = x.N, x.M, x.k.stride_n, x.scale_log2, x.parameter
-    o_d = tl.arange(0, C.BLOCK_D)
-    b_received = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_received = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
     for EDGE in tl.static_range(2):
-        b_sum = tl.zeros([BLOCK_Q, BLOCK_EDGE if EDGE else BLOCK_KV], dtype=tl.float32)  # over its columns once, at the end
-        tiles = seen_tiles(seen, whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
+        b_sum = tl.zeros([C.BLOCK_Q, C.BLOCK_EDGE if EDGE else C.BLOCK_KV], dtype=tl.float32)  # over its columns once, at the end
+        tiles = seen_tiles(seen, whole if EDGE else 0, end if EDGE else whole, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
             start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_rows(p_k, stride_k, o_kv, o_d, M if EDGE else None, C.D)  # [kv,D]
+            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
+            b_k = tile_of(p_k, stride_k, o_kv, M if EDGE else None, C.D, C.BLOCK_D).b  # [kv,D]
             b_s, _ = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
-            b_s = mask_tile(b_s, masks, start, o_q, o_kv, N, M, C, EDGE)
+            b_s = mask_tile(b_s, Pairs(masks, start, o_q, o_kv, N, M), C, EDGE)
             b_e = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
             b_sum += b_e * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
         b_received += tl.sum(b_sum, axis=1)

@@ -39,6 +39,8 @@ from vlattn_fast.kernels._group_bias import (
     chosen_rows,
     groups_of_tile,
     members_of,
+    of_keys,
+    of_queries,
     prepared,
     prepared_product,
     row_bias_of,
@@ -116,7 +118,7 @@ def input_precision(dtype: torch.dtype = torch.float32) -> str:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """`x` with a last stride of 1. Rows of a multiple of 8 features begin at multiples of 8, as `load_rows` expects.
+    """`x` with a last stride of 1. Rows of a multiple of 8 features begin at multiples of 8, as `rows_of` expects.
 
     It is copied if that is not so. Triton finds by itself what is divisible by 16; heads of 72 features are not.
     """
@@ -170,6 +172,27 @@ class MaskPointers(NamedTuple):
     masked_stride_b: int = 0
     p_words: Tensor | int = 0
     num_groups: int = 0
+
+
+class Tile(NamedTuple):
+    """A block of rows, and where they lie: the matrix, the stride of its rows, which rows, and which of them are there."""
+
+    b: Any
+    p: Any
+    stride: Any
+    o_row: Any
+    m_row: Any
+
+
+class Pairs(NamedTuple):
+    """A tile of pairs of a head: its masks, the first key, the queries and the keys, and how many of both there are."""
+
+    masks: MaskPointers
+    start: Any
+    o_q: Any
+    o_kv: Any
+    N: Any
+    M: Any
 
 
 _new_heads, _new_masks = by_name(Heads), by_name(MaskPointers)
@@ -235,21 +258,25 @@ def masks_and_product(
     return masks, GROUP_PRODUCT.value, product
 
 
-def launched(call: dict[str, Any], config: Config | None = None) -> dict[str, Any]:
-    """The named arguments of a launch, with its configuration.
+def launched(call: dict[str, Any], config: Config | None = None, **constants: Any) -> dict[str, Any]:
+    """The named arguments of a launch, with its configuration. What of it, and of the constants, `C` has fields for stands there.
 
-    Its constants `C` are wrapped one by one: Triton 3.6 knows those of a tuple by that. Under a group bias it fails to compile
+    The constants of `C` are wrapped one by one: Triton 3.6 knows those of a tuple by that. Under a group bias it fails to compile
     loops of several stages for sm_90, silently in its pass for them; 3.9 compiles them, and none between was tried. A product and
     a sum become one instruction, which Triton 3.10 only does on request.
     """
-    one_stage = {"num_stages": 1} if OLD_TRITON and getattr(call["C"], "MASK", 0) >= GROUP_BIAS.value else {}
-    return {**call, **(config or {}), **one_stage, "C": wrapped(call["C"]), "enable_fp_fusion": True}
+    options, wrapped = _wrapped(call["C"], *(config or {}).items(), *constants.items())
+    return {**call, **options, "C": wrapped}
 
 
 @functools.lru_cache(maxsize=1024, typed=True)  # tuples of two classes may be equal
-def wrapped(constants: Any) -> Any:
-    """A tuple of constants as a launch takes it."""
-    return type(constants)(*(tl.constexpr(constant) for constant in constants))
+def _wrapped(constants: Any, *named: tuple[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The options of a launch, and its constants."""
+    filled = constants._replace(**{name: x for name, x in named if name in constants._fields})
+    options = {name: x for name, x in named if name not in constants._fields} | {"enable_fp_fusion": True}
+    if OLD_TRITON and getattr(constants, "MASK", 0) >= GROUP_BIAS.value:
+        options["num_stages"] = 1
+    return options, type(constants)(*map(tl.constexpr, filled))
 
 
 class Dropout(NamedTuple):
@@ -337,18 +364,6 @@ def store_head(x, i_b, i_h, o_row, o_col, num_rows, num_cols, b_sums):
 
 
 @triton.jit
-def load_rows(p, stride_row, o_row, o_col, num_rows, SIZE: tl.constexpr):
-    """[rows, SIZE] at `rows_at`, zeros outside; in vectors, where SIZE is a multiple of 8."""
-    return load_tile(p, aligned_step(stride_row, SIZE), o_row, o_col, num_rows, SIZE)
-
-
-@triton.jit
-def load_head(x, i_b, i_h, o_row, o_col, num_rows, SIZE: tl.constexpr):
-    """Rows of a head of `Heads` x, as `load_rows` loads them."""
-    return load_rows(head_at(x, i_b, i_h, SIZE), x.stride_n, o_row, o_col, num_rows, SIZE)
-
-
-@triton.jit
 def extended(b_tuple, b):
     """A tuple of blocks, and one more."""
     return b_tuple + (b,)
@@ -365,47 +380,56 @@ def wide(dtype, size):
 
 
 @triton.jit
-def side_at(p, stride_row, o_row, num_rows, SIZE: tl.constexpr):
-    """Where a tile [rows, SIZE] lies: its matrix at `rows_at`, the stride of rows, offsets, and which of these are there."""
-    return p, aligned_step(stride_row, SIZE), o_row, within(o_row, num_rows)
+def rows_of(p, stride_row, o_row, m_row, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The tile [rows,SIZE] of the matrix at `rows_at`, zeros in rows without m_row; in vectors, where SIZE is a multiple of 8."""
+    step = aligned_step(stride_row, SIZE)
+    return Tile(load_where(p, step, o_row, tl.arange(0, BLOCK), m_row, SIZE), p, step, o_row, m_row)
 
 
 @triton.jit
-def head_side(x, i_b, i_h, o_row, num_rows, SIZE: tl.constexpr):
-    """Where rows of a head of `Heads` x lie."""
-    return side_at(head_at(x, i_b, i_h, SIZE), x.stride_n, o_row, num_rows, SIZE)
+def tile_of(p, stride_row, o_row, num_rows, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """`rows_of` so many rows (see `within`)."""
+    return rows_of(p, stride_row, o_row, within(o_row, num_rows), SIZE, BLOCK)
 
 
 @triton.jit
-def load_side(side, o_col, SIZE: tl.constexpr):
-    """The tile at `side_at`, zeros where rows are not there."""
-    p, stride_row, o_row, m_row = side
-    return load_where(p, stride_row, o_row, o_col, m_row, SIZE)
+def head_tile(x, i_b, i_h, o_row, num_rows, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of a head of `Heads` x."""
+    return tile_of(head_at(x, i_b, i_h, SIZE), x.stride_n, o_row, num_rows, SIZE, BLOCK)
 
 
 @triton.jit
-def part_of(b_x, x, start, SIZE: tl.constexpr):
-    """FEATURES of a tile [x,SIZE] that is `wide`, from its side x in memory, or else the tile.
+def key_tile(p, stride_row, p_key_mask, o_kv, M, SIZE: tl.constexpr, BLOCK: tl.constexpr, KEY_MASK: tl.constexpr):
+    """Keys or values [kv,SIZE]; those of padding are zeros, whatever stands there.
+
+    The factor of padding in a product is 0, and 0 times NaN or infinity is NaN.
+    """
+    return rows_of(p, stride_row, o_kv, real_tokens(p_key_mask, o_kv, M, KEY_MASK), SIZE, BLOCK)
+
+
+@triton.jit
+def part_of(t, start, SIZE: tl.constexpr):
+    """FEATURES of a tile [x,SIZE] that is `wide`, from memory, or else the tile.
 
     The compiler drops a tile that nothing else reads.
     """
-    if wide(b_x.dtype, b_x.shape[1]):
-        return load_side(x, tl.arange(0, FEATURES) + start, SIZE)
+    if wide(t.b.dtype, t.b.shape[1]):
+        return load_where(t.p, t.stride, t.o_row, tl.arange(0, FEATURES) + start, t.m_row, SIZE)
     else:
-        return b_x
+        return t.b
 
 
 @triton.jit
-def row_products(b_x, x, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """b_x b_y^T [x,y] of tiles [x,SIZE] and [y,SIZE] at the sides x and y."""
-    if wide(b_x.dtype, b_x.shape[1]):
-        # the parts of b_x are read again for each tile of y: what stays in registers would be its three summands
-        b_products = tl.zeros([b_x.shape[0], b_y.shape[0]], dtype=tl.float32)
+def row_products(x, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """x y^T [x,y] of tiles [x,SIZE] and [y,SIZE]."""
+    if wide(x.b.dtype, x.b.shape[1]):
+        # the parts of x are read again for each tile of y: what stays in registers would be its three summands
+        b_products = tl.zeros([x.b.shape[0], y.b.shape[0]], dtype=tl.float32)
         for start in range(0, SIZE, FEATURES):
-            b_products += dot(part_of(b_x, x, start, SIZE), tl.trans(part_of(b_y, y, start, SIZE)), PRECISION)
+            b_products += dot(part_of(x, start, SIZE), tl.trans(part_of(y, start, SIZE)), PRECISION)
         return b_products
     else:
-        return dot(b_x, tl.trans(b_y), PRECISION)
+        return dot(x.b, tl.trans(y.b), PRECISION)
 
 
 @triton.jit
@@ -449,21 +473,21 @@ def first_sums(dtype, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.conste
 
 
 @triton.jit
-def add_products(b_sums, b_x, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """b_sums + b_x b_y of b_x [x,y] and a tile [y,SIZE] at side y."""
+def add_products(b_sums, b_x, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """b_sums + b_x y of b_x [x,y] and a tile y [y,SIZE]."""
     b_new = ()
     for i in tl.static_range(len(b_sums)):
-        # rounded to the dtype of b_y: matrix units take two operands of one dtype
-        b_new = extended(b_new, b_sums[i] + dot(b_x.to(b_y.dtype), part_of(b_y, y, i * FEATURES, SIZE), PRECISION))
+        # rounded to the dtype of y: matrix units take two operands of one dtype
+        b_new = extended(b_new, b_sums[i] + dot(b_x.to(y.b.dtype), part_of(y, i * FEATURES, SIZE), PRECISION))
     return b_new
 
 
 @triton.jit
-def rows_times_sums(b_x, x, b_sums, SIZE: tl.constexpr):
-    """The sums [x] of the products of b_x [x,SIZE], at side x, and b_sums."""
-    b = tl.sum(part_of(b_x, x, 0, SIZE).to(tl.float32) * b_sums[0], axis=1)
+def rows_times_sums(x, b_sums, SIZE: tl.constexpr):
+    """The sums [x] of the products of a tile x [x,SIZE] and b_sums."""
+    b = tl.sum(part_of(x, 0, SIZE).to(tl.float32) * b_sums[0], axis=1)
     for i in tl.static_range(1, len(b_sums)):
-        b += tl.sum(part_of(b_x, x, i * FEATURES, SIZE).to(tl.float32) * b_sums[i], axis=1)
+        b += tl.sum(part_of(x, i * FEATURES, SIZE).to(tl.float32) * b_sums[i], axis=1)
     return b
 
 
@@ -482,22 +506,6 @@ def real_tokens(p_mask, o, size, MASKED: tl.constexpr):
     if MASKED:
         m = m & (tl.load(p_mask + o, mask=m, other=0) != 0)
     return m
-
-
-@triton.jit
-def key_side(p, stride_row, p_key_mask, o_kv, M, SIZE: tl.constexpr, KEY_MASK: tl.constexpr):
-    """Where keys or values [kv, SIZE] lie; those of padding are not there, whatever stands there.
-
-    The factor of padding in a product is 0, and 0 times NaN or infinity is NaN.
-    """
-    m_kv = real_tokens(p_key_mask, o_kv, M, KEY_MASK)
-    return p, aligned_step(stride_row, SIZE), o_kv, m_kv
-
-
-@triton.jit
-def load_keys(p, stride_row, p_key_mask, o_kv, o_col, M, SIZE: tl.constexpr, KEY_MASK: tl.constexpr):
-    """[kv, SIZE] at `key_side`."""
-    return load_side(key_side(p, stride_row, p_key_mask, o_kv, M, SIZE, KEY_MASK), o_col, SIZE)
 
 
 @triton.jit
@@ -542,27 +550,20 @@ def groups_of_heads(masks, i_b, first_head, HEADS: tl.constexpr, start, M, BLOCK
 
 
 @triton.jit
-def transposed(masks):
-    """The masks for logits [kv,q]."""
-    of_bias = masks.p_bias, masks.bias_stride_b, masks.bias_stride_h, masks.p_masked, masks.masked_stride_b
-    of_groups = masks.p_words, masks.num_groups
-    strides = masks.stride_b, masks.stride_h, masks.stride_m, masks.stride_n
-    return MaskPointers(masks.p, *strides, masks.p_keys, *of_bias, *of_groups)
-
-
-@triton.jit
-def add_mask(b_log2, masks, start, o_q, o_kv, N, M, MASK: tl.constexpr, KEY_MAJOR: tl.constexpr = False):
-    """Logits [q,kv] under attn_mask: -inf where it masks. Pairs beyond N x M have the mask of the last row or key.
+def add_mask(b_log2, pairs, MASK: tl.constexpr, KEY_MAJOR: tl.constexpr = False):
+    """Logits [q,kv], or KEY_MAJOR [kv,q], under attn_mask: -inf where it masks. Pairs beyond N x M have the mask of the last row
+    or key.
 
     A float mask is natural and is added, to logits in base 2. Only its -inf masks a pair: a finite value is data, however large.
-    Loads have no conditions of their own, which would cost as much as the loads. start: the first key. KEY_MAJOR: the keys are
-    the rows o_q, and the masks are `transposed`.
+    Loads have no conditions of their own, which would cost as much as the loads.
     """
+    masks, _, o_q, o_kv, N, M = pairs
     if MASK == GROUP_BIAS or MASK == GROUP_BIAS + BOOL_MASK:  # before a bool mask, which masks also NaN
-        b_log2 = _add_bias(b_log2, masks, start, o_q, o_kv, N, M, KEY_MAJOR, False)
+        b_log2 = add_group_bias(b_log2, pairs, KEY_MAJOR, False)
     if MASK % GROUP_BIAS != 0:
-        p_rows = masks.p + (tl.minimum(o_q, N - 1).to(tl.int64) * masks.stride_n)[:, None]
-        b_mask = tl.load(p_rows + (tl.minimum(o_kv, M - 1).to(tl.int64) * masks.stride_m)[None, :])
+        o_n, o_m = tl.minimum(o_q, N - 1).to(tl.int64) * masks.stride_n, tl.minimum(o_kv, M - 1).to(tl.int64) * masks.stride_m
+        p = (masks.p + o_m[:, None]) + o_n[None, :] if KEY_MAJOR else (masks.p + o_n[:, None]) + o_m[None, :]
+        b_mask = tl.load(p)
         if MASK % GROUP_BIAS == BOOL_MASK:
             b_log2 = tl.where(b_mask != 0, b_log2, float("-inf"))
         else:
@@ -572,64 +573,41 @@ def add_mask(b_log2, masks, start, o_q, o_kv, N, M, MASK: tl.constexpr, KEY_MAJO
             b_log2 = tl.where((b_mask > 2.35e38) & (b_mask < float("inf")), 3.4028234e38, b_log2)
             b_log2 = tl.where(b_mask == float("-inf"), float("-inf"), b_log2)
     if MASK == GROUP_BIAS + FLOAT_MASK:
-        b_log2 = _add_bias(b_log2, masks, start, o_q, o_kv, N, M, KEY_MAJOR, True)
+        b_log2 = add_group_bias(b_log2, pairs, KEY_MAJOR, True)
     return b_log2
 
 
 @triton.jit
-def _add_bias(b_log2, masks, start, o_row, o_column, ROWS, COLUMNS, KEY_MAJOR: tl.constexpr, FLOAT: tl.constexpr):
-    """`add_group_bias` for the operands of `add_mask`."""
-    if KEY_MAJOR:
-        return add_group_bias(b_log2, masks, start, o_column, o_row, COLUMNS, ROWS, True, FLOAT)
-    else:
-        return add_group_bias(b_log2, masks, start, o_row, o_column, ROWS, COLUMNS, False, FLOAT)
-
-
-@triton.jit
-def mask_logits(
-    b_log2,
-    masks,
-    start,
-    o_q,
-    o_kv,
-    N,
-    M,
-    MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    KEY_MAJOR: tl.constexpr = False,
-):
-    """Logits [q,kv] with the masks applied (`add_mask`). Masked pairs and those outside of N x M become -inf."""
-    visible = (o_q < N)[:, None] & (o_kv < M)[None, :]
+def mask_logits(b_log2, pairs, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, KEY_MAJOR: tl.constexpr = False):
+    """Logits of `add_mask` with the masks applied. Masked pairs and those outside of N x M become -inf."""
+    masks, _, o_q, o_kv, N, M = pairs
+    visible = of_queries(o_q < N, KEY_MAJOR) & of_keys(o_kv < M, KEY_MAJOR)
     if KEY_MASK:
-        visible = visible & (tl.load(masks.p_keys + o_kv, mask=o_kv < M, other=0) != 0)[None, :]
+        visible = visible & of_keys(tl.load(masks.p_keys + o_kv, mask=o_kv < M, other=0) != 0, KEY_MAJOR)
     if CAUSAL:
-        visible = visible & (o_kv[None, :] <= o_q[:, None])
-    b_log2 = add_mask(b_log2, masks, start, o_q, o_kv, N, M, MASK, KEY_MAJOR)
+        visible = visible & (of_keys(o_kv, KEY_MAJOR) <= of_queries(o_q, KEY_MAJOR))
+    b_log2 = add_mask(b_log2, pairs, MASK, KEY_MAJOR)
     return tl.where(visible, b_log2, float("-inf"))  # last: outside stands the mask of other pairs, which may be NaN
 
 
 @triton.jit
-def mask_tile(b_log2, masks, start, o_q, o_kv, N, M, C: tl.constexpr, EDGE: tl.constexpr):
-    """As `mask_logits`. Tiles that are not at the EDGE lie within the keys and below the diagonal."""
-    if EDGE:
-        return mask_logits(b_log2, masks, start, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
-    b_log2 = add_mask(b_log2, masks, start, o_q, o_kv, N, M, C.MASK)
-    if C.KEY_MASK:
-        b_log2 = tl.where((tl.load(masks.p_keys + o_kv) != 0)[None, :], b_log2, float("-inf"))
-    return b_log2
+def mask_tile(b_log2, pairs, C: tl.constexpr, EDGE: tl.constexpr, KEY_MAJOR: tl.constexpr = False):
+    """As `mask_logits`. Tiles that are not at the EDGE lie within the keys and below the diagonal.
 
-
-@triton.jit
-def mask_key_major(b_log2, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr):
-    """As `mask_tile`, for logits [kv,q] of a loop over queries. o_row: o_q, where the last row stands for those beyond it.
-
-    Pairs outside of N x M and padding of keys stay: P of such a row is 0, and such a key is dropped after the loop.
+    KEY_MAJOR, of a loop over queries whose last row stands for those beyond it, pairs outside of N x M and padding of keys
+    stay: P of such a row is 0, and such a key is dropped after the loop.
     """
-    if C.MASK != 0 and C.MASK != GROUP_PRODUCT:
-        b_log2 = add_mask(b_log2, transposed(masks_at(masks, i_b, i_h, M)), start, o_kv, o_q, M, N, C.MASK, True)
-    if C.CAUSAL and EDGE:
-        b_log2 = tl.where(o_kv[:, None] <= o_row[None, :], b_log2, float("-inf"))
+    if KEY_MAJOR:
+        if C.MASK != 0 and C.MASK != GROUP_PRODUCT:
+            b_log2 = add_mask(b_log2, pairs, C.MASK, True)
+        if C.CAUSAL and EDGE:
+            b_log2 = tl.where(pairs.o_kv[:, None] <= pairs.o_q[None, :], b_log2, float("-inf"))
+    elif EDGE:
+        b_log2 = mask_logits(b_log2, pairs, C.MASK, C.KEY_MASK, C.CAUSAL)
+    else:
+        b_log2 = add_mask(b_log2, pairs, C.MASK)
+        if C.KEY_MASK:
+            b_log2 = tl.where((tl.load(pairs.masks.p_keys + pairs.o_kv) != 0)[None, :], b_log2, float("-inf"))
     return b_log2
 
 
@@ -640,86 +618,54 @@ def with_bias(b_x, b_parts, product, i_b, start, M, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def power_tile(b_s, b_scale, b_shift, masks, special, of_tile, start, o_q, o_kv, N, M, C: tl.constexpr, EDGE: tl.constexpr):
-    """2^(logit - shift) [q,kv] of scores, by `mask_tile`; scale and shift are those of queries [q].
-
-    of_tile: of `groups_of_tile`. A bias that is the same for all keys costs no instruction a pair: the shift takes it.
-    special: of `special_groups`.
-    """
-    if C.MASK == GROUP_PRODUCT:
-        if special != 0:
-            b_logit = special_logits(b_s, b_scale, masks, special, o_q, o_kv, N, M, False, C.PRECISION)
-            b_p = tl.exp2(mask_tile(b_logit, masks, start, o_q, o_kv, N, M, C, EDGE) - b_shift[:, None])
-        else:
-            b_logit = mask_tile(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, C, EDGE)
-            b_p = tl.exp2(b_logit - b_shift[:, None])
-        return b_p
-    elif C.MASK == GROUP_BIAS and not EDGE and not C.KEY_MASK:
-        first, last, changes, masked = of_tile
-        if (changes == 0) & (not masked):
-            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift - row_bias_of(masks, first, o_q, N))[:, None])
-        elif (changes == 1) & (not masked):
-            b_first, b_last = b_shift - row_bias_of(masks, first, o_q, N), b_shift - row_bias_of(masks, last, o_q, N)
-            b_p = tl.exp2(b_s * b_scale[:, None] - chosen_rows(masks, of_tile, b_first, b_last, o_kv, M, False))
-        else:
-            b_logit = mask_tile(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, C, EDGE)
-            b_p = tl.exp2(b_logit - b_shift[:, None])
-        return b_p
+def at_head(pairs, head):
+    """`Pairs` with the masks of one head, from those of all; head: its sample, its number, and more. None: they are of one."""
+    if head is None:
+        return pairs
     else:
-        b_logit = mask_tile(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, C, EDGE)
-        return tl.exp2(b_logit - b_shift[:, None])
+        masks, start, o_q, o_kv, N, M = pairs
+        i_b, i_h, _, _ = head
+        return Pairs(masks_at(masks, i_b, i_h, M), start, o_q, o_kv, N, M)
 
 
 @triton.jit
-def power_key_major(
-    b_s,
-    b_scale,
-    b_shift,
-    p_total,
-    masks,
-    special,
-    of_tile,
-    i_b,
-    i_h,
-    start,
-    o_kv,
-    o_q,
-    o_row,
-    N,
-    M,
-    C: tl.constexpr,
-    EDGE: tl.constexpr,
-):
-    """2^(logit - shift) [kv,q] of scores, by `mask_key_major`; the scale is that of keys [kv], the shift that of queries [q].
+def power_tile(b_s, b_scale, b_shift, pairs, special, groups, C: tl.constexpr, EDGE: tl.constexpr, head=None):
+    """2^(logit - shift) [q,kv] of scores, by `mask_tile`. The scale is of rows, the shift of queries [q].
 
-    of_tile: of `groups_of_heads`. special: of `special_groups`; the power is divided by the total of queries there.
+    head: of tiles [kv,q], KEY_MAJOR, see `at_head`. groups: of `groups_of_tile`. A bias that is the same for all keys costs no
+    instruction a pair: the shift takes it. special: of `special_groups`; a power [kv,q] is divided by the total of queries there.
     """
+    KEY_MAJOR: tl.constexpr = head is not None
+    MASKED: tl.constexpr = C.CAUSAL and EDGE if KEY_MAJOR else EDGE or C.KEY_MASK
     if C.MASK == GROUP_PRODUCT:
         if special != 0:
-            of_head = masks_at(masks, i_b, i_h, M)
-            b_logit = special_logits(b_s, b_scale, of_head, special, o_row, o_kv, N, M, True, C.PRECISION)
-            b_logit = mask_key_major(b_logit, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
-            b_total = tl.load(p_total + unforeseen(o_q, C.PRECISION))
-            b_p = tl.exp2(b_logit - b_shift[None, :]) * tl.div_rn(1.0, b_total)[None, :]
+            of_head = at_head(pairs, head)  # here: what it computes is not for tiles without a special bias
+            b_logit = special_logits(b_s, b_scale, of_head, special, KEY_MAJOR, C.PRECISION)
+            b_logit = mask_tile(b_logit, of_head, C, EDGE, KEY_MAJOR)
+            b_p = tl.exp2(b_logit - of_queries(b_shift, KEY_MAJOR))
+            if KEY_MAJOR:
+                _, _, p_total, o_total = head
+                b_p *= tl.div_rn(1.0, tl.load(p_total + unforeseen(o_total, C.PRECISION)))[None, :]
         else:
-            b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
-            b_p = tl.exp2(b_logit - b_shift[None, :])
+            b_logit = mask_tile(b_s * b_scale[:, None], pairs, C, EDGE, KEY_MAJOR)
+            b_p = tl.exp2(b_logit - of_queries(b_shift, KEY_MAJOR))
         return b_p
-    elif C.MASK == GROUP_BIAS and not (C.CAUSAL and EDGE):
-        of_head = masks_at(masks, i_b, i_h, M)
-        first, last, changes, masked = of_tile
+    elif C.MASK == GROUP_BIAS and not MASKED:
+        pairs = at_head(pairs, head)
+        masks, _, o_q, _, N, _ = pairs
+        first, last, changes, masked = groups
         if (changes == 0) & (not masked):
-            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift - row_bias_of(of_head, first, o_row, N))[None, :])
+            b_p = tl.exp2(b_s * b_scale[:, None] - of_queries(b_shift - row_bias_of(masks, first, o_q, N), KEY_MAJOR))
         elif (changes == 1) & (not masked):
-            b_first, b_last = b_shift - row_bias_of(of_head, first, o_row, N), b_shift - row_bias_of(of_head, last, o_row, N)
-            b_p = tl.exp2(b_s * b_scale[:, None] - chosen_rows(of_head, of_tile, b_first, b_last, o_kv, M, True))
+            b_first, b_last = b_shift - row_bias_of(masks, first, o_q, N), b_shift - row_bias_of(masks, last, o_q, N)
+            b_p = tl.exp2(b_s * b_scale[:, None] - chosen_rows(pairs, groups, b_first, b_last, KEY_MAJOR))
         else:
-            b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
-            b_p = tl.exp2(b_logit - b_shift[None, :])
+            b_logit = mask_tile(b_s * b_scale[:, None], pairs, C, EDGE, KEY_MAJOR)
+            b_p = tl.exp2(b_logit - of_queries(b_shift, KEY_MAJOR))
         return b_p
     else:
-        b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
-        return tl.exp2(b_logit - b_shift[None, :])
+        b_logit = mask_tile(b_s * b_scale[:, None], at_head(pairs, head), C, EDGE, KEY_MAJOR)
+        return tl.exp2(b_logit - of_queries(b_shift, KEY_MAJOR))
 
 
 OWN_LSE, CALLER_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`

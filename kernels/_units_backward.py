@@ -61,18 +61,18 @@ from vlattn_fast.kernels._scores import (
 )
 from vlattn_fast.kernels._tiles import (
     ROW_MULTIPLE,
+    Pairs,
     block_and_head,
     cdiv,
     dot,
     edge_block,
     head_at,
+    head_tile,
     heads_of,
     keep_factor,
     key_range,
+    key_tile,
     launched,
-    load_head,
-    load_keys,
-    load_rows,
     load_tile,
     map_of,
     mask_logits,
@@ -82,7 +82,7 @@ from vlattn_fast.kernels._tiles import (
     row_shift,
     store_head,
     store_tile,
-    transposed,
+    tile_of,
 )
 
 PROGRAMS = 2  # for each multiprocessor, as many as their registers allow
@@ -133,7 +133,7 @@ def launch(
     grad_bias, blocks = gradient_blocks(row_bias)
     for p_grad_bias, first_group, block_g in blocks if lse.numel() > 0 else ():
         _units_rows_kernel[(blocks_q * batch * heads,)](
-            **launched(call, config_q),
+            **launched(call, config_q, BLOCK_G=block_g),
             p_u=vector,
             p_lse=lse,
             p_out=out.transpose(1, 2).contiguous(),  # (B,N,H,Dv), as forward lays it out
@@ -141,7 +141,6 @@ def launch(
             stats=stats,
             p_grad_bias=p_grad_bias,
             first_group=first_group,
-            BLOCK_G=block_g,
         )
     grad_u = vector.new_empty((batch, heads, blocks_kv, size), dtype=torch.float32)
     if batch * heads_kv > 0:
@@ -154,7 +153,7 @@ def launch(
         sums = grad_u.new_empty((*of_ranges, padded_rows(num_q), size))
         edge = edge_block(num_kv, config_kv["BLOCK_KV"], False)  # also under a causal mask: a block of keys has its own tiles
         _units_backward_kernel[(programs,)](
-            **launched(call, config_kv),
+            **launched(call, config_kv, BLOCK_EDGE=edge),
             p_u=vector,
             stats=stats,
             p_scratch=grad_u.new_empty(programs * config_kv["BLOCK_Q"] * config_kv["BLOCK_KV"]),
@@ -163,7 +162,6 @@ def launch(
             parts=(heads_kv, group, ranges, length, batch * heads_kv * ranges),
             PARTIAL=ranges > 1,
             GROUPS=_groups(call["C"].BLOCK_A, config_kv, edge),
-            BLOCK_EDGE=edge,
         )
         if ranges > 1:
             grad_q.copy_(sums.sum(2)[:, :, :num_q])
@@ -190,7 +188,7 @@ def carry(
         return relevancy.new_zeros(batch, num_t, x.M)
     r_abar = relevancy.new_empty(batch, heads // together, num_t, x.M)
     _units_step_kernel[(cdiv(x.M, config["BLOCK_KV"]) * cdiv(num_t, config["BLOCK_T"]) * batch * (heads // together),)](
-        **launched(call, config),
+        **launched(call, config, BY_GRADIENT=by_gradient),
         p_u=vector,
         stats=RowStats(rows.shift, rows.total),
         p_r=relevancy,
@@ -198,7 +196,6 @@ def carry(
         HEADS=together,
         T=num_t,
         factor=factor,
-        BY_GRADIENT=by_gradient,
     )
     return r_abar.sum(1)
 
@@ -223,20 +220,7 @@ def _groups(units: int, config: Config, edge: int) -> int:
 
 
 @triton.jit
-def _units_rows_kernel(
-    x,
-    p_u,
-    p_lse,
-    p_out,
-    p_grad_lse,
-    stats,
-    p_grad_bias,
-    first_group,
-    BLOCK_G: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-):
+def _units_rows_kernel(x, p_u, p_lse, p_out, p_grad_lse, stats, p_grad_bias, first_group, C: tl.constexpr):
     """`RowStats` of a tile of queries i of one head.
 
     shift_i = log2(e) lse_i; under a float mask it is there, with its total
@@ -248,14 +232,13 @@ def _units_rows_kernel(
     """
     H, N, grad = x.H, x.N, x.grad
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // C.BLOCK_Q, H, C.GROUP_K)
     head = head_of(x, i_bh, i_b, i_h, i_hk, C)
     p_u += i_h * C.A
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
     o_a = tl.arange(0, C.BLOCK_A)
-    o_d = tl.arange(0, C.BLOCK_DV)
-    b_do = load_head(grad, i_b, i_h, o_q, o_d, N, C.DV)  # [q,Dv]
-    b_out = load_rows(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, o_d, N, C.DV)  # [q,Dv]
+    b_do = head_tile(grad, i_b, i_h, o_q, N, C.DV, C.BLOCK_DV).b  # [q,Dv]
+    b_out = tile_of(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, N, C.DV, C.BLOCK_DV).b  # [q,Dv]
     if C.MASK >= FLOAT_MASK:
         b_shift = tl.load(stats.shift + i_bh * NP + o_q)
     else:
@@ -264,86 +247,71 @@ def _units_rows_kernel(
     b_grad_lse = grad_of_lse(p_grad_lse, i_bh, o_q, N)
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1) - b_grad_lse
     if C.EXACT:
-        b_total, b_mean = _exact_rows(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, C, BLOCK_Q, BLOCK_KV)
+        b_total, b_mean = _exact_rows(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, C)
         b_total = tl.where(b_total == 0.0, 1.0, b_total)
         b_delta = b_mean / b_total - b_grad_lse
         tl.store(stats.total + i_bh * NP + o_q, b_total)
     tl.store(stats.delta + i_bh * NP + o_q, b_delta)
-    if BLOCK_G > 0:
+    if C.BLOCK_G > 0:
         if not C.EXACT:
             b_total = tl.load(stats.total + i_bh * NP + o_q)  # of `is_coarse` rows
         of_groups = b_delta, first_group
-        b_bias = _sums_by_group(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, of_groups, C, BLOCK_Q, BLOCK_KV, BLOCK_G)
+        b_bias = _sums_by_group(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, of_groups, C)
         store_group_sums(p_grad_bias, x.masks, i_bh, o_q, N, first_group, b_bias / b_total[:, None])
 
 
 @triton.jit
-def _exact_rows(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+def _exact_rows(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, C: tl.constexpr):
     """sum_j P_ij and sum_j P_ij dP_ij of a tile of queries, [q]. head: of `head_of`."""
-    b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    of_units, tiles = _keys_of_rows(x, head, p_u, o_a, i_q, C, BLOCK_Q, BLOCK_KV)
-    for step in range(tiles[0], tiles[1], BLOCK_KV):
+    b_total = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+    b_mean = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+    of_units, tiles = _keys_of_rows(x, head, p_u, o_a, i_q, C)
+    for step in range(tiles[0], tiles[1], C.BLOCK_KV):
         start = tile_at(step, tiles, C.MASK)
-        o_kv = start + tl.arange(0, BLOCK_KV)
-        b_p, b_dp = _tile_of_rows(x, head, of_units, i_q, i_bh, start, o_kv, b_do, b_shift, C, BLOCK_Q)
+        o_kv = start + tl.arange(0, C.BLOCK_KV)
+        b_p, b_dp = _tile_of_rows(x, head, of_units, i_q, i_bh, start, o_kv, b_do, b_shift, C)
         b_total += tl.sum(b_p, axis=1)
         b_mean += tl.sum(b_p * b_dp, axis=1)
     return b_total, b_mean
 
 
 @triton.jit
-def _sums_by_group(
-    x,
-    head,
-    p_u,
-    o_a,
-    i_q,
-    i_bh,
-    b_do,
-    b_shift,
-    of_groups,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
+def _sums_by_group(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, of_groups, C: tl.constexpr):
     """sum_j P_ij (dP_ij - delta_i) over the keys of each of BLOCK_G groups, [q,BLOCK_G]. of_groups: delta, the first group."""
     b_delta, first_group = of_groups
-    b_sums = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
-    of_units, tiles = _keys_of_rows(x, head, p_u, o_a, i_q, C, BLOCK_Q, BLOCK_KV)
-    for step in range(tiles[0], tiles[1], BLOCK_KV):
+    b_sums = tl.zeros([C.BLOCK_Q, C.BLOCK_G], dtype=tl.float32)
+    of_units, tiles = _keys_of_rows(x, head, p_u, o_a, i_q, C)
+    for step in range(tiles[0], tiles[1], C.BLOCK_KV):
         start = tile_at(step, tiles, C.MASK)
-        o_kv = start + tl.arange(0, BLOCK_KV)
-        b_p, b_dp = _tile_of_rows(x, head, of_units, i_q, i_bh, start, o_kv, b_do, b_shift, C, BLOCK_Q)
-        of_tile = groups_of_tile(head[5], start, x.M, BLOCK_KV, C.MASK)
+        o_kv = start + tl.arange(0, C.BLOCK_KV)
+        b_p, b_dp = _tile_of_rows(x, head, of_units, i_q, i_bh, start, o_kv, b_do, b_shift, C)
+        of_tile = groups_of_tile(head[5], start, x.M, C.BLOCK_KV, C.MASK)
         b_sums = add_group_sums(b_sums, b_p * (b_dp - b_delta[:, None]), head[5], of_tile, o_kv, x.M, first_group)
     return b_sums
 
 
 @triton.jit
-def _keys_of_rows(x, head, p_u, o_a, i_q, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+def _keys_of_rows(x, head, p_u, o_a, i_q, C: tl.constexpr):
     """For a pass over the keys of a tile of queries: (the vector, `largest_argument`, `weights_summed`), `seen_tiles`."""
     p_q, p_k, _, p_pre_q, p_pre_k, masks = head
     bound = largest_argument(p_q, p_k, p_pre_q, p_pre_k, masks.p_keys, x.N, x.M, C)
     largest, total = weights_summed(p_u, o_a, C.A)
-    _, end = key_range(i_q, x.M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
-    seen = seen_keys(masks, i_q * BLOCK_Q + tl.arange(0, BLOCK_Q), x.N, x.M, C.MASK)
-    return (p_u, bound, largest, total), seen_tiles(seen, 0, end, BLOCK_KV, C.MASK)
+    _, end = key_range(i_q, x.M, True, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
+    seen = seen_keys(masks, i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q), x.N, x.M, C.MASK)
+    return (p_u, bound, largest, total), seen_tiles(seen, 0, end, C.BLOCK_KV, C.MASK)
 
 
 @triton.jit
-def _tile_of_rows(x, head, of_units, i_q, i_bh, start, o_kv, b_do, b_shift, C: tl.constexpr, BLOCK_Q: tl.constexpr):
+def _tile_of_rows(x, head, of_units, i_q, i_bh, start, o_kv, b_do, b_shift, C: tl.constexpr):
     """P and dP of a tile [q,kv]. of_units: of `_keys_of_rows`."""
     q, k, v, N, M = x.q, x.k, x.v, x.N, x.M
     p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head
     p_u, bound, largest, total = of_units
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_d = tl.arange(0, C.BLOCK_DV)
-    b_v = load_keys(p_v, v.stride_n, masks.p_keys, o_kv, o_d, M, C.DV, C.KEY_MASK)  # [kv,Dv]
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    b_v = key_tile(p_v, v.stride_n, masks.p_keys, o_kv, M, C.DV, C.BLOCK_DV, C.KEY_MASK).b  # [kv,Dv]
     of_q, of_k = (p_q, p_pre_q, o_q, q.stride_n, N), (p_k, p_pre_k, o_kv, k.stride_n, M)
     b_s = sum_units(of_q, of_k, p_u, bound, largest, total, C)  # [q,kv]
-    b_logit = _masked(b_s * x.scale_log2, masks, start, o_q, o_kv, N, M, False, C)
+    b_logit = _masked(b_s * x.scale_log2, Pairs(masks, start, o_q, o_kv, N, M), False, C)
     b_p = tl.exp2(b_logit - b_shift[:, None])
     b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)  # [q,kv]
     if x.dropout is not None:
@@ -352,36 +320,19 @@ def _tile_of_rows(x, head, of_units, i_q, i_bh, start, o_kv, b_do, b_shift, C: t
 
 
 @triton.jit
-def _masked(b_logit, masks, start, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, C: tl.constexpr):
-    """Logits [q,kv] under the masks, or KEY_MAJOR [kv,q] without that of padding, with `transposed` masks.
+def _masked(b_logit, pairs, KEY_MAJOR: tl.constexpr, C: tl.constexpr):
+    """Logits [q,kv] under the masks, or KEY_MAJOR [kv,q] without that of padding.
 
     An attn_mask is applied to zeros, and then added: see `keep_layout`.
     """
     b_masked = tl.zeros_like(b_logit) if C.MASK != 0 else b_logit
-    if KEY_MAJOR:
-        b_masked = mask_logits(b_masked, masks, start, o_kv, o_q, M, N, C.MASK, False, False, True)
-        if C.CAUSAL:
-            b_masked = tl.where(o_kv[:, None] <= o_q[None, :], b_masked, float("-inf"))
-    else:
-        b_masked = mask_logits(b_masked, masks, start, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
+    b_masked = mask_logits(b_masked, pairs, C.MASK, C.KEY_MASK and not KEY_MAJOR, C.CAUSAL, KEY_MAJOR)
     return add_masks(b_logit, b_masked, C) if C.MASK != 0 else b_masked
 
 
 @triton.jit
 def _units_backward_kernel(
-    x,
-    p_u,
-    stats,
-    p_scratch,
-    p_sums,
-    grads,
-    parts,
-    PARTIAL: tl.constexpr,
-    GROUPS: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
+    x, p_u, stats, p_scratch, p_sums, grads, parts, PARTIAL: tl.constexpr, GROUPS: tl.constexpr, C: tl.constexpr
 ):
     """dQ, dK, dV and du, by one pass over the pairs. Tiles are [kv,q], so that they are the left operand of the product with dO.
 
@@ -397,9 +348,8 @@ def _units_backward_kernel(
     HEADS_KV, GROUP, RANGES, RANGE, PARTS = parts
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     i_program = tl.program_id(0).to(tl.int64)
-    p_scratch += i_program * (BLOCK_Q * BLOCK_KV)
+    p_scratch += i_program * (C.BLOCK_Q * C.BLOCK_KV)
     o_a = tl.arange(0, C.BLOCK_A)
-    o_d = tl.arange(0, C.BLOCK_DV)
     # a thread holds one unit a of one group g of keys: [k,gA] has key g * len(k) + k in column g * BLOCK_A + a
     o_unit = one_a_thread(o_a, C.PRECISION)
     o_ga = tl.arange(0, GROUPS * C.BLOCK_A)
@@ -419,15 +369,15 @@ def _units_backward_kernel(
         sums = NP.to(tl.int64) * C.A
         step = sums * RANGES if PARTIAL else sums
         p_first = p_sums + (((i_b * H + i_hkv * GROUP) * RANGES + i_range) * sums if PARTIAL else i_program * GROUP * sums)
-        _begin_sums(p_first, step, GROUP, N, C, BLOCK_Q)
-        first, last = i_range * RANGE, tl.minimum((i_range + 1) * RANGE, tl.cdiv(M, BLOCK_KV))
-        whole = M // BLOCK_KV if BLOCK_EDGE < BLOCK_KV else last
-        for EDGE in tl.static_range(2 if BLOCK_EDGE < BLOCK_KV else 1):
+        _begin_sums(p_first, step, GROUP, N, C)
+        first, last = i_range * RANGE, tl.minimum((i_range + 1) * RANGE, tl.cdiv(M, C.BLOCK_KV))
+        whole = M // C.BLOCK_KV if C.BLOCK_EDGE < C.BLOCK_KV else last
+        for EDGE in tl.static_range(2 if C.BLOCK_EDGE < C.BLOCK_KV else 1):
             for i_kv in range(tl.maximum(first, whole) if EDGE else first, last if EDGE else tl.minimum(last, whole)):
-                o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
+                o_kv = i_kv * C.BLOCK_KV + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
                 o_k = tl.arange(0, o_kv.shape[0] // GROUPS)
-                b_v = load_keys(p_v_h, v.stride_n, p_key_mask, o_kv, o_d, M, C.DV, C.KEY_MASK)  # [kv,Dv]
-                o_kg = i_kv * BLOCK_KV + (o_ga // C.BLOCK_A)[None, :] * o_k.shape[0] + o_k[:, None]  # [k,gA]
+                b_v = key_tile(p_v_h, v.stride_n, p_key_mask, o_kv, M, C.DV, C.BLOCK_DV, C.KEY_MASK).b  # [kv,Dv]
+                o_kg = i_kv * C.BLOCK_KV + (o_ga // C.BLOCK_A)[None, :] * o_k.shape[0] + o_k[:, None]  # [k,gA]
                 p_unit_k = p_k_h + o_kg.to(tl.int64) * k.stride_n + o_unit_k
                 b_dk = tl.zeros([o_k.shape[0], GROUPS, C.BLOCK_A], dtype=tl.float32)
                 b_dv = tl.zeros([o_kv.shape[0], C.BLOCK_DV], dtype=tl.float32)
@@ -435,51 +385,51 @@ def _units_backward_kernel(
                 for i_g in range(0, GROUP):
                     memory = p_scratch, p_first + i_g * step, p_grad_u
                     i_h = i_hkv * GROUP + i_g
-                    b_dk, b_dv = _over_queries((b_dk, b_dv), keys, x, p_u, stats, i_h, memory, C, BLOCK_Q, BLOCK_KV)
+                    b_dk, b_dv = _over_queries((b_dk, b_dv), keys, x, p_u, stats, i_h, memory, C)
                 _store_keys(grad_k, grad_v, i_hkv, b_dk, b_dv, keys, M, C)
-        _end_sums(p_first, step, p_u, grad_q, i_b, i_hkv, GROUP, N, PARTIAL, C, BLOCK_Q)
+        _end_sums(p_first, step, p_u, grad_q, i_b, i_hkv, GROUP, N, PARTIAL, C)
 
 
 @triton.jit
-def _over_queries(sums, keys, x, p_u, stats, i_h, memory, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+def _over_queries(sums, keys, x, p_u, stats, i_h, memory, C: tl.constexpr):
     """b_dk, b_dv and what the queries of a head add to them: their sums over i. memory: the program's scratch memory, the head's
     sums of dQ, which it adds to, and du of all blocks of keys, of which it writes one."""
     q, grad, N, M = x.q, x.grad, x.N, x.M
     b_dk, b_dv = sums
     p_scratch, p_sums, p_grad_u = memory
-    o_a, o_d = tl.arange(0, C.BLOCK_A), tl.arange(0, C.BLOCK_DV)
+    o_a = tl.arange(0, C.BLOCK_A)
     i_bh = keys.i_b * x.H + i_h
     p_q_h = head_at(q, keys.i_b, i_h, C.A)
     p_grad_h = head_at(grad, keys.i_b, i_h, C.DV)
-    masks_h = transposed(masks_at(x.masks, keys.i_b, i_h, M))
+    masks_h = masks_at(x.masks, keys.i_b, i_h, M)
     p_u_h = p_u + i_h * C.A
     largest, total = weights_summed(p_u_h, o_a, C.A)
     p_pre_q_h = precomputed_at(x.p_pres[0], i_bh, N, C.A, True)
     bound = largest_argument(p_q_h, keys.p, p_pre_q_h, keys.p_pre, keys.p_mask, N, M, C)
     b_units, b_du = tl.zeros_like(b_dk), tl.zeros([b_dk.shape[1], C.BLOCK_A], dtype=tl.float32)
     b_sum = tl.zeros([b_dv.shape[0]], dtype=tl.float32)
-    begin = (keys.i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if C.CAUSAL else 0  # queries before it see none of these keys
-    tiles = seen_tiles(seeing_queries(masks_h, keys.i_kv * BLOCK_KV, N, M, b_dv.shape[0], C.MASK), begin, N, BLOCK_Q, C.MASK)
-    for start in range(tiles[0], tiles[1], BLOCK_Q):
-        o_q = start + tl.arange(0, BLOCK_Q)
-        b_do = load_rows(p_grad_h, grad.stride_n, o_q, o_d, N, C.DV)  # [q,Dv]
+    begin = (keys.i_kv * C.BLOCK_KV) // C.BLOCK_Q * C.BLOCK_Q if C.CAUSAL else 0  # queries before it see none of these keys
+    tiles = seen_tiles(seeing_queries(masks_h, keys.i_kv * C.BLOCK_KV, N, M, b_dv.shape[0], C.MASK), begin, N, C.BLOCK_Q, C.MASK)
+    for start in range(tiles[0], tiles[1], C.BLOCK_Q):
+        o_q = start + tl.arange(0, C.BLOCK_Q)
+        b_do = tile_of(p_grad_h, grad.stride_n, o_q, N, C.DV, C.BLOCK_DV).b  # [q,Dv]
         of_k, of_q = (keys.p, keys.p_pre, keys.o_kv, x.k.stride_n, M), (p_q_h, p_pre_q_h, o_q, q.stride_n, N)
         b_s = sum_units(of_k, of_q, p_u_h, bound, largest, total, C)  # [kv,q]
-        b_logit = _masked(b_s * x.scale_log2, masks_h, keys.i_kv * BLOCK_KV, o_q, keys.o_kv, N, M, True, C)
+        b_logit = _masked(b_s * x.scale_log2, Pairs(masks_h, keys.i_kv * C.BLOCK_KV, o_q, keys.o_kv, N, M), True, C)
         b_dv, b_ds = _through_softmax(b_dv, b_logit, keys.b_v, b_do, x, stats, keys.p_mask, i_bh, o_q, keys.o_kv, C)
         b_sum += sum_of_rest(b_ds, bound, C)
-        _share_tile(p_scratch, b_ds, BLOCK_KV)
+        _share_tile(p_scratch, b_ds, C.BLOCK_KV)
         p_dq = p_sums + tl.full([], start, tl.int64) * C.A
         p_q_tile = p_q_h + tl.full([], start, tl.int64) * q.stride_n
-        queries = p_q_tile, q.stride_n, p_dq, tl.minimum(BLOCK_Q, N - start)
+        queries = p_q_tile, q.stride_n, p_dq, tl.minimum(C.BLOCK_Q, N - start)
         units_k = keys.p_units, real_tokens(keys.p_mask, keys.o_keys, M, C.KEY_MASK) & (keys.o_units < C.A)
-        b_units, b_du = units_backward(b_units, b_du, units_k, queries, p_scratch, keys.offsets, bound, BLOCK_KV, C)
+        b_units, b_du = units_backward(b_units, b_du, units_k, queries, p_scratch, keys.offsets, bound, C.BLOCK_KV, C)
     # every query head has its u: the sums over a head's queries get it, not each pair
     FACTOR_K, _, FACTOR_U, FACTOR_SUM = units_factors(C.SCORE, C.EXACT, C.FAST)
     b_u = tl.load(p_u_h + o_a, mask=o_a < C.A, other=0.0).to(tl.float32)
     b_dk += b_units * (b_u * FACTOR_K)[None, None, :]
     b_grad_u = tl.sum(b_du, axis=0) * FACTOR_U + tl.sum(b_sum, axis=0) * FACTOR_SUM
-    tl.store(p_grad_u + (i_bh * tl.cdiv(M, BLOCK_KV) + keys.i_kv) * C.A + o_a, b_grad_u, mask=o_a < C.A)
+    tl.store(p_grad_u + (i_bh * tl.cdiv(M, C.BLOCK_KV) + keys.i_kv) * C.A + o_a, b_grad_u, mask=o_a < C.A)
     return b_dk, b_dv
 
 
@@ -498,19 +448,19 @@ def _store_keys(grad_k, grad_v, i_hkv, b_dk, b_dv, keys, M, C: tl.constexpr):
 
 
 @triton.jit
-def _begin_sums(p_first, step, GROUP, N, C: tl.constexpr, BLOCK_Q: tl.constexpr):
+def _begin_sums(p_first, step, GROUP, N, C: tl.constexpr):
     """Zeros in memory for the sums of dQ of GROUP heads."""
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     o_a = tl.arange(0, C.BLOCK_A)
     tl.debug_barrier()  # the last head's sums have been read
     for i_g in range(0, GROUP):
-        for start in range(0, N, BLOCK_Q):
-            b_zero = tl.zeros([BLOCK_Q, C.BLOCK_A], dtype=tl.float32)
-            store_tile(p_first + i_g * step, C.A, start + tl.arange(0, BLOCK_Q), o_a, NP, C.A, b_zero)
+        for start in range(0, N, C.BLOCK_Q):
+            b_zero = tl.zeros([C.BLOCK_Q, C.BLOCK_A], dtype=tl.float32)
+            store_tile(p_first + i_g * step, C.A, start + tl.arange(0, C.BLOCK_Q), o_a, NP, C.A, b_zero)
 
 
 @triton.jit
-def _end_sums(p_first, step, p_u, grad_q, i_b, i_hkv, GROUP, N, PARTIAL: tl.constexpr, C: tl.constexpr, BLOCK_Q: tl.constexpr):
+def _end_sums(p_first, step, p_u, grad_q, i_b, i_hkv, GROUP, N, PARTIAL: tl.constexpr, C: tl.constexpr):
     """dQ of GROUP heads from the sums, or PARTIAL sums that the host adds. Here they get the factors u and FACTOR_Q."""
     _, FACTOR_Q, _, _ = units_factors(C.SCORE, C.EXACT, C.FAST)
     o_a = tl.arange(0, C.BLOCK_A)
@@ -518,8 +468,8 @@ def _end_sums(p_first, step, p_u, grad_q, i_b, i_hkv, GROUP, N, PARTIAL: tl.cons
     for i_g in range(0, GROUP):
         i_h = i_hkv * GROUP + i_g
         b_u = tl.load(p_u + i_h * C.A + o_a, mask=o_a < C.A, other=0.0).to(tl.float32)
-        for start in range(0, N, BLOCK_Q):
-            o_q = start + tl.arange(0, BLOCK_Q)
+        for start in range(0, N, C.BLOCK_Q):
+            o_q = start + tl.arange(0, C.BLOCK_Q)
             b_dq = load_tile(p_first + i_g * step, C.A, o_q, o_a, N, C.A) * (b_u * FACTOR_Q)[None, :]  # [q,A]
             if PARTIAL:
                 store_tile(p_first + i_g * step, C.A, o_q, o_a, N, C.A, b_dq)
@@ -552,55 +502,40 @@ def _probabilities(b_logit, x, stats, i_bh, o_q, C: tl.constexpr):
 
 
 @triton.jit
-def _units_step_kernel(
-    x,
-    p_u,
-    stats,
-    p_r,
-    p_r_abar,
-    HEADS,
-    T,
-    factor,
-    BY_GRADIENT: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
+def _units_step_kernel(x, p_u, stats, p_r, p_r_abar, HEADS, T, factor, C: tl.constexpr):
     """r Abar of a tile of keys j and BLOCK_T rows of r, of HEADS heads, by a pass over their queries i. Tiles are [kv,q].
 
     r_abar_tj = factor sum_i r_ti E_ij, E = P or BY_GRADIENT relu(P dP), with P and dP as in `_units_backward_kernel`
     """
     N, M, grad = x.N, x.M, x.grad
-    num_kv = tl.cdiv(M, BLOCK_KV)
-    i_block, i_bp, i_b, i_p, _ = block_and_head(num_kv * tl.cdiv(T, BLOCK_T), x.H // HEADS, 1)
+    num_kv = tl.cdiv(M, C.BLOCK_KV)
+    i_block, i_bp, i_b, i_p, _ = block_and_head(num_kv * tl.cdiv(T, C.BLOCK_T), x.H // HEADS, 1)
     i_kv = i_block % num_kv
-    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    o_t = (i_block // num_kv) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_a, o_d = tl.arange(0, C.BLOCK_A), tl.arange(0, C.BLOCK_DV)
+    o_kv = i_kv * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV)
+    o_t = (i_block // num_kv) * C.BLOCK_T + tl.arange(0, C.BLOCK_T)
+    o_a = tl.arange(0, C.BLOCK_A)
     m_key = real_tokens(x.masks.p_keys + i_b * M, o_kv, M, C.KEY_MASK)
-    begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if C.CAUSAL else 0  # queries before it see none of these keys
-    b_r_abar = zero_carried(BLOCK_KV, BLOCK_T)
+    begin = (i_kv * C.BLOCK_KV) // C.BLOCK_Q * C.BLOCK_Q if C.CAUSAL else 0  # queries before it see none of these keys
+    b_r_abar = zero_carried(C.BLOCK_KV, C.BLOCK_T)
     for i in range(HEADS):
         i_h = i_p * HEADS + i
         i_bh = i_b * x.H + i_h
         p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head_of(x, i_bh, i_b, i_h, i_h // C.GROUP_K, C)
         bound = largest_argument(p_q, p_k, p_pre_q, p_pre_k, masks.p_keys, N, M, C)
         largest, total = weights_summed(p_u + i_h * C.A, o_a, C.A)
-        masks = transposed(masks)
-        if BY_GRADIENT:
-            b_v = load_rows(p_v, x.v.stride_n, o_kv, o_d, M, C.DV)  # [kv,Dv]
+        if C.BY_GRADIENT:
+            b_v = tile_of(p_v, x.v.stride_n, o_kv, M, C.DV, C.BLOCK_DV).b  # [kv,Dv]
             p_grad = head_at(grad, i_b, i_h, C.DV)
-        seeing = seeing_queries(masks, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
-        tiles = seen_tiles(seeing, begin, N, BLOCK_Q, C.MASK)
-        for start in range(tiles[0], tiles[1], BLOCK_Q):
-            o_q = start + tl.arange(0, BLOCK_Q)
+        seeing = seeing_queries(masks, i_kv * C.BLOCK_KV, N, M, C.BLOCK_KV, C.MASK)
+        tiles = seen_tiles(seeing, begin, N, C.BLOCK_Q, C.MASK)
+        for start in range(tiles[0], tiles[1], C.BLOCK_Q):
+            o_q = start + tl.arange(0, C.BLOCK_Q)
             of_k, of_q = (p_k, p_pre_k, o_kv, x.k.stride_n, M), (p_q, p_pre_q, o_q, x.q.stride_n, N)
             b_s = sum_units(of_k, of_q, p_u + i_h * C.A, bound, largest, total, C)  # [kv,q]
-            b_logit = _masked(b_s * x.scale_log2, masks, i_kv * BLOCK_KV, o_q, o_kv, N, M, True, C)
+            b_logit = _masked(b_s * x.scale_log2, Pairs(masks, i_kv * C.BLOCK_KV, o_q, o_kv, N, M), True, C)
             b_map = _probabilities(b_logit, x, stats, i_bh, o_q, C)
-            if BY_GRADIENT:
-                b_do = load_rows(p_grad, grad.stride_n, o_q, o_d, N, C.DV)  # [q,Dv]
+            if C.BY_GRADIENT:
+                b_do = tile_of(p_grad, grad.stride_n, o_q, N, C.DV, C.BLOCK_DV).b  # [q,Dv]
                 b_map = map_of(b_map, dot(b_v, tl.trans(b_do), C.PRECISION), o_q, N)
             b_r_abar = add_carried(b_r_abar, keep_layout(b_map, True, C.PRECISION), p_r, i_b, o_q, o_t, T, x, C)
     store_carried(p_r_abar, b_r_abar, factor, i_bp, o_t, T, o_kv, m_key, M)

@@ -28,6 +28,7 @@ from vlattn_fast.kernels._tiles import (
     LOG2_E,
     ROW_MULTIPLE,
     Heads,
+    Pairs,
     add_products,
     aligned,
     below_max,
@@ -35,13 +36,12 @@ from vlattn_fast.kernels._tiles import (
     block_size,
     cdiv,
     head_at,
-    head_side,
+    head_tile,
     heads_of,
     input_precision,
     key_range,
-    key_side,
+    key_tile,
     launched,
-    load_side,
     load_tile,
     mask_logits,
     masks_and_kind,
@@ -76,6 +76,8 @@ class Constants(NamedTuple):
     OTHER_BLOCK_D: int
     OTHER_FOLDED: bool
     PRECISION: str
+    BLOCK_Q: int = 0
+    BLOCK_KV: int = 0
 
 
 class Side(NamedTuple):
@@ -248,22 +250,7 @@ def call_of(
 
 
 @triton.jit
-def _terms_kernel(
-    own,
-    other,
-    masks,
-    strip,
-    p_sums,
-    N,
-    M,
-    first,
-    rows,
-    keys,
-    beta,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-):
+def _terms_kernel(own, other, masks, strip, p_sums, N, M, first, rows, keys, beta, C: tl.constexpr):
     """The sum of f over a part of `keys` keys j, for a tile of queries i of one head or of the heads' mean.
 
     Total variation has two sums, see `_divergence`.
@@ -271,27 +258,27 @@ def _terms_kernel(
     pairs that no head sees.
     """
     parts = tl.cdiv(M, keys)
-    i, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(rows, BLOCK_Q) * parts, 1 if C.MEAN else own.H, 1)
-    i_q, i_part = first // BLOCK_Q + i // parts, i % parts
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    _, end = key_range(i_q, M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    i, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(rows, C.BLOCK_Q) * parts, 1 if C.MEAN else own.H, 1)
+    i_q, i_part = first // C.BLOCK_Q + i // parts, i % parts
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    _, end = key_range(i_q, M, True, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     end = tl.minimum(end, i_part * keys + keys)
     at_head = masks_at(masks, i_b, i_h, M)
     if not C.MEAN:
         queries = _queries(own, i_b, i_h, o_q, N, C.D, C.BLOCK_D)
         others = _queries(other, i_b, i_h, o_q, N, C.OTHER_D, C.OTHER_BLOCK_D)
-    b_sum = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)  # over its columns once, at the end
-    b_negative = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
-    for start in range(i_part * keys, end, BLOCK_KV):
-        o_kv = start + tl.arange(0, BLOCK_KV)
+    b_sum = tl.zeros([C.BLOCK_Q, C.BLOCK_KV], dtype=tl.float32)  # over its columns once, at the end
+    b_negative = tl.zeros([C.BLOCK_Q, C.BLOCK_KV], dtype=tl.float32)
+    for start in range(i_part * keys, end, C.BLOCK_KV):
+        o_kv = start + tl.arange(0, C.BLOCK_KV)
         if C.MEAN:
             b_a = _log_map(own, masks, i_b, start, o_q, o_kv, N, M, C.D, C.BLOCK_D, C.FOLDED, C)
             b_b = _log_map(other, masks, i_b, start, o_q, o_kv, N, M, C.OTHER_D, C.OTHER_BLOCK_D, C.OTHER_FOLDED, C)
         else:
-            b_keys = keys_of(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
-            b_a = _logs(queries, b_keys, at_head, start, o_q, o_kv, N, M, own.scale_log2, C.D, C.FOLDED, C)
-            b_theirs = keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
-            b_b = _logs(others, b_theirs, at_head, start, o_q, o_kv, N, M, other.scale_log2, C.OTHER_D, C.OTHER_FOLDED, C)
+            t_k = keys_of(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
+            b_a = _logs(queries, t_k, at_head, start, o_q, o_kv, N, M, own.scale_log2, C.D, C.FOLDED, C)
+            t_theirs = keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
+            b_b = _logs(others, t_theirs, at_head, start, o_q, o_kv, N, M, other.scale_log2, C.OTHER_D, C.OTHER_FOLDED, C)
         if strip is None:
             b_f = _divergence(b_a, b_b, beta, C.KIND)
             if C.KIND == "total_variation":
@@ -306,119 +293,84 @@ def _terms_kernel(
     if strip is None:
         tl.store(p_sums + (i_bh * parts + i_part) * N + o_q, tl.sum(b_sum, axis=1), mask=o_q < N)
         if C.KIND == "total_variation":
-            p_negative = p_sums + tl.num_programs(0).to(tl.int64) // tl.cdiv(rows, BLOCK_Q) * N
+            p_negative = p_sums + tl.num_programs(0).to(tl.int64) // tl.cdiv(rows, C.BLOCK_Q) * N
             tl.store(p_negative + (i_bh * parts + i_part) * N + o_q, tl.sum(b_negative, axis=1), mask=o_q < N)
 
 
 @triton.jit
-def _backward_q_kernel(
-    own,
-    other,
-    masks,
-    strip,
-    p_grad,
-    p_mean,
-    p_grad_q,
-    N,
-    M,
-    first,
-    rows,
-    beta,
-    factor,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-):
+def _backward_q_kernel(own, other, masks, strip, p_grad, p_mean, p_grad_q, N, M, first, rows, beta, factor, C: tl.constexpr):
     """dQ of a tile of queries i of one head, by two sweeps over its keys j; the first gives mean_i, which dK needs as well.
 
     mean_i = sum_j A_ij r_ij      dS_ij = dD_i (A_ij r_ij - A_ij mean_i)      dq_i = scale sum_j dS_ij k_j
     A mean over H heads has A_h r = (A_h / Abar) Abar r, and 1 / H of that dS. factor: scale, or scale / H.
     """
-    i, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(rows, BLOCK_Q), own.H, 1)
-    i_q = first // BLOCK_Q + i
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    _, end = key_range(i_q, M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    i, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(rows, C.BLOCK_Q), own.H, 1)
+    i_q = first // C.BLOCK_Q + i
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    _, end = key_range(i_q, M, True, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     at_head = masks_at(masks, i_b, i_h, M)
     place = i_b, N, M, first, rows
     queries = _queries(own, i_b, i_h, o_q, N, C.D, C.BLOCK_D)
     others = queries if C.MEAN else _queries(other, i_b, i_h, o_q, N, C.OTHER_D, C.OTHER_BLOCK_D)
-    b_sum = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
-    for start in range(0, end, BLOCK_KV):
-        o_kv = start + tl.arange(0, BLOCK_KV)
-        b_keys = keys_of(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
-        b_theirs = b_keys if C.MEAN else keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
-        b_sum += _log_and_weighted(
-            own, other, strip, place, beta, queries, b_keys, others, b_theirs, at_head, start, o_q, o_kv, C
-        )[1]
+    b_sum = tl.zeros([C.BLOCK_Q, C.BLOCK_KV], dtype=tl.float32)
+    for start in range(0, end, C.BLOCK_KV):
+        o_kv = start + tl.arange(0, C.BLOCK_KV)
+        t_k = keys_of(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
+        t_theirs = t_k if C.MEAN else keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
+        b_sum += _log_and_weighted(own, other, strip, place, beta, queries, t_k, others, t_theirs, at_head, start, o_q, o_kv, C)[
+            1
+        ]
     b_mean = tl.sum(b_sum, axis=1)
     tl.store(p_mean + i_bh * N + o_q, b_mean, mask=o_q < N)
     b_grad = tl.load(p_grad + (i_b if C.MEAN else i_bh) * N + o_q, mask=o_q < N, other=0.0) * factor
-    b_sums = zero_sums(own.q.p.dtype.element_ty, BLOCK_Q, C.D, C.BLOCK_D)
-    for start in range(0, end, BLOCK_KV):
-        o_kv = start + tl.arange(0, BLOCK_KV)
-        b_keys = keys_of(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
-        b_theirs = b_keys if C.MEAN else keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
+    b_sums = zero_sums(own.q.p.dtype.element_ty, C.BLOCK_Q, C.D, C.BLOCK_D)
+    for start in range(0, end, C.BLOCK_KV):
+        o_kv = start + tl.arange(0, C.BLOCK_KV)
+        t_k = keys_of(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
+        t_theirs = t_k if C.MEAN else keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
         b_log, b_weighted = _log_and_weighted(
-            own, other, strip, place, beta, queries, b_keys, others, b_theirs, at_head, start, o_q, o_kv, C
+            own, other, strip, place, beta, queries, t_k, others, t_theirs, at_head, start, o_q, o_kv, C
         )
         b_ds = (b_weighted - tl.exp2(b_log) * b_mean[:, None]) * b_grad[:, None]
-        b_sums = add_small(b_sums, b_ds, b_keys[0], b_keys[1], C.D, C.PRECISION)
+        b_sums = add_small(b_sums, b_ds, t_k, C.D, C.PRECISION)
     store_sums(p_grad_q + i_bh * N * C.D, C.D, o_q, tl.arange(0, C.BLOCK_D), N, C.D, b_sums)
 
 
 @triton.jit
-def _backward_kv_kernel(
-    own,
-    other,
-    masks,
-    strip,
-    p_grad,
-    p_mean,
-    p_grad_k,
-    N,
-    M,
-    first,
-    rows,
-    beta,
-    factor,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-):
+def _backward_kv_kernel(own, other, masks, strip, p_grad, p_mean, p_grad_k, N, M, first, rows, beta, factor, C: tl.constexpr):
     """dK of a tile of keys j, over `rows` queries i from the `first` on, of the GROUP_K query heads that share it, with dS as in
     `_backward_q_kernel`: dk_j = scale sum_i dS_ij q_i."""
-    i_kv, i_bh, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), own.H // own.GROUP_K, 1)
-    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    b_keys = keys_of(own, masks_at(masks, i_b, 0, M), i_b, i_hk * own.GROUP_K, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
-    begin = tl.maximum(first, i_kv * BLOCK_KV // BLOCK_Q * BLOCK_Q) if C.CAUSAL else first
+    i_kv, i_bh, i_b, i_hk, _ = block_and_head(tl.cdiv(M, C.BLOCK_KV), own.H // own.GROUP_K, 1)
+    o_kv = i_kv * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV)
+    t_k = keys_of(own, masks_at(masks, i_b, 0, M), i_b, i_hk * own.GROUP_K, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
+    begin = tl.maximum(first, i_kv * C.BLOCK_KV // C.BLOCK_Q * C.BLOCK_Q) if C.CAUSAL else first
     place = i_b, N, M, first, rows
-    b_sums = zero_sums(own.q.p.dtype.element_ty, BLOCK_KV, C.D, C.BLOCK_D, True)
+    b_sums = zero_sums(own.q.p.dtype.element_ty, C.BLOCK_KV, C.D, C.BLOCK_D, True)
     for head in range(0, own.GROUP_K):
         i_h = i_hk * own.GROUP_K + head
         at_head = masks_at(masks, i_b, i_h, M)
-        b_theirs = b_keys if C.MEAN else keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
-        for start in range(begin, first + rows, BLOCK_Q):
-            o_q = start + tl.arange(0, BLOCK_Q)
+        t_theirs = t_k if C.MEAN else keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
+        for start in range(begin, first + rows, C.BLOCK_Q):
+            o_q = start + tl.arange(0, C.BLOCK_Q)
             queries = _queries(own, i_b, i_h, o_q, N, C.D, C.BLOCK_D)
             others = queries if C.MEAN else _queries(other, i_b, i_h, o_q, N, C.OTHER_D, C.OTHER_BLOCK_D)
-            first_key = i_kv * BLOCK_KV
+            first_key = i_kv * C.BLOCK_KV
             b_log, b_weighted = _log_and_weighted(
-                own, other, strip, place, beta, queries, b_keys, others, b_theirs, at_head, first_key, o_q, o_kv, C
+                own, other, strip, place, beta, queries, t_k, others, t_theirs, at_head, first_key, o_q, o_kv, C
             )
             o_row = (i_b * own.H + i_h) * N + o_q
             b_mean = tl.load(p_mean + o_row, mask=o_q < N, other=0.0)
             b_grad = tl.load(p_grad + (i_b * N + o_q if C.MEAN else o_row), mask=o_q < N, other=0.0) * factor
             b_ds = (b_weighted - tl.exp2(b_log) * b_mean[:, None]) * b_grad[:, None]
-            b_sums = add_small(b_sums, tl.trans(b_ds), queries[0], queries[1], C.D, C.PRECISION)
+            b_sums = add_small(b_sums, tl.trans(b_ds), queries[0], C.D, C.PRECISION)
     store_sums(p_grad_k + i_bh * M * C.D, C.D, o_kv, tl.arange(0, C.BLOCK_D), M, C.D, b_sums)
 
 
 @triton.jit
 def _queries(side, i_b, i_h, o_q, N, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile of queries [q,D] of one head, where it lies, and of each row the largest logit and log2 of the largest weight."""
-    of_q = head_side(side.q, i_b, i_h, o_q, N, D)
+    """A tile of queries [q,D] of one head, and of each row the largest logit and log2 of the largest weight."""
     b_max, b_largest = _largest(side, i_b * side.H + i_h, o_q, N)
-    return load_side(of_q, tl.arange(0, BLOCK_D), D), of_q, b_max, b_largest
+    return head_tile(side.q, i_b, i_h, o_q, N, D, BLOCK_D), b_max, b_largest
 
 
 @triton.jit
@@ -432,20 +384,19 @@ def _largest(side, i_map, o_q, N):
 
 @triton.jit
 def keys_of(side, masks, i_b, i_h, o_kv, M, D: tl.constexpr, BLOCK_D: tl.constexpr, KEY_MASK: tl.constexpr):
-    """A tile of keys [kv,D] for a query head, and where it lies."""
-    of_k = key_side(head_at(side.k, i_b, i_h // side.GROUP_K, D), side.k.stride_n, masks.p_keys, o_kv, M, D, KEY_MASK)
-    return load_side(of_k, tl.arange(0, BLOCK_D), D), of_k
+    """A tile of keys [kv,D] for a query head."""
+    p_k = head_at(side.k, i_b, i_h // side.GROUP_K, D)
+    return key_tile(p_k, side.k.stride_n, masks.p_keys, o_kv, M, D, BLOCK_D, KEY_MASK)
 
 
 @triton.jit
-def _logs(queries, keys, masks, start, o_q, o_kv, N, M, scale_log2, D: tl.constexpr, FOLDED: tl.constexpr, C: tl.constexpr):
+def _logs(queries, t_k, masks, start, o_q, o_kv, N, M, scale_log2, D: tl.constexpr, FOLDED: tl.constexpr, C: tl.constexpr):
     """log2 A [q,kv] of one head, -inf for masked pairs and outside of N x M."""
-    b_q, of_q, b_max, b_largest = queries
-    b_k, of_k = keys
-    b_s = row_products(b_q, of_q, b_k, of_k, D, C.PRECISION)
+    t_q, b_max, b_largest = queries
+    b_s = row_products(t_q, t_k, D, C.PRECISION)
     if FOLDED:
         b_s *= scale_log2
-    b_s = mask_logits(b_s, masks, start, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
+    b_s = mask_logits(b_s, Pairs(masks, start, o_q, o_kv, N, M), C.MASK, C.KEY_MASK, C.CAUSAL)
     return below_max(b_s, b_max, scale_log2, FOLDED) + b_largest[:, None]
 
 
@@ -467,22 +418,21 @@ def index_logits(
     side, masks, i_b, start, o_q, o_kv, N, M, D: tl.constexpr, BLOCK_D: tl.constexpr, FOLDED: tl.constexpr, C: tl.constexpr
 ):
     """Logits [q,kv] of an indexer for `below_max`: sum_h w_h relu(z_h), -inf for masked pairs and outside of N x M."""
-    b_k, of_k = keys_of(side, masks, i_b, i_b * 0, o_kv, M, D, BLOCK_D, C.KEY_MASK)
+    t_k = keys_of(side, masks, i_b, i_b * 0, o_kv, M, D, BLOCK_D, C.KEY_MASK)
     b_s = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
     for h in range(side.H):
-        b_q, of_q, b_factor = index_queries(side, i_b, i_b * 0 + h, o_q, N, D, BLOCK_D)
-        b_s += b_factor[:, None] * relu(row_products(b_q, of_q, b_k, of_k, D, C.PRECISION))
+        t_q, b_factor = index_queries(side, i_b, i_b * 0 + h, o_q, N, D, BLOCK_D)
+        b_s += b_factor[:, None] * relu(row_products(t_q, t_k, D, C.PRECISION))
     if FOLDED:
         b_s *= side.scale_log2
-    return mask_logits(b_s, masks, start, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
+    return mask_logits(b_s, Pairs(masks, start, o_q, o_kv, N, M), C.MASK, C.KEY_MASK, C.CAUSAL)
 
 
 @triton.jit
 def index_queries(side, i_b, i_h, o_q, N, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile of queries [q,D] of one head of an indexer, where it lies, and the head's factors [q]."""
-    of_q = head_side(side.q, i_b, i_h, o_q, N, D)
+    """A tile of queries [q,D] of one head of an indexer, and the head's factors [q]."""
     b_factor = tl.load(side.p_factors + (i_b * side.H + i_h) * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
-    return load_side(of_q, tl.arange(0, BLOCK_D), D), of_q, b_factor
+    return head_tile(side.q, i_b, i_h, o_q, N, D, BLOCK_D), b_factor
 
 
 @triton.jit
@@ -496,8 +446,8 @@ def _log_mean(
         i_h = i_b * 0 + h
         at_head = masks_at(masks, i_b, i_h, M)
         queries = _queries(side, i_b, i_h, o_q, N, D, BLOCK_D)
-        keys = keys_of(side, at_head, i_b, i_h, o_kv, M, D, BLOCK_D, C.KEY_MASK)
-        b_log = _logs(queries, keys, at_head, start, o_q, o_kv, N, M, side.scale_log2, D, FOLDED, C)
+        t_k = keys_of(side, at_head, i_b, i_h, o_kv, M, D, BLOCK_D, C.KEY_MASK)
+        b_log = _logs(queries, t_k, at_head, start, o_q, o_kv, N, M, side.scale_log2, D, FOLDED, C)
         b_above = b_log - b_high
         b_less = tl.exp2(-tl.abs(b_above))
         b_sum = tl.where(b_above > 0.0, b_sum * b_less + 1.0, b_sum + b_less)
@@ -507,28 +457,26 @@ def _log_mean(
 
 
 @triton.jit
-def _log_and_weighted(
-    own, other, strip, place, beta, queries, keys, others, their_keys, masks, start, o_q, o_kv, C: tl.constexpr
-):
+def _log_and_weighted(own, other, strip, place, beta, queries, t_k, others, t_theirs, masks, start, o_q, o_kv, C: tl.constexpr):
     """log2 A and A r [q,kv] of one head of `own`."""
     i_b, N, M, first, rows = place
-    b_log = _logs(queries, keys, masks, start, o_q, o_kv, N, M, own.scale_log2, C.D, C.FOLDED, C)
+    b_log = _logs(queries, t_k, masks, start, o_q, o_kv, N, M, own.scale_log2, C.D, C.FOLDED, C)
     if C.MEAN:
         b_mean = load_tile(strip[1] + i_b * rows * M, M, o_q - first, o_kv, rows, M)
         b_share = tl.exp2(b_log - b_mean)  # A_h / Abar, at most H
         return b_log, b_share * load_tile(strip[0] + i_b * rows * M, M, o_q - first, o_kv, rows, M)
     else:
-        b_other = _logs(others, their_keys, masks, start, o_q, o_kv, N, M, other.scale_log2, C.OTHER_D, C.OTHER_FOLDED, C)
+        b_other = _logs(others, t_theirs, masks, start, o_q, o_kv, N, M, other.scale_log2, C.OTHER_D, C.OTHER_FOLDED, C)
         return b_log, _weighted(b_log, b_other, beta, C.KIND)
 
 
 @triton.jit
-def add_small(b_sums, b_ds, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """b_sums + b_ds b_y for gradients b_ds of any magnitude, and a tile b_y at side y."""
-    if b_y.dtype == tl.float16:
-        return (b_sums[0] + dot_small(b_ds, b_y, PRECISION),)
+def add_small(b_sums, b_ds, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """b_sums + b_ds y for gradients b_ds of any magnitude, and a tile y."""
+    if y.b.dtype == tl.float16:
+        return (b_sums[0] + dot_small(b_ds, y.b, PRECISION),)
     else:
-        return add_products(b_sums, b_ds, b_y, y, SIZE, PRECISION)
+        return add_products(b_sums, b_ds, y, SIZE, PRECISION)
 
 
 @triton.jit

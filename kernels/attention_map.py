@@ -30,6 +30,7 @@ from vlattn_fast.kernels._tiles import (
     CALLER_LSE,
     LOG2_E,
     ROW_MULTIPLE,
+    Pairs,
     aligned,
     aligned_step,
     below_max,
@@ -38,12 +39,11 @@ from vlattn_fast.kernels._tiles import (
     cdiv,
     edge_block,
     head_at,
-    head_side,
+    head_tile,
     heads_of,
     input_precision,
     key_range,
     launched,
-    load_side,
     mask_logits,
     mask_tile,
     masks_and_kind,
@@ -53,8 +53,8 @@ from vlattn_fast.kernels._tiles import (
     row_products,
     row_shift,
     rows_at,
-    side_at,
     store_tile,
+    tile_of,
 )
 
 
@@ -68,6 +68,16 @@ class Constants(NamedTuple):
     CAUSAL: bool
     FOLDED: bool
     PRECISION: str
+    DV: int = 0
+    GRADIENT: bool = False
+    REDUCTION: str = ""
+    NORMALIZE: bool = False
+    ONE_TILE: bool = False
+    SOURCE: str = ""
+    BLOCK_DV: int = 0
+    BLOCK_Q: int = 0
+    BLOCK_KV: int = 0
+    BLOCK_EDGE: int = 0
 
 
 @on_device
@@ -116,10 +126,9 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
         row_max, row_inverse = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(2))
         rows_config = configuration("attention_map", "rows", **facts, size=size, masked=masked)
         _rows_kernel[(cdiv(num_q, rows_config["BLOCK_Q"]) * batch * heads,)](
-            **launched(call, rows_config),
+            **launched(call, rows_config, BLOCK_EDGE=edge_block(num_kv, rows_config["BLOCK_KV"], is_causal)),
             p_max=row_max,
             p_inverse=row_inverse,
-            BLOCK_EDGE=edge_block(num_kv, rows_config["BLOCK_KV"], is_causal),
         )
     if rows == "statistics" and lse is not None:
         known = (row_max, row_inverse) if float_mask else None
@@ -127,20 +136,23 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
     lse = lse.to(torch.float32).contiguous() if rows == "lse" and lse is not None else abar
     grid = (cdiv(num_q, config["BLOCK_Q"]) * cdiv(num_kv, config["BLOCK_KV"]) * batch,)
     _map_kernel[grid](
-        **launched(call, config),
+        **launched(
+            call,
+            config,
+            DV=size_v,
+            GRADIENT=gradient,
+            REDUCTION=inputs.head_reduction,
+            NORMALIZE=inputs.row_normalize,
+            ONE_TILE=one_tile,
+            SOURCE=rows,
+            BLOCK_DV=block_size(size_v),
+        ),
         v=heads_of(value),
         grad=heads_of(grad_output),
         p_lse=lse,
         p_max=row_max,
         p_inverse=row_inverse,
         p_map=abar,
-        DV=size_v,
-        GRADIENT=gradient,
-        REDUCTION=inputs.head_reduction,
-        NORMALIZE=inputs.row_normalize,
-        ONE_TILE=one_tile,
-        SOURCE=rows,
-        BLOCK_DV=block_size(size_v),
     )
     if inputs.row_normalize and not one_tile:
         total = abar.sum(-1, keepdim=True)
@@ -155,11 +167,10 @@ def _of_scores(inputs: AttentionMapInputs, vector: Tensor | None, abar: Tensor) 
     config = config_of("map_of_scores", launch)
     batch, num_q, num_kv = abar.shape
     _map_of_scores_kernel[(cdiv(num_q, config["BLOCK_Q"]) * cdiv(num_kv, config["BLOCK_KV"]) * batch,)](
-        **launched(launch.call, config),
+        **launched(launch.call, config, BY_GRADIENT=launch.by_gradient),
         p_u=launch.vector,
         stats=statistics(launch, inputs.lse),
         p_map=abar,
-        BY_GRADIENT=launch.by_gradient,
     )
     return abar
 
@@ -206,9 +217,7 @@ def _rows_by_lse(lse: Tensor, unit: float, known: tuple[Tensor, Tensor] | None) 
 
 
 @triton.jit
-def _rows_kernel(
-    x, parameter, p_max, p_inverse, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_EDGE: tl.constexpr
-):
+def _rows_kernel(x, parameter, p_max, p_inverse, C: tl.constexpr):
     """The numbers that make probabilities of logits, for a tile of queries i of one head, by an online softmax over the keys j.
 
     x_ij      = scale_log2 q_i k_j, or scale_log2 tanh(parameter q_i k_j), under the masks
@@ -218,30 +227,28 @@ def _rows_kernel(
     it would be rounded.
     """
     q, k, masks, H, GROUP_K, N, M, scale_log2, _behind = x
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, C.BLOCK_Q), H, GROUP_K)
     p_k = head_at(k, i_b, i_hk, C.D)
     masks = masks_at(masks, i_b, i_h, M)
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_d = tl.arange(0, C.BLOCK_D)
-    of_q = head_side(q, i_b, i_h, o_q, N, C.D)
-    b_q = load_side(of_q, o_d, C.D)  # [q,D]
-    b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    t_q = head_tile(q, i_b, i_h, o_q, N, C.D, C.BLOCK_D)  # [q,D]
+    b_max = tl.full([C.BLOCK_Q], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+    whole, end = key_range(i_q, M, False, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     seen = seen_keys(masks, o_q, N, M, C.MASK)
     for EDGE in tl.static_range(2):
         begin, finish = whole if EDGE else 0, end if EDGE else whole
-        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
+        tiles = seen_tiles(seen, begin, finish, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
             start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            of_k = side_at(p_k, k.stride_n, o_kv, M if EDGE else None, C.D)
-            b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
+            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
+            t_k = tile_of(p_k, k.stride_n, o_kv, M if EDGE else None, C.D, C.BLOCK_D)
+            b_s = row_products(t_q, t_k, C.D, C.PRECISION)  # [q,kv]
             if parameter is not None:
                 b_s, _ = softcapped(b_s, parameter, C)
             if C.FOLDED:  # a mask is added to logits, and not to bare products
                 b_s *= scale_log2
-            b_s = mask_tile(b_s, masks, start, o_q, o_kv, N, M, C, EDGE)
+            b_s = mask_tile(b_s, Pairs(masks, start, o_q, o_kv, N, M), C, EDGE)
             b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
             b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN in a row that has no key yet
             b_alpha = tl.exp2(b_max - b_safe if C.FOLDED else (b_max - b_safe) * scale_log2)
@@ -266,26 +273,7 @@ def _seeing_heads(masks, start, o_q, heads, N, M, BLOCK: tl.constexpr, MASK: tl.
 
 
 @triton.jit
-def _map_kernel(
-    x,
-    parameter,
-    v,
-    grad,
-    p_lse,
-    p_max,
-    p_inverse,
-    p_map,
-    DV: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    ONE_TILE: tl.constexpr,
-    SOURCE: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-):
+def _map_kernel(x, parameter, v, grad, p_lse, p_max, p_inverse, p_map, C: tl.constexpr):
     """One tile of pairs ij of the map, with the heads h in the loop.
 
     A_hij  = 2^(x_hij - max_hi) inverse_hi, or 2^(x_hij - log2(e) lse_hi), with x, max and inverse as in `_rows_kernel`
@@ -295,7 +283,7 @@ def _map_kernel(
     Neighbouring programs share query rows, and those of one batch share all keys, so both stay in the cache.
     """
     q, k, masks, H, GROUP_K, N, M, scale_log2, _behind = x
-    num_q, num_kv = tl.cdiv(N, BLOCK_Q), tl.cdiv(M, BLOCK_KV)
+    num_q, num_kv = tl.cdiv(N, C.BLOCK_Q), tl.cdiv(M, C.BLOCK_KV)
     i = tl.program_id(0).to(tl.int64)
     i_b = i // (num_q * num_kv)
     i_q = ((i // num_kv) % num_q).to(tl.int32)
@@ -303,46 +291,42 @@ def _map_kernel(
     # a head's rows begin `step` further than those of the head before
     p_q, step_q = rows_at(q.p, i_b * q.stride_b, C.D), aligned_step(q.stride_h, C.D)
     p_k, step_k = rows_at(k.p, i_b * k.stride_b, C.D), aligned_step(k.stride_h, C.D)
-    p_v, step_v = rows_at(v.p, i_b * v.stride_b, DV), aligned_step(v.stride_h, DV)
-    p_grad, step_g = rows_at(grad.p, i_b * grad.stride_b, DV), aligned_step(grad.stride_h, DV)
+    p_v, step_v = rows_at(v.p, i_b * v.stride_b, C.DV), aligned_step(v.stride_h, C.DV)
+    p_grad, step_g = rows_at(grad.p, i_b * grad.stride_b, C.DV), aligned_step(grad.stride_h, C.DV)
     masks = masks_at(masks, i_b, 0, M)
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    o_d = tl.arange(0, C.BLOCK_D)
-    o_dv = tl.arange(0, BLOCK_DV)
-    KEYS: tl.constexpr = SOURCE == "tile"  # else masks that are the same in all heads are applied after the loop
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    o_kv = i_kv * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV)
+    KEYS: tl.constexpr = C.SOURCE == "tile"  # else masks that are the same in all heads are applied after the loop
     first_h, end_h = 0, H
     if C.CAUSAL:  # all is 0 above the diagonal
-        end_h = tl.where(i_kv * BLOCK_KV < (i_q + 1) * BLOCK_Q, H, 0)
+        end_h = tl.where(i_kv * C.BLOCK_KV < (i_q + 1) * C.BLOCK_Q, H, 0)
     if C.MASK >= GROUP_BIAS:
-        first_h, end_h = _seeing_heads(masks, i_kv * BLOCK_KV, o_q, end_h, N, M, BLOCK_KV, C.MASK)
+        first_h, end_h = _seeing_heads(masks, i_kv * C.BLOCK_KV, o_q, end_h, N, M, C.BLOCK_KV, C.MASK)
     # a maximum may begin with 0, since no map has less, and so may the minimum where a head is left out
-    least = tl.where(first_h + H - end_h > 0, 0.0, float("inf")) if REDUCTION == "min" else 0.0
-    b_map = tl.full([BLOCK_Q, BLOCK_KV], least, dtype=tl.float32)
+    least = tl.where(first_h + H - end_h > 0, 0.0, float("inf")) if C.REDUCTION == "min" else 0.0
+    b_map = tl.full([C.BLOCK_Q, C.BLOCK_KV], least, dtype=tl.float32)
     for h in range(first_h, end_h):
         i_h = tl.full([], 0, dtype=tl.int64) + h  # 64 bits, as offsets are products of it
         i_hk = i_h // GROUP_K
-        of_q = side_at(p_q + i_h * step_q, q.stride_n, o_q, N, C.D)
-        b_q = load_side(of_q, o_d, C.D)  # [q,D]
-        of_k = side_at(p_k + i_hk * step_k, k.stride_n, o_kv, M, C.D)
-        b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
+        t_q = tile_of(p_q + i_h * step_q, q.stride_n, o_q, N, C.D, C.BLOCK_D)  # [q,D]
+        t_k = tile_of(p_k + i_hk * step_k, k.stride_n, o_kv, M, C.D, C.BLOCK_D)
+        b_s = row_products(t_q, t_k, C.D, C.PRECISION)  # [q,kv]
         if parameter is not None:
             b_s, _ = softcapped(b_s, parameter, C)
-        if C.FOLDED or SOURCE == "lse":
+        if C.FOLDED or C.SOURCE == "lse":
             b_s *= scale_log2
         if C.MASK != 0 or KEYS:  # `masks` is at the sample already
-            of_head, start = masks_at(masks, 0, i_h, 0), i_kv * BLOCK_KV
-            b_s = mask_logits(b_s, of_head, start, o_q, o_kv, N, M, C.MASK, C.KEY_MASK and KEYS, C.CAUSAL and KEYS)
-        b_p, b_inverse = _powers(b_s, (p_lse, p_max, p_inverse), (i_b * H + i_h) * N, o_q, N, scale_log2, SOURCE, C)
-        if GRADIENT:
-            of_do = side_at(p_grad + i_h * step_g, grad.stride_n, o_q, N, DV)
-            b_do = load_side(of_do, o_dv, DV)  # [q,Dv]
-            of_v = side_at(p_v + i_hk * step_v, v.stride_n, o_kv, M, DV)
-            b_p = relu(b_p * row_products(b_do, of_do, load_side(of_v, o_dv, DV), of_v, DV, C.PRECISION))
-        b_head = b_p if SOURCE == "lse" else b_p * b_inverse[:, None]  # after relu: a row has one factor, which is positive
-        if REDUCTION == "mean":
+            pairs = Pairs(masks_at(masks, 0, i_h, 0), i_kv * C.BLOCK_KV, o_q, o_kv, N, M)
+            b_s = mask_logits(b_s, pairs, C.MASK, C.KEY_MASK and KEYS, C.CAUSAL and KEYS)
+        b_p, b_inverse = _powers(b_s, (p_lse, p_max, p_inverse), (i_b * H + i_h) * N, o_q, N, scale_log2, C)
+        if C.GRADIENT:
+            t_do = tile_of(p_grad + i_h * step_g, grad.stride_n, o_q, N, C.DV, C.BLOCK_DV)  # [q,Dv]
+            t_v = tile_of(p_v + i_hk * step_v, v.stride_n, o_kv, M, C.DV, C.BLOCK_DV)
+            b_p = relu(b_p * row_products(t_do, t_v, C.DV, C.PRECISION))
+        b_head = b_p if C.SOURCE == "lse" else b_p * b_inverse[:, None]  # after relu: a row has one factor, which is positive
+        if C.REDUCTION == "mean":
             b_map += b_head
-        elif REDUCTION == "max":
+        elif C.REDUCTION == "max":
             b_map = tl.maximum(b_map, b_head, propagate_nan=tl.PropagateNan.ALL)
         else:
             b_map = tl.minimum(b_map, b_head, propagate_nan=tl.PropagateNan.ALL)
@@ -351,52 +335,47 @@ def _map_kernel(
         b_map = tl.where((tl.load(masks.p_keys + o_kv, mask=o_kv < M, other=0) != 0)[None, :], b_map, 0.0)
     if C.CAUSAL:
         b_map = tl.where(o_kv[None, :] <= o_q[:, None], b_map, 0.0)
-    if NORMALIZE and ONE_TILE:
+    if C.NORMALIZE and C.ONE_TILE:
         b_map = tl.where((o_kv < M)[None, :], b_map, 0.0)  # an infinite gradient times the zeros beyond M is NaN
         b_total = tl.sum(b_map, axis=1)
         b_map /= tl.where(b_total == 0.0, 1.0, b_total)[:, None]
-    elif REDUCTION == "mean" and not NORMALIZE:  # a row over its sum has no H
+    elif C.REDUCTION == "mean" and not C.NORMALIZE:  # a row over its sum has no H
         b_map /= H
     store_tile(p_map + i_b * N * M, M, o_q, o_kv, N, M, b_map)
 
 
 @triton.jit
-def _map_of_scores_kernel(
-    x, p_u, stats, p_map, BY_GRADIENT: tl.constexpr, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr
-):
+def _map_of_scores_kernel(x, p_u, stats, p_map, C: tl.constexpr):
     """One tile of pairs ij of the map of any score, with the heads h in the loop, as in `_map_kernel`.
 
     P_hij  = 2^(x_hij - shift_hi) / total_hi, of `RowStats`        dP_hij = dO_hi v_hj
     map_ij = the mean over h of P_hij, or BY_GRADIENT of relu(P_hij dP_hij)
     """
     H, N, M = x.H, x.N, x.M
-    num_q, num_kv = tl.cdiv(N, BLOCK_Q), tl.cdiv(M, BLOCK_KV)
+    num_q, num_kv = tl.cdiv(N, C.BLOCK_Q), tl.cdiv(M, C.BLOCK_KV)
     i = tl.program_id(0).to(tl.int64)
     i_b = i // (num_q * num_kv)
     i_q, i_kv = ((i // num_kv) % num_q).to(tl.int32), (i % num_kv).to(tl.int32)
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    o_d = tl.arange(0, C.BLOCK_DV)
-    b_map = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    o_kv = i_kv * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV)
+    b_map = tl.zeros([C.BLOCK_Q, C.BLOCK_KV], dtype=tl.float32)
     end_h = H
     if C.CAUSAL:  # all is 0 above the diagonal
-        end_h = tl.where(i_kv * BLOCK_KV < (i_q + 1) * BLOCK_Q, H, 0)
+        end_h = tl.where(i_kv * C.BLOCK_KV < (i_q + 1) * C.BLOCK_Q, H, 0)
     for h in range(0, end_h):
         i_h = tl.full([], 0, dtype=tl.int64) + h  # 64 bits, as offsets are products of it
         i_bh = i_b * H + i_h
         head = head_of(x, i_bh, i_b, i_h, i_h // C.GROUP_K, C)
         p_head = p_u + i_h * C.A if C.UNITS else p_u
         b_s = scores_of_tile(x, head, p_head, o_q, o_kv, C)
-        b_logit = masked_logits(b_s * x.scale_log2, head[5], i_kv * BLOCK_KV, o_q, o_kv, N, M, True, C)
+        b_logit = masked_logits(b_s * x.scale_log2, Pairs(head[5], i_kv * C.BLOCK_KV, o_q, o_kv, N, M), True, C)
         b_shift, b_inverse = row_numbers(stats, i_bh * NP + o_q)
         b_p = tl.exp2(b_logit - b_shift[:, None]) * b_inverse[:, None]
-        if BY_GRADIENT:
-            of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)
-            of_v = side_at(head[2], x.v.stride_n, o_kv, M, C.DV)
-            b_p = relu(
-                b_p * row_products(load_side(of_do, o_d, C.DV), of_do, load_side(of_v, o_d, C.DV), of_v, C.DV, C.PRECISION)
-            )
+        if C.BY_GRADIENT:
+            t_do = head_tile(x.grad, i_b, i_h, o_q, N, C.DV, C.BLOCK_DV)
+            t_v = tile_of(head[2], x.v.stride_n, o_kv, M, C.DV, C.BLOCK_DV)
+            b_p = relu(b_p * row_products(t_do, t_v, C.DV, C.PRECISION))
         b_map += b_p
     # over what NaN or infinity in padding has made of the map
     b_map = tl.where(real_tokens(x.masks.p_keys + i_b * M, o_kv, M, C.KEY_MASK)[None, :], b_map / H, 0.0)
@@ -404,17 +383,17 @@ def _map_of_scores_kernel(
 
 
 @triton.jit
-def _powers(b_s, p_rows, row, o_q, N, scale_log2, SOURCE: tl.constexpr, C: tl.constexpr):
+def _powers(b_s, p_rows, row, o_q, N, scale_log2, C: tl.constexpr):
     """2^(logit - max) [q,kv], and the factor of each row [q] that makes probabilities of it, 1 where SOURCE is "lse".
 
     p_rows: lse, max and inverse of rows; row: the head's first. A fully masked row has max = +inf, so that its powers are 0.
     """
     p_lse, p_max, p_inverse = p_rows
     o_row = row + o_q
-    if SOURCE == "lse":
+    if C.SOURCE == "lse":
         b_p = tl.exp2(b_s - row_shift(p_lse + row, o_q, N)[:, None])
         b_inverse = tl.full(o_q.shape, 1.0, dtype=tl.float32)
-    elif SOURCE == "tile":
+    elif C.SOURCE == "tile":
         b_max = tl.max(b_s, axis=1)
         b_max = tl.where(b_max == float("-inf"), float("inf"), b_max)  # so that 2^(-inf - max) is 0, and not NaN
         b_p = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))

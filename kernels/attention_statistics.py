@@ -34,6 +34,7 @@ from vlattn_fast.kernels._tiles import (
     LOG2_E,
     Heads,
     MaskPointers,
+    Pairs,
     aligned,
     below_max,
     block_and_head,
@@ -42,21 +43,20 @@ from vlattn_fast.kernels._tiles import (
     edge_block,
     extended,
     head_at,
-    head_side,
+    head_tile,
     heads_of,
     input_precision,
     key_range,
     keys_of_a_part,
     launched,
-    load_side,
     mask_logits,
     mask_tile,
     masks_and_kind,
     masks_at,
     query_range,
     row_products,
-    side_at,
     store_tile,
+    tile_of,
     within,
 )
 
@@ -79,6 +79,12 @@ class Constants(NamedTuple):
     MAXIMUM: bool = False
     RECEIVED: bool = False
     FEW: int = 0
+    ARGMAX: bool = False
+    MANY: bool = False
+    BLOCK_G: int = 0
+    BLOCK_Q: int = 0
+    BLOCK_KV: int = 0
+    BLOCK_EDGE: int = 0
 
 
 class Rows(NamedTuple):
@@ -133,14 +139,17 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
         asked = {"ENTROPY": "entropy" in statistics, "ARGMAX": "argmax" in statistics}
         each_part = whole if keys == 0 else _empty_rows(query, (*rows[:2], parts, rows[2]), num_groups)
         _rows_kernel[(cdiv(rows[2], config["BLOCK_Q"]) * parts * blocks,)](
-            **launched(call, config),
+            **launched(
+                call,
+                config,
+                **asked,
+                FEW=few(num_groups),
+                MANY=few(num_groups) < num_groups,
+                BLOCK_G=block_g,
+                BLOCK_EDGE=edge_block(key.shape[2], config["BLOCK_KV"], is_causal),
+            ),
             rows=each_part,
             keys=None if keys == 0 else keys,
-            **asked,
-            FEW=few(num_groups),
-            MANY=few(num_groups) < num_groups,
-            BLOCK_G=block_g,
-            BLOCK_EDGE=edge_block(key.shape[2], config["BLOCK_KV"], is_causal),
         )
         if keys > 0:
             _join_kernel[(maximum.numel(),)](
@@ -161,7 +170,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
         grid = (cdiv(key.shape[2], config["BLOCK_KV"]) * rows[0] * rows[1],)
         edge = edge_block(rows[2], config["BLOCK_Q"], is_causal)
         _received_kernel[grid](
-            **launched(call, config), p_maximum=maximum, p_row_max=row_max, p_received=received, BLOCK_EDGE=edge
+            **launched(call, config, BLOCK_EDGE=edge), p_maximum=maximum, p_row_max=row_max, p_received=received
         )
     max_logit = query.new_empty(0, dtype=torch.float32)
     if "max_logit" in statistics:
@@ -255,20 +264,7 @@ def _width():
 
 
 @triton.jit
-def _rows_kernel(
-    x,
-    rows,
-    keys,
-    ENTROPY: tl.constexpr,
-    ARGMAX: tl.constexpr,
-    FEW: tl.constexpr,
-    MANY: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
+def _rows_kernel(x, rows, keys, C: tl.constexpr):
     """The statistics of a tile of queries i of one head, by one pass over its keys j, and the largest logit of each row.
 
     x_ij  = the base-2 logit - max_i, e_ij = 2^x_ij       max_i      = the largest logit, +inf in a fully masked row
@@ -280,8 +276,8 @@ def _rows_kernel(
     keys: the number of keys of a part, whose statistics these are; None: all. There is one tile of queries then.
     """
     q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
-    blocks_g = tl.maximum(1, tl.cdiv(G, BLOCK_G))
-    blocks = tl.cdiv(N, BLOCK_Q) if keys is None else tl.cdiv(M, keys)
+    blocks_g = tl.maximum(1, tl.cdiv(G, C.BLOCK_G))
+    blocks = tl.cdiv(N, C.BLOCK_Q) if keys is None else tl.cdiv(M, keys)
     i, i_bh, i_b, i_h, i_hk = block_and_head(blocks * blocks_g, H, GROUP_K)
     i_q, i_g = i // blocks_g, i % blocks_g  # neighbours have the same rows, which stay in the cache
     i_rows, first_key = i_bh, 0
@@ -290,46 +286,44 @@ def _rows_kernel(
     p_k = head_at(k, i_b, i_hk, C.D)
     masks = masks_at(masks, i_b, i_h, M)
     p_groups = groups[0] + i_b * groups[1]
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_d = tl.arange(0, C.BLOCK_D)
-    o_g = i_g * BLOCK_G + tl.arange(0, BLOCK_G)
-    of_q = head_side(q, i_b, i_h, o_q, N, C.D)
-    b_q = load_side(of_q, o_d, C.D)  # [q,D]
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    o_g = i_g * C.BLOCK_G + tl.arange(0, C.BLOCK_G)
+    t_q = head_tile(q, i_b, i_h, o_q, N, C.D, C.BLOCK_D)  # [q,D]
     # WIDTH numbers a row, of every WIDTH-th key each: a thread has some of them, and threads exchange them only after the loop
     WIDTH: tl.constexpr = _width()
-    b_best = tl.full([BLOCK_Q, WIDTH], float("-inf"), dtype=tl.float32)
-    b_first = tl.full([BLOCK_Q, WIDTH], -1, dtype=tl.int32)
-    b_sum = tl.zeros([BLOCK_Q, WIDTH], dtype=tl.float32)
+    b_best = tl.full([C.BLOCK_Q, WIDTH], float("-inf"), dtype=tl.float32)
+    b_first = tl.full([C.BLOCK_Q, WIDTH], -1, dtype=tl.int32)
+    b_sum = tl.zeros([C.BLOCK_Q, WIDTH], dtype=tl.float32)
     b_log = b_sum
-    b_few = _zeros(BLOCK_Q, WIDTH, FEW)
-    b_mass = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
-    b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
-    whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    b_few = _zeros(C.BLOCK_Q, WIDTH, C.FEW)
+    b_mass = tl.zeros([C.BLOCK_Q, C.BLOCK_G], dtype=tl.float32)
+    b_max = tl.full([C.BLOCK_Q], float("-inf"), dtype=tl.float32)
+    whole, end = key_range(i_q, M, False, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     if keys is not None:
         end = tl.minimum(end, first_key + keys)
         whole = tl.minimum(whole, end)
     seen = seen_keys(masks, o_q, N, M, C.MASK)
     for EDGE in tl.static_range(2):
         begin, finish = whole if EDGE else first_key, end if EDGE else whole
-        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
+        tiles = seen_tiles(seen, begin, finish, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
             start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            of_k = side_at(p_k, k.stride_n, o_kv, M if EDGE else None, C.D)
-            b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
+            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
+            t_k = tile_of(p_k, k.stride_n, o_kv, M if EDGE else None, C.D, C.BLOCK_D)
+            b_s = row_products(t_q, t_k, C.D, C.PRECISION)  # [q,kv]
             b_s, _ = scores_of(b_s, parameter, scale_log2, C)
-            b_s = mask_tile(b_s, masks, start, o_q, o_kv, N, M, C, EDGE)
-            b_best, b_first = _best(b_s, b_best, b_first, start, WIDTH, ARGMAX)
+            b_s = mask_tile(b_s, Pairs(masks, start, o_q, o_kv, N, M), C, EDGE)
+            b_best, b_first = _best(b_s, b_best, b_first, start, WIDTH, C.ARGMAX)
             b_new = tl.max(b_best, axis=1)
-            b_x, b_change = _below_new_max(b_s, b_max, b_new, scale_log2, C.FOLDED, ENTROPY)
+            b_x, b_change = _below_new_max(b_s, b_max, b_new, scale_log2, C.FOLDED, C.ENTROPY)
             b_max = b_new
             b_e, b_alpha = tl.exp2(b_x), tl.exp2(b_change)[:, None]
-            b_sum_e, b_sum_log, b_sum_few = _sums(b_e, b_x, p_groups, start, M, WIDTH, ENTROPY, FEW)
-            if ENTROPY:  # before sum_i changes: e x becomes e alpha (x + change)
+            b_sum_e, b_sum_log, b_sum_few = _sums(b_e, b_x, p_groups, start, M, WIDTH, C.ENTROPY, C.FEW)
+            if C.ENTROPY:  # before sum_i changes: e x becomes e alpha (x + change)
                 b_log = (b_log + b_sum * b_change[:, None]) * b_alpha + b_sum_log
             b_sum = b_sum * b_alpha + b_sum_e
             b_few = _rescaled(b_few, b_alpha, b_sum_few)
-            if MANY:
+            if C.MANY:
                 b_member = groups_of(p_groups, o_kv, M, G)[:, None] == o_g[None, :]  # [kv,G]
                 b_mass = b_mass * b_alpha + dot_members(b_e, b_member, tl.float16, C.SPLIT, C.PRECISION)
     b_sum, b_log = tl.sum(b_sum, axis=1), tl.sum(b_log, axis=1)
@@ -339,20 +333,20 @@ def _rows_kernel(
     o_row = i_rows * N + o_q
     if i_g == 0:  # programs that differ in their groups alone have the same rows: one stores them
         m_row = o_q < N
-        if ENTROPY:
+        if C.ENTROPY:
             b_mean_x = b_log * b_inverse
             b_entropy = 0.6931471805599453 * (tl.log2(b_total) - b_mean_x)
             tl.store(rows.entropy + o_row, tl.where(b_empty, 0.0, b_entropy), mask=m_row)
             tl.store(rows.mean_x + o_row, b_mean_x, mask=m_row)
-        if ARGMAX:  # the largest of every WIDTH-th key may stand several times in a row: the first of them counts
+        if C.ARGMAX:  # the largest of every WIDTH-th key may stand several times in a row: the first of them counts
             b_argmax = tl.where(b_best == b_max[:, None], b_first + tl.arange(0, WIDTH)[None, :], 2147483647)
             b_argmax = tl.where(b_sum > 0.0, tl.min(b_argmax, axis=1), tl.where(b_empty, -1, 0))  # of NaN the first
             tl.store(rows.argmax + o_row, b_argmax.to(tl.int64), mask=m_row)
         tl.store(rows.maximum + o_row, tl.where(b_empty, 0.0, b_inverse), mask=m_row)
         tl.store(rows.row_max + o_row, tl.where(b_empty, float("inf"), b_max), mask=m_row)
-    for g in tl.static_range(FEW):
+    for g in tl.static_range(C.FEW):
         tl.store(rows.mass + o_row * G + g, tl.sum(b_few[g], axis=1) * b_inverse, mask=o_q < N)
-    if MANY:
+    if C.MANY:
         store_tile(rows.mass + i_rows * N * G, G, o_q, o_g, N, G, b_mass * b_inverse[:, None])
 
 
@@ -412,39 +406,37 @@ def _join_kernel(
 
 
 @triton.jit
-def _received_kernel(
-    x, p_maximum, p_row_max, p_received, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_EDGE: tl.constexpr
-):
+def _received_kernel(x, p_maximum, p_row_max, p_received, C: tl.constexpr):
     """Received attention of a tile of keys j of one head, by a pass over its queries i.
 
     P_ij       = 2^(x_ij - row_max_i) maximum_i, with base-2 logits x_ij and both rows from `_rows_kernel`
     received_j = sum_i w_i P_ij; without weights w_i = 1
     """
     q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
-    i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), H, GROUP_K)
+    i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, C.BLOCK_KV), H, GROUP_K)
     p_q = head_at(q, i_b, i_h, C.D)
     masks = masks_at(masks, i_b, i_h, M)
-    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    o_d = tl.arange(0, C.BLOCK_D)
-    of_k = head_side(k, i_b, i_hk, o_kv, M, C.D)
-    b_k = load_side(of_k, o_d, C.D)  # [kv,D]
-    b_received = tl.zeros([BLOCK_KV], dtype=tl.float32)
-    whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
-    seeing = seeing_queries(masks, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
+    o_kv = i_kv * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV)
+    t_k = head_tile(k, i_b, i_hk, o_kv, M, C.D, C.BLOCK_D)  # [kv,D]
+    b_received = tl.zeros([C.BLOCK_KV], dtype=tl.float32)
+    whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
+    seeing = seeing_queries(masks, i_kv * C.BLOCK_KV, N, M, C.BLOCK_KV, C.MASK)
     for EDGE in tl.static_range(1 if C.CAUSAL else 2):
-        b_sum = tl.zeros([BLOCK_EDGE if EDGE else BLOCK_Q, BLOCK_KV], dtype=tl.float32)  # summed over its rows once, at the end
+        b_sum = tl.zeros(
+            [C.BLOCK_EDGE if EDGE else C.BLOCK_Q, C.BLOCK_KV], dtype=tl.float32
+        )  # summed over its rows once, at the end
         first, last = edge if EDGE or C.CAUSAL else whole, edge_end if EDGE else end
-        tiles = seen_tiles(seeing, first, last, BLOCK_EDGE if EDGE else BLOCK_Q, C.MASK)
-        for start in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_Q):
-            o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
+        tiles = seen_tiles(seeing, first, last, C.BLOCK_EDGE if EDGE else C.BLOCK_Q, C.MASK)
+        for start in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_Q):
+            o_q = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_Q)
             o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or C.CAUSAL else None)
             # rows beyond N are the last one again, of weight 0: zeros times an infinite key would be NaN
             o_last = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
-            of_q = side_at(p_q, q.stride_n, o_last, None, C.D)
-            b_s = row_products(load_side(of_q, o_d, C.D), of_q, b_k, of_k, C.D, C.PRECISION)  # [q,kv]
+            t_q = tile_of(p_q, q.stride_n, o_last, None, C.D, C.BLOCK_D)
+            b_s = row_products(t_q, t_k, C.D, C.PRECISION)  # [q,kv]
             b_s, _ = scores_of(b_s, parameter, scale_log2, C)
             if C.MASK != 0 or C.CAUSAL:  # the key padding mask is applied after the loop
-                b_s = mask_logits(b_s, masks, i_kv * BLOCK_KV, o_q, o_kv, N, M, C.MASK, False, C.CAUSAL)
+                b_s = mask_logits(b_s, Pairs(masks, i_kv * C.BLOCK_KV, o_q, o_kv, N, M), C.MASK, False, C.CAUSAL)
             b_max = tl.load(p_row_max + o_row, mask=m_row, other=float("inf"))
             b_weight = tl.load(p_maximum + o_row, mask=m_row, other=0.0)  # 1 / sum, which makes probabilities of powers
             if C.WEIGHT:

@@ -113,7 +113,7 @@ def _sides(inputs: AttentionDivergenceBackwardInputs, weights: Tensor) -> tuple[
     largest, weight = query.new_empty((2, batch, num_q), dtype=torch.float32)
     indexer = Side(heads_of(query), heads_of(key), largest, weight, heads, 1, LOG2_E, weights.contiguous())
     call, config = _call(inputs, attention, indexer, "rows")
-    _rows_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch,)](**call, **config)
+    _rows_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch,)](**call)
     return attention, indexer
 
 
@@ -125,7 +125,7 @@ def _of_indexer(inputs: AttentionDivergenceBackwardInputs, attention: Side, inde
     grad_weights = query.new_zeros((batch, heads, num_q))
     of_means, config_r = call_of(inputs, indexer, attention, "reverse_kl", 0.5, "terms")
     call, config = _call(inputs, attention, indexer, "backward_q")
-    _, config_k = _call(inputs, attention, indexer, "backward_kv")
+    call_k, config_k = _call(inputs, attention, indexer, "backward_kv")
     grad = inputs.grad.float().contiguous()
     rows = rows_of_strips(num_q, num_k)
     parts = [grad_k] if rows == num_q else [torch.zeros_like(grad_k, dtype=torch.float32) for _ in range(2)]
@@ -136,9 +136,9 @@ def _of_indexer(inputs: AttentionDivergenceBackwardInputs, attention: Side, inde
         part = {"p_strip": strip, "p_grad": grad, "first": first, "rows": size}
         if heads > 0:
             grid = (cdiv(size, config["BLOCK_Q"]) * batch * heads,)
-            _backward_q_kernel[grid](**call, **part, p_grad_q=grad_q, p_grad_factors=grad_weights, **config)
+            _backward_q_kernel[grid](**call, **part, p_grad_q=grad_q, p_grad_factors=grad_weights)
         grid = (cdiv(num_k, config_k["BLOCK_KV"]) * batch,)
-        _backward_kv_kernel[grid](**call, **part, p_grad_k=parts[-1], **config_k)
+        _backward_kv_kernel[grid](**call_k, **part, p_grad_k=parts[-1])
         if len(parts) > 1:
             parts[0] += parts[1]
     return grad_q, parts[0].to(key.dtype), grad_weights
@@ -147,25 +147,25 @@ def _of_indexer(inputs: AttentionDivergenceBackwardInputs, attention: Side, inde
 def _call(
     inputs: AttentionDivergenceBackwardInputs, attention: Side, indexer: Side, kernel: str
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """The named arguments that all kernels here share, and the configuration of one. C.D counts the indexer's features."""
+    """The named arguments that a kernel here shares with the others, and its configuration. C.D counts the indexer's features."""
     call, _ = call_of(inputs, indexer, attention, "reverse_kl", 0.5, "terms")
     query = inputs.other_query
-    shared = launched({"indexer": indexer, **{name: call[name] for name in ("masks", "N", "M", "C")}})
     facts = {"dtype": query.dtype, "size": query.shape[3], "masked": inputs.attn_mask is not None}
-    return shared, configuration("indexer_divergence", kernel, **facts)
+    config = configuration("indexer_divergence", kernel, **facts)
+    return launched({"indexer": indexer, **{name: call[name] for name in ("masks", "N", "M", "C")}}, config), config
 
 
 @triton.jit
-def _rows_kernel(indexer, masks, N, M, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+def _rows_kernel(indexer, masks, N, M, C: tl.constexpr):
     """Of each row i the largest logit, and exp of it over their sum: the largest weight. Infinity and 0 in a row without keys."""
-    i_q, _, i_b, _, _ = block_and_head(tl.cdiv(N, BLOCK_Q), 1, 1)
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    _, end = key_range(i_q, M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    i_q, _, i_b, _, _ = block_and_head(tl.cdiv(N, C.BLOCK_Q), 1, 1)
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    _, end = key_range(i_q, M, True, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     at_head = masks_at(masks, i_b, 0, M)
-    b_max = tl.full([BLOCK_Q], -3.4028234e38, dtype=tl.float32)  # the least number: -inf - -inf would be NaN
-    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    for start in range(0, end, BLOCK_KV):
-        o_kv = start + tl.arange(0, BLOCK_KV)
+    b_max = tl.full([C.BLOCK_Q], -3.4028234e38, dtype=tl.float32)  # the least number: -inf - -inf would be NaN
+    b_sum = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+    for start in range(0, end, C.BLOCK_KV):
+        o_kv = start + tl.arange(0, C.BLOCK_KV)
         b_s = index_logits(indexer, at_head, i_b, start, o_q, o_kv, N, M, C.D, C.BLOCK_D, C.FOLDED, C)
         b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
         b_less = below_max(b_max[:, None], b_new, indexer.scale_log2, C.FOLDED)
@@ -179,58 +179,42 @@ def _rows_kernel(indexer, masks, N, M, C: tl.constexpr, BLOCK_Q: tl.constexpr, B
 
 
 @triton.jit
-def _backward_q_kernel(
-    indexer,
-    masks,
-    p_strip,
-    p_grad,
-    p_grad_q,
-    p_grad_factors,
-    N,
-    M,
-    first,
-    rows,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-):
+def _backward_q_kernel(indexer, masks, p_strip, p_grad, p_grad_q, p_grad_factors, N, M, first, rows, C: tl.constexpr):
     """dQ and dw of a tile of queries of one head, `rows` from the `first` on, from dI / dD [rows,M] in the strip."""
-    i, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(rows, BLOCK_Q), indexer.H, 1)
-    i_q = first // BLOCK_Q + i
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    _, end = key_range(i_q, M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    i, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(rows, C.BLOCK_Q), indexer.H, 1)
+    i_q = first // C.BLOCK_Q + i
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    _, end = key_range(i_q, M, True, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     at_head = masks_at(masks, i_b, 0, M)
-    b_q, of_q, b_factor = index_queries(indexer, i_b, i_h, o_q, N, C.D, C.BLOCK_D)
+    t_q, b_factor = index_queries(indexer, i_b, i_h, o_q, N, C.D, C.BLOCK_D)
     b_grad = tl.load(p_grad + i_b * N + o_q, mask=o_q < N, other=0.0)
-    b_by_factor = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
-    b_sums = zero_sums(indexer.q.p.dtype.element_ty, BLOCK_Q, C.D, C.BLOCK_D)
-    for start in range(0, end, BLOCK_KV):
-        o_kv = start + tl.arange(0, BLOCK_KV)
-        b_k, of_k = keys_of(indexer, at_head, i_b, i_b * 0, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
-        b_z = row_products(b_q, of_q, b_k, of_k, C.D, C.PRECISION)
+    b_by_factor = tl.zeros([C.BLOCK_Q, C.BLOCK_KV], dtype=tl.float32)
+    b_sums = zero_sums(indexer.q.p.dtype.element_ty, C.BLOCK_Q, C.D, C.BLOCK_D)
+    for start in range(0, end, C.BLOCK_KV):
+        o_kv = start + tl.arange(0, C.BLOCK_KV)
+        t_k = keys_of(indexer, at_head, i_b, i_b * 0, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
+        b_z = row_products(t_q, t_k, C.D, C.PRECISION)
         b_di = load_tile(p_strip + i_b * rows * M, M, o_q - first, o_kv, rows, M) * b_grad[:, None]
         b_by_factor += b_di * relu(b_z)
-        b_sums = add_small(b_sums, tl.where(b_z <= 0.0, 0.0, b_di * b_factor[:, None]), b_k, of_k, C.D, C.PRECISION)
+        b_sums = add_small(b_sums, tl.where(b_z <= 0.0, 0.0, b_di * b_factor[:, None]), t_k, C.D, C.PRECISION)
     store_sums(p_grad_q + i_bh * N * C.D, C.D, o_q, tl.arange(0, C.BLOCK_D), N, C.D, b_sums)
     tl.store(p_grad_factors + i_bh * N + o_q, tl.sum(b_by_factor, axis=1).to(p_grad_factors.dtype.element_ty), mask=o_q < N)
 
 
 @triton.jit
-def _backward_kv_kernel(
-    indexer, masks, p_strip, p_grad, p_grad_k, N, M, first, rows, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr
-):
+def _backward_kv_kernel(indexer, masks, p_strip, p_grad, p_grad_k, N, M, first, rows, C: tl.constexpr):
     """dK of a tile of keys, over the heads and over `rows` queries from the `first` on."""
-    i_kv, _, i_b, _, _ = block_and_head(tl.cdiv(M, BLOCK_KV), 1, 1)
-    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    b_k, of_k = keys_of(indexer, masks_at(masks, i_b, 0, M), i_b, i_b * 0, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
-    begin = tl.maximum(first, i_kv * BLOCK_KV // BLOCK_Q * BLOCK_Q) if C.CAUSAL else first
-    b_sums = zero_sums(indexer.q.p.dtype.element_ty, BLOCK_KV, C.D, C.BLOCK_D, True)
+    i_kv, _, i_b, _, _ = block_and_head(tl.cdiv(M, C.BLOCK_KV), 1, 1)
+    o_kv = i_kv * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV)
+    t_k = keys_of(indexer, masks_at(masks, i_b, 0, M), i_b, i_b * 0, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
+    begin = tl.maximum(first, i_kv * C.BLOCK_KV // C.BLOCK_Q * C.BLOCK_Q) if C.CAUSAL else first
+    b_sums = zero_sums(indexer.q.p.dtype.element_ty, C.BLOCK_KV, C.D, C.BLOCK_D, True)
     for h in range(indexer.H):
-        for start in range(begin, first + rows, BLOCK_Q):
-            o_q = start + tl.arange(0, BLOCK_Q)
-            b_q, of_q, b_factor = index_queries(indexer, i_b, i_b * 0 + h, o_q, N, C.D, C.BLOCK_D)
-            b_z = row_products(b_q, of_q, b_k, of_k, C.D, C.PRECISION)
+        for start in range(begin, first + rows, C.BLOCK_Q):
+            o_q = start + tl.arange(0, C.BLOCK_Q)
+            t_q, b_factor = index_queries(indexer, i_b, i_b * 0 + h, o_q, N, C.D, C.BLOCK_D)
+            b_z = row_products(t_q, t_k, C.D, C.PRECISION)
             b_grad = tl.load(p_grad + i_b * N + o_q, mask=o_q < N, other=0.0)
             b_di = load_tile(p_strip + i_b * rows * M, M, o_q - first, o_kv, rows, M) * (b_grad * b_factor)[:, None]
-            b_sums = add_small(b_sums, tl.trans(tl.where(b_z <= 0.0, 0.0, b_di)), b_q, of_q, C.D, C.PRECISION)
+            b_sums = add_small(b_sums, tl.trans(tl.where(b_z <= 0.0, 0.0, b_di)), t_q, C.D, C.PRECISION)
     store_sums(p_grad_k + i_b * M * C.D, C.D, o_kv, tl.arange(0, C.BLOCK_D), M, C.D, b_sums)

@@ -26,12 +26,11 @@ from vlattn_fast.kernels._tiles import (
     dot,
     input_precision,
     launched,
-    load_side,
     load_tile,
     real_tokens,
     row_products,
-    side_at,
     store_tile,
+    tile_of,
 )
 
 
@@ -43,6 +42,8 @@ class Constants(NamedTuple):
     MASKED: bool
     PARTS: bool
     PRECISION: str
+    BLOCK_Q: int = 0
+    BLOCK_KV: int = 0
 
 
 class Sets(NamedTuple):
@@ -122,7 +123,7 @@ def _facts(queries: Tensor, documents: Tensor) -> dict[str, object]:
 
 
 @triton.jit
-def _largest_kernel(x, p_largest, p_places, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+def _largest_kernel(x, p_largest, p_places, C: tl.constexpr):
     """The largest product of a tile of query tokens i with the tokens j of one document, and the first j that has it.
 
     S_ij = q_i . d_j over real j; largest_i = max_j S_ij (NaN where one is NaN), place_i = -1 in a document without real tokens.
@@ -131,17 +132,15 @@ def _largest_kernel(x, p_largest, p_places, C: tl.constexpr, BLOCK_Q: tl.constex
     p_queries, p_documents, p_mask, N, M, B, L = x
     i = tl.program_id(0)
     i_b = (i % B).to(tl.int64)  # neighbours read the same query tokens
-    o_q = (i // B) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_d = tl.arange(0, C.BLOCK_D)
-    of_q = side_at(p_queries, C.D, o_q, L, C.D)
-    b_q = load_side(of_q, o_d, C.D)  # [q,D]
+    o_q = (i // B) * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    t_q = tile_of(p_queries, C.D, o_q, L, C.D, C.BLOCK_D)  # [q,D]
     p_document = p_documents + i_b * M * C.D
-    b_best = tl.full([BLOCK_Q, BLOCK_KV], float("-inf"), dtype=tl.float32)
-    b_first = tl.full([BLOCK_Q, BLOCK_KV], -1, dtype=tl.int32)
-    for start in range(0, M, BLOCK_KV):
-        o_kv = start + tl.arange(0, BLOCK_KV)
-        of_k = side_at(p_document, C.D, o_kv, M, C.D)
-        b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
+    b_best = tl.full([C.BLOCK_Q, C.BLOCK_KV], float("-inf"), dtype=tl.float32)
+    b_first = tl.full([C.BLOCK_Q, C.BLOCK_KV], -1, dtype=tl.int32)
+    for start in range(0, M, C.BLOCK_KV):
+        o_kv = start + tl.arange(0, C.BLOCK_KV)
+        t_k = tile_of(p_document, C.D, o_kv, M, C.D, C.BLOCK_D)
+        b_s = row_products(t_q, t_k, C.D, C.PRECISION)  # [q,kv]
         m_kv = real_tokens(p_mask + i_b * M, o_kv, M, C.MASKED)
         b_better = (b_s > b_best) | ((b_s != b_s) & (b_best == b_best)) | (b_first < 0)
         b_better = b_better & m_kv[None, :]
@@ -160,13 +159,13 @@ def _largest_kernel(x, p_largest, p_places, C: tl.constexpr, BLOCK_Q: tl.constex
 
 
 @triton.jit
-def _query_gradient_kernel(x, p_places, p_weight, p_grad, C: tl.constexpr, BLOCK_Q: tl.constexpr):
+def _query_gradient_kernel(x, p_places, p_weight, p_grad, C: tl.constexpr):
     """d q_i = sum_b weight_ab d_b,place_abi of a tile of query tokens i, document by document."""
     p_queries, p_documents, p_mask, N, M, B, L = x
-    o_q = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_q = tl.program_id(0).to(tl.int64) * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
     o_d = tl.arange(0, C.BLOCK_D)
     o_a, o_i = o_q // N, o_q % N
-    b_grad = tl.zeros([BLOCK_Q, C.BLOCK_D], dtype=tl.float32)
+    b_grad = tl.zeros([C.BLOCK_Q, C.BLOCK_D], dtype=tl.float32)
     for i_b in range(0, B):
         b_place = tl.load(p_places + (o_a * B + i_b) * N + o_i, mask=o_q < L, other=-1)
         b_weight = tl.load(p_weight + o_a * B + i_b, mask=o_q < L, other=0.0)
@@ -178,7 +177,7 @@ def _query_gradient_kernel(x, p_places, p_weight, p_grad, C: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _document_gradient_kernel(x, p_places, p_weight, p_grad, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+def _document_gradient_kernel(x, p_places, p_weight, p_grad, C: tl.constexpr):
     """d d_j = sum over a and i with place_abi = j of weight_ab q_ai, of a tile of tokens j of one document b.
 
     A tile [kv,q] of 0s and 1s says which query tokens chose which token. It is exact in 16 bits, and weight q is split in two.
@@ -186,15 +185,15 @@ def _document_gradient_kernel(x, p_places, p_weight, p_grad, C: tl.constexpr, BL
     without products.
     """
     p_queries, p_documents, p_mask, N, M, B, L = x
-    blocks = tl.cdiv(M, BLOCK_KV)
+    blocks = tl.cdiv(M, C.BLOCK_KV)
     i = tl.program_id(0)
     i_b = (i // blocks).to(tl.int64)
-    first = (i % blocks) * BLOCK_KV
-    o_kv = first + tl.arange(0, BLOCK_KV)
+    first = (i % blocks) * C.BLOCK_KV
+    o_kv = first + tl.arange(0, C.BLOCK_KV)
     o_d = tl.arange(0, C.BLOCK_D)
-    b_grad = tl.zeros([BLOCK_KV, C.BLOCK_D], dtype=tl.float32)
-    for start in range(0, L, BLOCK_Q):
-        o_q = start + tl.arange(0, BLOCK_Q)
+    b_grad = tl.zeros([C.BLOCK_KV, C.BLOCK_D], dtype=tl.float32)
+    for start in range(0, L, C.BLOCK_Q):
+        o_q = start + tl.arange(0, C.BLOCK_Q)
         o_a = (o_q // N).to(tl.int64)
         b_place = tl.load(p_places + (o_a * B + i_b) * N + o_q % N, mask=o_q < L, other=-1)
         b_weight = tl.load(p_weight + o_a * B + i_b, mask=o_q < L, other=0.0)
@@ -210,11 +209,11 @@ def _document_gradient_kernel(x, p_places, p_weight, p_grad, C: tl.constexpr, BL
             b_grad += dot(b_chose.to(tl.float32), b_q, C.PRECISION)
     zero = tl.sum(b_grad * 0.0)
     if zero != zero:
-        b_grad = tl.zeros([BLOCK_KV, C.BLOCK_D], dtype=tl.float32)
+        b_grad = tl.zeros([C.BLOCK_KV, C.BLOCK_D], dtype=tl.float32)
         for i_q in range(0, L):
             i_a, i_n = (i_q // N).to(tl.int64), i_q % N
             place = tl.load(p_places + (i_a * B + i_b) * N + i_n)
-            if (place >= first) & (place < first + BLOCK_KV):
+            if (place >= first) & (place < first + C.BLOCK_KV):
                 weight = tl.load(p_weight + i_a * B + i_b)
                 b_q = tl.load(p_queries + (i_a * N + i_n) * C.D + o_d, mask=o_d < C.D, other=0.0).to(tl.float32)  # [D]
                 b_grad = tl.where((o_kv == place)[:, None], b_grad + (b_q * weight)[None, :], b_grad)

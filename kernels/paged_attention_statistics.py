@@ -46,6 +46,13 @@ class Constants(NamedTuple):
     SPLIT: bool
     WINDOW: bool
     PRECISION: str
+    ENTROPY: bool = False
+    MASS: bool = False
+    MOST_PARTS: int = 0
+    FEWEST_KEYS: int = 0
+    BLOCK_G: int = 0
+    BLOCK_Q: int = 0
+    BLOCK_KV: int = 0
 
 
 class Cache(NamedTuple):
@@ -129,15 +136,18 @@ def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Ten
     tiles = tokens // (config["BLOCK_Q"] // group) + requests
     asks = {"ENTROPY": "entropy" in asked}
     _rows_kernel[(tiles * parts.number * blocks_g * key_heads,)](
-        **launched(call, config),
+        **launched(
+            call,
+            config,
+            **asks,
+            MASS=groups > 0,
+            BLOCK_G=min(MOST_GROUPS, block_size(groups)),
+            MOST_PARTS=most_parts,
+            FEWEST_KEYS=FEWEST_KEYS,
+        ),
         parts=parts,
         p_logits=logits,
         blocks_g=blocks_g,
-        **asks,
-        MASS=groups > 0,
-        BLOCK_G=min(MOST_GROUPS, block_size(groups)),
-        MOST_PARTS=most_parts,
-        FEWEST_KEYS=FEWEST_KEYS,
     )
     block_parts = block_size(parts.number, 1)
     block_rows = max(1, 256 // block_parts)
@@ -229,20 +239,7 @@ def _rows_in_line(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _rows_kernel(
-    x,
-    parts,
-    p_logits,
-    blocks_g,
-    ENTROPY: tl.constexpr,
-    MASS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    MOST_PARTS: tl.constexpr,
-    FEWEST_KEYS: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-):
+def _rows_kernel(x, parts, p_logits, blocks_g, C: tl.constexpr):
     """`Parts` of a tile of tokens of one request, for the query heads that share a key head, by one pass over keys j of a part.
 
     x_ij  = the base-2 logit - max_i, e_ij = 2^x_ij       max_i  = the largest logit, -inf in a row without keys
@@ -257,25 +254,25 @@ def _rows_kernel(
     i = tl.program_id(0).to(tl.int64)  # offsets are products of these numbers
     i_hk, i_g = i % Hk, i // Hk % blocks_g  # neighbours have the same request
     i_part, i_tile = i // (Hk * blocks_g) % number, i // (Hk * blocks_g * number)
-    BLOCK_T: tl.constexpr = BLOCK_Q // C.GROUP
+    BLOCK_T: tl.constexpr = C.BLOCK_Q // C.GROUP
     i_r, first, end = _request_of(cache, i_tile, T, BLOCK_T, C)
     ahead, last_key = _positions(cache, i_r, end, BLOCK_T, first, C)
-    low = tl.minimum(tl.maximum(_position(first, ahead) - window + 1, 0), last_key) // BLOCK_KV * BLOCK_KV if C.WINDOW else 0
-    keys = tl.cdiv(tl.maximum(tl.cdiv(last_key - low, MOST_PARTS), FEWEST_KEYS), BLOCK_KV) * BLOCK_KV
+    low = tl.minimum(tl.maximum(_position(first, ahead) - window + 1, 0), last_key) // C.BLOCK_KV * C.BLOCK_KV if C.WINDOW else 0
+    keys = tl.cdiv(tl.maximum(tl.cdiv(last_key - low, C.MOST_PARTS), C.FEWEST_KEYS), C.BLOCK_KV) * C.BLOCK_KV
     low += i_part.to(tl.int32) * keys
     last_key = tl.minimum(last_key, low + keys)
     if (first < end) & (low < last_key):
-        o_q, o_d = tl.arange(0, BLOCK_Q), tl.arange(0, C.BLOCK_D)
+        o_q, o_d = tl.arange(0, C.BLOCK_Q), tl.arange(0, C.BLOCK_D)
         o_t, i_h, m_row = _rows_of(first, end, i_hk, o_q, C)
         b_q = _load_query(p_query, stride_t, stride_h, o_t, i_h, o_d, m_row, C)  # [q,D]
         o_position, o_row = _position(o_t, ahead), o_t * H + i_h
-        o_g = i_g * BLOCK_G + tl.arange(0, BLOCK_G)
-        b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
-        b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        o_g = i_g * C.BLOCK_G + tl.arange(0, C.BLOCK_G)
+        b_max = tl.full([C.BLOCK_Q], float("-inf"), dtype=tl.float32)
+        b_sum = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
         b_log = b_sum
-        b_mass = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
-        for start in range(low, last_key, BLOCK_KV):
-            o_kv = start + tl.arange(0, BLOCK_KV)
+        b_mass = tl.zeros([C.BLOCK_Q, C.BLOCK_G], dtype=tl.float32)
+        for start in range(low, last_key, C.BLOCK_KV):
+            o_kv = start + tl.arange(0, C.BLOCK_KV)
             b_k, m_kv = _load_keys(cache, i_r, i_hk, o_kv, last_key, o_d, C)  # [kv,D]
             b_s = _logits(b_q, b_k, o_position, o_kv, m_kv, window, scale_log2, parameter, C)  # [q,kv]
             if p_logits is not None:
@@ -285,15 +282,15 @@ def _rows_kernel(
             b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
             b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_x, b_change = b_s - b_shift[:, None], b_max - b_shift
-            if ENTROPY:  # where 2^x is 0 x stays a number, so that x 2^x is one
+            if C.ENTROPY:  # where 2^x is 0 x stays a number, so that x 2^x is one
                 b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)
                 b_change = tl.maximum(b_change, -160.0, propagate_nan=tl.PropagateNan.ALL)
             b_e, b_alpha = tl.exp2(b_x), tl.exp2(b_change)
             b_max = b_new
-            if ENTROPY:  # before sum_i changes: e x becomes e alpha (x + change)
+            if C.ENTROPY:  # before sum_i changes: e x becomes e alpha (x + change)
                 b_log = (b_log + b_sum * b_change) * b_alpha + tl.sum(b_e * b_x, axis=1)
             b_sum = b_sum * b_alpha + tl.sum(b_e, axis=1)
-            if MASS:
+            if C.MASS:
                 b_group = tl.load(groups[0] + i_r * groups[1] + o_kv, mask=o_kv < groups[2], other=-1)
                 b_member = (b_group[:, None] == o_g[None, :]) & (o_g < G)[None, :]  # [kv,G]
                 b_mass = b_mass * b_alpha[:, None] + dot_members(b_e, b_member, tl.float16, C.SPLIT, C.PRECISION)
@@ -302,9 +299,9 @@ def _rows_kernel(
             p_sum = p_max + stride_parts
             tl.store(p_max + o_part, b_max, mask=m_row)
             tl.store(p_sum + o_part, b_sum, mask=m_row)
-            if ENTROPY:
+            if C.ENTROPY:
                 tl.store(p_sum + stride_parts + o_part, b_log, mask=m_row)
-        if MASS:
+        if C.MASS:
             tl.store(p_mass + o_part[:, None] * G + o_g[None, :], b_mass, mask=m_row[:, None] & (o_g < G)[None, :])
 
 
@@ -357,7 +354,7 @@ def _join_kernel(
 
 
 @triton.jit
-def _received_kernel(x, rows, p_logits, p_received, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+def _received_kernel(x, rows, p_logits, p_received, C: tl.constexpr):
     """The attention that a tile of keys j of a request receives in the query heads that share a key head, by a pass over the
     tokens i that see some.
 
@@ -367,19 +364,19 @@ def _received_kernel(x, rows, p_logits, p_received, C: tl.constexpr, BLOCK_Q: tl
     """
     p_query, stride_t, stride_h, cache, groups, T, H, Hk, G, window, scale_log2, parameter = x
     room = cache.W * C.BLOCK_SIZE
-    blocks = tl.cdiv(room, BLOCK_KV)
+    blocks = tl.cdiv(room, C.BLOCK_KV)
     i = tl.program_id(0).to(tl.int64)
     i_hk, i_kv, i_r = i % Hk, i // Hk % blocks, i // (Hk * blocks)
-    BLOCK_T: tl.constexpr = BLOCK_Q // C.GROUP
-    o_kv = i_kv.to(tl.int32) * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    o_q, o_d = tl.arange(0, BLOCK_Q), tl.arange(0, C.BLOCK_D)
+    BLOCK_T: tl.constexpr = C.BLOCK_Q // C.GROUP
+    o_kv = i_kv.to(tl.int32) * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV)
+    o_q, o_d = tl.arange(0, C.BLOCK_Q), tl.arange(0, C.BLOCK_D)
     first, end = _tokens_of(cache, i_r, T)
     ahead, last_key = _positions(cache, i_r, end, end - first, first, C)
-    begin = tl.maximum(first, i_kv * BLOCK_KV - ahead)  # the first token that sees the first key
+    begin = tl.maximum(first, i_kv * C.BLOCK_KV - ahead)  # the first token that sees the first key
     if C.WINDOW:
-        end = tl.minimum(end, i_kv * BLOCK_KV + BLOCK_KV - 1 + window - ahead)
-    b_sum = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)  # summed over tokens once, at the end
-    if (begin < end) & (i_kv * BLOCK_KV < last_key):
+        end = tl.minimum(end, i_kv * C.BLOCK_KV + C.BLOCK_KV - 1 + window - ahead)
+    b_sum = tl.zeros([C.BLOCK_Q, C.BLOCK_KV], dtype=tl.float32)  # summed over tokens once, at the end
+    if (begin < end) & (i_kv * C.BLOCK_KV < last_key):
         if p_logits is None:
             b_k, m_kv = _load_keys(cache, i_r, i_hk, o_kv, last_key, o_d, C)  # [kv,D]
         else:
@@ -398,7 +395,7 @@ def _received_kernel(x, rows, p_logits, p_received, C: tl.constexpr, BLOCK_Q: tl
             b_maximum = tl.load(rows.maximum + o_row, mask=m_row, other=0.0)
             b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None]) * b_maximum[:, None]
             b_sum += tl.where(m_pair, b_p, 0.0)
-    b_received = tl.sum(tl.reshape(b_sum, [BLOCK_T, C.GROUP, BLOCK_KV]), axis=0)
+    b_received = tl.sum(tl.reshape(b_sum, [BLOCK_T, C.GROUP, C.BLOCK_KV]), axis=0)
     o_h = tl.arange(0, C.GROUP)
     o_received = (i_r * H + i_hk * C.HEADS + o_h[:, None]) * room + o_kv[None, :]
     tl.store(p_received + o_received, b_received, mask=(o_h < C.HEADS)[:, None] & (o_kv < room)[None, :])

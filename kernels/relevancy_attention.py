@@ -36,6 +36,7 @@ from vlattn_fast.kernels._scores import activate_all, head_of
 from vlattn_fast.kernels._tiles import (
     OWN_LSE,
     ROW_MULTIPLE,
+    Pairs,
     add_mask,
     aligned,
     block_and_head,
@@ -44,12 +45,11 @@ from vlattn_fast.kernels._tiles import (
     edge_block,
     head_at,
     launched,
-    load_side,
     pad_rows,
     real_tokens,
     relu,
     row_products,
-    side_at,
+    tile_of,
 )
 
 
@@ -245,30 +245,22 @@ def _one_row(launch: Launch, rows: RowStats, r: Tensor, factor: float) -> Tensor
     batch, heads = x.q.p.shape[:2]
     each_head = x.q.p.new_empty((batch, heads, x.M), dtype=torch.float32)
     _step_kernel[(cdiv(x.M, config["BLOCK_KV"]) * batch * heads,)](
-        **launched(launch.call, config),
+        **launched(
+            launch.call,
+            config,
+            BY_GRADIENT=launch.by_gradient,
+            BLOCK_EDGE=edge_block(x.N, config["BLOCK_Q"], launch.call["C"].CAUSAL),
+        ),
         stats=rows,
         p_r=r,
         p_each_head=each_head,
         factor=factor,
-        BY_GRADIENT=launch.by_gradient,
-        BLOCK_EDGE=edge_block(x.N, config["BLOCK_Q"], launch.call["C"].CAUSAL),
     )
     return each_head.sum(1, keepdim=True)
 
 
 @triton.jit
-def _step_kernel(
-    x,
-    stats,
-    p_r,
-    p_each_head,
-    factor,
-    BY_GRADIENT: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
-):
+def _step_kernel(x, stats, p_r, p_each_head, factor, C: tl.constexpr):
     """r Abar of a tile of keys j of one head, for one row r, by a pass over its queries i.
 
     P_ij  = 2^(x_ij - shift_i) / total_i           r_abar_j = factor sum_i r_i E_ij, E = P or BY_GRADIENT relu(P dP)
@@ -278,79 +270,79 @@ def _step_kernel(
     Tiles are [q,kv]: so a thread has few rows, whose shift and r it loads. It adds up tiles of r_i E_ij, and rows at the end.
     """
     N, M = x.N, x.M
-    i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), x.H, C.GROUP_K)
+    i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, C.BLOCK_KV), x.H, C.GROUP_K)
     p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
-    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    of_k = side_at(p_k, x.k.stride_n, o_kv, M, C.A)
-    b_k = load_side(of_k, tl.arange(0, C.BLOCK_A), C.A)  # [kv,A]
-    of_v, b_v = of_k, b_k
-    if BY_GRADIENT:
-        of_v = side_at(p_v, x.v.stride_n, o_kv, M, C.DV)
-        b_v = load_side(of_v, tl.arange(0, C.BLOCK_DV), C.DV)  # [kv,Dv]
+    o_kv = i_kv * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV)
+    t_k = tile_of(p_k, x.k.stride_n, o_kv, M, C.A, C.BLOCK_A)  # [kv,A]
+    t_v = t_k
+    if C.BY_GRADIENT:
+        t_v = tile_of(p_v, x.v.stride_n, o_kv, M, C.DV, C.BLOCK_DV)  # [kv,Dv]
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     rows = p_q, head_at(x.grad, i_b, i_h, C.DV), p_pre_q, i_bh * NP, p_r + i_b * NP
-    keys_of = i_kv * BLOCK_KV, o_kv, b_k, of_k, b_v, of_v, p_pre_k, masks
+    keys_of = i_kv * C.BLOCK_KV, o_kv, t_k, t_v, p_pre_k, masks
     # causal: queries before `first` see none of these keys, and from `whole` on all of them
     first, whole, end = 0, 0, N
     if C.CAUSAL:
-        first = i_kv * BLOCK_KV // BLOCK_Q * BLOCK_Q
-        whole = tl.minimum(N, tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q)
+        first = i_kv * C.BLOCK_KV // C.BLOCK_Q * C.BLOCK_Q
+        whole = tl.minimum(N, tl.cdiv((i_kv + 1) * C.BLOCK_KV - 1, C.BLOCK_Q) * C.BLOCK_Q)
     if C.MASK >= GROUP_BIAS:
-        first_q, end_q, _, _ = seeing_queries(masks, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
-        first_q = first_q // BLOCK_Q * BLOCK_Q
+        first_q, end_q, _, _ = seeing_queries(masks, i_kv * C.BLOCK_KV, N, M, C.BLOCK_KV, C.MASK)
+        first_q = first_q // C.BLOCK_Q * C.BLOCK_Q
         first, whole = tl.maximum(first, first_q), tl.maximum(whole, first_q)
-        end = tl.minimum(N, tl.cdiv(end_q, BLOCK_Q) * BLOCK_Q)
-    tiles = (end - whole) // BLOCK_Q  # away from the edge
+        end = tl.minimum(N, tl.cdiv(end_q, C.BLOCK_Q) * C.BLOCK_Q)
+    tiles = (end - whole) // C.BLOCK_Q  # away from the edge
     if C.MASK >= GROUP_BIAS:
         tiles = tl.maximum(tiles, 0)
-    length = tiles * BLOCK_Q
-    b_r_abar = tl.zeros([BLOCK_KV], dtype=tl.float32)
+    length = tiles * C.BLOCK_Q
+    b_r_abar = tl.zeros([C.BLOCK_KV], dtype=tl.float32)
     for EDGE in tl.static_range(0, 2):
-        b_sum = tl.zeros([BLOCK_EDGE if EDGE else BLOCK_Q, BLOCK_KV], dtype=tl.float32)
+        b_sum = tl.zeros([C.BLOCK_EDGE if EDGE else C.BLOCK_Q, C.BLOCK_KV], dtype=tl.float32)
         # at the edge `start` goes over the queries as if those away from it were not there
-        for start in range(first if EDGE else whole, end - length if EDGE else whole + length, BLOCK_EDGE if EDGE else BLOCK_Q):
+        for start in range(
+            first if EDGE else whole, end - length if EDGE else whole + length, C.BLOCK_EDGE if EDGE else C.BLOCK_Q
+        ):
             i_start = tl.where(start < whole, start, start + length) if EDGE else start
-            b_x, b_dp = _products(x, rows, keys_of, i_start, BY_GRADIENT, EDGE, C, BLOCK_EDGE if EDGE else BLOCK_Q)
-            b_sum = _add_tile(b_sum, b_x, b_dp, x, stats, rows, keys_of, i_start, BY_GRADIENT, EDGE, C)
+            b_x, b_dp = _products(x, rows, keys_of, i_start, EDGE, C, C.BLOCK_EDGE if EDGE else C.BLOCK_Q)
+            b_sum = _add_tile(b_sum, b_x, b_dp, x, stats, rows, keys_of, i_start, EDGE, C)
         b_r_abar += tl.sum(b_sum, axis=0)
     m_key = real_tokens(masks.p_keys, o_kv, M, C.KEY_MASK)
     tl.store(p_each_head + i_bh * M + o_kv, tl.where(m_key, b_r_abar * factor, 0.0), mask=o_kv < M)
 
 
 @triton.jit
-def _products(x, rows, keys_of, start, BY_GRADIENT: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+def _products(x, rows, keys_of, start, EDGE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
     """q_i k_j and BY_GRADIENT dP_ij, [q,kv], of the BLOCK queries from `start` on. At the EDGE the last row stands for those
     beyond it: zeros times an infinite key would be NaN."""
     p_q, p_do, _, _, _ = rows
-    _, _, b_k, of_k, b_v, of_v, _, _ = keys_of
+    _, _, t_k, t_v, _, _ = keys_of
     o_row = start + tl.arange(0, BLOCK)
     if EDGE:
         o_row = tl.minimum(o_row, x.N - 1)
-    of_q = side_at(p_q, x.q.stride_n, o_row, None, C.A)
-    b_x = row_products(load_side(of_q, tl.arange(0, C.BLOCK_A), C.A), of_q, b_k, of_k, C.A, C.PRECISION)
+    t_q = tile_of(p_q, x.q.stride_n, o_row, None, C.A, C.BLOCK_A)
+    b_x = row_products(t_q, t_k, C.A, C.PRECISION)
     b_dp = b_x
-    if BY_GRADIENT:
-        of_do = side_at(p_do, x.grad.stride_n, o_row, None, C.DV)
-        b_dp = row_products(load_side(of_do, tl.arange(0, C.BLOCK_DV), C.DV), of_do, b_v, of_v, C.DV, C.PRECISION)
+    if C.BY_GRADIENT:
+        t_do = tile_of(p_do, x.grad.stride_n, o_row, None, C.DV, C.BLOCK_DV)
+        b_dp = row_products(t_do, t_v, C.DV, C.PRECISION)
     return b_x, b_dp
 
 
 @triton.jit
-def _add_tile(b_sum, b_x, b_dp, x, stats, rows, keys_of, start, BY_GRADIENT: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr):
+def _add_tile(b_sum, b_x, b_dp, x, stats, rows, keys_of, start, EDGE: tl.constexpr, C: tl.constexpr):
     """b_sum [q,kv] and r_i E_ij of the `_products` of the queries from `start` on. Keys of padding are dropped at the end."""
     _, _, p_pre_q, o_head, p_r = rows
-    start_kv, o_kv, _, _, _, _, p_pre_k, masks = keys_of
+    start_kv, o_kv, _, _, p_pre_k, masks = keys_of
     o_q = start + tl.arange(0, b_x.shape[0])
     o_row = tl.minimum(o_q, x.N - 1) if EDGE else o_q
     b_s = activate_all(b_x, p_pre_q, p_pre_k, o_row, o_kv, x.parameter, C)
-    b_logit = add_mask(b_s * x.scale_log2, masks, start_kv, o_q, o_kv, x.N, x.M, C.MASK)
+    b_logit = add_mask(b_s * x.scale_log2, Pairs(masks, start_kv, o_q, o_kv, x.N, x.M), C.MASK)
     if C.CAUSAL and EDGE:
         b_logit = tl.where(o_kv[None, :] <= o_row[:, None], b_logit, float("-inf"))
     b_map = tl.exp2(b_logit - tl.load(stats.shift + o_head + o_q)[:, None])
     b_r = tl.load(p_r + o_q)
     if stats.total is not None:  # one division a query, not one a pair
         b_r = tl.div_rn(b_r, tl.load(stats.total + o_head + o_q))
-    if BY_GRADIENT:
+    if C.BY_GRADIENT:
         b_map = relu(b_map * b_dp)
         if EDGE:  # dP of a row beyond N is NaN or infinite beside such a value
             b_map = tl.where((o_q < x.N)[:, None], b_map, 0.0)

@@ -31,7 +31,7 @@ from vlattn_fast._ground.score_kinds import KINDS
 from vlattn_fast._ground.tensors import empty_gradient, empty_rows_first
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionJvpInputs
 from vlattn_fast.kernels import _cudnn, _products_backward, _products_jvp, _units_backward
-from vlattn_fast.kernels._boxes import Boxes, boxes_of, fits, load_box, store_box
+from vlattn_fast.kernels._boxes import Boxes, boxed_tile, boxes_of, fits, store_box
 from vlattn_fast.kernels._configurations import Config, cached_launch, configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._group_bias import (
@@ -70,6 +70,7 @@ from vlattn_fast.kernels._tiles import (
     OWN_LSE,
     ROW_MULTIPLE,
     Dropout,
+    Pairs,
     add_products,
     aligned,
     alignment,
@@ -79,18 +80,15 @@ from vlattn_fast.kernels._tiles import (
     dot,
     edge_block,
     extended,
-    head_side,
+    head_tile,
     heads_of,
     input_precision,
     is_coarse,
     keep_factor,
     key_range,
-    key_side,
+    key_tile,
     keys_of_a_part,
     launched,
-    load_head,
-    load_rows,
-    load_side,
     load_tile,
     map_of,
     mask_tile,
@@ -99,9 +97,9 @@ from vlattn_fast.kernels._tiles import (
     row_products,
     row_shift,
     rows_and_head,
-    side_at,
     store_sums,
     store_tile,
+    tile_of,
     with_bias,
     zero_sums,
 )
@@ -113,7 +111,12 @@ _new_call = by_name(ScoreCall)
 
 
 class Constants(NamedTuple):
-    """EXACT: float32. FAST: bfloat16. A, DV: features of keys and values. GROUP_K, GROUP_V: heads that share a key, a value."""
+    """EXACT: float32. FAST: bfloat16. A, DV: features of keys and values. GROUP_K, GROUP_V: heads that share a key, a value.
+
+    The others are those of a launch. NEGATIVE: whether the scale is. BY_GRADIENT: the rule. GROUP: heads that share the gradients
+    of a key and a value. BLOCK_T: carried rows in one product, MANY: there are more of them; CARRIED: the precision of `dot` over
+    them, ROUND: to tf32 before. BLOCK_G: groups whose bias has a gradient.
+    """
 
     SCORE: str
     UNITS: bool
@@ -129,6 +132,18 @@ class Constants(NamedTuple):
     DV: int
     BLOCK_A: int
     BLOCK_DV: int
+    BLOCK_Q: int = 0
+    BLOCK_KV: int = 0
+    BLOCK_EDGE: int = 0
+    BLOCK_T: int = 0
+    BLOCK_G: int = 0
+    AHEAD: int = 0
+    NEGATIVE: bool = False
+    BY_GRADIENT: bool = False
+    GROUP: int = 1
+    MANY: bool = False
+    CARRIED: str = ""
+    ROUND: bool = False
 
 
 class Parts(NamedTuple):
@@ -158,7 +173,7 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     if vector is None and (config := _products_backward.whole_config("forward_whole", call, inputs.row_bias)) is not None:
         keys = cdiv(x.M, 16) * 16
         _whole_forward_kernel[(batch * heads,)](
-            **launched(call, config), p_out=out, p_lse=lse, NEGATIVE=x.scale_log2 < 0.0, KEYS=keys
+            **launched(call, config, NEGATIVE=x.scale_log2 < 0.0), p_out=out, p_lse=lse, KEYS=keys
         )
         return out, lse
     config, of_launch = _forward_launch(constants, query.dtype, num_q, x.M, x.scale_log2 < 0.0)
@@ -330,14 +345,17 @@ def row_statistics(
     config = {**config, "BLOCK_Q": min(config["BLOCK_Q"], ROW_MULTIPLE.value)}  # which a forward pass may exceed
     if shift.numel() > 0:
         _rows_kernel[(shift.shape[2] // config["BLOCK_Q"] * shift.shape[0] * shift.shape[1],)](
-            **launched(call, config),
+            **launched(
+                call,
+                config,
+                BY_GRADIENT=by_gradient,
+                NEGATIVE=call["x"].scale_log2 < 0.0,
+                BLOCK_EDGE=_edge_of_keys(call["x"].M, call["C"], config),
+            ),
             p_u=None if vector is None else vector.contiguous(),
             p_lse=lse,
             stats=stats,
             LIMIT=limit.value,
-            BY_GRADIENT=by_gradient,
-            NEGATIVE=call["x"].scale_log2 < 0.0,
-            BLOCK_EDGE=_edge_of_keys(call["x"].M, call["C"], config),
         )
     return stats
 
@@ -377,7 +395,7 @@ def _forward_launch(
     the scale is."""
     config = _config("forward", constants, dtype, num_q, num_k)
     edge = _edge_of_keys(num_k, constants, config)
-    return config, launched({"C": constants, "NEGATIVE": negative, "BLOCK_EDGE": edge}, config)
+    return config, launched({"C": constants}, config, NEGATIVE=negative, BLOCK_EDGE=edge)
 
 
 @cached_launch
@@ -444,7 +462,7 @@ def _prepare_kernel(x, p_pre, H, N, factor, A: tl.constexpr, SCORE: tl.constexpr
     i_n, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(length, BLOCK_N), H, 1)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_a = tl.arange(0, BLOCK_A)
-    b_x = load_head(x, i_b, i_h, o_n, o_a, N, A).to(tl.float32)  # [n,A]
+    b_x = head_tile(x, i_b, i_h, o_n, N, A, BLOCK_A).b.to(tl.float32)  # [n,A]
     if SCORE == "cosine":
         b_norm = tl.sqrt_rn(tl.sum(b_x * b_x, axis=1))  # [n]
         b_inverse = tl.where(b_norm > 0.0, tl.div_rn(1.0, tl.where(b_norm > 0.0, b_norm, 1.0)), float("inf"))
@@ -458,7 +476,7 @@ def _prepare_kernel(x, p_pre, H, N, factor, A: tl.constexpr, SCORE: tl.constexpr
         m_y = (o_a < (A + 1) // 2 * 2)[None, :]  # an even number of units, since two share a reciprocal
         p_pre = precomputed_at(p_pre, i_bh, N, A, True) + o_n
         tl.store(p_pre[:, None] + o_a.to(tl.int64)[None, :] * length, b_y, mask=m_y)
-        b_first = load_head(x, i_b, i_h, tl.zeros_like(o_n), o_a, N, A).to(tl.float32)  # the head's first row, [n,A]
+        b_first = head_tile(x, i_b, i_h, tl.zeros_like(o_n), N, A, BLOCK_A).b.to(tl.float32)  # the head's first row, [n,A]
         p_largest = p_pre + tl.full([], (A + 1) // 2 * 2, tl.int64) * length
         tl.store(p_largest, largest_entries(b_x))
         tl.store(p_largest + length, largest_entries(tl.where((o_n < N)[:, None], b_x - b_first, 0.0)))
@@ -471,12 +489,7 @@ def _forward_kernel(
     p_out,
     p_lse,
     parts,
-    NEGATIVE: tl.constexpr,
     C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
-    AHEAD: tl.constexpr = 0,
     boxes_q=None,
     boxes_k=None,
     boxes_v=None,
@@ -497,31 +510,27 @@ def _forward_kernel(
     o_d = tl.arange(0, C.BLOCK_DV)
     if parts is not None:
         i_part, i_bh, i_b, i_h, i_hk = block_and_head(parts.number, H, C.GROUP_K)
-        o_q = tl.arange(0, BLOCK_Q)
+        o_q = tl.arange(0, C.BLOCK_Q)
         indices = 0, i_bh, i_b, i_h, i_hk
         start, end = i_part * parts.keys, (i_part + 1) * parts.keys
-        b_max, b_sum, b_o = _over_keys(
-            x, p_u, indices, True, "out", NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD, start, end
-        )
+        b_max, b_sum, b_o = _over_keys(x, p_u, indices, True, "out", C, start, end)
         o_row = (i_bh * N + o_q) * parts.number + i_part
         tl.store(parts.max + o_row, b_max, mask=o_q < N)
         tl.store(parts.sum + o_row, b_sum, mask=o_q < N)
         store_sums(parts.out + (i_bh * parts.number + i_part) * N * C.DV, C.DV, o_q, o_d, N, C.DV, b_o)
     else:
-        i_q, i_bh, i_b, i_h, i_hk = rows_and_head(tl.cdiv(N, BLOCK_Q), H, C.GROUP_K, x.M * (C.A + C.DV), C.CAUSAL)
-        o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        i_q, i_bh, i_b, i_h, i_hk = rows_and_head(tl.cdiv(N, C.BLOCK_Q), H, C.GROUP_K, x.M * (C.A + C.DV), C.CAUSAL)
+        o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
         indices = i_q, i_bh, i_b, i_h, i_hk
         boxes = None if boxes_q is None else Boxes(boxes_q, boxes_k, boxes_v, boxes_k_edge, boxes_v_edge)
-        b_max, b_sum, b_o = _over_keys(
-            x, p_u, indices, True, "out", NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD, boxes=boxes
-        )
+        b_max, b_sum, b_o = _over_keys(x, p_u, indices, True, "out", C, boxes=boxes)
         b_one = tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]  # a fully masked row is 0 / 1
         b_o = [b / b_one for b in b_o]
         b_lse = natural_lse(b_max, b_sum, C.MASK)
         if boxes is None:
             store_sums(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, o_d, N, C.DV, b_o)
         else:
-            store_box(boxes_out, i_b, i_h, i_q * BLOCK_Q, b_o[0])
+            store_box(boxes_out, i_b, i_h, i_q * C.BLOCK_Q, b_o[0])
         tl.store(p_lse + i_bh * N + o_q, b_lse, mask=o_q < N)
 
 
@@ -547,7 +556,7 @@ def tile_start(keys, i):
 
 
 @triton.jit
-def _whole_forward_kernel(x, p_out, p_lse, NEGATIVE: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, BLOCK_Q: tl.constexpr):
+def _whole_forward_kernel(x, p_out, p_lse, C: tl.constexpr, KEYS: tl.constexpr):
     """Attention of all queries of one head, as `_forward_kernel` defines it.
 
     KEYS, a multiple of 16, lie in tiles of powers of two: a program reads them once, and a row has its largest logit before it
@@ -557,18 +566,18 @@ def _whole_forward_kernel(x, p_out, p_lse, NEGATIVE: tl.constexpr, C: tl.constex
     TILES: tl.constexpr = number_of_tiles(KEYS)
     _, i_bh, i_b, i_h, i_hk = block_and_head(1, x.H, C.GROUP_K)
     p_q, p_k, p_v, _, _, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
-    o_a, o_d = tl.arange(0, C.BLOCK_A), tl.arange(0, C.BLOCK_DV)
+    o_d = tl.arange(0, C.BLOCK_DV)
     b_keys, b_values = (), ()
     for i in tl.static_range(TILES):
         o_kv = tile_start(KEYS, i) + tl.arange(0, tile_size(KEYS, i))
-        of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if i == TILES - 1 else None, C.DV, C.KEY_MASK)
-        b_keys = extended(b_keys, load_rows(p_k, x.k.stride_n, o_kv, o_a, M if i == TILES - 1 else None, C.A))  # [kv,A]
-        b_values = extended(b_values, load_side(of_v, o_d, C.DV))  # [kv,Dv]
-    for start in range(0, N, BLOCK_Q):
-        o_q = start + tl.arange(0, BLOCK_Q)
-        b_q = load_rows(p_q, x.q.stride_n, o_q, o_a, N, C.A)
-        b_one = tl.full([BLOCK_Q], 1.0, dtype=tl.float32)
-        b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+        t_k = tile_of(p_k, x.k.stride_n, o_kv, M if i == TILES - 1 else None, C.A, C.BLOCK_A)
+        t_v = key_tile(p_v, x.v.stride_n, masks.p_keys, o_kv, M if i == TILES - 1 else None, C.DV, C.BLOCK_DV, C.KEY_MASK)
+        b_keys, b_values = extended(b_keys, t_k.b), extended(b_values, t_v.b)  # [kv,A], [kv,Dv]
+    for start in range(0, N, C.BLOCK_Q):
+        o_q = start + tl.arange(0, C.BLOCK_Q)
+        b_q = tile_of(p_q, x.q.stride_n, o_q, N, C.A, C.BLOCK_A).b
+        b_one = tl.full([C.BLOCK_Q], 1.0, dtype=tl.float32)
+        b_max = tl.full([C.BLOCK_Q], float("-inf"), dtype=tl.float32)
         b_scores = ()
         for i in tl.static_range(TILES):
             b_s, b_slope = activate(
@@ -576,14 +585,14 @@ def _whole_forward_kernel(x, p_out, p_lse, NEGATIVE: tl.constexpr, C: tl.constex
             )  # [q,kv]
             if i == TILES - 1 or is_masked(C.KEY_MASK, C.CAUSAL, C.MASK):
                 o_kv = tile_start(KEYS, i) + tl.arange(0, tile_size(KEYS, i))
-                b_s = mask_tile(b_s * scale_log2, masks, tile_start(KEYS, i), o_q, o_kv, N, M, C, True)
+                b_s = mask_tile(b_s * scale_log2, Pairs(masks, tile_start(KEYS, i), o_q, o_kv, N, M), C, True)
                 b_max = tl.maximum(b_max, tl.max(b_s, axis=1))
             else:
-                b_max = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * scale_log2)
+                b_max = tl.maximum(b_max, (tl.min(b_s, axis=1) if C.NEGATIVE else tl.max(b_s, axis=1)) * scale_log2)
             b_scores = extended(b_scores, b_s)
         b_safe = tl.where(b_max == float("-inf"), 0.0, b_max)  # -inf - -inf is NaN in a fully masked row
-        b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        b_o = tl.zeros([BLOCK_Q, C.BLOCK_DV], dtype=tl.float32)
+        b_sum = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+        b_o = tl.zeros([C.BLOCK_Q, C.BLOCK_DV], dtype=tl.float32)
         for i in tl.static_range(TILES):
             if i == TILES - 1 or is_masked(C.KEY_MASK, C.CAUSAL, C.MASK):
                 b_p = tl.exp2(b_scores[i] - b_safe[:, None])
@@ -634,20 +643,7 @@ def _join_kernel(
 
 
 @triton.jit
-def _rows_kernel(
-    x,
-    p_u,
-    p_lse,
-    stats,
-    LIMIT: tl.constexpr,
-    BY_GRADIENT: tl.constexpr,
-    NEGATIVE: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
-    AHEAD: tl.constexpr = 0,
-):
+def _rows_kernel(x, p_u, p_lse, stats, LIMIT: tl.constexpr, C: tl.constexpr):
     """`RowStats` of a tile of queries i of one head: what makes probabilities P_ij of base-2 logits x_ij, and row sums.
 
     shift_i = max_i + log2 sum_i             where there is no total: P_ij = 2^(x_ij - shift_i)
@@ -661,18 +657,18 @@ def _rows_kernel(
     SUMS: tl.constexpr = stats.sums is not None
     WITH_LSE: tl.constexpr = p_lse is not None
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(NP // BLOCK_Q, x.H, C.GROUP_K, x.M * (C.A + C.DV), C.CAUSAL)
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(NP // C.BLOCK_Q, x.H, C.GROUP_K, x.M * (C.A + C.DV), C.CAUSAL)
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
     reads_keys = True
     if WITH_LSE and PAIR:
         m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0), LIMIT)
         if C.MASK == GROUP_PRODUCT:  # elsewhere the key-major pass does not divide by a total
-            m_coarse = m_coarse & (special_groups(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)[0] != 0)
+            m_coarse = m_coarse & (special_groups(x.product, i_bh, i_q * C.BLOCK_Q, N, C.BLOCK_Q)[0] != 0)
         if not SUMS:
             reads_keys = tl.max(m_coarse.to(tl.int32), axis=0) > 0
     indices = i_q, i_bh, i_b, i_h, i_hk
-    SUM: tl.constexpr = "map" if SUMS and BY_GRADIENT else ""
-    b_max, b_total, b_sums = _over_keys(x, p_u, indices, reads_keys, SUM, NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD)
+    SUM: tl.constexpr = "map" if SUMS and C.BY_GRADIENT else ""
+    b_max, b_total, b_sums = _over_keys(x, p_u, indices, reads_keys, SUM, C)
     b_one = tl.where(b_total == 0.0, 1.0, b_total)
     b_factor = 1.0 / b_one  # b_sums are sums of 2^(x - max), and become sums of P
     b_shift = b_max
@@ -690,27 +686,12 @@ def _rows_kernel(
         b_shift = b_lse if WITH_LSE else b_max + tl.log2(b_one)
     tl.store(stats.shift + i_bh * NP + o_q, tl.where((o_q < N) & (b_shift != float("-inf")), b_shift, float("inf")))
     if SUMS:
-        b_sums = (b_sums if BY_GRADIENT else b_total) * b_factor
+        b_sums = (b_sums if C.BY_GRADIENT else b_total) * b_factor
         tl.store(stats.sums + i_bh * NP + o_q, tl.where(o_q < N, b_sums, 0.0))  # an infinite value makes NaN of padding
 
 
 @triton.jit
-def _over_keys(
-    x,
-    p_u,
-    indices,
-    reads_keys,
-    SUM: tl.constexpr,
-    NEGATIVE: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
-    AHEAD: tl.constexpr,
-    start_of_part=0,
-    end_of_part=None,
-    boxes=None,
-):
+def _over_keys(x, p_u, indices, reads_keys, SUM: tl.constexpr, C: tl.constexpr, start_of_part=0, end_of_part=None, boxes=None):
     """The online softmax of a tile of queries: max_i, sum_i, and out_i, which is sum_j p_ij v_j [q,Dv] where SUM is "out", and
     sum_j relu(p_ij dP_ij) where it is "map".
 
@@ -724,11 +705,12 @@ def _over_keys(
     N, M, scale_log2, parameter = x.N, x.M, x.scale_log2, x.parameter
     i_q, i_bh, i_b, i_h, i_hk = indices
     p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
     o_a = tl.arange(0, C.BLOCK_A)
-    o_d = tl.arange(0, C.BLOCK_DV)
-    of_q = side_at(p_q, x.q.stride_n, o_q, N, C.A)
-    b_q = load_side(of_q, o_a, C.A) if boxes is None else load_box(boxes.q, i_b, i_h, i_q * BLOCK_Q)  # [q,A]
+    if boxes is None:
+        t_q = tile_of(p_q, x.q.stride_n, o_q, N, C.A, C.BLOCK_A)  # [q,A]
+    else:
+        t_q = boxed_tile(boxes.q, i_b, i_h, i_q * C.BLOCK_Q)
     b_inv_q = inverse_norm(p_pre_q, o_q, C.SCORE)  # [q]
     largest, total, bound = 0.0, 0.0, 0.0
     if C.UNITS:
@@ -737,19 +719,18 @@ def _over_keys(
         largest, total = weights_summed(p_u, o_a, C.A)
     b_weight, clamped = weights_of_rows(b_inv_q, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE)
     b_scale = scale_log2 * b_weight  # [q]
-    b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_max = tl.full([C.BLOCK_Q], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
     if SUM == "out":
         # over hidden units one unknown number would take 47 registers more (`first_sums`)
-        b_out = zero_sums(x.v.p.dtype.element_ty, BLOCK_Q, C.DV, C.BLOCK_DV, C.UNITS)
+        b_out = zero_sums(x.v.p.dtype.element_ty, C.BLOCK_Q, C.DV, C.BLOCK_DV, C.UNITS)
     else:
-        b_out = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        b_out = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
     if SUM == "map":
-        of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)
-        b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
+        t_do = head_tile(x.grad, i_b, i_h, o_q, N, C.DV, C.BLOCK_DV)  # [q,Dv]
     # the first tiles lie within the keys and below the diagonal, and no clamp of cosine acts on them; the others are at the edge.
     # Scores over hidden units have one loop for all
-    whole, end = key_range(i_q, M, C.UNITS, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    whole, end = key_range(i_q, M, C.UNITS, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     whole, end = tl.where(reads_keys, whole, 0), tl.where(reads_keys, end, 0)
     whole = tl.where(clamped, 0, whole)
     edge = whole
@@ -757,102 +738,99 @@ def _over_keys(
         end = tl.minimum(end, end_of_part)
         whole = tl.minimum(whole, end)
         edge = tl.maximum(whole, start_of_part)
-    special, seen, b_parts = groups_of_rows(x, masks, i_bh, i_q * BLOCK_Q, o_q, C.MASK)
-    if AHEAD:
-        tiles = seen_tiles(seen, start_of_part, whole, BLOCK_KV, C.MASK)
+    special, seen, b_parts = groups_of_rows(x, masks, i_bh, i_q * C.BLOCK_Q, o_q, C.MASK)
+    if C.AHEAD:
+        tiles = seen_tiles(seen, start_of_part, whole, C.BLOCK_KV, C.MASK)
         start = tile_at(tiles[0], tiles, C.MASK)
-        b_next = _first_products(x, b_q, b_parts, p_k, o_a, start, i_b, i_hk, boxes, C, BLOCK_KV)
+        b_next = _first_products(x, t_q, b_parts, p_k, start, i_b, i_hk, boxes, C)
     for EDGE in tl.static_range(1 if C.UNITS else 0, 2):
         begin, finish = edge if EDGE else start_of_part, end if EDGE else whole
-        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
-            if C.MASK != GROUP_PRODUCT or EDGE or not AHEAD:
+        tiles = seen_tiles(seen, begin, finish, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
+            if C.MASK != GROUP_PRODUCT or EDGE or not C.AHEAD:
                 start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
+            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
             if C.UNITS:
                 units_q, units_k = (p_q, p_pre_q, o_q, x.q.stride_n, N), (p_k, p_pre_k, o_kv, x.k.stride_n, M)
                 b_s = sum_units(units_q, units_k, p_u, bound, largest, total, C)
             else:
                 # with AHEAD these are the next keys; the last tile has none, and multiplies its keys twice
                 first = start
-                if AHEAD and not EDGE:
-                    first = tile_at(tl.minimum(step + BLOCK_KV, tiles[1] - BLOCK_KV), tiles, C.MASK)
-                o_k = first + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-                of_k = side_at(p_k, x.k.stride_n, o_k, M if EDGE else None, C.A)
+                if C.AHEAD and not EDGE:
+                    first = tile_at(tl.minimum(step + C.BLOCK_KV, tiles[1] - C.BLOCK_KV), tiles, C.MASK)
+                o_k = first + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
                 if boxes is None:
-                    b_k = load_side(of_k, o_a, C.A)  # [kv,A]
+                    t_k = tile_of(p_k, x.k.stride_n, o_k, M if EDGE else None, C.A, C.BLOCK_A)  # [kv,A]
                 else:
-                    b_k = load_box(boxes.k_edge if EDGE else boxes.k, i_b, i_hk, first)
+                    t_k = boxed_tile(boxes.k_edge if EDGE else boxes.k, i_b, i_hk, first)
                 b_inv_k = inverse_norm(p_pre_k, o_kv, C.SCORE)  # [kv]
-                b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)  # [q,kv]
+                b_x = row_products(t_q, t_k, C.A, C.PRECISION)  # [q,kv]
                 if C.MASK == GROUP_PRODUCT:
                     b_x = with_bias(b_x, b_parts, x.product, i_b, first, M, C.PRECISION)
-                if AHEAD and not EDGE:
+                if C.AHEAD and not EDGE:
                     b_x, b_next = b_next, b_x
                 b_s, _ = activate(b_x, b_inv_q, b_inv_k, b_weight, parameter, EDGE, C)
-            b_p, b_new, b_alpha = _softmax_of_tile(b_s, b_scale, b_max, masks, special, start, o_q, o_kv, N, M, NEGATIVE, EDGE, C)
+            pairs = Pairs(masks, start, o_q, o_kv, N, M)
+            b_p, b_new, b_alpha = _softmax_of_tile(b_s, b_scale, b_max, pairs, special, EDGE, C)
             b_sum = b_sum * b_alpha + tl.sum(b_p, axis=1)
             if SUM != "":
-                of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
                 if boxes is None:
-                    b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
+                    t_v = key_tile(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.BLOCK_DV, C.KEY_MASK)
                 else:
-                    b_v = load_box(boxes.v_edge if EDGE else boxes.v, i_b, i_h // C.GROUP_V, start)
+                    t_v = boxed_tile(boxes.v_edge if EDGE else boxes.v, i_b, i_h // C.GROUP_V, start)
             if SUM == "out":
-                b_out = _add_values(b_out, b_alpha, b_p, b_v, of_v, x.dropout, i_bh, o_q, o_kv, N, C)
+                b_out = _add_values(b_out, b_alpha, b_p, t_v, x.dropout, i_bh, o_q, o_kv, N, C)
             elif SUM == "map":
-                b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)  # [q,kv]
+                b_dp = row_products(t_do, t_v, C.DV, C.PRECISION)  # [q,kv]
                 b_out = b_out * b_alpha + tl.sum(map_of(b_p, b_dp, o_kv, M if EDGE else None), axis=1)
             b_max = b_new
-            if C.MASK == GROUP_PRODUCT and AHEAD and not EDGE:
+            if C.MASK == GROUP_PRODUCT and C.AHEAD and not EDGE:
                 start = first
     return b_max, b_sum, b_out
 
 
 @triton.jit
-def _first_products(x, b_q, b_parts, p_k, o_a, start, i_b, i_hk, boxes, C: tl.constexpr, BLOCK_KV: tl.constexpr):
+def _first_products(x, t_q, b_parts, p_k, start, i_b, i_hk, boxes, C: tl.constexpr):
     """The products [q,kv] of the first tile of keys in `_over_keys`, before its loop; with the bias where a product adds it."""
     if boxes is None:
-        b_first = load_rows(p_k, x.k.stride_n, start + tl.arange(0, BLOCK_KV), o_a, x.M, C.A)
+        t_k = tile_of(p_k, x.k.stride_n, start + tl.arange(0, C.BLOCK_KV), x.M, C.A, C.BLOCK_A)
     else:
-        b_first = load_box(boxes.k, i_b, i_hk, start)
-    b_x = dot(b_q, tl.trans(b_first), C.PRECISION)
+        t_k = boxed_tile(boxes.k, i_b, i_hk, start)
+    b_x = dot(t_q.b, tl.trans(t_k.b), C.PRECISION)
     if C.MASK == GROUP_PRODUCT:
         b_x = with_bias(b_x, b_parts, x.product, i_b, start, x.M, C.PRECISION)
     return b_x
 
 
 @triton.jit
-def _add_values(b_out, b_alpha, b_p, b_v, of_v, dropout, i_bh, o_q, o_kv, N, C: tl.constexpr):
+def _add_values(b_out, b_alpha, b_p, t_v, dropout, i_bh, o_q, o_kv, N, C: tl.constexpr):
     """out_i alpha_i + sum_j p_ij v_j of `_over_keys`."""
     if dropout is not None:  # not in sum_i: what is dropped is missing from a row that sums to 1
         b_p *= keep_factor(dropout, i_bh, o_q, o_kv, N)
     b_out = [b * b_alpha[:, None] for b in b_out]
-    return add_products(b_out, keep_layout(b_p, C.UNITS, C.PRECISION), b_v, of_v, C.DV, C.PRECISION)
+    return add_products(b_out, keep_layout(b_p, C.UNITS, C.PRECISION), t_v, C.DV, C.PRECISION)
 
 
 @triton.jit
-def _softmax_of_tile(
-    b_s, b_scale, b_max, masks, special, start, o_q, o_kv, N, M, NEGATIVE: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr
-):
+def _softmax_of_tile(b_s, b_scale, b_max, pairs, special, EDGE: tl.constexpr, C: tl.constexpr):
     """p [q,kv], the new maximum [q] and alpha [q] of one step of `_over_keys`, from the scores of the tile. special: of
     `special_groups`."""
     if C.MASK == GROUP_PRODUCT:
         if special != 0:
-            b_x = special_logits(b_s, b_scale, masks, special, o_q, o_kv, N, M, False, C.PRECISION)
-            b_p, b_new, b_safe = _softmax_under_masks(b_x, b_max, masks, start, o_q, o_kv, N, M, EDGE, C)
+            b_x = special_logits(b_s, b_scale, pairs, special, False, C.PRECISION)
+            b_p, b_new, b_safe = _softmax_under_masks(b_x, b_max, pairs, EDGE, C)
         else:
             if EDGE or C.KEY_MASK:
-                b_p, b_new, b_safe = _softmax_under_masks(b_s * b_scale[:, None], b_max, masks, start, o_q, o_kv, N, M, EDGE, C)
+                b_p, b_new, b_safe = _softmax_under_masks(b_s * b_scale[:, None], b_max, pairs, EDGE, C)
             else:
-                b_p, b_new, b_safe = _softmax_of_all(b_s, b_scale, b_max, NEGATIVE)
+                b_p, b_new, b_safe = _softmax_of_all(b_s, b_scale, b_max, C.NEGATIVE)
     elif EDGE or C.KEY_MASK or C.MASK % GROUP_BIAS != 0 or (C.EXACT and C.MASK == GROUP_BIAS and OLD_TRITON):
         # the last: Triton 3.6 does not compile `_softmax_under_bias` in float32
-        b_p, b_new, b_safe = _softmax_under_masks(b_s * b_scale[:, None], b_max, masks, start, o_q, o_kv, N, M, EDGE, C)
+        b_p, b_new, b_safe = _softmax_under_masks(b_s * b_scale[:, None], b_max, pairs, EDGE, C)
     elif C.MASK == GROUP_BIAS:
-        b_p, b_new, b_safe = _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE, C)
+        b_p, b_new, b_safe = _softmax_under_bias(b_s, b_scale, b_max, pairs, C)
     else:
-        b_p, b_new, b_safe = _softmax_of_all(b_s, b_scale, b_max, NEGATIVE)
+        b_p, b_new, b_safe = _softmax_of_all(b_s, b_scale, b_max, C.NEGATIVE)
     return b_p, b_new, tl.exp2(b_max - b_safe)
 
 
@@ -865,30 +843,31 @@ def _softmax_of_all(b_s, b_scale, b_max, NEGATIVE: tl.constexpr):
 
 
 @triton.jit
-def _softmax_under_masks(b_logit, b_max, masks, start, o_q, o_kv, N, M, EDGE: tl.constexpr, C: tl.constexpr):
+def _softmax_under_masks(b_logit, b_max, pairs, EDGE: tl.constexpr, C: tl.constexpr):
     """p [q,kv], the new maximum [q], and what stands for it where that is -inf."""
-    b_x = masked_logits(b_logit, masks, start, o_q, o_kv, N, M, EDGE, C)
+    b_x = masked_logits(b_logit, pairs, EDGE, C)
     b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
     b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN in a row that has no key yet
     return tl.exp2(b_x - b_safe[:, None]), b_new, b_safe
 
 
 @triton.jit
-def _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE: tl.constexpr, C: tl.constexpr):
+def _softmax_under_bias(b_s, b_scale, b_max, pairs, C: tl.constexpr):
     """p [q,kv], the new maximum [q], and what stands for it where that is -inf, of a tile under a group bias alone."""
+    masks, start, o_q, o_kv, N, M = pairs
     of_tile = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
     first, last, changes, masked = of_tile
     if (changes == 0) & (not masked):  # as without masks
         b_bias = row_bias_of(masks, first, o_q, N)
-        b_new = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale + b_bias)
+        b_new = tl.maximum(b_max, (tl.min(b_s, axis=1) if C.NEGATIVE else tl.max(b_s, axis=1)) * b_scale + b_bias)
         b_safe = b_new
         b_p = tl.exp2(b_s * b_scale[:, None] - (b_safe - b_bias)[:, None])
     else:
         if (changes == 1) & (not masked):
             b_first, b_last = row_bias_of(masks, first, o_q, N), row_bias_of(masks, last, o_q, N)
-            b_x = b_s * b_scale[:, None] + chosen_rows(masks, of_tile, b_first, b_last, o_kv, M, False)
+            b_x = b_s * b_scale[:, None] + chosen_rows(pairs, of_tile, b_first, b_last, False)
         else:
-            b_x = masked_logits(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, False, C)
+            b_x = masked_logits(b_s * b_scale[:, None], pairs, False, C)
         b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_p = tl.exp2(b_x - b_safe[:, None])

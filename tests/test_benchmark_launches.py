@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 from tests.helpers.ops.backends import ready
 from vlattn_fast.benchmarks import _choice, _launches, _measure, _rates
 from vlattn_fast.kernels import _configurations
-from vlattn_fast.kernels.attention_map import _map_kernel
+from vlattn_fast.kernels._tiles import launched
+from vlattn_fast.kernels.attention_map import Constants, _map_kernel
 
 SIZES = {"B": 1, "H": 2, "N": 40, "D": 16}
 NAME = "attention_map/gradient/clip"
@@ -57,5 +58,6 @@ def test_a_launch_that_is_known_is_recorded_again() -> None:
 
 def test_a_tile_is_of_constants_and_options() -> None:
     """Sizes of tensors are arguments of a kernel."""
-    named = {"BLOCK_Q": 64, "num_warps": 4, "maxnreg": 128, "enable_fp_fusion": True, "C": (1, 2), "x": 3}
+    constants = Constants(64, 64, 0, False, False, False, "ieee")
+    named = launched({"C": constants, "x": 3}, {"BLOCK_Q": 64, "num_warps": 4, "maxnreg": 128})
     assert _launches.tile_of(_map_kernel, named) == {"kernel": "_map_kernel", "BLOCK_Q": 64, "num_warps": 4, "maxnreg": 128}

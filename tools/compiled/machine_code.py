@@ -66,10 +66,12 @@ def repeated(ttgir: str) -> int:
 def facts(kernel: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The tile of a compiled Triton kernel and what its warps do twice, from the kernel and its launch options. edge: the size of
     the tile at the edge."""
-    rows, keys = (options.get(name) for name in ("BLOCK_Q", "BLOCK_KV"))
+    constants: dict[str, Any] = getattr(options.get("C"), "_asdict", dict)()
+    sizes = (constants.get(name) for name in ("BLOCK_Q", "BLOCK_KV", "BLOCK_EDGE"))
+    rows, keys, edge = (None if size is None else size.value for size in sizes)
     return {
         "tile": f"{rows}x{keys}" if rows and keys else None,
-        "edge": options.get("BLOCK_EDGE"),
+        "edge": edge or None,
         "warps": kernel.metadata.num_warps,
         "repeated": repeated(kernel.asm["ttgir"]),
         "cp_async": "cp.async" in kernel.asm["ptx"],
