@@ -113,13 +113,13 @@ class Frozen(Subscriber):
 
     def _divides(self, run: ModuleRun, divisor: Any, measured: _Measured) -> None:
         """A tensor is divided by this magnitude of its own."""
-        if not measured.is_of_squares:
-            run.magnitudes |= measured.nodes
-        elif measured.is_mean or self._similarities:
+        if measured.is_of_squares and (measured.is_mean or self._similarities):
             self._hold(divisor)
-        else:
+        elif measured.is_of_squares and run.module is not None:
             divisor.metadata[_HELD] = False
             run.lengths.append(divisor)
+        elif run.module is not None:
+            run.magnitudes |= measured.nodes
 
     # --- modules ---
 
@@ -129,7 +129,7 @@ class Frozen(Subscriber):
         first = output[0] if isinstance(output, (tuple, list)) and output else output
         inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
         if not isinstance(first, Tensor) or first.shape not in [x.shape for x in inputs]:
-            if run.around is not None:
+            if run.around is not None and run.around.module is not None:
                 run.around.lengths += run.lengths
             return
         for root in run.lengths:

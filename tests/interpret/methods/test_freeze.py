@@ -499,6 +499,16 @@ def test_the_vectors_of_a_similarity_are_no_norm(norm: bool) -> None:
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
+def test_a_long_context_holds_no_graph_of_passes_that_have_ended() -> None:
+    """Such as that of lengths which belong to no layer."""
+    model, x = Similar(), torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
+    with Observer(model, [Frozen()]) as observer:
+        model(x)
+        nn.functional.normalize(x) + ByLargest.forward(model, x)
+        (run,) = observer.runs
+        assert run.module is None and not run.lengths and not run.magnitudes
+
+
 class NormFunction(torch.autograd.Function):
     """A norm in one node, as a kernel has it."""
 
