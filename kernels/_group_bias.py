@@ -20,7 +20,7 @@ bias take. A product of dS and members sums dS by groups.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -252,12 +252,12 @@ def _numbered(b_group, G):
 @triton.jit
 def groups_of_tile(masks, start, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
     """The first and the last group of the tile of BLOCK keys that begins at `start`, how often the group changes, and whether
-    one of the two masks a query. Zeros without a group bias.
+    one of the two masks a query. Zeros without a group bias, and where a product adds it.
 
     The branch is always taken. It keeps the compiler from copying the numbers to shared memory ahead of time.
     """
     first, last, masked = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64), tl.full([], 0, tl.int32)
-    if MASK >= GROUP_BIAS:
+    if MASK >= GROUP_BIAS and MASK != GROUP_PRODUCT:
         if M > 0:
             first = tl.load(masks.p_words + start)
             last = tl.load(masks.p_words + (tl.minimum(start + BLOCK, M) - 1))
@@ -344,10 +344,19 @@ def seeing_queries(masks, start, N, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
     return first_q, end_q, end_q, end_q
 
 
+class Steps(NamedTuple):
+    """A loop over tiles from begin to end, of so many keys or queries each; from the step `gap` on, so many keys are skipped."""
+
+    begin: Any
+    end: Any
+    size: Any
+    gap: Any
+    skipped: Any
+
+
 @triton.jit
 def seen_tiles(seen, start, end, BLOCK: tl.constexpr, MASK: tl.constexpr):
-    """A loop over the tiles from start to end that are `seen_keys`: the first step and the last, and for `tile_at` from which
-    step on how many keys are skipped."""
+    """`Steps` over the tiles from start to end that are `seen_keys`."""
     if MASK == GROUP_PRODUCT:
         first, last, gap, resume, some = seen
         skipped = tl.full([], 0, tl.int32)
@@ -355,12 +364,13 @@ def seen_tiles(seen, start, end, BLOCK: tl.constexpr, MASK: tl.constexpr):
             first, end, gap, skipped = _seen_tiles(first, last, gap, resume, start, end, BLOCK)
         else:
             first, gap = start + skipped, end + skipped
-        return first, end + 0, gap, skipped
+        return Steps(first, end + 0, BLOCK, gap, skipped)
     elif MASK >= GROUP_BIAS:
         first, last, gap, resume = seen
-        return _seen_tiles(first, last, gap, resume, start, end, BLOCK)
+        first, end, gap, skipped = _seen_tiles(first, last, gap, resume, start, end, BLOCK)
+        return Steps(first, end, BLOCK, gap, skipped)
     else:
-        return start, end, 0, 0
+        return Steps(start, end, BLOCK, 0, 0)
 
 
 @triton.jit
@@ -374,11 +384,10 @@ def _seen_tiles(first, last, gap, resume, start, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tile_at(step, tiles, MASK: tl.constexpr):
-    """Where the tile of a step of `seen_tiles` begins."""
+def tile_at(step, steps, MASK: tl.constexpr):
+    """Where the tile of a step begins."""
     if MASK >= GROUP_BIAS:
-        _, _, gap, skipped = tiles
-        return step + tl.where(step >= gap, skipped, 0)
+        return step + tl.where(step >= steps.gap, steps.skipped, 0)
     else:
         return step
 
@@ -480,10 +489,10 @@ def add_sums_of_all_groups(b_sums, b_x, masks, o_kv, M):
 
 
 @triton.jit
-def chosen_rows(pairs, of_tile, b_first, b_last, KEY_MAJOR: tl.constexpr):
+def chosen_rows(pairs, first, b_first, b_last, KEY_MAJOR: tl.constexpr):
     """For each pair of a tile of two groups that stand one behind the other, [q,kv] or KEY_MAJOR [kv,q], the number [q] of its
     query for the group of its key."""
-    m_first = of_keys(groups_of_keys(pairs.masks, pairs.o_kv, pairs.M) == of_tile[0], KEY_MAJOR)
+    m_first = of_keys(groups_of_keys(pairs.masks, pairs.o_kv, pairs.M) == first, KEY_MAJOR)
     return tl.where(m_first, of_queries(b_first, KEY_MAJOR), of_queries(b_last, KEY_MAJOR))
 
 

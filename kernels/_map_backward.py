@@ -26,10 +26,7 @@ from vlattn_fast.kernels._group_bias import (
     add_group_sums,
     gradient_blocks,
     groups_of_tile,
-    seen_keys,
-    seen_tiles,
     store_group_sums,
-    tile_at,
 )
 from vlattn_fast.kernels._products_backward import RowStats
 from vlattn_fast.kernels._scores import activate, head_of, times_activation
@@ -46,8 +43,9 @@ from vlattn_fast.kernels._tiles import (
     edge_block,
     head_tile,
     heads_of,
-    key_range,
     key_tile,
+    keys_at,
+    keys_of_queries,
     launched,
     map_of,
     mask_logits,
@@ -55,13 +53,14 @@ from vlattn_fast.kernels._tiles import (
     masks_at,
     pad_rows,
     padded_rows,
-    query_range,
+    queries_of_keys,
     real_tokens,
     relu,
     round_tf32,
     row_products,
     rows_and_head,
     seeing_queries_of_heads,
+    steps_of,
     store_head,
     store_tile,
     tile_of,
@@ -364,7 +363,7 @@ def row_numbers(stats, o_row):
 def _probabilities(t_q, t_k, b_shift, b_inverse, masks, start, o_q, o_kv, x, EDGE: tl.constexpr, C: tl.constexpr):
     """P [q,kv], and the slopes that `times_activation` takes."""
     b_x = row_products(t_q, t_k, C.A, C.PRECISION)
-    b_s, b_slope = activate(b_x, b_shift, b_shift, b_shift, x.parameter, EDGE, C)  # cosine alone reads norms: not here
+    b_s, b_slope = activate(b_x, None, x.parameter, EDGE, C)
     b_logit = mask_tile(b_s * x.scale_log2, Pairs(masks, start, o_q, o_kv, x.N, x.M), C, EDGE)
     return tl.exp2(b_logit - b_shift[:, None]) * b_inverse[:, None], b_slope
 
@@ -402,14 +401,11 @@ def _map_backward_rows_kernel(x, stats, w, p_u, p_u_map, p_delta, C: tl.constexp
     o_t = tl.arange(0, C.BLOCK_T if C.BLOCK_T > 0 else 1)
     b_delta = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
     b_u_map = tl.zeros([C.BLOCK_Q], dtype=tl.float32) if ONE else tl.zeros([C.BLOCK_Q, C.BLOCK_T], dtype=tl.float32)
-    whole, end = key_range(i_q, M, False, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
-    seen = seen_keys(masks, o_q, N, M, C.MASK)
+    keys = keys_of_queries(i_q, o_q, masks, N, M, C)
     for EDGE in tl.static_range(2):
-        begin, finish = whole if EDGE else 0, end if EDGE else whole
-        tiles = seen_tiles(seen, begin, finish, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
-            start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
+        steps = steps_of(keys, EDGE, C.BLOCK_KV, C)
+        for step in range(steps.begin, steps.end, steps.size):
+            start, o_kv = keys_at(step, steps, EDGE, C)
             t_k = tile_of(p_k, x.k.stride_n, o_kv, M if EDGE else None, C.A, C.BLOCK_A)  # [kv,A]
             b_map, b_slope = _probabilities(t_q, t_k, b_shift, b_inverse, masks, start, o_q, o_kv, x, EDGE, C)
             if C.BY_GRADIENT:
@@ -456,14 +452,11 @@ def _map_backward_q_kernel(x, stats, w, grad_q, grad_do, p_unit, p_grad_bias, fi
         b_delta = tl.load(stats.delta + i_bh * NP + o_q)
     if C.BLOCK_G > 0:
         b_bias = tl.zeros([C.BLOCK_Q, C.BLOCK_G], dtype=tl.float32)
-    whole, end = key_range(i_q, M, False, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
-    seen = seen_keys(masks, o_q, N, M, C.MASK)
+    keys = keys_of_queries(i_q, o_q, masks, N, M, C)
     for EDGE in tl.static_range(2):
-        begin, finish = whole if EDGE else 0, end if EDGE else whole
-        tiles = seen_tiles(seen, begin, finish, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
-            start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
+        steps = steps_of(keys, EDGE, C.BLOCK_KV, C)
+        for step in range(steps.begin, steps.end, steps.size):
+            start, o_kv = keys_at(step, steps, EDGE, C)
             t_k = key_tile(p_k, x.k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.BLOCK_A, C.KEY_MASK)  # [kv,A]
             b_p, b_slope = _probabilities(t_q, t_k, b_shift, b_inverse, masks, start, o_q, o_kv, x, EDGE, C)  # [q,kv]
             b_w = _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, False, C)
@@ -511,12 +504,11 @@ def _map_backward_kv_kernel(x, stats, w, grad_k, grad_v, p_unit, C: tl.constexpr
     if C.BY_GRADIENT:
         t_v = head_tile(x.v, i_b, i_hk, o_kv, M, C.DV, C.BLOCK_DV)  # [kv,Dv]
         b_dv = zero_sums(x.q.p.dtype.element_ty, C.BLOCK_KV, C.DV, C.BLOCK_DV)
-    whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     seeing = seeing_queries_of_heads(x.masks, i_b, i_hk * C.GROUP_K, C.GROUP_K, i_kv * C.BLOCK_KV, N, M, C.BLOCK_KV, C.MASK)
+    queries = queries_of_keys(i_kv, seeing, N, C)
     for EDGE in tl.static_range(2):
-        first, last = edge if EDGE else whole, edge_end if EDGE else end
-        tiles = seen_tiles(seeing, first, last, C.BLOCK_EDGE if EDGE else C.BLOCK_Q, C.MASK)
-        first, last = tiles[0], tiles[1]
+        steps = steps_of(queries, EDGE, C.BLOCK_Q, C)
+        first, last = steps.begin, steps.end
         num_q = tl.cdiv(last - first, C.BLOCK_EDGE if EDGE else C.BLOCK_Q)
         for j in range(num_q * C.GROUP_K):  # one loop over tiles and query heads of this key head: nested loops spill
             i_h = i_hk if C.GROUP_K == 1 else i_hk * C.GROUP_K + j // num_q
@@ -525,7 +517,7 @@ def _map_backward_kv_kernel(x, stats, w, grad_k, grad_v, p_unit, C: tl.constexpr
             # rows beyond N are the last one again, with P = 0: zeros times an infinite key would be NaN
             o_row = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
             t_q = head_tile(x.q, i_b, i_h, o_row, None, C.A, C.BLOCK_A)  # [q,A]
-            b_s, b_slope = activate(row_products(t_k, t_q, C.A, C.PRECISION), 0.0, 0.0, 0.0, x.parameter, EDGE, C)
+            b_s, b_slope = activate(row_products(t_k, t_q, C.A, C.PRECISION), None, x.parameter, EDGE, C)
             pairs = Pairs(masks_at(x.masks, i_b, i_h, M), i_kv * C.BLOCK_KV, o_row, o_kv, N, M)
             b_logit = mask_tile(b_s * x.scale_log2, pairs, C, EDGE, True)  # [kv,q]
             b_shift, b_inverse = row_numbers(stats, (i_b * H + i_h) * NP + o_q)
@@ -577,7 +569,7 @@ def _map_taken_kernel(x, stats, w, p_bits, p_counts, p_maps, LEAST: tl.constexpr
         t_q = head_tile(x.q, i_b, i_h, o_q, N, C.A, C.BLOCK_A)
         t_k = head_tile(x.k, i_b, i_h // C.GROUP_K, o_kv, M, C.A, C.BLOCK_A)
         b_x = row_products(t_q, t_k, C.A, C.PRECISION)
-        b_s, b_slope = activate(b_x, 0.0, 0.0, 0.0, x.parameter, False, C)
+        b_s, b_slope = activate(b_x, None, x.parameter, False, C)
         b_logit = mask_logits(b_s * x.scale_log2, pairs, C.MASK, C.KEY_MASK, C.CAUSAL)
         b_shift, b_inverse = row_numbers(stats, i_bh * NP + tl.minimum(o_q, NP - 1))  # a tile may be larger than the padding
         b_map = tl.exp2(b_logit - b_shift[:, None]) * b_inverse[:, None]

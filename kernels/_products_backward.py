@@ -51,7 +51,9 @@ from vlattn_fast.kernels._scores import (
 from vlattn_fast.kernels._tiles import (
     FEATURES,
     ROW_MULTIPLE,
+    Heads,
     Pairs,
+    Range,
     Tile,
     add_products,
     block_and_head,
@@ -69,13 +71,14 @@ from vlattn_fast.kernels._tiles import (
     keep_factor,
     key_range,
     key_tile,
+    keys_at,
     launched,
     map_of,
     masks_at,
     padded_rows,
     part_of,
     power_tile,
-    query_range,
+    queries_of_keys,
     real_tokens,
     round_tf32,
     row_products,
@@ -84,6 +87,7 @@ from vlattn_fast.kernels._tiles import (
     rows_of,
     rows_times_sums,
     seeing_queries_of_heads,
+    steps_of,
     store_head,
     tile_of,
     wide,
@@ -108,12 +112,12 @@ class RowStats(NamedTuple):
 
 class OwnRows(NamedTuple):
     """In place of `RowStats`, for programs that have all keys: what they make the numbers of rows from, which is the output, the
-    log-sum-exp (B, H, N) and its gradient; and dQ, which they write."""
+    log-sum-exp (B, H, N) and its gradient; and dQ, which they write. All are None for other programs."""
 
-    out: Tensor
-    lse: Tensor
-    grad_lse: Tensor | None
-    grad_q: Tensor
+    out: Heads | None = None
+    lse: Tensor | None = None
+    grad_lse: Tensor | None = None
+    grad_q: Heads | None = None
 
 
 class _Tiles(NamedTuple):
@@ -166,16 +170,11 @@ def queries(
     shift = new_rows(query) if coarse is None else coarse.shift
     total = coarse.total if coarse is not None else new_rows(query) if call["C"].EXACT else None
     stats = RowStats(shift, total, new_rows(query), new_rows(query) if summed else None)
+    edge = edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL)
     grad_bias, blocks = gradient_blocks(row_bias, call["C"].MASK)
     for p_grad_bias, first_group, block_g in blocks if shift.numel() > 0 else ():
         _backward_q_kernel[(padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)](
-            **launched(
-                call,
-                config,
-                BY_GRADIENT=by_gradient,
-                BLOCK_G=block_g,
-                BLOCK_EDGE=edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL),
-            ),
+            **launched(call, config, BY_GRADIENT=by_gradient, BLOCK_G=block_g, BLOCK_EDGE=edge),
             out=heads_of(out),
             p_lse=lse,
             p_grad_lse=grad_lse,
@@ -224,10 +223,12 @@ def keys(
     (batch, heads, num_q, _), num_kv = query.shape, key.shape[2]
     num_t = 0 if relevancy is None else relevancy.shape[1]
     heads_kv = key.shape[1]
-    grad_k = grad_v = r_abar = whole_rows = None
+    grad_k = grad_v = r_abar = None
     block_edge = edge_block(num_q, config["BLOCK_Q"], call["C"].CAUSAL)
+    own = OwnRows()
     if isinstance(rows, OwnRows):
-        whole_rows, rows, block_edge = rows, RowStats(rows.lse, delta=rows.lse), config["BLOCK_Q"]
+        assert rows.lse is not None
+        own, rows, block_edge = rows, RowStats(rows.lse, delta=rows.lse), config["BLOCK_Q"]
     if rows.delta is not None:
         grad_k, grad_v = empty_key_gradients(key, value)
         heads_kv = grad_k.shape[1]
@@ -243,10 +244,7 @@ def keys(
         _backward_kv_kernel[(blocks * batch * parts,)](
             **launched(call, config, GROUP=heads // heads_kv, BY_GRADIENT=by_gradient, BLOCK_EDGE=block_edge),
             stats=RowStats(rows.shift, rows.total, rows.delta),
-            own_out=None if whole_rows is None else heads_of(whole_rows.out),
-            p_own_lse=None if whole_rows is None else whole_rows.lse,
-            p_own_grad_lse=None if whole_rows is None else whole_rows.grad_lse,
-            own_grad_q=None if whole_rows is None else heads_of(whole_rows.grad_q),
+            own=own,
             p_r=relevancy,
             grad_k=None if grad_k is None else heads_of(grad_k),
             grad_v=None if grad_v is None else heads_of(grad_v),
@@ -304,26 +302,22 @@ def _backward_q_kernel(x, out, p_lse, p_grad_lse, stats, grad_q, p_grad_bias, fi
     whole, end = key_range(i_q, M, False, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     whole = tl.where(clamped, 0, whole)
     special, seen, b_parts = groups_of_rows(x, masks, i_bh, i_q * C.BLOCK_Q, o_q, C.MASK)
+    keys = Range(0, whole, whole, end, seen)
     if APART:
         rows = t_q, b_scale, b_shift, b_inv_q, b_weight
         BLOCK: tl.constexpr = 32 if C.BLOCK_KV > 32 else C.BLOCK_KV  # of 64 whole keys sm_80 would have 144 KB in shared memory
         b_mean_along = _store_mean(x, grad_q, rows, p_k, p_pre_k, masks, seen, i_q, i_b, i_h, C, BLOCK)
     for EDGE in tl.static_range(2):
-        begin, finish = whole if EDGE else 0, end if EDGE else whole
-        tiles = seen_tiles(seen, begin, finish, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
-            start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
+        steps = steps_of(keys, EDGE, C.BLOCK_KV, C)
+        for step in range(steps.begin, steps.end, steps.size):
+            start, o_kv = keys_at(step, steps, EDGE, C)
             t_k = key_tile(p_k, k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.BLOCK_A, C.KEY_MASK)  # [kv,A]
             t_v = key_tile(p_v, v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.BLOCK_DV, C.KEY_MASK)  # [kv,Dv]
             norms = b_inv_q, inverse_norm(p_pre_k, o_kv, C.SCORE), b_weight
             b_x = row_products(t_q, t_k, C.A, C.PRECISION)  # [q,kv]
-            of_tile = 0, 0, 0, False
-            if C.MASK == GROUP_PRODUCT:
-                b_x = with_bias(b_x, b_parts, x.product, i_b, start, M, C.PRECISION)
-            else:
-                of_tile = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
-            b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
+            b_x = with_bias(b_x, b_parts, x, i_b, start, C)
+            of_tile = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
+            b_s, b_slope = activate(b_x, norms, parameter, EDGE, C)
             pairs = Pairs(masks, start, o_q, o_kv, N, M)
             b_p = power_tile(b_s, b_scale, b_shift, pairs, special, of_tile, C, EDGE)
             b_dp = row_products(t_do, t_v, C.DV, C.PRECISION)  # [q,kv]
@@ -338,7 +332,7 @@ def _backward_q_kernel(x, out, p_lse, p_grad_lse, stats, grad_q, p_grad_bias, fi
                     b_bias, b_mean_bias, b_ds, b_p, x.product, masks, of_tile, i_b, start, o_kv, M, first_group, C
                 )
             b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
-            t_k = lengthened(t_k, norms[1], HALF and EDGE)
+            t_k = lengthened(t_k, norms, HALF and EDGE)
             b_dq = add_products(b_dq, b_ds, t_k, C.A, C.PRECISION)
             if C.EXACT and not APART:
                 b_p, b_mean_along = through_score(b_p, b_mean_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE)
@@ -481,7 +475,7 @@ def _group_sums(x, stats, i_q, i_bh, i_b, i_h, i_hk, special, C: tl.constexpr):
         t_k = key_tile(p_k, x.k.stride_n, masks.p_keys, o_kv, M, C.A, C.BLOCK_A, C.KEY_MASK)
         t_v = key_tile(p_v, x.v.stride_n, masks.p_keys, o_kv, M, C.DV, C.BLOCK_DV, C.KEY_MASK)
         b_x = row_products(t_q, t_k, C.A, C.PRECISION)
-        b_x = with_bias(b_x, b_parts, x.product, i_b, start, M, C.PRECISION)
+        b_x = with_bias(b_x, b_parts, x, i_b, start, C)
         b_p = power_tile(b_x, b_scale, b_shift, Pairs(masks, start, o_q, o_kv, N, M), special, None, C, True)
         b_dp = row_products(t_do, t_v, C.DV, C.PRECISION)
         if x.dropout is not None:
@@ -504,14 +498,14 @@ def _store_mean(x, grad_q, rows, p_k, p_pre_k, masks, seen, i_q, i_b, i_h, C: tl
     b_total = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
     b_along = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
     _, end = key_range(i_q, x.M, True, C.CAUSAL, C.BLOCK_Q, BLOCK_KV)
-    tiles = seen_tiles(seen, 0, end, BLOCK_KV, C.MASK)
-    for step in range(tiles[0], tiles[1], BLOCK_KV):
-        start = tile_at(step, tiles, C.MASK)
+    steps = seen_tiles(seen, 0, end, BLOCK_KV, C.MASK)
+    for step in range(steps.begin, steps.end, BLOCK_KV):
+        start = tile_at(step, steps, C.MASK)
         o_kv = start + tl.arange(0, BLOCK_KV)
         t_k = in_bfloat16(key_tile(p_k, x.k.stride_n, masks.p_keys, o_kv, x.M, C.A, C.BLOCK_A, C.KEY_MASK))
         norms = b_inv_q, inverse_norm(p_pre_k, o_kv, C.SCORE), b_weight
         b_x = row_products(t_q, t_k, C.A, C.PRECISION)
-        b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, x.parameter, True, C)
+        b_s, b_slope = activate(b_x, norms, x.parameter, True, C)
         b_p = power_tile(b_s, b_scale, b_shift, Pairs(masks, start, o_q, o_kv, x.N, x.M), 0, None, C, True)
         b_p = tl.minimum(b_p, 1.0, propagate_nan=tl.PropagateNan.ALL)
         b_total += tl.sum(b_p, axis=1)
@@ -569,21 +563,19 @@ def _without_rounding(b_dq, b_along, b_mean, b_mean_along, b_rest):
 
 
 @triton.jit
-def _backward_kv_kernel(
-    x, stats, own_out, p_own_lse, p_own_grad_lse, own_grad_q, p_r, grad_k, grad_v, p_r_abar, KEY_HEADS, T, factor, C: tl.constexpr
-):
+def _backward_kv_kernel(x, stats, own, p_r, grad_k, grad_v, p_r_abar, KEY_HEADS, T, factor, C: tl.constexpr):
     """dK and dV of a tile of keys j, over the GROUP query heads that share it; r Abar of BLOCK_T rows of r (0: none).
 
     P_ij  = 2^(x_ij - shift_i) / total_i           dv_j = sum_i dropout_ij P_ij dO_i
     dP_ij = dropout_ij dO_i v_j                    dk_j = scale sum_i dS_ij score'(q_i k_j) q_i
     dS_ij = P_ij (dP_ij - delta_i)                 r_abar_tj = factor sum_i r_ti E_ij, E = P or BY_GRADIENT relu(P dP)
     shift, total and delta are those of `RowStats`, x_ij that of `_backward_q_kernel`. Tiles are [kv,q]. r Abar is summed over
-    KEY_HEADS heads; gradients are there for one. With own_grad_q, of `OwnRows`, the tile has all keys: dQ is there, too, and
+    KEY_HEADS heads; gradients are there for one. With `OwnRows` the tile has all keys: dQ is there, too, and
     shift and delta are computed as `_backward_q_kernel` computes them.
     """
     N, M, parameter = x.N, x.M, x.parameter
     GRADS: tl.constexpr = grad_k is not None
-    WHOLE: tl.constexpr = own_grad_q is not None
+    WHOLE: tl.constexpr = own.grad_q is not None
     HALF: tl.constexpr = C.SCORE == "cosine" and x.q.p.dtype.element_ty == tl.float16
     APART: tl.constexpr = GRADS and x.q.p.dtype.element_ty == tl.float32 and (C.A > 192 or C.DV > 192) and has_wgmma()
     i_kv, o_kv, o_t, i_bp, i_b, i_p = _keys_and_rows(x, KEY_HEADS, T, C)
@@ -592,10 +584,10 @@ def _backward_kv_kernel(
     m_key = real_tokens(x.masks.p_keys + i_b * M, o_kv, M, C.KEY_MASK)
     b_dk, b_dv, b_along = _zero_gradients(x, C, WHOLE or C.BLOCK_T > 1)
     b_r_abar = zero_carried(C.BLOCK_KV, C.BLOCK_T)
-    ranges = (N, N, 0, N) if WHOLE else query_range(i_kv, N, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     for i in range(KEY_HEADS):
         i_hkv = i_p * KEY_HEADS + i
         seeing, of_tile, b_member = _groups_of_keys(x, i_b, i_hkv * C.GROUP, i_kv * C.BLOCK_KV, C.GROUP, C, C.BLOCK_KV)
+        rows = Range(N, N, 0, N, seeing) if WHOLE else queries_of_keys(i_kv, seeing, N, C)
         t_k, t_v = _keys_and_values(x, i_b, i_hkv, o_kv, m_key, WHOLE, C)  # [kv,A], [kv,Dv]
         b_inv_k, b_weight, clamped = _weights_of_keys(x, i_b, i_hkv, o_kv, HALF, C)  # [kv]
         # under a causal mask the tiles at the edge come before the whole ones; where cosine's clamp acts, all are at the edge
@@ -603,16 +595,16 @@ def _backward_kv_kernel(
         # and ptxas would serialise the products
         for LOOP in tl.static_range(1 if APART else 0, 3 if APART else 1):
             for EDGE in tl.static_range(1 if WHOLE else 0, 2):
-                tiles = _tiles_of_queries(seeing, ranges, clamped, N, EDGE, C, C.BLOCK_EDGE if EDGE else C.BLOCK_Q)
+                tiles = _tiles_of_queries(rows, clamped, N, EDGE, C, C.BLOCK_EDGE if EDGE else C.BLOCK_Q)
                 # one loop over tiles and query heads of this key head: nested loops spill
                 for j in range(tiles.begin, tiles.end):
                     i_h, i_bh, row, o_q, o_row = _queries(x, j, tiles, i_b, i_hkv, EDGE, C, C.BLOCK_EDGE if EDGE else C.BLOCK_Q)
                     t_q = head_tile(x.q, i_b, i_h, o_row, None, C.A, C.BLOCK_A)  # [q,A]
                     norms = b_inv_k, inverse_norm(precomputed_at(x.p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE), b_weight
                     b_x, special = _with_bias(row_products(t_k, t_q, C.A, C.PRECISION), b_member, x, i_bh, row, C)
-                    b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
+                    b_s, b_slope = activate(b_x, norms, parameter, EDGE, C)
                     pairs = Pairs(x.masks, i_kv * C.BLOCK_KV, o_row, o_kv, N, M)
-                    b_p = _probabilities(b_s, b_weight, x, stats, p_own_lse, i_b, i_h, o_q, pairs, special, of_tile, C, EDGE)
+                    b_p = _probabilities(b_s, b_weight, x, stats, own.lse, i_b, i_h, o_q, pairs, special, of_tile, C, EDGE)
                     if GRADS or C.BY_GRADIENT:
                         t_do = head_tile(x.grad, i_b, i_h, o_q, N if EDGE or C.CAUSAL else None, C.DV, C.BLOCK_DV)  # [q,Dv]
                         b_dp = row_products(t_v, t_do, C.DV, C.PRECISION)  # [kv,q]
@@ -624,12 +616,12 @@ def _backward_kv_kernel(
                         if LOOP != 2:
                             b_dv = add_products(b_dv, b_dropped_p, t_do, C.DV, C.PRECISION)
                         if LOOP != 1:
-                            b_delta = _deltas(x, stats, own_out, p_own_grad_lse, i_bh, i_b, i_h, o_q, o_row, C)  # [q]
+                            b_delta = _deltas(x, stats, own.out, own.grad_lse, i_bh, i_b, i_h, o_q, o_row, C)  # [q]
                             b_ds = _gradients_of_logits(b_p, b_dp, b_delta, m_key, WHOLE)
                             b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
-                            t_q = lengthened(t_q, norms[1], HALF and EDGE)
+                            t_q = lengthened(t_q, norms, HALF and EDGE)
                             b_dk = add_products(b_dk, b_ds, t_q, C.A, C.PRECISION)
-                            _store_query_gradients(own_grad_q, t_k.b, b_ds, x, i_b, i_h, o_q, C)
+                            _store_query_gradients(own.grad_q, t_k.b, b_ds, x, i_b, i_h, o_q, C)
                 if GRADS and C.SCORE == "cosine" and not EDGE and LOOP != 1:  # as in `_backward_q_kernel`
                     b_along = rows_times_sums(t_k, b_dk, C.A)
             if GRADS and LOOP != 2:  # registers are free then
@@ -710,13 +702,12 @@ def _weights_of_keys(x, i_b, i_hkv, o_kv, HALF: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _tiles_of_queries(seeing, ranges, clamped, N, EDGE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
-    """The tiles of BLOCK queries that see a tile of keys, those at its EDGE or the whole ones. ranges: of `query_range`."""
-    whole, end, edge, edge_end = ranges
-    first = tl.where(clamped, tl.minimum(whole, edge), edge) if EDGE else whole
-    last = tl.where(clamped, N, edge_end) if EDGE else tl.where(clamped, whole, end)
-    tiles = seen_tiles(seeing, first, last, BLOCK, C.MASK)
-    first, last = tiles[0], tiles[1]
+def _tiles_of_queries(of, clamped, N, EDGE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """The tiles of BLOCK queries of a `Range` that see a tile of keys, those at its EDGE or the whole ones."""
+    first = tl.where(clamped, tl.minimum(of.begin, of.edge), of.edge) if EDGE else of.begin
+    last = tl.where(clamped, N, of.edge_end) if EDGE else tl.where(clamped, of.begin, of.end)
+    steps = seen_tiles(of.seen, first, last, BLOCK, C.MASK)
+    first, last = steps.begin, steps.end
     of_head = tl.cdiv(last - first, BLOCK)
     number = 0
     if C.MASK == GROUP_PRODUCT:  # tiles are numbered from the first query on, else their addresses are computed anew

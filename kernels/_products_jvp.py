@@ -22,15 +22,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import empty_rows_first
 from vlattn_fast.kernels._configurations import Config
-from vlattn_fast.kernels._group_bias import (
-    FLOAT_MASK,
-    GROUP_PRODUCT,
-    add_group_bias,
-    groups_of_rows,
-    groups_of_tile,
-    seen_tiles,
-    tile_at,
-)
+from vlattn_fast.kernels._group_bias import FLOAT_MASK, add_group_bias, groups_of_rows, groups_of_tile
 from vlattn_fast.kernels._products_backward import RowStats
 from vlattn_fast.kernels._scores import activate, head_of, times_activation
 from vlattn_fast.kernels._tiles import (
@@ -39,6 +31,7 @@ from vlattn_fast.kernels._tiles import (
     Heads,
     MaskPointers,
     Pairs,
+    Range,
     add_products,
     aligned,
     cdiv,
@@ -50,6 +43,7 @@ from vlattn_fast.kernels._tiles import (
     keep_factor,
     key_range,
     key_tile,
+    keys_at,
     launched,
     masks_and_kind,
     masks_at,
@@ -58,6 +52,7 @@ from vlattn_fast.kernels._tiles import (
     row_products,
     row_shift,
     rows_and_head,
+    steps_of,
     store_sums,
     tile_of,
     with_bias,
@@ -135,23 +130,19 @@ def _jvp_kernel(x, tangents, out, p_lse, stats, p_out_tangent, p_lse_tangent, C:
     b_out = zero_sums(x.v.p.dtype.element_ty, C.BLOCK_Q, C.DV, C.BLOCK_DV)
     whole, end = key_range(i_q, M, False, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     special, seen, b_parts = groups_of_rows(x, masks, i_bh, i_q * C.BLOCK_Q, o_q, C.MASK)
+    keys = Range(0, whole, whole, end, seen)
     for EDGE in tl.static_range(2):
-        begin, finish = whole if EDGE else 0, end if EDGE else whole
-        tiles = seen_tiles(seen, begin, finish, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
-            start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
+        steps = steps_of(keys, EDGE, C.BLOCK_KV, C)
+        for step in range(steps.begin, steps.end, steps.size):
+            start, o_kv = keys_at(step, steps, EDGE, C)
             t_k = key_tile(p_k, x.k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.BLOCK_A, C.KEY_MASK)
             t_dk = key_tile(p_dk, tangents.k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.BLOCK_A, C.KEY_MASK)
             t_v = key_tile(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.BLOCK_DV, C.KEY_MASK)
             t_dv = key_tile(p_dv, tangents.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.BLOCK_DV, C.KEY_MASK)
             b_x = row_products(t_q, t_k, C.A, C.PRECISION)  # [q,kv]
-            of_tile = 0, 0, 0, False
-            if C.MASK == GROUP_PRODUCT:
-                b_x = with_bias(b_x, b_parts, x.product, i_b, start, M, C.PRECISION)
-            else:
-                of_tile = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
-            b_s, b_slope = activate(b_x, b_one, b_one, b_one, x.parameter, EDGE, C)
+            b_x = with_bias(b_x, b_parts, x, i_b, start, C)
+            of_tile = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
+            b_s, b_slope = activate(b_x, None, x.parameter, EDGE, C)
             pairs = Pairs(masks, start, o_q, o_kv, N, M)
             b_p = power_tile(b_s, b_one * x.scale_log2, b_shift, pairs, special, of_tile, C, EDGE)
             b_dx = row_products(t_dq, t_k, C.A, C.PRECISION)

@@ -215,13 +215,14 @@ def times_slope(b_x, b_inv_row, b_inv_column, b_weight, parameter, CLAMPED: tl.c
 
 
 @triton.jit
-def lengthened(t, b_inv_column, LENGTHENED: tl.constexpr):
+def lengthened(t, norms, LENGTHENED: tl.constexpr):
     """A tile [column,A] that meets gradients which `times_slope` has multiplied: in float16 its vectors have at least length 1.
 
     Their slope is 1 / |y|, and 1e8 beside a zero vector. A gradient times that overflows in float16, and times zero it is NaN.
     A vector of length 1 and a gradient without the slope have the same product. Zero vectors stay.
     """
     if LENGTHENED:
+        _, b_inv_column, _ = norms
         b_longer = tl.where(b_inv_column == float("inf"), 1.0, tl.maximum(b_inv_column, 1.0))
         return Tile((t.b.to(tl.float32) * b_longer[:, None]).to(tl.float16), t.p, t.stride, t.o_row, t.m_row)
     else:
@@ -354,13 +355,14 @@ def softcapped(b_x, parameter, C: tl.constexpr):
 
 
 @triton.jit
-def activate(b_x, b_inv_row, b_inv_column, b_weight, parameter, CLAMPED: tl.constexpr, C: tl.constexpr):
+def activate(b_x, norms, parameter, CLAMPED: tl.constexpr, C: tl.constexpr):
     """The scores of a tile of dot products, and the slopes that `times_activation` takes.
 
-    Cosine: the scores are divided by the rows' weights, and `times_slope` has the slopes.
+    Cosine: norms are those of `through_score`, the scores are divided by the rows' weights, and `times_slope` has the slopes.
     """
     b_s, b_slope = b_x, b_x
     if C.SCORE == "cosine":
+        b_inv_row, b_inv_column, b_weight = norms
         b_s = times_slope(b_x, b_inv_row, b_inv_column, b_weight, parameter, CLAMPED, False)
     if C.SCORE == "dot_relu":
         b_s = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -398,7 +400,7 @@ def scores_of_tile(x, head, p_u, o_q, o_kv, C: tl.constexpr):
 def activate_all(b_x, p_pre_q, p_pre_k, o_q, o_kv, parameter, C: tl.constexpr):
     """The scores of a tile [q,kv] of dot products, of cosine, too: each pair with its clamp."""
     b_inv_q, b_inv_k = inverse_norm(p_pre_q, o_q, C.SCORE), inverse_norm(p_pre_k, o_kv, C.SCORE)
-    b_s, _ = activate(b_x, b_inv_q, b_inv_k, tl.full(o_q.shape, 1.0, dtype=tl.float32), parameter, True, C)
+    b_s, _ = activate(b_x, (b_inv_q, b_inv_k, tl.full(o_q.shape, 1.0, dtype=tl.float32)), parameter, True, C)
     return b_s
 
 

@@ -15,16 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlattn_fast.kernels._configurations import configuration
-from vlattn_fast.kernels._group_bias import (
-    add_group_sums,
-    gradient_blocks,
-    groups_of_tile,
-    seeing_queries,
-    seen_keys,
-    seen_tiles,
-    store_group_sums,
-    tile_at,
-)
+from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, groups_of_tile, seeing_queries, store_group_sums
 from vlattn_fast.kernels._key_groups import dot_members, groups_of, member
 from vlattn_fast.kernels._scores import softcapped
 from vlattn_fast.kernels._tiles import (
@@ -37,14 +28,16 @@ from vlattn_fast.kernels._tiles import (
     first_sums,
     head_at,
     head_tile,
-    key_range,
     key_tile,
+    keys_at,
+    keys_of_queries,
     launched,
     load_tile,
     mask_logits,
     mask_tile,
     masks_at,
-    query_range,
+    queries_of_keys,
+    steps_of,
     store_tile,
     tile_of,
     within,
@@ -120,8 +113,7 @@ def _backward_q_kernel(
     p_of_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, weight
     rows, b_first = _grad_rows(p_of_rows, o_q, o_row, m_row, C)
     b_maximum, b_ge, b_gm, b_w = rows
-    whole, end = key_range(i_q, M, False, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
-    seen = seen_keys(masks, o_q, N, M, C.MASK)
+    keys = keys_of_queries(i_q, o_q, masks, N, M, C)
     b_sum_terms = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
     if C.MAXIMUM:
         b_sum_terms = b_gm * b_maximum
@@ -129,7 +121,6 @@ def _backward_q_kernel(
         p_row_mass = p_mass + i_bh * N * G
         b_sum_terms = _add_sum_mass(b_sum_terms, p_grad_mass, p_row_mass, b_maximum, o_q, N, G, C)
     if C.RECEIVED:
-        keys = whole, end, seen
         b_received = _grad_weight(x, b_q, b_max, p_k, p_grad_received, masks, o_q, keys, C)
         b_received *= b_maximum
         b_sum_terms += b_w * b_received
@@ -143,27 +134,15 @@ def _backward_q_kernel(
     if C.BLOCK_G > 0:
         b_bias = tl.zeros([C.BLOCK_Q, C.BLOCK_G], dtype=tl.float32)
     for EDGE in tl.static_range(2):
-        begin, finish = whole if EDGE else 0, end if EDGE else whole
-        tiles = seen_tiles(seen, begin, finish, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
-            start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
+        steps = steps_of(keys, EDGE, C.BLOCK_KV, C)
+        for step in range(steps.begin, steps.end, steps.size):
+            start, o_kv = keys_at(step, steps, EDGE, C)
             b_k = key_tile(p_k, k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.D, C.BLOCK_D, C.KEY_MASK).b  # [kv,D]
             b_s, b_slope = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
             b_s = mask_tile(b_s, Pairs(masks, start, o_q, o_kv, N, M), C, EDGE)
             b_here = tl.arange(0, o_kv.shape[0])[None, :] == (b_first - start)[:, None]  # o_kv would take more instructions
-            b_ds = _grad_score(
-                b_s,
-                b_max,
-                b_minus_delta,
-                rows,
-                b_here,
-                (p_grad_mass, p_grad_received, p_groups),
-                (o_q, o_kv, N, M, G),
-                scale_log2,
-                EDGE == 1,
-                C,
-            )
+            p_of_head, of_pairs = (p_grad_mass, p_grad_received, p_groups), (o_q, o_kv, N, M, G)
+            b_ds = _grad_score(b_s, b_max, b_minus_delta, rows, b_here, p_of_head, of_pairs, scale_log2, EDGE == 1, C)
             if C.BLOCK_G > 0:
                 b_bias = add_group_sums(
                     b_bias, b_ds, masks, groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK), o_kv, M, first_group
@@ -191,18 +170,17 @@ def _backward_kv_kernel(x, p_grads, p_rows, p_grad_k, scale, C: tl.constexpr):
     o_d = tl.arange(0, C.BLOCK_D)
     b_k = head_tile(k, i_b, i_hk, o_kv, M, C.D, C.BLOCK_D).b  # [kv,D]
     b_dk = first_sums(b_k.dtype, C.BLOCK_KV, C.BLOCK_D, True)  # EACH: else Triton 3.9, too, makes copies of the one number here
-    whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     for head in range(0, GROUP_K):
         i_h = i_hk * GROUP_K + head
         i_bh = i_b * H + i_h
         of_head = masks_at(masks, i_b, i_h, M)
         seeing = seeing_queries(of_head, i_kv * C.BLOCK_KV, N, M, C.BLOCK_KV, C.MASK)
+        queries = queries_of_keys(i_kv, seeing, N, C, False)
         for EDGE in tl.static_range(1 if C.CAUSAL else 2):
-            first, last = edge if EDGE or C.CAUSAL else whole, edge_end if EDGE else end
-            tiles = seen_tiles(seeing, first, last, C.BLOCK_EDGE if EDGE else C.BLOCK_Q, C.MASK)
+            steps = steps_of(queries, EDGE, C.BLOCK_Q, C)
             # Edges in one stage: a tile that mma and wgmma both read has one buffer, into which stages would copy the next
             # tile while a product reads it (triton-lang/triton pull request 7110)
-            for start in tl.range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_Q, num_stages=1 if EDGE else None):
+            for start in tl.range(steps.begin, steps.end, steps.size, num_stages=1 if EDGE else None):
                 o_q = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_Q)
                 o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or C.CAUSAL else None)
                 o_last = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q  # as `_received_kernel` takes rows beyond N
@@ -213,18 +191,11 @@ def _backward_kv_kernel(x, p_grads, p_rows, p_grad_k, scale, C: tl.constexpr):
                     b_s = mask_logits(b_s, pairs, C.MASK, False, C.CAUSAL)
                 p_of_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, weight
                 rows, b_first = _grad_rows(p_of_rows, o_q, o_row, m_row, C)
-                b_ds = _grad_score(
-                    b_s,
-                    tl.load(p_row_max + o_row, mask=m_row, other=float("inf")),
-                    tl.load(p_minus_delta + o_row, mask=m_row, other=0.0),
-                    rows,
-                    o_kv[None, :] == b_first[:, None],
-                    (p_grad_mass + i_bh * N * G, p_grad_received + i_bh * M, p_groups),
-                    (o_q, o_kv, N if EDGE or C.CAUSAL else None, M, G),
-                    scale_log2,
-                    True,
-                    C,
-                )
+                b_max = tl.load(p_row_max + o_row, mask=m_row, other=float("inf"))
+                b_minus_delta = tl.load(p_minus_delta + o_row, mask=m_row, other=0.0)
+                p_of_head = p_grad_mass + i_bh * N * G, p_grad_received + i_bh * M, p_groups
+                of_tile = b_s, b_max, b_minus_delta, rows, o_kv[None, :] == b_first[:, None], p_of_head
+                b_ds = _grad_score(*of_tile, (o_q, o_kv, N if EDGE or C.CAUSAL else None, M, G), scale_log2, True, C)
                 if parameter is not None:
                     b_ds *= b_slope
                 b_dk += dot(tl.trans(b_ds).to(b_q.dtype), b_q, C.PRECISION)
@@ -236,16 +207,14 @@ def _backward_kv_kernel(x, p_grads, p_rows, p_grad_k, scale, C: tl.constexpr):
 
 @triton.jit
 def _grad_weight(x, b_q, b_max, p_k, p_grad_received, masks, o_q, keys, C: tl.constexpr):
-    """sum_j 2^x_ij dreceived_j of a tile of queries, [q]. keys: of `key_range`, and `seen_keys`."""
-    whole, end, seen = keys
+    """sum_j 2^x_ij dreceived_j of a tile of queries, [q]. keys: their `Range`."""
     N, M, stride_k, scale_log2, parameter = x.N, x.M, x.k.stride_n, x.scale_log2, x.parameter
     b_received = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
     for EDGE in tl.static_range(2):
         b_sum = tl.zeros([C.BLOCK_Q, C.BLOCK_EDGE if EDGE else C.BLOCK_KV], dtype=tl.float32)  # over its columns once, at the end
-        tiles = seen_tiles(seen, whole if EDGE else 0, end if EDGE else whole, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
-            start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
+        steps = steps_of(keys, EDGE, C.BLOCK_KV, C)
+        for step in range(steps.begin, steps.end, steps.size):
+            start, o_kv = keys_at(step, steps, EDGE, C)
             b_k = tile_of(p_k, stride_k, o_kv, M if EDGE else None, C.D, C.BLOCK_D).b  # [kv,D]
             b_s, _ = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
             b_s = mask_tile(b_s, Pairs(masks, start, o_q, o_kv, N, M), C, EDGE)

@@ -1,16 +1,17 @@
 """Helpers of all Triton kernels: tiles of a matrix, matrix products, masks, dropout, and the arguments of a launch.
 
-Names: i_ is a program index (64 bits), o_ are offsets, m_ is a boolean mask, p_ a pointer, b_ a block in registers. BLOCK_Q
-counts query rows, BLOCK_KV keys, BLOCK_D features; all are powers of two. N and M are the numbers of queries and keys. Strides
-count elements. The last stride is 1 (`aligned`). Logits are in base 2: scale * LOG2_E is multiplied in, so that exp2 gives the
-powers (where not, `below_max` does it). A log-sum-exp named `lse` is natural, one named `shift` is in base 2.
+Names: i_ is a program index (64 bits), o_ are offsets, m_ is a boolean mask, p_ a pointer, b_ a block in registers, t_ a
+`Tile`. BLOCK_Q counts query rows, BLOCK_KV keys, BLOCK_D features; all are powers of two. N and M are the numbers of queries
+and keys. Strides count elements. The last stride is 1 (`aligned`). Logits are in base 2: scale * LOG2_E is multiplied in, so
+that exp2 gives the powers (where not, `below_max` does it). A log-sum-exp named `lse` is natural, one named `shift` is in
+base 2.
 
-A kernel takes what belongs together as one tuple: a tensor with its strides (`Heads`), the masks (`MaskPointers`), as x all that
-the kernels of an operator share, and as C the constants of a call; it is compiled for each C. C of an operator with attn_mask has
-MASK (see `GROUP_BIAS`), KEY_MASK and CAUSAL. Triton 3.6 assigns and compares no tuple that holds None, takes no nested targets,
-and makes a tensor of each constant that is assigned: C is passed on. In loops it forgets constants, such as strides of 1, of the
-tuples in a tuple, unless this tuple has a constant behind them: `ScoreCall` of _scores.py has `end`, and other kernels unpack x
-before.
+A kernel takes what belongs together as one tuple: a tensor with its strides (`Heads`), the masks (`MaskPointers`), as x all
+that the kernels of an operator share, and as C the constants of a call and its launch (`launched`), for each of which it is
+compiled. C of an operator with attn_mask has MASK (see `GROUP_BIAS`), KEY_MASK and CAUSAL. Triton 3.6 assigns and compares no
+tuple that holds None, takes no nested targets, and makes a tensor of each constant that is assigned: C is passed on. In loops
+it forgets constants, such as strides of 1, of the tuples in a tuple, unless this tuple has a constant behind them:
+`ScoreCall` of _scores.py has `end`, and other kernels unpack x before.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ from vlattn_fast.kernels._group_bias import (
     prepared_product,
     row_bias_of,
     seeing_queries,
+    seen_keys,
+    seen_tiles,
     special_logits,
+    tile_at,
     unforeseen,
 )
 
@@ -533,8 +537,8 @@ def seeing_queries_of_heads(masks, i_b, first_head, HEADS: tl.constexpr, start, 
     if MASK >= GROUP_BIAS:
         first_q, end_q, _, _ = seeing_queries(masks_at(masks, i_b, first_head, M), start, N, M, BLOCK, MASK)
         for h in range(1, HEADS):
-            by_head = seeing_queries(masks_at(masks, i_b, first_head + h, M), start, N, M, BLOCK, MASK)
-            first_q, end_q = tl.minimum(first_q, by_head[0]), tl.maximum(end_q, by_head[1])
+            first, end, gap, resume = seeing_queries(masks_at(masks, i_b, first_head + h, M), start, N, M, BLOCK, MASK)
+            first_q, end_q = tl.minimum(first_q, first), tl.maximum(end_q, end)
     return first_q, end_q, end_q, end_q
 
 
@@ -544,8 +548,8 @@ def groups_of_heads(masks, i_b, first_head, HEADS: tl.constexpr, start, M, BLOCK
     first, last, changes, masked = groups_of_tile(masks_at(masks, i_b, first_head, M), start, M, BLOCK, MASK)
     if MASK >= GROUP_BIAS:
         for h in range(1, HEADS):
-            of_head = groups_of_tile(masks_at(masks, i_b, first_head + h, M), start, M, BLOCK, MASK)
-            masked = masked | of_head[3]
+            _, _, _, masked_here = groups_of_tile(masks_at(masks, i_b, first_head + h, M), start, M, BLOCK, MASK)
+            masked = masked | masked_here
     return first, last, changes, masked
 
 
@@ -612,9 +616,11 @@ def mask_tile(b_log2, pairs, C: tl.constexpr, EDGE: tl.constexpr, KEY_MAJOR: tl.
 
 
 @triton.jit
-def with_bias(b_x, b_parts, product, i_b, start, M, PRECISION: tl.constexpr):
-    """Products [q,kv] of a tile of keys, and the bias over their scale, by `BiasProduct`."""
-    return b_x + dot(b_parts, tl.trans(members_of(product, i_b, start, M, b_x.shape[1])), PRECISION)
+def with_bias(b_x, b_parts, x, i_b, start, C: tl.constexpr):
+    """Products [q,kv] of a tile of keys, and the bias over their scale, where a product adds it."""
+    if C.MASK == GROUP_PRODUCT:
+        b_x += dot(b_parts, tl.trans(members_of(x.product, i_b, start, x.M, b_x.shape[1])), C.PRECISION)
+    return b_x
 
 
 @triton.jit
@@ -658,7 +664,7 @@ def power_tile(b_s, b_scale, b_shift, pairs, special, groups, C: tl.constexpr, E
             b_p = tl.exp2(b_s * b_scale[:, None] - of_queries(b_shift - row_bias_of(masks, first, o_q, N), KEY_MAJOR))
         elif (changes == 1) & (not masked):
             b_first, b_last = b_shift - row_bias_of(masks, first, o_q, N), b_shift - row_bias_of(masks, last, o_q, N)
-            b_p = tl.exp2(b_s * b_scale[:, None] - chosen_rows(pairs, groups, b_first, b_last, KEY_MAJOR))
+            b_p = tl.exp2(b_s * b_scale[:, None] - chosen_rows(pairs, first, b_first, b_last, KEY_MAJOR))
         else:
             b_logit = mask_tile(b_s * b_scale[:, None], pairs, C, EDGE, KEY_MAJOR)
             b_p = tl.exp2(b_logit - of_queries(b_shift, KEY_MAJOR))
@@ -727,18 +733,50 @@ def key_range(i_q, M, ALL_EDGE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.
     return edge, end
 
 
+class Range(NamedTuple):
+    """Keys or queries of two loops over tiles: from begin to end, which need no masks for the edge, and at the edge, in tiles of
+    BLOCK_EDGE. seen: of `seen_keys` or `seeing_queries`."""
+
+    begin: Any
+    end: Any
+    edge: Any
+    edge_end: Any
+    seen: Any
+
+
 @triton.jit
-def query_range(i_kv, N, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
-    """For the i_kv-th block of keys: where the tiles of BLOCK_Q queries begin and end that see all of it, and the same of the
-    tiles at the edge. Those are on the diagonal, or else the last one, which may be smaller."""
-    if CAUSAL:
+def keys_of_queries(i_q, o_q, masks, N, M, C: tl.constexpr):
+    """The `Range` of keys for the i_q-th block of queries o_q."""
+    whole, end = key_range(i_q, M, False, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
+    return Range(0, whole, whole, end, seen_keys(masks, o_q, N, M, C.MASK))
+
+
+@triton.jit
+def queries_of_keys(i_kv, seeing, N, C: tl.constexpr, APART: tl.constexpr = True):
+    """The `Range` of queries for the i_kv-th block of keys: those that see all of it, and at the edge those on the diagonal, or
+    else the last tile, which may be smaller. Unless the diagonal is APART, the first loop has it as well."""
+    if C.CAUSAL:
         # queries before `edge` see none of these keys, and from `whole` on they see the last one
-        edge = i_kv * BLOCK_KV // BLOCK_Q * BLOCK_Q
-        whole = tl.minimum(N, tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q)
-        return whole, N, edge, whole
+        edge = i_kv * C.BLOCK_KV // C.BLOCK_Q * C.BLOCK_Q
+        whole = tl.minimum(N, tl.cdiv((i_kv + 1) * C.BLOCK_KV - 1, C.BLOCK_Q) * C.BLOCK_Q)
+        return Range(whole if APART else edge, N, edge, whole, seeing)
     else:
-        edge = N // BLOCK_Q * BLOCK_Q
-        return 0, edge, edge, N
+        edge = N // C.BLOCK_Q * C.BLOCK_Q
+        return Range(0, edge, edge, N, seeing)
+
+
+@triton.jit
+def steps_of(of, EDGE: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
+    """The steps of one of the loops of a `Range`, over tiles of BLOCK rows or over those at the EDGE."""
+    first, last = of.edge if EDGE else of.begin, of.edge_end if EDGE else of.end
+    return seen_tiles(of.seen, first, last, C.BLOCK_EDGE if EDGE else BLOCK, C.MASK)
+
+
+@triton.jit
+def keys_at(step, steps, EDGE: tl.constexpr, C: tl.constexpr):
+    """The first key of the tile of a step, and all of them."""
+    start = tile_at(step, steps, C.MASK)
+    return start, start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
 
 
 @triton.jit

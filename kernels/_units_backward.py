@@ -265,9 +265,9 @@ def _exact_rows(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, C: tl.constexpr):
     """sum_j P_ij and sum_j P_ij dP_ij of a tile of queries, [q]. head: of `head_of`."""
     b_total = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
     b_mean = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
-    of_units, tiles = _keys_of_rows(x, head, p_u, o_a, i_q, C)
-    for step in range(tiles[0], tiles[1], C.BLOCK_KV):
-        start = tile_at(step, tiles, C.MASK)
+    of_units, steps = _keys_of_rows(x, head, p_u, o_a, i_q, C)
+    for step in range(steps.begin, steps.end, steps.size):
+        start = tile_at(step, steps, C.MASK)
         o_kv = start + tl.arange(0, C.BLOCK_KV)
         b_p, b_dp = _tile_of_rows(x, head, of_units, i_q, i_bh, start, o_kv, b_do, b_shift, C)
         b_total += tl.sum(b_p, axis=1)
@@ -279,14 +279,15 @@ def _exact_rows(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, C: tl.constexpr):
 def _sums_by_group(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, of_groups, C: tl.constexpr):
     """sum_j P_ij (dP_ij - delta_i) over the keys of each of BLOCK_G groups, [q,BLOCK_G]. of_groups: delta, the first group."""
     b_delta, first_group = of_groups
+    _, _, _, _, _, masks = head
     b_sums = tl.zeros([C.BLOCK_Q, C.BLOCK_G], dtype=tl.float32)
-    of_units, tiles = _keys_of_rows(x, head, p_u, o_a, i_q, C)
-    for step in range(tiles[0], tiles[1], C.BLOCK_KV):
-        start = tile_at(step, tiles, C.MASK)
+    of_units, steps = _keys_of_rows(x, head, p_u, o_a, i_q, C)
+    for step in range(steps.begin, steps.end, steps.size):
+        start = tile_at(step, steps, C.MASK)
         o_kv = start + tl.arange(0, C.BLOCK_KV)
         b_p, b_dp = _tile_of_rows(x, head, of_units, i_q, i_bh, start, o_kv, b_do, b_shift, C)
-        of_tile = groups_of_tile(head[5], start, x.M, C.BLOCK_KV, C.MASK)
-        b_sums = add_group_sums(b_sums, b_p * (b_dp - b_delta[:, None]), head[5], of_tile, o_kv, x.M, first_group)
+        of_tile = groups_of_tile(masks, start, x.M, C.BLOCK_KV, C.MASK)
+        b_sums = add_group_sums(b_sums, b_p * (b_dp - b_delta[:, None]), masks, of_tile, o_kv, x.M, first_group)
     return b_sums
 
 
@@ -409,8 +410,8 @@ def _over_queries(sums, keys, x, p_u, stats, i_h, memory, C: tl.constexpr):
     b_units, b_du = tl.zeros_like(b_dk), tl.zeros([b_dk.shape[1], C.BLOCK_A], dtype=tl.float32)
     b_sum = tl.zeros([b_dv.shape[0]], dtype=tl.float32)
     begin = (keys.i_kv * C.BLOCK_KV) // C.BLOCK_Q * C.BLOCK_Q if C.CAUSAL else 0  # queries before it see none of these keys
-    tiles = seen_tiles(seeing_queries(masks_h, keys.i_kv * C.BLOCK_KV, N, M, b_dv.shape[0], C.MASK), begin, N, C.BLOCK_Q, C.MASK)
-    for start in range(tiles[0], tiles[1], C.BLOCK_Q):
+    steps = seen_tiles(seeing_queries(masks_h, keys.i_kv * C.BLOCK_KV, N, M, b_dv.shape[0], C.MASK), begin, N, C.BLOCK_Q, C.MASK)
+    for start in range(steps.begin, steps.end, steps.size):
         o_q = start + tl.arange(0, C.BLOCK_Q)
         b_do = tile_of(p_grad_h, grad.stride_n, o_q, N, C.DV, C.BLOCK_DV).b  # [q,Dv]
         of_k, of_q = (keys.p, keys.p_pre, keys.o_kv, x.k.stride_n, M), (p_q_h, p_pre_q_h, o_q, q.stride_n, N)
@@ -527,8 +528,8 @@ def _units_step_kernel(x, p_u, stats, p_r, p_r_abar, HEADS, T, factor, C: tl.con
             b_v = tile_of(p_v, x.v.stride_n, o_kv, M, C.DV, C.BLOCK_DV).b  # [kv,Dv]
             p_grad = head_at(grad, i_b, i_h, C.DV)
         seeing = seeing_queries(masks, i_kv * C.BLOCK_KV, N, M, C.BLOCK_KV, C.MASK)
-        tiles = seen_tiles(seeing, begin, N, C.BLOCK_Q, C.MASK)
-        for start in range(tiles[0], tiles[1], C.BLOCK_Q):
+        steps = seen_tiles(seeing, begin, N, C.BLOCK_Q, C.MASK)
+        for start in range(steps.begin, steps.end, steps.size):
             o_q = start + tl.arange(0, C.BLOCK_Q)
             of_k, of_q = (p_k, p_pre_k, o_kv, x.k.stride_n, M), (p_q, p_pre_q, o_q, x.q.stride_n, N)
             b_s = sum_units(of_k, of_q, p_u + i_h * C.A, bound, largest, total, C)  # [kv,q]

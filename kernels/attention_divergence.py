@@ -276,9 +276,9 @@ def _terms_kernel(own, other, masks, strip, p_sums, N, M, first, rows, keys, bet
             b_b = _log_map(other, masks, i_b, start, o_q, o_kv, N, M, C.OTHER_D, C.OTHER_BLOCK_D, C.OTHER_FOLDED, C)
         else:
             t_k = keys_of(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
-            b_a = _logs(queries, t_k, at_head, start, o_q, o_kv, N, M, own.scale_log2, C.D, C.FOLDED, C)
+            b_a = _logs(queries, t_k, Pairs(at_head, start, o_q, o_kv, N, M), own.scale_log2, C.D, C.FOLDED, C)
             t_theirs = keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
-            b_b = _logs(others, t_theirs, at_head, start, o_q, o_kv, N, M, other.scale_log2, C.OTHER_D, C.OTHER_FOLDED, C)
+            b_b = _logs(others, t_theirs, Pairs(at_head, start, o_q, o_kv, N, M), other.scale_log2, C.OTHER_D, C.OTHER_FOLDED, C)
         if strip is None:
             b_f = _divergence(b_a, b_b, beta, C.KIND)
             if C.KIND == "total_variation":
@@ -309,7 +309,7 @@ def _backward_q_kernel(own, other, masks, strip, p_grad, p_mean, p_grad_q, N, M,
     o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
     _, end = key_range(i_q, M, True, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     at_head = masks_at(masks, i_b, i_h, M)
-    place = i_b, N, M, first, rows
+    place = i_b, N, M, first, rows, beta
     queries = _queries(own, i_b, i_h, o_q, N, C.D, C.BLOCK_D)
     others = queries if C.MEAN else _queries(other, i_b, i_h, o_q, N, C.OTHER_D, C.OTHER_BLOCK_D)
     b_sum = tl.zeros([C.BLOCK_Q, C.BLOCK_KV], dtype=tl.float32)
@@ -317,9 +317,8 @@ def _backward_q_kernel(own, other, masks, strip, p_grad, p_mean, p_grad_q, N, M,
         o_kv = start + tl.arange(0, C.BLOCK_KV)
         t_k = keys_of(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
         t_theirs = t_k if C.MEAN else keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
-        b_sum += _log_and_weighted(own, other, strip, place, beta, queries, t_k, others, t_theirs, at_head, start, o_q, o_kv, C)[
-            1
-        ]
+        b_log, b_weighted = _terms(own, other, strip, place, queries, t_k, others, t_theirs, at_head, start, o_q, o_kv, C)
+        b_sum += b_weighted
     b_mean = tl.sum(b_sum, axis=1)
     tl.store(p_mean + i_bh * N + o_q, b_mean, mask=o_q < N)
     b_grad = tl.load(p_grad + (i_b if C.MEAN else i_bh) * N + o_q, mask=o_q < N, other=0.0) * factor
@@ -328,9 +327,7 @@ def _backward_q_kernel(own, other, masks, strip, p_grad, p_mean, p_grad_q, N, M,
         o_kv = start + tl.arange(0, C.BLOCK_KV)
         t_k = keys_of(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
         t_theirs = t_k if C.MEAN else keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
-        b_log, b_weighted = _log_and_weighted(
-            own, other, strip, place, beta, queries, t_k, others, t_theirs, at_head, start, o_q, o_kv, C
-        )
+        b_log, b_weighted = _terms(own, other, strip, place, queries, t_k, others, t_theirs, at_head, start, o_q, o_kv, C)
         b_ds = (b_weighted - tl.exp2(b_log) * b_mean[:, None]) * b_grad[:, None]
         b_sums = add_small(b_sums, b_ds, t_k, C.D, C.PRECISION)
     store_sums(p_grad_q + i_bh * N * C.D, C.D, o_q, tl.arange(0, C.BLOCK_D), N, C.D, b_sums)
@@ -344,7 +341,7 @@ def _backward_kv_kernel(own, other, masks, strip, p_grad, p_mean, p_grad_k, N, M
     o_kv = i_kv * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV)
     t_k = keys_of(own, masks_at(masks, i_b, 0, M), i_b, i_hk * own.GROUP_K, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
     begin = tl.maximum(first, i_kv * C.BLOCK_KV // C.BLOCK_Q * C.BLOCK_Q) if C.CAUSAL else first
-    place = i_b, N, M, first, rows
+    place = i_b, N, M, first, rows, beta
     b_sums = zero_sums(own.q.p.dtype.element_ty, C.BLOCK_KV, C.D, C.BLOCK_D, True)
     for head in range(0, own.GROUP_K):
         i_h = i_hk * own.GROUP_K + head
@@ -355,9 +352,7 @@ def _backward_kv_kernel(own, other, masks, strip, p_grad, p_mean, p_grad_k, N, M
             queries = _queries(own, i_b, i_h, o_q, N, C.D, C.BLOCK_D)
             others = queries if C.MEAN else _queries(other, i_b, i_h, o_q, N, C.OTHER_D, C.OTHER_BLOCK_D)
             first_key = i_kv * C.BLOCK_KV
-            b_log, b_weighted = _log_and_weighted(
-                own, other, strip, place, beta, queries, t_k, others, t_theirs, at_head, first_key, o_q, o_kv, C
-            )
+            b_log, b_weighted = _terms(own, other, strip, place, queries, t_k, others, t_theirs, at_head, first_key, o_q, o_kv, C)
             o_row = (i_b * own.H + i_h) * N + o_q
             b_mean = tl.load(p_mean + o_row, mask=o_q < N, other=0.0)
             b_grad = tl.load(p_grad + (i_b * N + o_q if C.MEAN else o_row), mask=o_q < N, other=0.0) * factor
@@ -390,13 +385,13 @@ def keys_of(side, masks, i_b, i_h, o_kv, M, D: tl.constexpr, BLOCK_D: tl.constex
 
 
 @triton.jit
-def _logs(queries, t_k, masks, start, o_q, o_kv, N, M, scale_log2, D: tl.constexpr, FOLDED: tl.constexpr, C: tl.constexpr):
+def _logs(queries, t_k, pairs, scale_log2, D: tl.constexpr, FOLDED: tl.constexpr, C: tl.constexpr):
     """log2 A [q,kv] of one head, -inf for masked pairs and outside of N x M."""
     t_q, b_max, b_largest = queries
     b_s = row_products(t_q, t_k, D, C.PRECISION)
     if FOLDED:
         b_s *= scale_log2
-    b_s = mask_logits(b_s, Pairs(masks, start, o_q, o_kv, N, M), C.MASK, C.KEY_MASK, C.CAUSAL)
+    b_s = mask_logits(b_s, pairs, C.MASK, C.KEY_MASK, C.CAUSAL)
     return below_max(b_s, b_max, scale_log2, FOLDED) + b_largest[:, None]
 
 
@@ -447,7 +442,7 @@ def _log_mean(
         at_head = masks_at(masks, i_b, i_h, M)
         queries = _queries(side, i_b, i_h, o_q, N, D, BLOCK_D)
         t_k = keys_of(side, at_head, i_b, i_h, o_kv, M, D, BLOCK_D, C.KEY_MASK)
-        b_log = _logs(queries, t_k, at_head, start, o_q, o_kv, N, M, side.scale_log2, D, FOLDED, C)
+        b_log = _logs(queries, t_k, Pairs(at_head, start, o_q, o_kv, N, M), side.scale_log2, D, FOLDED, C)
         b_above = b_log - b_high
         b_less = tl.exp2(-tl.abs(b_above))
         b_sum = tl.where(b_above > 0.0, b_sum * b_less + 1.0, b_sum + b_less)
@@ -457,16 +452,16 @@ def _log_mean(
 
 
 @triton.jit
-def _log_and_weighted(own, other, strip, place, beta, queries, t_k, others, t_theirs, masks, start, o_q, o_kv, C: tl.constexpr):
+def _terms(own, other, strip, place, queries, t_k, others, t_theirs, masks, start, o_q, o_kv, C: tl.constexpr):
     """log2 A and A r [q,kv] of one head of `own`."""
-    i_b, N, M, first, rows = place
-    b_log = _logs(queries, t_k, masks, start, o_q, o_kv, N, M, own.scale_log2, C.D, C.FOLDED, C)
+    i_b, N, M, first, rows, beta = place
+    b_log = _logs(queries, t_k, Pairs(masks, start, o_q, o_kv, N, M), own.scale_log2, C.D, C.FOLDED, C)
     if C.MEAN:
         b_mean = load_tile(strip[1] + i_b * rows * M, M, o_q - first, o_kv, rows, M)
         b_share = tl.exp2(b_log - b_mean)  # A_h / Abar, at most H
         return b_log, b_share * load_tile(strip[0] + i_b * rows * M, M, o_q - first, o_kv, rows, M)
     else:
-        b_other = _logs(others, t_theirs, masks, start, o_q, o_kv, N, M, other.scale_log2, C.OTHER_D, C.OTHER_FOLDED, C)
+        b_other = _logs(others, t_theirs, Pairs(masks, start, o_q, o_kv, N, M), other.scale_log2, C.OTHER_D, C.OTHER_FOLDED, C)
         return b_log, _weighted(b_log, b_other, beta, C.KIND)
 
 

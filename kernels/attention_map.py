@@ -23,7 +23,7 @@ from torch import Tensor
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs, attention_of
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
-from vlattn_fast.kernels._group_bias import FLOAT_MASK, GROUP_BIAS, seen_keys, seen_tiles, sees_tile, tile_at
+from vlattn_fast.kernels._group_bias import FLOAT_MASK, GROUP_BIAS, sees_tile
 from vlattn_fast.kernels._map_backward import MapGradient, config_of, describe, gradients, row_numbers, statistics, sums, taken
 from vlattn_fast.kernels._scores import head_of, masked_logits, scores_of_tile, softcapped
 from vlattn_fast.kernels._tiles import (
@@ -42,7 +42,8 @@ from vlattn_fast.kernels._tiles import (
     head_tile,
     heads_of,
     input_precision,
-    key_range,
+    keys_at,
+    keys_of_queries,
     launched,
     mask_logits,
     mask_tile,
@@ -53,6 +54,7 @@ from vlattn_fast.kernels._tiles import (
     row_products,
     row_shift,
     rows_at,
+    steps_of,
     store_tile,
     tile_of,
 )
@@ -234,14 +236,11 @@ def _rows_kernel(x, parameter, p_max, p_inverse, C: tl.constexpr):
     t_q = head_tile(q, i_b, i_h, o_q, N, C.D, C.BLOCK_D)  # [q,D]
     b_max = tl.full([C.BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
-    whole, end = key_range(i_q, M, False, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
-    seen = seen_keys(masks, o_q, N, M, C.MASK)
+    keys = keys_of_queries(i_q, o_q, masks, N, M, C)
     for EDGE in tl.static_range(2):
-        begin, finish = whole if EDGE else 0, end if EDGE else whole
-        tiles = seen_tiles(seen, begin, finish, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
-            start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
+        steps = steps_of(keys, EDGE, C.BLOCK_KV, C)
+        for step in range(steps.begin, steps.end, steps.size):
+            start, o_kv = keys_at(step, steps, EDGE, C)
             t_k = tile_of(p_k, k.stride_n, o_kv, M if EDGE else None, C.D, C.BLOCK_D)
             b_s = row_products(t_q, t_k, C.D, C.PRECISION)  # [q,kv]
             if parameter is not None:
@@ -367,14 +366,15 @@ def _map_of_scores_kernel(x, p_u, stats, p_map, C: tl.constexpr):
         i_h = tl.full([], 0, dtype=tl.int64) + h  # 64 bits, as offsets are products of it
         i_bh = i_b * H + i_h
         head = head_of(x, i_bh, i_b, i_h, i_h // C.GROUP_K, C)
+        _, _, p_v, _, _, masks = head
         p_head = p_u + i_h * C.A if C.UNITS else p_u
         b_s = scores_of_tile(x, head, p_head, o_q, o_kv, C)
-        b_logit = masked_logits(b_s * x.scale_log2, Pairs(head[5], i_kv * C.BLOCK_KV, o_q, o_kv, N, M), True, C)
+        b_logit = masked_logits(b_s * x.scale_log2, Pairs(masks, i_kv * C.BLOCK_KV, o_q, o_kv, N, M), True, C)
         b_shift, b_inverse = row_numbers(stats, i_bh * NP + o_q)
         b_p = tl.exp2(b_logit - b_shift[:, None]) * b_inverse[:, None]
         if C.BY_GRADIENT:
             t_do = head_tile(x.grad, i_b, i_h, o_q, N, C.DV, C.BLOCK_DV)
-            t_v = tile_of(head[2], x.v.stride_n, o_kv, M, C.DV, C.BLOCK_DV)
+            t_v = tile_of(p_v, x.v.stride_n, o_kv, M, C.DV, C.BLOCK_DV)
             b_p = relu(b_p * row_products(t_do, t_v, C.DV, C.PRECISION))
         b_map += b_p
     # over what NaN or infinity in padding has made of the map

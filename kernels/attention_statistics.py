@@ -27,7 +27,7 @@ from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, Atten
 from vlattn_fast.kernels import _statistics_backward
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
-from vlattn_fast.kernels._group_bias import FLOAT_MASK, seeing_queries, seen_keys, seen_tiles, tile_at
+from vlattn_fast.kernels._group_bias import FLOAT_MASK, seeing_queries, seen_keys
 from vlattn_fast.kernels._key_groups import as_members, dot_members, few, groups_of, member
 from vlattn_fast.kernels._statistics_backward import scores_of
 from vlattn_fast.kernels._tiles import (
@@ -35,6 +35,7 @@ from vlattn_fast.kernels._tiles import (
     Heads,
     MaskPointers,
     Pairs,
+    Range,
     aligned,
     below_max,
     block_and_head,
@@ -47,14 +48,16 @@ from vlattn_fast.kernels._tiles import (
     heads_of,
     input_precision,
     key_range,
+    keys_at,
     keys_of_a_part,
     launched,
     mask_logits,
     mask_tile,
     masks_and_kind,
     masks_at,
-    query_range,
+    queries_of_keys,
     row_products,
+    steps_of,
     store_tile,
     tile_of,
     within,
@@ -136,20 +139,13 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
         blocks = max(1, cdiv(num_groups, block_g)) * rows[0] * rows[1]
         keys = 0 if is_causal else keys_of_a_part(blocks, rows[2], key.shape[2], config)
         parts = cdiv(key.shape[2], keys) if keys > 0 else 1
+        of_groups = {"FEW": few(num_groups), "MANY": few(num_groups) < num_groups, "BLOCK_G": block_g}
         asked = {"ENTROPY": "entropy" in statistics, "ARGMAX": "argmax" in statistics}
         each_part = whole if keys == 0 else _empty_rows(query, (*rows[:2], parts, rows[2]), num_groups)
         _rows_kernel[(cdiv(rows[2], config["BLOCK_Q"]) * parts * blocks,)](
-            **launched(
-                call,
-                config,
-                **asked,
-                FEW=few(num_groups),
-                MANY=few(num_groups) < num_groups,
-                BLOCK_G=block_g,
-                BLOCK_EDGE=edge_block(key.shape[2], config["BLOCK_KV"], is_causal),
-            ),
+            **launched(call, config, **asked, **of_groups, BLOCK_EDGE=edge_block(key.shape[2], config["BLOCK_KV"], is_causal)),
             rows=each_part,
-            keys=None if keys == 0 else keys,
+            part=None if keys == 0 else keys,
         )
         if keys > 0:
             _join_kernel[(maximum.numel(),)](
@@ -264,7 +260,7 @@ def _width():
 
 
 @triton.jit
-def _rows_kernel(x, rows, keys, C: tl.constexpr):
+def _rows_kernel(x, rows, part, C: tl.constexpr):
     """The statistics of a tile of queries i of one head, by one pass over its keys j, and the largest logit of each row.
 
     x_ij  = the base-2 logit - max_i, e_ij = 2^x_ij       max_i      = the largest logit, +inf in a fully masked row
@@ -273,16 +269,16 @@ def _rows_kernel(x, rows, keys, C: tl.constexpr):
     mass_ig = sum_j e_ij [j in group g] / sum_i, for all of FEW groups or for MANY: BLOCK_G of them
     When a tile changes max_i, with change = old - new max and alpha = 2^change, the earlier sums become
     sum_i alpha, (log_i + sum_i change) alpha, mass_ig alpha.
-    keys: the number of keys of a part, whose statistics these are; None: all. There is one tile of queries then.
+    part: how many keys it has, whose statistics these are; None: all. There is one tile of queries then.
     """
     q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
     blocks_g = tl.maximum(1, tl.cdiv(G, C.BLOCK_G))
-    blocks = tl.cdiv(N, C.BLOCK_Q) if keys is None else tl.cdiv(M, keys)
+    blocks = tl.cdiv(N, C.BLOCK_Q) if part is None else tl.cdiv(M, part)
     i, i_bh, i_b, i_h, i_hk = block_and_head(blocks * blocks_g, H, GROUP_K)
     i_q, i_g = i // blocks_g, i % blocks_g  # neighbours have the same rows, which stay in the cache
     i_rows, first_key = i_bh, 0
-    if keys is not None:
-        i_rows, first_key, i_q = i_bh * blocks + i_q, i_q * keys, i_q * 0
+    if part is not None:
+        i_rows, first_key, i_q = i_bh * blocks + i_q, i_q * part, i_q * 0
     p_k = head_at(k, i_b, i_hk, C.D)
     masks = masks_at(masks, i_b, i_h, M)
     p_groups = groups[0] + i_b * groups[1]
@@ -299,16 +295,14 @@ def _rows_kernel(x, rows, keys, C: tl.constexpr):
     b_mass = tl.zeros([C.BLOCK_Q, C.BLOCK_G], dtype=tl.float32)
     b_max = tl.full([C.BLOCK_Q], float("-inf"), dtype=tl.float32)
     whole, end = key_range(i_q, M, False, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
-    if keys is not None:
-        end = tl.minimum(end, first_key + keys)
+    if part is not None:
+        end = tl.minimum(end, first_key + part)
         whole = tl.minimum(whole, end)
-    seen = seen_keys(masks, o_q, N, M, C.MASK)
+    keys = Range(first_key, whole, whole, end, seen_keys(masks, o_q, N, M, C.MASK))
     for EDGE in tl.static_range(2):
-        begin, finish = whole if EDGE else first_key, end if EDGE else whole
-        tiles = seen_tiles(seen, begin, finish, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
-            start = tile_at(step, tiles, C.MASK)
-            o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
+        steps = steps_of(keys, EDGE, C.BLOCK_KV, C)
+        for step in range(steps.begin, steps.end, steps.size):
+            start, o_kv = keys_at(step, steps, EDGE, C)
             t_k = tile_of(p_k, k.stride_n, o_kv, M if EDGE else None, C.D, C.BLOCK_D)
             b_s = row_products(t_q, t_k, C.D, C.PRECISION)  # [q,kv]
             b_s, _ = scores_of(b_s, parameter, scale_log2, C)
@@ -419,15 +413,14 @@ def _received_kernel(x, p_maximum, p_row_max, p_received, C: tl.constexpr):
     o_kv = i_kv * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV)
     t_k = head_tile(k, i_b, i_hk, o_kv, M, C.D, C.BLOCK_D)  # [kv,D]
     b_received = tl.zeros([C.BLOCK_KV], dtype=tl.float32)
-    whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, C.BLOCK_Q, C.BLOCK_KV)
     seeing = seeing_queries(masks, i_kv * C.BLOCK_KV, N, M, C.BLOCK_KV, C.MASK)
+    queries = queries_of_keys(i_kv, seeing, N, C, False)
     for EDGE in tl.static_range(1 if C.CAUSAL else 2):
         b_sum = tl.zeros(
             [C.BLOCK_EDGE if EDGE else C.BLOCK_Q, C.BLOCK_KV], dtype=tl.float32
         )  # summed over its rows once, at the end
-        first, last = edge if EDGE or C.CAUSAL else whole, edge_end if EDGE else end
-        tiles = seen_tiles(seeing, first, last, C.BLOCK_EDGE if EDGE else C.BLOCK_Q, C.MASK)
-        for start in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_Q):
+        steps = steps_of(queries, EDGE, C.BLOCK_Q, C)
+        for start in range(steps.begin, steps.end, steps.size):
             o_q = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_Q)
             o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or C.CAUSAL else None)
             # rows beyond N are the last one again, of weight 0: zeros times an infinite key would be NaN

@@ -134,17 +134,9 @@ def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Ten
     logits = query.new_empty((tokens, heads, room), dtype=torch.float32) if few and receives else None
     blocks_g = max(1, cdiv(groups, MOST_GROUPS))
     tiles = tokens // (config["BLOCK_Q"] // group) + requests
-    asks = {"ENTROPY": "entropy" in asked}
+    asks, of_groups = {"ENTROPY": "entropy" in asked}, {"MASS": groups > 0, "BLOCK_G": min(MOST_GROUPS, block_size(groups))}
     _rows_kernel[(tiles * parts.number * blocks_g * key_heads,)](
-        **launched(
-            call,
-            config,
-            **asks,
-            MASS=groups > 0,
-            BLOCK_G=min(MOST_GROUPS, block_size(groups)),
-            MOST_PARTS=most_parts,
-            FEWEST_KEYS=FEWEST_KEYS,
-        ),
+        **launched(call, config, **asks, **of_groups, MOST_PARTS=most_parts, FEWEST_KEYS=FEWEST_KEYS),
         parts=parts,
         p_logits=logits,
         blocks_g=blocks_g,

@@ -44,6 +44,7 @@ from vlattn_fast.kernels._tiles import (
     cdiv,
     edge_block,
     head_at,
+    heads_of,
     launched,
     pad_rows,
     real_tokens,
@@ -79,7 +80,7 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
         )
         if whole is not None:
             grad_q = empty_gradient(inputs.query)
-            grad_k, grad_v, r_abar = _keys(launch, OwnRows(out, lse, grad_lse, grad_q), fused_r, whole)
+            grad_k, grad_v, r_abar = _keys(launch, OwnRows(heads_of(out), lse, grad_lse, heads_of(grad_q)), fused_r, whole)
         else:
             coarse = statistics(launch, lse, limit=OWN_LSE) if launch.float_mask else None
             of_rows = lse, out, coarse, grad_lse, launch.by_gradient, summed
@@ -244,13 +245,9 @@ def _one_row(launch: Launch, rows: RowStats, r: Tensor, factor: float) -> Tensor
     x, config = launch.call["x"], config_of("step", launch)
     batch, heads = x.q.p.shape[:2]
     each_head = x.q.p.new_empty((batch, heads, x.M), dtype=torch.float32)
+    edge = edge_block(x.N, config["BLOCK_Q"], launch.call["C"].CAUSAL)
     _step_kernel[(cdiv(x.M, config["BLOCK_KV"]) * batch * heads,)](
-        **launched(
-            launch.call,
-            config,
-            BY_GRADIENT=launch.by_gradient,
-            BLOCK_EDGE=edge_block(x.N, config["BLOCK_Q"], launch.call["C"].CAUSAL),
-        ),
+        **launched(launch.call, config, BY_GRADIENT=launch.by_gradient, BLOCK_EDGE=edge),
         stats=rows,
         p_r=r,
         p_each_head=each_head,

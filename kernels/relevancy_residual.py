@@ -26,11 +26,8 @@ def backward(inputs: ResidualWeightsInputs) -> tuple[Tensor, Tensor]:
     a, b = (inputs.residual.new_empty(batch, tokens, dtype=torch.float32) for _ in range(2))
     if a.numel() > 0:
         rows = unit_strides(inputs.residual, inputs.branch, inputs.grad)
-        named: dict[str, Tensor | int] = {}
-        for name, x in zip(("residual", "branch", "grad"), rows, strict=True):
-            named |= {f"p_{name}": x, f"stride_{name}_b": x.stride(0), f"stride_{name}_n": x.stride(1)}
         _weights_kernel[(batch * tokens,)](
-            **named,
+            rows=tuple((x, x.stride(0), x.stride(1)) for x in rows),
             p_a=a,
             p_b=b,
             N=tokens,
@@ -44,29 +41,18 @@ def backward(inputs: ResidualWeightsInputs) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _weights_kernel(
-    p_residual,
-    p_branch,
-    p_grad,
-    p_a,
-    p_b,
-    stride_residual_b,
-    stride_residual_n,
-    stride_branch_b,
-    stride_branch_n,
-    stride_grad_b,
-    stride_grad_n,
-    N,
-    C,
-    WEIGHTING: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """a and b of one row."""
+def _row(x, i_b, i_n):
+    p, stride_b, stride_n = x
+    return p + (i_b * stride_b + i_n * stride_n)
+
+
+@triton.jit
+def _weights_kernel(rows, p_a, p_b, N, C, WEIGHTING: tl.constexpr, BLOCK_C: tl.constexpr):
+    """a and b of one row. rows: residual, branch and grad, each with its strides of samples and tokens."""
+    residual, branch, grad = rows
     i_row = tl.program_id(0).to(tl.int64)
     i_b, i_n = i_row // N, i_row % N
-    p_residual += i_b * stride_residual_b + i_n * stride_residual_n
-    p_branch += i_b * stride_branch_b + i_n * stride_branch_n
-    p_grad += i_b * stride_grad_b + i_n * stride_grad_n
+    p_residual, p_branch, p_grad = _row(residual, i_b, i_n), _row(branch, i_b, i_n), _row(grad, i_b, i_n)
     b_by_x = tl.zeros((BLOCK_C,), tl.float32)
     b_by_o = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, C, BLOCK_C):

@@ -42,7 +42,6 @@ from vlattn_fast.kernels._group_bias import (
     groups_of_rows,
     groups_of_tile,
     row_bias_of,
-    seen_tiles,
     special_groups,
     special_logits,
     tile_at,
@@ -71,6 +70,7 @@ from vlattn_fast.kernels._tiles import (
     ROW_MULTIPLE,
     Dropout,
     Pairs,
+    Range,
     add_products,
     aligned,
     alignment,
@@ -97,6 +97,7 @@ from vlattn_fast.kernels._tiles import (
     row_products,
     row_shift,
     rows_and_head,
+    steps_of,
     store_sums,
     store_tile,
     tile_of,
@@ -212,7 +213,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     of_call = constants, x.q.p.dtype, x.N, x.M
     if vector is None and (config := _products_backward.whole_config("backward_whole", call, inputs.row_bias)) is not None:
         grad_q = empty_gradient(x.q.p)
-        whole_rows = OwnRows(aligned(out), lse, grad_lse, grad_q)
+        whole_rows = OwnRows(heads_of(aligned(out)), lse, grad_lse, heads_of(grad_q))
         grad_k, grad_v, _ = _products_backward.keys(call, {**config, "BLOCK_T": 0}, whole_rows)
         assert grad_k is not None and grad_v is not None
         return grad_q, grad_k, grad_v, None, None
@@ -344,14 +345,9 @@ def row_statistics(
     stats = RowStats(shift, new_rows(query) if pair else None, None, new_rows(query) if summed else None)
     config = {**config, "BLOCK_Q": min(config["BLOCK_Q"], ROW_MULTIPLE.value)}  # which a forward pass may exceed
     if shift.numel() > 0:
+        negative, edge = call["x"].scale_log2 < 0.0, _edge_of_keys(call["x"].M, call["C"], config)
         _rows_kernel[(shift.shape[2] // config["BLOCK_Q"] * shift.shape[0] * shift.shape[1],)](
-            **launched(
-                call,
-                config,
-                BY_GRADIENT=by_gradient,
-                NEGATIVE=call["x"].scale_log2 < 0.0,
-                BLOCK_EDGE=_edge_of_keys(call["x"].M, call["C"], config),
-            ),
+            **launched(call, config, BY_GRADIENT=by_gradient, NEGATIVE=negative, BLOCK_EDGE=edge),
             p_u=None if vector is None else vector.contiguous(),
             p_lse=lse,
             stats=stats,
@@ -576,13 +572,11 @@ def _whole_forward_kernel(x, p_out, p_lse, C: tl.constexpr, KEYS: tl.constexpr):
     for start in range(0, N, C.BLOCK_Q):
         o_q = start + tl.arange(0, C.BLOCK_Q)
         b_q = tile_of(p_q, x.q.stride_n, o_q, N, C.A, C.BLOCK_A).b
-        b_one = tl.full([C.BLOCK_Q], 1.0, dtype=tl.float32)
         b_max = tl.full([C.BLOCK_Q], float("-inf"), dtype=tl.float32)
         b_scores = ()
         for i in tl.static_range(TILES):
-            b_s, b_slope = activate(
-                dot(b_q, tl.trans(b_keys[i]), C.PRECISION), b_one, b_one, b_one, x.parameter, True, C
-            )  # [q,kv]
+            b_x = dot(b_q, tl.trans(b_keys[i]), C.PRECISION)  # [q,kv]
+            b_s, b_slope = activate(b_x, None, x.parameter, True, C)
             if i == TILES - 1 or is_masked(C.KEY_MASK, C.CAUSAL, C.MASK):
                 o_kv = tile_start(KEYS, i) + tl.arange(0, tile_size(KEYS, i))
                 b_s = mask_tile(b_s * scale_log2, Pairs(masks, tile_start(KEYS, i), o_q, o_kv, N, M), C, True)
@@ -739,16 +733,16 @@ def _over_keys(x, p_u, indices, reads_keys, SUM: tl.constexpr, C: tl.constexpr, 
         whole = tl.minimum(whole, end)
         edge = tl.maximum(whole, start_of_part)
     special, seen, b_parts = groups_of_rows(x, masks, i_bh, i_q * C.BLOCK_Q, o_q, C.MASK)
+    keys = Range(start_of_part, whole, edge, end, seen)
     if C.AHEAD:
-        tiles = seen_tiles(seen, start_of_part, whole, C.BLOCK_KV, C.MASK)
-        start = tile_at(tiles[0], tiles, C.MASK)
+        steps = steps_of(keys, False, C.BLOCK_KV, C)
+        start = tile_at(steps.begin, steps, C.MASK)
         b_next = _first_products(x, t_q, b_parts, p_k, start, i_b, i_hk, boxes, C)
     for EDGE in tl.static_range(1 if C.UNITS else 0, 2):
-        begin, finish = edge if EDGE else start_of_part, end if EDGE else whole
-        tiles = seen_tiles(seen, begin, finish, C.BLOCK_EDGE if EDGE else C.BLOCK_KV, C.MASK)
-        for step in range(tiles[0], tiles[1], C.BLOCK_EDGE if EDGE else C.BLOCK_KV):
+        steps = steps_of(keys, EDGE, C.BLOCK_KV, C)
+        for step in range(steps.begin, steps.end, steps.size):
             if C.MASK != GROUP_PRODUCT or EDGE or not C.AHEAD:
-                start = tile_at(step, tiles, C.MASK)
+                start = tile_at(step, steps, C.MASK)
             o_kv = start + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
             if C.UNITS:
                 units_q, units_k = (p_q, p_pre_q, o_q, x.q.stride_n, N), (p_k, p_pre_k, o_kv, x.k.stride_n, M)
@@ -757,7 +751,7 @@ def _over_keys(x, p_u, indices, reads_keys, SUM: tl.constexpr, C: tl.constexpr, 
                 # with AHEAD these are the next keys; the last tile has none, and multiplies its keys twice
                 first = start
                 if C.AHEAD and not EDGE:
-                    first = tile_at(tl.minimum(step + C.BLOCK_KV, tiles[1] - C.BLOCK_KV), tiles, C.MASK)
+                    first = tile_at(tl.minimum(step + C.BLOCK_KV, steps.end - C.BLOCK_KV), steps, C.MASK)
                 o_k = first + tl.arange(0, C.BLOCK_EDGE if EDGE else C.BLOCK_KV)
                 if boxes is None:
                     t_k = tile_of(p_k, x.k.stride_n, o_k, M if EDGE else None, C.A, C.BLOCK_A)  # [kv,A]
@@ -765,11 +759,10 @@ def _over_keys(x, p_u, indices, reads_keys, SUM: tl.constexpr, C: tl.constexpr, 
                     t_k = boxed_tile(boxes.k_edge if EDGE else boxes.k, i_b, i_hk, first)
                 b_inv_k = inverse_norm(p_pre_k, o_kv, C.SCORE)  # [kv]
                 b_x = row_products(t_q, t_k, C.A, C.PRECISION)  # [q,kv]
-                if C.MASK == GROUP_PRODUCT:
-                    b_x = with_bias(b_x, b_parts, x.product, i_b, first, M, C.PRECISION)
+                b_x = with_bias(b_x, b_parts, x, i_b, first, C)
                 if C.AHEAD and not EDGE:
                     b_x, b_next = b_next, b_x
-                b_s, _ = activate(b_x, b_inv_q, b_inv_k, b_weight, parameter, EDGE, C)
+                b_s, _ = activate(b_x, (b_inv_q, b_inv_k, b_weight), parameter, EDGE, C)
             pairs = Pairs(masks, start, o_q, o_kv, N, M)
             b_p, b_new, b_alpha = _softmax_of_tile(b_s, b_scale, b_max, pairs, special, EDGE, C)
             b_sum = b_sum * b_alpha + tl.sum(b_p, axis=1)
@@ -796,10 +789,7 @@ def _first_products(x, t_q, b_parts, p_k, start, i_b, i_hk, boxes, C: tl.constex
         t_k = tile_of(p_k, x.k.stride_n, start + tl.arange(0, C.BLOCK_KV), x.M, C.A, C.BLOCK_A)
     else:
         t_k = boxed_tile(boxes.k, i_b, i_hk, start)
-    b_x = dot(t_q.b, tl.trans(t_k.b), C.PRECISION)
-    if C.MASK == GROUP_PRODUCT:
-        b_x = with_bias(b_x, b_parts, x.product, i_b, start, x.M, C.PRECISION)
-    return b_x
+    return with_bias(dot(t_q.b, tl.trans(t_k.b), C.PRECISION), b_parts, x, i_b, start, C)
 
 
 @triton.jit
@@ -855,8 +845,7 @@ def _softmax_under_masks(b_logit, b_max, pairs, EDGE: tl.constexpr, C: tl.conste
 def _softmax_under_bias(b_s, b_scale, b_max, pairs, C: tl.constexpr):
     """p [q,kv], the new maximum [q], and what stands for it where that is -inf, of a tile under a group bias alone."""
     masks, start, o_q, o_kv, N, M = pairs
-    of_tile = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
-    first, last, changes, masked = of_tile
+    first, last, changes, masked = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
     if (changes == 0) & (not masked):  # as without masks
         b_bias = row_bias_of(masks, first, o_q, N)
         b_new = tl.maximum(b_max, (tl.min(b_s, axis=1) if C.NEGATIVE else tl.max(b_s, axis=1)) * b_scale + b_bias)
@@ -865,7 +854,7 @@ def _softmax_under_bias(b_s, b_scale, b_max, pairs, C: tl.constexpr):
     else:
         if (changes == 1) & (not masked):
             b_first, b_last = row_bias_of(masks, first, o_q, N), row_bias_of(masks, last, o_q, N)
-            b_x = b_s * b_scale[:, None] + chosen_rows(pairs, of_tile, b_first, b_last, False)
+            b_x = b_s * b_scale[:, None] + chosen_rows(pairs, first, b_first, b_last, False)
         else:
             b_x = masked_logits(b_s * b_scale[:, None], pairs, False, C)
         b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
