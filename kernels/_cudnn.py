@@ -25,15 +25,15 @@ attend = getattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", None)  #
 def out_and_lse(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor] | None:
     """out (B, H, N, D), laid out (B, N, H, D), and lse (B, H, N) in float32; None if the Triton kernel runs."""
     # what most calls are not comes first: each call of the Triton backend asks
-    if not (_is_plain(inputs) and _on_gpu(inputs.query) and _is_long(inputs)) or attend is None or _version() < OLDEST:
+    if not (_is_plain(inputs) and _on_gpu(inputs.attention.query) and _is_long(inputs)) or attend is None or _version() < OLDEST:
         return None
-    query, key, value = aligned(inputs.query), aligned(inputs.key), aligned(inputs.value)
-    causal = inputs.is_causal
+    x, causal = inputs.attention, inputs.attention.is_causal
+    query, key, value = aligned(x.query), aligned(x.key), aligned(inputs.value)
     if not can_use_cudnn_attention(
         SDPAParams(query, key, value, None, 0.0, causal, False)
     ):  # switched off, or not of these sizes
         return None
-    out, lse = attend(query, key, value, None, True, is_causal=causal, scale=inputs.scale)[:2]
+    out, lse = attend(query, key, value, None, True, is_causal=causal, scale=x.scale)[:2]
     return rows_first(out), lse.reshape(query.shape[:3]).contiguous()  # cuDNN has (B, H, N, 1)
 
 
@@ -46,16 +46,17 @@ def _version() -> int:
 
 
 def _is_plain(inputs: ScoreAttentionInputs) -> bool:
-    absent = (inputs.vector, inputs.attn_mask, inputs.key_mask, inputs.row_bias, inputs.seed)
-    return inputs.score == "dot" and inputs.scale > 0.0 and all(x is None for x in absent)
+    x = inputs.attention
+    absent = (x.vector, x.attn_mask, x.key_mask, x.row_bias, inputs.seed)
+    return x.score == "dot" and x.scale > 0.0 and all(each is None for each in absent)
 
 
 def _is_long(inputs: ScoreAttentionInputs) -> bool:
     """Whether cuDNN is faster, by sizes and dtype."""
-    query = inputs.query
-    if query.dtype not in (torch.float16, torch.bfloat16) or not query.shape == inputs.key.shape == inputs.value.shape:
+    query, key, is_causal = inputs.attention.query, inputs.attention.key, inputs.attention.is_causal
+    if query.dtype not in (torch.float16, torch.bfloat16) or not query.shape == key.shape == inputs.value.shape:
         return False
-    least = _least(inputs.is_causal, query.shape[3])
+    least = _least(is_causal, query.shape[3])
     return least is not None and query.shape[2] >= least and query.numel() <= MOST
 
 

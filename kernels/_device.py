@@ -22,24 +22,23 @@ def _hook() -> Callable[[Any, torch.device], Any] | None:
 
 
 def on_device(launcher: Launcher) -> Launcher:
-    """`launcher`, a function of an operator's inputs and maybe more, run with the device of its tensors as the current device.
+    """`launcher`, a function of an operator's inputs, run with the device of its tensors as the current device.
 
     Triton launches on the current device, whatever device the tensors are on. They differ if the layers of a model lie on
     several devices (device_map="auto").
     """
 
     @functools.wraps(launcher)
-    def guarded(inputs: Any, *more: Any) -> Any:
+    def guarded(inputs: Any) -> Any:
         for first in inputs:
             if first is not None:
                 break
-        device = (first[0] if isinstance(first, list) else first).device
+        device = (first[0] if isinstance(first, (list, tuple)) else first).device
         hook = _hook()
-        ahead = launcher if hook is None else hook(launcher, device)  # by what the inputs tell
-        run = launcher if more else ahead
+        run = launcher if hook is None else hook(launcher, device)  # by what the inputs tell
         if device.index is None or device.index == torch.cuda.current_device():  # without an index: the CPU
-            return run(inputs, *more)
+            return run(inputs)
         with torch.cuda.device(device):
-            return run(inputs, *more)
+            return run(inputs)
 
     return guarded  # type: ignore[return-value]

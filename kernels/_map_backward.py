@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
+from vlattn_fast.backends.inputs import Attention
 from vlattn_fast.kernels import score_attention
 from vlattn_fast.kernels._configurations import Config, cached_launch, configuration
 from vlattn_fast.kernels._group_bias import (
@@ -86,8 +86,7 @@ class MapGradient(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """The named arguments of a launch, from score_attention.arguments, and whether the rule is "gradient". vector: of scores over
-    hidden units."""
+    """The named arguments of a launch, from score_attention.arguments, and whether the rule is "gradient"."""
 
     call: dict[str, Any]
     by_gradient: bool
@@ -104,11 +103,9 @@ class Launch(NamedTuple):
         return x.q.p.shape[0] * x.H * x.N * x.M
 
 
-def describe(
-    inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, rule: str, grad_out: Tensor | None, vector: Tensor | None = None
-) -> Launch:
-    call = score_attention.arguments(inputs, backward=True, grad_out=grad_out)
-    return Launch(call, rule == "gradient", inputs.row_bias, None if vector is None else vector.contiguous())
+def describe(x: Attention, value: Tensor | None, rule: str, grad_out: Tensor | None) -> Launch:
+    call = score_attention.arguments(x, x.query if value is None else value, backward=True, grad_out=grad_out)
+    return Launch(call, rule == "gradient", x.row_bias, None if x.vector is None else x.vector.contiguous())
 
 
 def config_of(kernel: str, launch: Launch, block_t: int = 0) -> Config:

@@ -75,8 +75,9 @@ def tangents_of(inputs: Any) -> Tangents:
     of_bias = None
     if inputs.row_bias_tangent is not None and inputs.row_bias_tangent.shape[3] > 0:
         natural = inputs.row_bias_tangent * math.log(2.0)  # a prepared bias is in base 2
-        of_bias, _ = masks_and_kind(None, None, inputs.query, inputs.key.shape[2], natural, inputs.key_groups)
-    q, k, v = (heads_of(aligned(x)) for x in (inputs.query_tangent, inputs.key_tangent, inputs.value_tangent))
+        x = inputs.attention
+        of_bias, _ = masks_and_kind(x._replace(attn_mask=None, key_mask=None, row_bias=natural), x.query)
+    q, k, v = (heads_of(aligned(each)) for each in (inputs.query_tangent, inputs.key_tangent, inputs.value_tangent))
     return Tangents(q, k, v, of_bias)
 
 

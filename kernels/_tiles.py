@@ -27,6 +27,7 @@ from triton.language.target_info import cuda_capability_geq
 
 from vlattn_fast._ground.named import by_name
 from vlattn_fast._ground.tensors import cast_float_mask
+from vlattn_fast.backends.inputs import Attention
 from vlattn_fast.kernels._configurations import Config, multiplies_biases
 from vlattn_fast.kernels._group_bias import (
     BOOL_MASK,
@@ -202,16 +203,10 @@ class Pairs(NamedTuple):
 _new_heads, _new_masks = by_name(Heads), by_name(MaskPointers)
 
 
-def masks_and_kind(
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    like: Tensor,
-    num_keys: int,
-    row_bias: Tensor | None = None,
-    key_groups: Tensor | None = None,
-) -> tuple[MaskPointers, int]:
+def masks_and_kind(x: Attention, like: Tensor) -> tuple[MaskPointers, int]:
     """The masks, and the constant MASK. `like` is the query (B, H, N, D), which stands in for absent masks."""
-    if attn_mask is None and key_mask is None and row_bias is None:
+    attn_mask, row_bias, key_groups = x.attn_mask, x.row_bias, x.key_groups
+    if attn_mask is None and x.key_mask is None and row_bias is None:
         return _new_masks(p=like, p_keys=like), 0
     of_pairs: dict[str, Any] = {"p": like}
     of_bias: dict[str, Any] = {}
@@ -219,14 +214,14 @@ def masks_and_kind(
     if attn_mask is not None:
         is_bool = attn_mask.dtype == torch.bool
         mask = attn_mask if is_bool else cast_float_mask(attn_mask, torch.float32)
-        b, h, n, m = mask.expand(*like.shape[:3], num_keys).stride()
+        b, h, n, m = mask.expand(*like.shape[:3], x.key.shape[2]).stride()
         of_pairs = {"p": mask, "stride_b": b, "stride_h": h, "stride_n": n, "stride_m": m}
         kind = (BOOL_MASK if is_bool else FLOAT_MASK).value
     if row_bias is not None and key_groups is not None and row_bias.shape[3] > 0:  # without groups no key has one
         bias, masked, words = prepared(row_bias, key_groups)
         of_bias = _of_bias(bias, masked, words) | {"masked_stride_b": masked.stride(0), "num_groups": row_bias.shape[3]}
         kind += GROUP_BIAS.value
-    return _new_masks(**of_pairs, p_keys=like if key_mask is None else key_mask.contiguous(), **of_bias), kind
+    return _new_masks(**of_pairs, p_keys=like if x.key_mask is None else x.key_mask.contiguous(), **of_bias), kind
 
 
 def _of_bias(bias: Tensor, masked: Tensor, words: Tensor) -> dict[str, Any]:
@@ -234,30 +229,24 @@ def _of_bias(bias: Tensor, masked: Tensor, words: Tensor) -> dict[str, Any]:
     return {"p_bias": bias, "bias_stride_b": stride_b, "bias_stride_h": stride_h, "p_masked": masked, "p_words": words}
 
 
-def masks_and_product(
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    like: Tensor,
-    num_keys: int,
-    row_bias: Tensor | None,
-    key_groups: Tensor | None,
-    scale: float | None,
-) -> tuple[MaskPointers, int, BiasProduct | None]:
-    """`masks_and_kind`, and what a product takes that adds the bias to logits of this scale. None: it may not."""
+def masks_and_product(x: Attention, like: Tensor, multiplied: bool) -> tuple[MaskPointers, int, BiasProduct | None]:
+    """`masks_and_kind`, and what a product takes that adds the bias to its logits. None: it may not, as without `multiplied`."""
+    row_bias, key_groups = x.row_bias, x.key_groups
     if (
         row_bias is None
         or key_groups is None
-        or scale is None
-        or attn_mask is not None
+        or not multiplied
+        or x.score != "dot"
+        or x.attn_mask is not None
         or like.dtype == torch.float32
         or OLD_TRITON
         or not multiplies_biases()
         or not 0 < row_bias.shape[3] <= MULTIPLIED.value
-        or not 2.0**-40 < abs(scale) < 2.0**40
+        or not 2.0**-40 < abs(x.scale) < 2.0**40
     ):
-        return *masks_and_kind(attn_mask, key_mask, like, num_keys, row_bias, key_groups), None
-    (bias, masked, words), product = prepared_product(row_bias, key_groups, like.dtype, scale)
-    keys = like if key_mask is None else key_mask.contiguous()
+        return *masks_and_kind(x, like), None
+    (bias, masked, words), product = prepared_product(row_bias, key_groups, like.dtype, x.scale)
+    keys = like if x.key_mask is None else x.key_mask.contiguous()
     masks = _new_masks(p=like, p_keys=keys, **_of_bias(bias, masked, words), num_groups=row_bias.shape[3])
     return masks, GROUP_PRODUCT.value, product
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast.backends.inputs import AttentionStatisticsInputs
+from vlattn_fast.backends.inputs import Attention, AttentionStatisticsInputs
 from vlattn_fast.backends.streaming.attention_divergence import AttentionDivergenceBackwardInputs, AttentionDivergenceInputs
 from vlattn_fast.kernels import attention_statistics
 from vlattn_fast.kernels._configurations import configuration
@@ -196,25 +196,16 @@ def _sides(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs
 def side_of(
     inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs, query: Tensor, key: Tensor, scale: float
 ) -> Side:
-    maximum = AttentionStatisticsInputs(
-        query=query,
-        key=key,
-        key_groups=None,
-        row_weight=None,
-        attn_mask=inputs.attn_mask,
-        key_mask=inputs.key_mask,
-        row_bias=None,
-        num_groups=0,
-        statistics="maximum",
-        score="dot",
-        parameter=0.0,
-        scale=scale,
-        is_causal=inputs.is_causal,
-        backend=inputs.backend,
-    )
+    attention = _masked(inputs)._replace(query=query, key=key, scale=scale)
+    maximum = AttentionStatisticsInputs(attention, None, num_groups=0, statistics="maximum", backend=inputs.backend)
     _, _, p_weight, _, _, _, p_max, _ = _statistics(maximum)
     heads = query.shape[1]
     return Side(heads_of(query), heads_of(key), p_max, p_weight, heads, heads // max(1, key.shape[1]), scale * LOG2_E)
+
+
+def _masked(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs) -> Attention:
+    """One of the two attentions, with the masks of both."""
+    return Attention(inputs.query, inputs.key, None, inputs.attn_mask, inputs.key_mask, is_causal=inputs.is_causal)
 
 
 def call_of(
@@ -227,7 +218,7 @@ def call_of(
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The named arguments that all kernels here share, and the configuration of one."""
     query, key = own.q.p, own.k.p
-    masks, mask = masks_and_kind(inputs.attn_mask, inputs.key_mask, inputs.query, key.shape[2])
+    masks, mask = masks_and_kind(_masked(inputs), inputs.query)
     size, other_size = query.shape[3], other.q.p.shape[3]
     constants = Constants(
         KIND=kind,

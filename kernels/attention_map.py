@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs, attention_of
+from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._group_bias import FLOAT_MASK, GROUP_BIAS, sees_tile
@@ -83,40 +83,40 @@ class Constants(NamedTuple):
 
 
 @on_device
-def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
-    """Abar (B, N, M) float32, of any core score with its `vector`: of one that the operator lacks, the mean of all heads.
+def forward(inputs: AttentionMapInputs) -> Tensor:
+    """Abar (B, N, M) float32, of any core score: of one that the operator lacks, the mean of all heads.
 
     Probabilities are exp(logit - lse) where there is an lse (B, H, N), which may count keys that are not here. Under a float
     mask, rows whose lse `is_coarse` are normalised over the keys that are here.
     """
-    query, key, value, grad_output, lse = inputs.query, inputs.key, inputs.value, inputs.grad_output, inputs.lse
-    scale, is_causal = inputs.scale, inputs.is_causal
+    attention, value, grad_output, lse = inputs.attention, inputs.value, inputs.grad_output, inputs.lse
+    query, key, scale, is_causal = attention.query, attention.key, attention.scale, attention.is_causal
     batch, heads, num_q, size = query.shape
     num_kv = key.shape[2]
     abar = query.new_empty((batch, num_q, num_kv), dtype=torch.float32)
     if abar.numel() == 0:
         return abar
-    if inputs.score not in ("dot", "dot_softcap"):
-        return _of_scores(inputs, vector, abar)
+    if attention.score not in ("dot", "dot_softcap"):
+        return _of_scores(inputs, abar)
     query, key = aligned(query), aligned(key)
     gradient = inputs.rule == "gradient"
     value = aligned(value) if gradient and value is not None else key
     grad_output = aligned(grad_output) if gradient and grad_output is not None else query
     size_v = value.shape[3] if gradient else 0
-    masks, kind = masks_and_kind(inputs.attn_mask, inputs.key_mask, query, num_kv, inputs.row_bias, inputs.key_groups)
+    masks, kind = masks_and_kind(attention, query)
     constants = Constants(
         D=size,
         BLOCK_D=block_size(size),
         MASK=kind,
-        KEY_MASK=inputs.key_mask is not None,
-        CAUSAL=inputs.is_causal,
-        FOLDED=scale <= 0.0 or kind >= FLOAT_MASK.value or inputs.score != "dot",
+        KEY_MASK=attention.key_mask is not None,
+        CAUSAL=is_causal,
+        FOLDED=scale <= 0.0 or kind >= FLOAT_MASK.value or attention.score != "dot",
         PRECISION=input_precision(),
     )
     x = heads_of(query), heads_of(key), masks, heads, heads // key.shape[1], num_q, num_kv, scale * LOG2_E, None
-    call = {"x": x, "parameter": None if inputs.score == "dot" else inputs.parameter, "C": constants}
+    call = {"x": x, "parameter": None if attention.score == "dot" else attention.parameter, "C": constants}
     facts = {"rule": inputs.rule, "dtype": query.dtype, "N": num_q, "M": num_kv}
-    masked = inputs.attn_mask is not None
+    masked = attention.attn_mask is not None
     config = configuration("attention_map", "map", **facts, size=max(size, size_v), masked=masked)
     one_tile, float_mask = num_kv <= config["BLOCK_KV"], kind >= FLOAT_MASK.value
     if lse is None:
@@ -162,10 +162,10 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
     return abar
 
 
-def _of_scores(inputs: AttentionMapInputs, vector: Tensor | None, abar: Tensor) -> Tensor:
+def _of_scores(inputs: AttentionMapInputs, abar: Tensor) -> Tensor:
     """Writes the mean of the heads' maps to abar, for scores that the operator does not have."""
     assert inputs.head_reduction == "mean" and not inputs.row_normalize, "core_map asks for no other"
-    launch = describe(attention_of(inputs), inputs.rule, inputs.grad_output, vector)
+    launch = describe(inputs.attention, inputs.value, inputs.rule, inputs.grad_output)
     config = config_of("map_of_scores", launch)
     batch, num_q, num_kv = abar.shape
     _map_of_scores_kernel[(cdiv(num_q, config["BLOCK_Q"]) * cdiv(num_kv, config["BLOCK_KV"]) * batch,)](
@@ -184,10 +184,10 @@ def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
     The map itself takes the parts that all heads have in common: the division of a row by its sum, and for "max" and "min" how
     many heads share a gradient.
     """
-    launch = describe(attention_of(inputs), inputs.rule, inputs.grad_output)
+    launch = describe(inputs.attention, inputs.value, inputs.rule, inputs.grad_output)
     rows = statistics(launch, inputs.lse)
     grad, bits = inputs.grad.to(torch.float32), None
-    abar, count = grad, torch.full_like(grad[:, :1, :1], inputs.query.shape[1])
+    abar, count = grad, torch.full_like(grad[:, :1, :1], inputs.attention.query.shape[1])
     if inputs.head_reduction != "mean":
         bits, count, abar = taken(launch, rows, inputs.head_reduction)
     elif inputs.row_normalize:

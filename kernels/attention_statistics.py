@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq, is_cuda
 
-from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
+from vlattn_fast.backends.inputs import Attention, AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.kernels import _statistics_backward
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
@@ -124,14 +124,15 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M), max_logit (B, H, N) and, for `backward`, row_max
     and mean_x (B, H, N): each row's largest logit, without the scale unless FOLDED, and the mean of logit - largest in base 2.
     Garbage for what `statistics` does not name."""
-    query, key, num_groups, is_causal = inputs.query, inputs.key, inputs.num_groups, inputs.is_causal
+    attention, num_groups = inputs.attention, inputs.num_groups
+    query, key, is_causal = attention.query, attention.key, attention.is_causal
     statistics = inputs.statistics.split()
     rows = query.shape[:3]
     whole = _empty_rows(query, rows, num_groups)
     mass, entropy, maximum, argmax, row_max, mean_x = whole
     received = query.new_empty((*rows[:2], key.shape[2] if "received" in statistics else 0), dtype=torch.float32)
     call = _arguments(inputs)
-    facts = _facts(query, key, num_groups, inputs.attn_mask)
+    facts = _facts(attention, num_groups)
     if maximum.numel() > 0:
         config = configuration("attention_statistics", "rows", **facts)
         # groups beyond a block are computed by other programs, which compute the row again
@@ -179,23 +180,23 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
 @on_device
 def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, row_weight and row_bias; mass, maximum, argmax, row_max and mean_x as `forward` gave them."""
-    query, num_groups, grad_mass = inputs.query, inputs.num_groups, inputs.grad_mass
+    attention, num_groups, grad_mass = inputs.attention, inputs.num_groups, inputs.grad_mass
     mass, maximum, argmax = inputs.mass, inputs.maximum, inputs.argmax
     # which the operator saves for these kernels
     assert mass is not None and maximum is not None and inputs.row_max is not None and inputs.mean_x is not None
     row_max, mean_x = inputs.row_max.contiguous(), inputs.mean_x.contiguous()
-    if inputs.key_groups is None or num_groups == 0:
+    if attention.key_groups is None or num_groups == 0:
         grad_mass = None
     grads = {"mass": grad_mass, "entropy": inputs.grad_entropy, "maximum": inputs.grad_maximum, "received": inputs.grad_received}
-    facts = {**_facts(query, inputs.key, num_groups, inputs.attn_mask), "product": grad_mass is not None and few(num_groups) == 0}
-    call = _arguments(inputs)
+    facts = {**_facts(attention, num_groups), "product": grad_mass is not None and few(num_groups) == 0}
+    call, query = _arguments(inputs), attention.query
     call |= {
         "p_grads": tuple(query if x is None else x.contiguous() for x in grads.values()),
         "p_rows": (query if argmax is None else argmax.contiguous(), row_max, maximum.contiguous(), torch.empty_like(row_max)),
-        "scale": inputs.scale,
+        "scale": attention.scale,
         "C": call["C"]._replace(**{name.upper(): x is not None for name, x in grads.items()}, FEW=few(num_groups)),
     }
-    grad_q, grad_weight, grad_bias = _statistics_backward.queries(call, facts, mass.contiguous(), mean_x, inputs.row_bias)
+    grad_q, grad_weight, grad_bias = _statistics_backward.queries(call, facts, mass.contiguous(), mean_x, attention.row_bias)
     grad_k = _statistics_backward.keys(call, facts)
     if inputs.row_weight is None:
         return grad_q, grad_k, None, grad_bias
@@ -210,10 +211,10 @@ def _empty_rows(query: Tensor, shape: tuple[int, ...], num_groups: int) -> Rows:
 
 def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> dict[str, Any]:
     """The named arguments that all kernels here share. The query stands in for tensors that are absent."""
-    key_groups, num_groups, row_weight = inputs.key_groups, inputs.num_groups, inputs.row_weight
-    scale, is_causal, key_mask = inputs.scale, inputs.is_causal, inputs.key_mask
-    query, key = aligned(inputs.query), aligned(inputs.key)
-    masks, kind = masks_and_kind(inputs.attn_mask, key_mask, query, key.shape[2], inputs.row_bias, key_groups)
+    attention, num_groups, row_weight = inputs.attention, inputs.num_groups, inputs.row_weight
+    key_groups, scale, has_dot = attention.key_groups, attention.scale, attention.score == "dot"
+    query, key = aligned(attention.query), aligned(attention.key)
+    masks, kind = masks_and_kind(attention, query)
     groups = query if key_groups is None else aligned(key_groups)
     if few(num_groups) > 0:
         groups = as_members(groups, num_groups)
@@ -229,26 +230,26 @@ def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardIn
         M=key.shape[2],
         G=num_groups,
         scale_log2=scale * LOG2_E,
-        parameter=None if inputs.score == "dot" else inputs.parameter,
+        parameter=None if has_dot else attention.parameter,
     )
     constants = Constants(
         D=query.shape[3],
         BLOCK_D=block_size(query.shape[3]),
         MASK=kind,
-        KEY_MASK=key_mask is not None,
-        CAUSAL=is_causal,
+        KEY_MASK=attention.key_mask is not None,
+        CAUSAL=attention.is_causal,
         WEIGHT=row_weight is not None,
         SPLIT=query.dtype != torch.float32,
-        FOLDED=scale <= 0.0 or kind >= FLOAT_MASK.value or inputs.score != "dot",
+        FOLDED=scale <= 0.0 or kind >= FLOAT_MASK.value or not has_dot,
         PRECISION=input_precision(),
     )
     return {"x": x, "C": constants}
 
 
-def _facts(query: Tensor, key: Tensor, num_groups: int, attn_mask: Tensor | None) -> dict[str, Any]:
+def _facts(x: Attention, num_groups: int) -> dict[str, Any]:
     """Returns the metadata of a launch that choose its configuration."""
-    (_, _, num_q, size), num_kv = query.shape, key.shape[2]
-    return {"dtype": query.dtype, "N": num_q, "M": num_kv, "size": size, "groups": num_groups, "masked": attn_mask is not None}
+    (_, _, num_q, size), num_kv, masked = x.query.shape, x.key.shape[2], x.attn_mask is not None
+    return {"dtype": x.query.dtype, "N": num_q, "M": num_kv, "size": size, "groups": num_groups, "masked": masked}
 
 
 @triton.constexpr_function

@@ -24,7 +24,8 @@ from vlattn_fast.backends.inputs import (
     RelevancyAttentionInputs,
     RelevancyStepBackwardInputs,
     RelevancyStepInputs,
-    attention_of,
+    named,
+    schema_of,
 )
 from vlattn_fast.kernels import _products_backward, _units_backward, attention_map, score_attention
 from vlattn_fast.kernels._configurations import Config
@@ -56,7 +57,7 @@ from vlattn_fast.kernels._tiles import (
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N)."""
-    out, lse = score_attention.forward(attention_of(inputs))
+    out, lse = score_attention.forward(inputs.without_carrier())
     return out, inputs.carrier.clone(), lse
 
 
@@ -64,13 +65,13 @@ def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
 def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key and value, the carrier's cotangent r * a + (r * b) Abar, and the gradient of row_bias; None for
     those not needed."""
-    grad_out, grad_carrier, row_normalize = inputs.grad_out, inputs.grad_carrier, inputs.row_normalize
+    x, grad_out, grad_carrier, row_normalize = inputs.attention, inputs.grad_out, inputs.grad_carrier, inputs.row_normalize
     grads: tuple[Tensor | None, ...] = (None, None, None)
     weighted_r = r_abar = grad_bias = None
     if grad_carrier is not None and (grad_out is not None or inputs.rule == "attention"):
         weighted_r = weigh_rows(grad_carrier, inputs.attention_weight)
     if inputs.need_inputs and grad_out is not None:
-        launch = describe(inputs.attention(grad_out), inputs.rule, grad_out)
+        launch = describe(x, inputs.value, inputs.rule, grad_out)
         fused_r = None if weighted_r is None or weighted_r.shape[1] > MAX_T else weighted_r  # more rows go through `step`
         summed = fused_r is not None and row_normalize
         lse, out = inputs.lse.contiguous(), aligned(inputs.out)
@@ -79,7 +80,7 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
             None if summed else _products_backward.whole_config("backward_whole", launch.call, launch.row_bias, _block_t(fused_r))
         )
         if whole is not None:
-            grad_q = empty_gradient(inputs.query)
+            grad_q = empty_gradient(x.query)
             grad_k, grad_v, r_abar = _keys(launch, OwnRows(heads_of(out), lse, grad_lse, heads_of(grad_q)), fused_r, whole)
         else:
             coarse = statistics(launch, lse, limit=OWN_LSE) if launch.float_mask else None
@@ -89,8 +90,8 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
         grads = (grad_q, grad_k, grad_v)
     if weighted_r is not None and r_abar is None:
         # in float32 the rounding of lse is half of the error of r Abar, and under float masks it shows: step recomputes the sums
-        float_mask = inputs.attn_mask is not None and inputs.attn_mask.dtype != torch.bool
-        rounding_shows = inputs.query.dtype == torch.float32 or float_mask or inputs.row_bias is not None
+        float_mask = x.attn_mask is not None and x.attn_mask.dtype != torch.bool
+        rounding_shows = x.query.dtype == torch.float32 or float_mask or x.row_bias is not None
         r_abar = step(inputs.step(weighted_r, lse=None if rounding_shows else inputs.lse))
     if grad_carrier is None:
         return *grads, None, grad_bias
@@ -99,8 +100,8 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
 
 
 @on_device
-def step(inputs: RelevancyStepInputs, vector: Tensor | None = None) -> Tensor:
-    """relevancy @ Abar, (B, T, N) -> (B, T, M), of any core score with its `vector`.
+def step(inputs: RelevancyStepInputs) -> Tensor:
+    """relevancy @ Abar, (B, T, N) -> (B, T, M), of any core score.
 
     Up to MAX_T rows are multiplied while Abar is computed. More would compute it again for each MAX_T of them. So then Abar is
     stored, for as many samples at once as `_stored_maps` says.
@@ -110,15 +111,15 @@ def step(inputs: RelevancyStepInputs, vector: Tensor | None = None) -> Tensor:
     """
     if inputs.rule == "attention":
         inputs = inputs._replace(value=None, grad_output=None)
-    relevancy, query, key = inputs.relevancy, inputs.query, inputs.key
+    relevancy, query, key = inputs.relevancy, inputs.attention.query, inputs.attention.key
     samples = _stored_maps(relevancy, query, key)
     if samples > 0:
         result = relevancy.new_empty((*relevancy.shape[:2], key.shape[2]), dtype=torch.float32)
         for start in range(0, query.shape[0], samples):
             b = slice(start, start + samples)
-            torch.bmm(relevancy[b].to(torch.float32), attention_map.forward(_map_inputs(inputs, b), vector), out=result[b])
+            torch.bmm(relevancy[b].to(torch.float32), attention_map.forward(_map_inputs(inputs, b)), out=result[b])
         return result.to(relevancy.dtype)
-    launch = describe(attention_of(inputs), inputs.rule, inputs.grad_output, vector)
+    launch = describe(inputs.attention, inputs.value, inputs.rule, inputs.grad_output)
     r_abar = _keys(launch, statistics(launch, inputs.lse, inputs.row_normalize), relevancy)[2]
     assert r_abar is not None  # since relevancy is not
     return as_dtype(r_abar, relevancy.dtype)
@@ -133,13 +134,14 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
     """
     if inputs.rule == "attention":
         inputs = inputs._replace(value=None, grad_output=None)
-    samples = _stored_maps(inputs.relevancy, inputs.query, inputs.key)
+    query = inputs.attention.query
+    samples = _stored_maps(inputs.relevancy, query, inputs.attention.key)
     if samples > 0:
         return _step_backward_by_maps(inputs, samples)
-    launch = describe(attention_of(inputs), inputs.rule, inputs.grad_output)
+    launch = describe(inputs.attention, inputs.value, inputs.rule, inputs.grad_output)
     rows, num_t = statistics(launch, inputs.lse), inputs.relevancy.shape[1]
     r, u = pad_rows(inputs.relevancy.to(torch.float32)), inputs.grad.to(torch.float32)
-    divisor = torch.full_like(r[:, :1, :1], max(1, inputs.query.shape[1]))
+    divisor = torch.full_like(r[:, :1, :1], max(1, query.shape[1]))
     # the gradient of relevancy comes from a launch of its own, or from that of delta
     of_delta = inputs.need_relevancy and inputs.need_inputs and num_t <= MAX_T and not inputs.row_normalize
     by_relevancy: Tensor | None = None
@@ -159,7 +161,7 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
         grads = gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None)
     if by_relevancy is None or not inputs.need_relevancy:
         return None, *grads
-    return (by_relevancy / divisor)[..., : inputs.query.shape[2]].to(inputs.relevancy.dtype), *grads
+    return (by_relevancy / divisor)[..., : query.shape[2]].to(inputs.relevancy.dtype), *grads
 
 
 def _times_maps(launch: Launch, rows: RowStats, u: Tensor) -> Tensor:
@@ -170,7 +172,7 @@ def _times_maps(launch: Launch, rows: RowStats, u: Tensor) -> Tensor:
 
 def _step_backward_by_maps(inputs: RelevancyStepBackwardInputs, samples: int) -> tuple[Tensor | None, ...]:
     parts = []
-    for start in range(0, inputs.query.shape[0], samples):
+    for start in range(0, inputs.relevancy.shape[0], samples):
         b = slice(start, start + samples)
         of_map = _map_inputs(inputs, b)
         r, u = inputs.relevancy[b].to(torch.float32), inputs.grad[b].to(torch.float32)
@@ -187,12 +189,13 @@ def _step_backward_by_maps(inputs: RelevancyStepBackwardInputs, samples: int) ->
 
 def _map_inputs(inputs: RelevancyStepInputs | RelevancyStepBackwardInputs, b: slice) -> AttentionMapInputs:
     """Those of the map of the samples b."""
-    fields = {name: x for name, x in inputs._asdict().items() if name in AttentionMapInputs._fields}
+    x = named(inputs) | {"head_reduction": "mean"}
     batched = {"query", "key", "value", "grad_output", "lse", "key_mask", "row_bias", "key_groups"}
-    if inputs.attn_mask is not None and inputs.attn_mask.ndim == 4 and inputs.attn_mask.shape[0] > 1:
+    if (mask := inputs.attention.attn_mask) is not None and mask.ndim == 4 and mask.shape[0] > 1:
         batched.add("attn_mask")
-    fields |= {name: fields[name][b] for name in batched if fields[name] is not None}
-    return AttentionMapInputs(**fields, head_reduction="mean")
+    x |= {name: x[name][b] for name in batched if x[name] is not None}
+    made: AttentionMapInputs = schema_of(AttentionMapInputs).from_named(x)
+    return made
 
 
 def _stored_maps(relevancy: Tensor, query: Tensor, key: Tensor) -> int:

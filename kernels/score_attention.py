@@ -29,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vlattn_fast._ground.named import by_name
 from vlattn_fast._ground.score_kinds import KINDS
 from vlattn_fast._ground.tensors import empty_gradient, empty_rows_first
-from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionJvpInputs
+from vlattn_fast.backends.inputs import Attention, ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionJvpInputs
 from vlattn_fast.kernels import _cudnn, _products_backward, _products_jvp, _units_backward
 from vlattn_fast.kernels._boxes import Boxes, boxed_tile, boxes_of, fits, store_box
 from vlattn_fast.kernels._configurations import Config, cached_launch, configuration
@@ -163,15 +163,16 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv), laid out (B, N, H, Dv) as SDPA does, and lse (B, H, N)."""
     if (by_cudnn := _cudnn.out_and_lse(inputs)) is not None:
         return by_cudnn
-    query, vector = inputs.query, inputs.vector
+    attention = inputs.attention
+    query, vector = attention.query, attention.vector
     batch, heads, num_q, _ = query.shape
     out = empty_rows_first(query, heads, num_q, inputs.value.shape[3])
     lse = query.new_empty(batch, heads, num_q, dtype=torch.float32)
     if batch * heads * num_q == 0:
         return out, lse
-    call = arguments(inputs, True)
+    call = arguments(attention, inputs.value, inputs.seed, inputs.dropout_p, multiplied=True)
     x, constants = call["x"], call["C"]
-    if vector is None and (config := _products_backward.whole_config("forward_whole", call, inputs.row_bias)) is not None:
+    if vector is None and (config := _products_backward.whole_config("forward_whole", call, attention.row_bias)) is not None:
         keys = cdiv(x.M, 16) * 16
         _whole_forward_kernel[(batch * heads,)](
             **launched(call, config, NEGATIVE=x.scale_log2 < 0.0), p_out=out, p_lse=lse, KEYS=keys
@@ -205,13 +206,15 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
 @on_device
 def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, vector and row_bias."""
-    call = arguments(inputs, True, backward=True, grad_out=inputs.grad_out)
+    attention = inputs.attention
+    options = inputs.seed, inputs.dropout_p
+    call = arguments(attention, inputs.value, *options, multiplied=True, backward=True, grad_out=inputs.grad_out)
     x, constants = call["x"], call["C"]
-    vector, out, lse = inputs.vector, inputs.out, inputs.lse.contiguous()
+    vector, row_bias, out, lse = attention.vector, attention.row_bias, inputs.out, inputs.lse.contiguous()
     grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
     coarse = None
     of_call = constants, x.q.p.dtype, x.N, x.M
-    if vector is None and (config := _products_backward.whole_config("backward_whole", call, inputs.row_bias)) is not None:
+    if vector is None and (config := _products_backward.whole_config("backward_whole", call, row_bias)) is not None:
         grad_q = empty_gradient(x.q.p)
         whole_rows = OwnRows(heads_of(aligned(out)), lse, grad_lse, heads_of(grad_q))
         grad_k, grad_v, _ = _products_backward.keys(call, {**config, "BLOCK_T": 0}, whole_rows)
@@ -221,11 +224,11 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
         coarse = row_statistics(call, _config("forward", *of_call, True), lse, OWN_LSE, pair=True, vector=vector)
     config_q, config_kv = _config("backward_q", *of_call), _config("backward_kv", *of_call)
     if vector is not None:
-        of_units = lse, out, coarse, grad_lse, inputs.row_bias
+        of_units = lse, out, coarse, grad_lse, row_bias
         *grads, grad_u, grad_bias = _units_backward.launch(call, config_q, config_kv, vector.contiguous(), *of_units)
         return grads[0], grads[1], grads[2], grad_u.to(vector.dtype), grad_bias
     of_rows = lse, aligned(out), coarse, grad_lse
-    grad_q, rows, grad_bias = _products_backward.queries(call, config_q, *of_rows, row_bias=inputs.row_bias)
+    grad_q, rows, grad_bias = _products_backward.queries(call, config_q, *of_rows, row_bias=row_bias)
     grad_k, grad_v, _ = _products_backward.keys(call, {**config_kv, "BLOCK_T": 0}, rows)
     assert grad_k is not None and grad_v is not None  # rows have a delta
     return grad_q, grad_k, grad_v, None, grad_bias
@@ -234,7 +237,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
 @on_device
 def jvp(inputs: ScoreAttentionJvpInputs) -> tuple[Tensor, Tensor]:
     """The tangents of out and lse, for scores that are functions of a product."""
-    call = arguments(inputs, True, backward=True)
+    call = arguments(inputs.attention, inputs.value, inputs.seed, inputs.dropout_p, multiplied=True, backward=True)
     x, constants, lse = call["x"], call["C"], inputs.lse.contiguous()
     of_call = constants, x.q.p.dtype, x.N, x.M
     coarse = None
@@ -245,9 +248,12 @@ def jvp(inputs: ScoreAttentionJvpInputs) -> tuple[Tensor, Tensor]:
 
 
 def arguments(
-    inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs,
-    multiplied: bool = False,
+    attention: Attention,
+    value: Tensor,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
     *,
+    multiplied: bool = False,
     backward: bool = False,
     grad_out: Tensor | None = None,
 ) -> dict[str, Any]:
@@ -256,14 +262,13 @@ def arguments(
     multiplied: a product may add a group bias, which kernels know that take `_over_keys` or those of _products_backward.py.
     backward: with the scale, and the gradient of the output, for which the query stands in if there is none.
     """
-    query, key, value, seed, dropout_p = inputs.query, inputs.key, inputs.value, inputs.seed, inputs.dropout_p
-    score, parameter, scale = inputs.score, inputs.parameter, inputs.scale
+    query, key = attention.query, attention.key
+    score, parameter, scale = attention.score, attention.parameter, attention.scale
     shapes, strides = (query.shape, key.shape, value.shape), (query.stride(), key.stride(), value.stride())
     (_, heads, num_q, _), (_, _, num_k, _), _ = shapes
-    of_masks = inputs.attn_mask, inputs.key_mask, query, num_k, inputs.row_bias, inputs.key_groups
-    masks, kind, product = masks_and_product(*of_masks, scale if multiplied and score == "dot" else None)
-    padded, precision = inputs.key_mask is not None, input_precision(query.dtype)
-    constants, most_aligned = _call_constants(shapes, strides, score, query.dtype, kind, padded, inputs.is_causal, precision)
+    masks, kind, product = masks_and_product(attention, query, multiplied)
+    padded, precision = attention.key_mask is not None, input_precision(query.dtype)
+    constants, most_aligned = _call_constants(shapes, strides, score, query.dtype, kind, padded, attention.is_causal, precision)
     if not most_aligned or (query.data_ptr() | key.data_ptr() | value.data_ptr()) % most_aligned:
         query, key, value = aligned(query), aligned(key), aligned(value)
         strides = query.stride(), key.stride(), value.stride()

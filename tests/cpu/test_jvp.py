@@ -16,7 +16,7 @@ from tests.helpers.ops.backends import LOW
 from tests.helpers.ops.score_cases import MASKS, lay_out, padding
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads
 from vlattn_fast.backends.cpu import score_attention as kernels
-from vlattn_fast.backends.inputs import ScoreAttentionInputs, ScoreAttentionJvpInputs
+from vlattn_fast.backends.inputs import ScoreAttentionInputs, ScoreAttentionJvpInputs, schema_of
 from vlattn_fast.backends.streaming._dropout import keep_factor
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by torch.func.jvp itself
@@ -63,9 +63,9 @@ def tangents(
         masks = {"attn_mask": attn_mask, "key_mask": key_mask, "row_bias": row_bias, "key_groups": key_groups, "seed": seed}
         numbers = {"score": "dot", "parameter": 0.0, "scale": scale, "dropout_p": dropout_p, "is_causal": is_causal}
         shared = {name: x[name] for name in FIELDS[:3]} | masks | numbers | {"vector": None, "backend": "cpu"}
-        out, lse = kernels.forward(ScoreAttentionInputs(**shared, sink=None))
+        out, lse = kernels.forward(schema_of(ScoreAttentionInputs).from_named(shared | {"sink": None}))
         given = {f"{name}_tangent": x.get(f"{name}_tangent") for name in FIELDS} | {"vector_tangent": None}
-        made, of_lse = kernels.jvp(ScoreAttentionJvpInputs(**given, **shared, out=out, lse=lse))
+        made, of_lse = kernels.jvp(schema_of(ScoreAttentionJvpInputs).from_named(given | shared | {"out": out, "lse": lse}))
         return made, of_lse.to(compute_dtype(out))
 
     return call

@@ -13,15 +13,18 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.ops import backends
+from tests.helpers.ops.backends import arguments_of
 from vlattn_fast.backends.cuda import _shared_library
+from vlattn_fast.backends.inputs import RelevancyAttentionInputs, ScoreAttentionInputs
 
 ROOT = Path(__file__).parents[2]
 
 
 def attend(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """By the registered operator, past what the public call refuses."""
-    carrier = torch.zeros(x.shape[0], 1, x.shape[2])
-    return torch.ops.vlattn.relevancy_attention(x, x, x, carrier, *(None,) * 7, "gradient", False, "dot", 0.0, 0.1, False, "cuda")
+    given = {"query": x, "key": x, "value": x, "carrier": torch.zeros(x.shape[0], 1, x.shape[2]), "scale": 0.1}
+    options = {"rule": "gradient", "row_normalize": False, "backend": "cuda"}
+    return torch.ops.vlattn.relevancy_attention(*arguments_of(RelevancyAttentionInputs, **given, **options))
 
 
 def test_a_failed_launch_names_kernel_sizes_and_device() -> None:
@@ -35,8 +38,8 @@ def test_a_failed_launch_names_kernel_sizes_and_device() -> None:
 
 
 def score(x: Tensor, value: Tensor) -> Tensor:
-    options = (*(None,) * 6, "additive", 0.0, 1.0, 0.0, False, "cuda")
-    return torch.ops.vlattn.score_attention(x, x, value, torch.zeros(1, x.shape[3]), *options)[0]
+    given = {"query": x, "key": x, "value": value, "vector": torch.zeros(1, x.shape[3]), "score": "additive"}
+    return torch.ops.vlattn.score_attention(*arguments_of(ScoreAttentionInputs, **given, dropout_p=0.0, backend="cuda"))[0]
 
 
 def congruence(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from tests.helpers.compare import as_dtype
 from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import assert_refused
 from tests.helpers.ops.map_cases import B, check_statistics, groups, key_mask, statistics_inputs
-from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
+from vlattn_fast.backends.inputs import Attention, AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics
 from vlattn_fast.kernels import attention_statistics as kernels
 
@@ -65,20 +65,10 @@ def test_a_group_out_of_range_is_none() -> None:
     index = torch.tensor([0, 1, 2, 3, -1, -7, 2**32, 2**32 + 1, 1 - 2**32, 1, 0, 2]).expand(B, -1)
     clean = torch.where((index >= 0) & (index < 3), index, -1)
     rows = weight[:, None].expand(query.shape[:3])
-    options = {"row_weight": rows, "attn_mask": None, "key_mask": None, "num_groups": 3, "scale": 0.5}
-    options |= {
-        "row_bias": None,
-        "is_causal": False,
-        "query": query,
-        "key": key,
-        "score": "dot",
-        "parameter": 0.0,
-        "backend": "triton",
-    }
+    options = {"row_weight": rows, "num_groups": 3, "backend": "triton"}
+    unknown, known = (Attention(query, key, key_groups=x, scale=0.5) for x in (index, clean))
     statistics = " ".join(AttentionStatistics._fields)
-    got, want = (
-        kernels.forward(AttentionStatisticsInputs(key_groups=x, statistics=statistics, **options)) for x in (index, clean)
-    )
+    got, want = (kernels.forward(AttentionStatisticsInputs(x, statistics=statistics, **options)) for x in (unknown, known))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     mass, _, maximum, argmax, *_, row_max, mean_x = want
     options |= {"mass": mass, "maximum": maximum, "argmax": argmax, "row_max": row_max, "mean_x": mean_x}
@@ -89,7 +79,7 @@ def test_a_group_out_of_range_is_none() -> None:
         "grad_maximum": None,
         "grad_received": None,
     }
-    got, want = (kernels.backward(AttentionStatisticsBackwardInputs(key_groups=x, **options)) for x in (index, clean))
+    got, want = (kernels.backward(AttentionStatisticsBackwardInputs(attention=x, **options)) for x in (unknown, known))
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and not got[2].any()
 
 

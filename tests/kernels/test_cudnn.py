@@ -13,7 +13,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import assert_all_close_to
-from vlattn_fast.backends.inputs import ScoreAttentionInputs
+from vlattn_fast.backends.inputs import ScoreAttentionInputs, schema_of
 from vlattn_fast.kernels import _configurations, _cudnn
 
 BF16 = torch.bfloat16
@@ -135,7 +135,8 @@ LEFT: dict[str, dict[str, Any]] = {  # calls that stay with the Triton kernel
 def inputs(**change: Any) -> ScoreAttentionInputs:
     absent = dict.fromkeys(("vector", "attn_mask", "key_mask", "row_bias", "key_groups", "seed", "sink"))
     plain = {"score": "dot", "parameter": 0.0, "scale": 0.2, "dropout_p": 0.0, "is_causal": True, "backend": "triton"}
-    return ScoreAttentionInputs(**{**absent, **plain, **sides(), **change})
+    made: ScoreAttentionInputs = schema_of(ScoreAttentionInputs).from_named({**absent, **plain, **sides(), **change})
+    return made
 
 
 @pytest.mark.parametrize("name", LEFT)

@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vlattn_fast.kernels
+from vlattn_fast.backends.inputs import Attention
 from vlattn_fast.kernels import _device
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import input_precision
@@ -58,6 +59,7 @@ def test_the_launcher_runs_on_the_device_of_its_tensors(entered: list[torch.devi
     assert launch((None, on("cuda:1"), 0.5)) == 1
     assert entered == [torch.device("cuda:1"), torch.device("cuda:0")]
     assert launch(([on("cuda:2")], None)) == 2
+    assert launch((Attention(on("cuda:3"), on("cuda:3")), None)) == 3
 
 
 def test_one_device_has_no_guard(entered: list[torch.device]) -> None:
@@ -72,9 +74,8 @@ def test_a_package_may_launch_in_place_of_triton(monkeypatch: pytest.MonkeyPatch
     found = {"vlattn_fast.kernels": [hook]}
     monkeypatch.setattr(_device, "entry_points", lambda group: found[group])
     monkeypatch.setattr(_device, "_hook", _device._hook.__wrapped__)  # uncached
-    launch = on_device(lambda inputs, *more: "by Triton")
+    launch = on_device(lambda inputs: "by Triton")
     assert launch((torch.empty(1),)) == "on cpu"
-    assert launch((torch.empty(1),), 1) == "by Triton"  # what takes more than an operator's inputs
     found["vlattn_fast.kernels"] = []
     assert launch((torch.empty(1),)) == "by Triton"
 

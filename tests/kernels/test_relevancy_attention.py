@@ -17,7 +17,7 @@ from tests.helpers.compare import LargestAllocation, assert_all_close_to
 from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import F64, assert_refused
 from tests.helpers.ops.relevancy_cases import MASKS, check, tensors
-from vlattn_fast.backends.inputs import RelevancyStepInputs
+from vlattn_fast.backends.inputs import Attention, RelevancyStepInputs
 from vlattn_fast.kernels import _configurations
 from vlattn_fast.kernels import relevancy_attention as kernels
 
@@ -164,21 +164,12 @@ def test_no_partial_sum_is_larger_than_the_output_where_there_are_many_rows() ->
     query, key, value, _ = tensors(n, h=h, kv=h, d=3, dv=3).values()
     inputs = RelevancyStepInputs(
         relevancy=torch.rand(1, rows, n),
-        query=query,
-        key=key,
+        attention=Attention(query=query, key=key),
         value=value,
         grad_output=value,
         lse=None,
-        attn_mask=None,
-        key_mask=None,
-        row_bias=None,
-        key_groups=None,
         rule="gradient",
         row_normalize=False,
-        score="dot",
-        parameter=0.0,
-        scale=1.0,
-        is_causal=False,
         backend="triton",
     )
     with LargestAllocation() as largest:

@@ -15,7 +15,7 @@ from tests.helpers.ops import core_cases
 from tests.helpers.ops.score_cases import check
 from tests.helpers.ops.tile_edges import covering
 from vlattn_fast import scores as S
-from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs
+from vlattn_fast.backends.inputs import Attention, ScoreAttentionBackwardInputs
 from vlattn_fast.kernels import _units_backward, relevancy_attention, score_attention
 
 KINDS = {
@@ -119,22 +119,14 @@ def test_sums_are_bounded(
     inputs = ScoreAttentionBackwardInputs(
         grad_out=query,
         grad_lse=None,
-        query=query,
-        key=key,
+        attention=Attention(
+            query=query, key=key, vector=torch.empty(heads, size, dtype=torch.bfloat16, device="meta"), score="additive"
+        ),
         value=key,
-        vector=torch.empty(heads, size, dtype=torch.bfloat16, device="meta"),
         out=query,
         lse=torch.empty(query.shape[:3], device="meta"),
-        attn_mask=None,
-        key_mask=None,
-        row_bias=None,
-        key_groups=None,
         seed=None,
-        score="additive",
-        parameter=0.0,
-        scale=1.0,
         dropout_p=0.0,
-        is_causal=False,
         backend="triton",
     )
     score_attention.backward(inputs)

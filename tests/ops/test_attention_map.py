@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of
-from tests.helpers.ops.backends import DEVICE, F64, core, each, finest, on
+from tests.helpers.ops.backends import DEVICE, F64, arguments_of, core, each, finest, on
 from tests.helpers.ops.map_cases import (
     CORE_MASKS,
     DV,
@@ -32,6 +32,7 @@ from tests.helpers.ops.map_cases import (
 from tests.helpers.ops.score_cases import LAYOUTS, lay_out
 from tests.helpers.ops.tile_edges import covering
 from vlattn_fast.backends import reference
+from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import attention_map as formula
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.ops.attention_map import HEAD_REDUCTIONS, RULES, attention_map
@@ -295,25 +296,22 @@ def test_autocast_computes_in_its_dtype() -> None:
 # ------------------------------------------------------------------ registration
 
 
-SCORE = ("dot_softcap", 0.7, 0.5)  # with parameter and scale
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_opcheck(rule: str) -> None:
     tensors = map_inputs(rule)
     lse = torch.randn(tensors["query"].shape[:3], dtype=tensors["query"].dtype)
-    also = (tensors["value"], tensors["grad_output"], lse, bool_mask(), key_mask()) if rule == "gradient" else (None,) * 5
-    row_bias = torch.randn(*lse.shape, 3, dtype=lse.dtype, requires_grad=True)
-    groups = (row_bias, torch.randint(-1, 3, tensors["key"].shape[:3:2])) if rule == "gradient" else (None, None)
-    also = (*also, *groups)
-    torch.library.opcheck(
-        torch.ops.vlattn.attention_map,
-        (tensors["query"], tensors["key"], *also, rule, "max", rule == "gradient", *SCORE, rule == "gradient", "streaming"),
-    )
-    query, key = tensors["query"], tensors["key"]
-    grad = torch.randn(query.shape[0], query.shape[2], key.shape[2], dtype=query.dtype)
-    for need_lse in {False, also[2] is not None}:
-        arguments = (grad, query, key, *also, rule, "max", False, *SCORE, False, need_lse, "streaming")
+    given: dict[str, Any] = {"query": tensors["query"], "key": tensors["key"], "rule": rule, "head_reduction": "max"}
+    given |= {"score": "dot_softcap", "parameter": 0.7, "scale": 0.5, "backend": "streaming"}
+    if rule == "gradient":
+        row_bias = torch.randn(*lse.shape, 3, dtype=lse.dtype, requires_grad=True)
+        groups = torch.randint(-1, 3, tensors["key"].shape[:3:2])
+        given |= tensors | {"lse": lse, "attn_mask": bool_mask(), "key_mask": key_mask()}
+        given |= {"row_bias": row_bias, "key_groups": groups}
+    of_rule = {"row_normalize": rule == "gradient", "is_causal": rule == "gradient"}
+    torch.library.opcheck(torch.ops.vlattn.attention_map, arguments_of(AttentionMapInputs, **given, **of_rule))
+    given |= {"grad": torch.randn(*lse.shape[::2], tensors["key"].shape[2], dtype=lse.dtype), "row_normalize": False}
+    for need_lse in {False, rule == "gradient"}:
+        arguments = arguments_of(AttentionMapBackwardInputs, **given, need_lse=need_lse)
         torch.library.opcheck(torch.ops.vlattn.attention_map_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of, outputs_and_grads
-from tests.helpers.ops.backends import F64, core, each, finest, on
+from tests.helpers.ops.backends import F64, arguments_of, core, each, finest, on
 from tests.helpers.ops.map_cases import (
     CORE_MASKS,
     MASKS,
@@ -33,9 +33,10 @@ from tests.helpers.ops.map_cases import (
     statistics_inputs,
 )
 from tests.helpers.ops.score_cases import LAYOUTS, lay_out
+from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.reference.attention_statistics import attention_statistics as formulas
 from vlattn_fast.backends.streaming import _tiles
-from vlattn_fast.ops.attention_statistics import AttentionStatistics, attention_statistics
+from vlattn_fast.ops.attention_statistics import OUTPUTS, AttentionStatistics, attention_statistics
 
 FAST = ("streaming", "cpu", "triton")
 LOG2, LOG3 = math.log(2.0), math.log(3.0)
@@ -288,7 +289,7 @@ def test_autocast_computes_in_its_dtype() -> None:
 )
 def test_opcheck(dtype: torch.dtype, without: tuple[str, ...]) -> None:
     query, key, row_weight = (x.requires_grad_() for x in as_dtype(statistics_inputs(), dtype).values())
-    given_tensors = {
+    given_tensors: dict[str, Any] = {
         "query": query,
         "key": key,
         "key_groups": torch.randint(-1, G, (B, M)),
@@ -297,18 +298,19 @@ def test_opcheck(dtype: torch.dtype, without: tuple[str, ...]) -> None:
         "key_mask": key_mask(),
         "row_bias": torch.randn(B, H, N, G, dtype=dtype).requires_grad_(),
     }
-    names, options = " ".join(AttentionStatistics._fields), ("dot", 0.0, 0.5, True, "streaming")
-    tensors = (given_tensors | dict.fromkeys(without)).values()
-    arguments = (*tensors, 0 if without else G, names, *options)
+    given = given_tensors | dict.fromkeys(without)
+    given |= {"num_groups": 0 if without else G, "statistics": " ".join(AttentionStatistics._fields), "backend": "streaming"}
+    given |= {"scale": 0.5, "is_causal": True}
+    arguments = arguments_of(AttentionStatisticsInputs, **given)
     torch.library.opcheck(torch.ops.vlattn.attention_statistics, arguments)
-    mass, entropy, maximum, argmax, received, *_ = (x.detach() for x in torch.ops.vlattn.attention_statistics(*arguments))
-    grads = (None, entropy, None, None) if without else (mass, entropy, maximum, received)
-    query, key, *constants = (x.detach() if isinstance(x, Tensor) else x for x in arguments)
-    saved = None, None, argmax, None, None
-    torch.library.opcheck(torch.ops.vlattn.attention_statistics_backward, (*grads, query, key, *saved, *constants))
+    outputs = dict(zip(OUTPUTS, torch.ops.vlattn.attention_statistics(*arguments), strict=True))
+    names = ("entropy",) if without else ("mass", "entropy", "maximum", "received")
+    grads = {f"grad_{name}": outputs[name].detach() for name in names}
+    given = {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
+    arguments = arguments_of(AttentionStatisticsBackwardInputs, **grads, argmax=outputs["argmax"], **given)
+    torch.library.opcheck(torch.ops.vlattn.attention_statistics_backward, arguments)
 
 
-@pytest.mark.parametrize("heads", [1, 2])
 def test_gradcheck(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 8)
     groups, mask = torch.tensor([0, 1, -1, 1]), torch.rand(1, 1, 3, 4) > 0.3

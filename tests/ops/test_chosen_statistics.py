@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tests.helpers.compare import as_dtype, outputs_and_grads
-from tests.helpers.ops.backends import finest, on
+from tests.helpers.ops.backends import arguments_of, finest, on
 from tests.helpers.ops.map_cases import groups, key_mask, statistics_inputs
+from vlattn_fast.backends.inputs import AttentionStatisticsInputs
 from vlattn_fast.ops.attention_statistics import AttentionStatistics, attention_statistics
 
 FAST = ("streaming", "cpu", "triton")
@@ -71,8 +72,9 @@ def test_nothing_but_what_is_named_is_made() -> None:
     torch.testing.assert_close(compiled(query), run(query))
     (grad,), (eager,) = (torch.autograd.grad(f(query), query) for f in (compiled, run))
     torch.testing.assert_close(grad, eager)
-    args = (query.detach(), query.detach(), None, None, None, None, None, 0, "received", "dot", 0.0, 0.5, False, "streaming")
-    sizes = [x.numel() for x in torch.ops.vlattn.attention_statistics(*args)]
+    given = {"query": query.detach(), "key": query.detach(), "num_groups": 0, "statistics": "received", "backend": "streaming"}
+    outputs = torch.ops.vlattn.attention_statistics(*arguments_of(AttentionStatisticsInputs, **given))
+    sizes = [x.numel() for x in outputs]
     assert sizes == [0, 0, 0, 0, 18, 0, 0, 0]
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.helpers.ops.backends import each, on
+from tests.helpers.ops.backends import arguments_of, each, on
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 
 BACKENDS = ("cpu", "streaming", "triton")
 Attend = Callable[..., Tensor]
@@ -63,7 +64,8 @@ def test_heads_that_share_keys(backend: str) -> None:
 def test_a_registered_operator_keeps_the_layout_of_its_fake(backend: str) -> None:
     """torch.compile counts on it, and may lay out what it saves for the backward pass otherwise than it was traced."""
     query, key, value = (torch.randn(2, 4, n, 16) for n in (5, 7, 7))
-    tensors, given = (None,) * 6, ("dot", 0.0, 0.25, 0.0, False, backend)
-    out, lse = torch.ops.vlattn.score_attention(query, key, value, *tensors, None, *given)
-    *grads, _, _ = torch.ops.vlattn.score_attention_backward(out, None, query, key, value, out, lse, *tensors, *given)
+    given = {"query": query, "key": key, "value": value, "scale": 0.25, "dropout_p": 0.0, "backend": backend}
+    out, lse = torch.ops.vlattn.score_attention(*arguments_of(ScoreAttentionInputs, **given))
+    given |= {"grad_out": out, "out": out, "lse": lse}
+    *grads, _, _ = torch.ops.vlattn.score_attention_backward(*arguments_of(ScoreAttentionBackwardInputs, **given))
     assert [x.stride() for x in grads] == [(x.shape[2] * 64, 16, 64, 1) for x in (query, key, value)]

@@ -20,7 +20,7 @@ from tests.helpers.ops.backends import F64, HALVES, LOW, each, finest, on
 from tests.helpers.ops.relevancy_cases import BACKENDS, MASKS, RULES, WEIGHTS, call, check, cotangents, padding, tensors
 from tests.helpers.ops.score_cases import LAYOUTS, lay_out
 from tests.helpers.ops.tile_edges import covering
-from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs
+from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, schema_of
 from vlattn_fast.backends.reference.relevancy_attention import head_mean
 from vlattn_fast.backends.streaming import relevancy_attention as streaming
 from vlattn_fast.dispatch.choice import load
@@ -164,8 +164,10 @@ def backward_inputs(inputs: RelevancyAttentionInputs, **new: Any) -> RelevancyAt
 
 
 def unmasked_inputs(made: dict[str, torch.Tensor], **options: Any) -> RelevancyAttentionInputs:
-    absent = dict.fromkeys(("attn_mask", "key_mask", "row_bias", "key_groups", "sink"))
-    return RelevancyAttentionInputs(**made, **absent, score="dot", parameter=0.0, **options)
+    absent = dict.fromkeys(("vector", "attn_mask", "key_mask", "row_bias", "key_groups", "sink"))
+    arguments = made | absent | {"score": "dot", "parameter": 0.0} | options
+    inputs: RelevancyAttentionInputs = schema_of(RelevancyAttentionInputs).from_named(arguments)
+    return inputs
 
 
 @each("dtype", cpu=LOW[:2], triton=LOW[:2], cuda=LOW[:2])

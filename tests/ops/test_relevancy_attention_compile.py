@@ -13,8 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import vlattn_fast as va
-from tests.helpers.ops.backends import F64, each
+from tests.helpers.ops.backends import F64, arguments_of, each
 from tests.helpers.ops.relevancy_cases import cotangents, padding, some, tensors
+from vlattn_fast.backends.inputs import (
+    RelevancyAttentionBackwardInputs,
+    RelevancyAttentionInputs,
+    RelevancyStepBackwardInputs,
+    RelevancyStepInputs,
+)
 
 B, H, N, D = 2, 4, 6, 5
 
@@ -120,31 +126,35 @@ def test_opcheck(backend: str, case: tuple[str, str]) -> None:
     made = tensors(N, b=2, d=6, dv=6 if layout == "contiguous" else 5)
     x = {name: y if layout == "contiguous" else y.transpose(1, 2).contiguous().transpose(1, 2) for name, y in made.items()}
     query, key, value, carrier = (y.detach().requires_grad_(backend == "streaming") for y in x.values())
-    weights = (torch.rand(B, N), torch.full((1, 1), 0.5)) if rule == "gradient" else (None, None)
-    masks = (None, padding(N)) if layout == "contiguous" else (some(N)[None, None], None)
-    has_bias = backend == "streaming" and rule == "gradient"
-    bias = torch.randn(*query.shape[:3], 3, dtype=query.dtype), torch.randint(-1, 3, (query.shape[0], N))
-    masks += bias if has_bias else (None, None)
-    score = ("dot_softcap", 0.7) if backend in ("streaming", "cpu") else ("dot", 0.0)
-    sink = None if backend == "cuda" else torch.zeros(2, 1)
-    options = (rule, rule == "gradient", *score, 0.5, layout == "transposed")
+    given: dict[str, Any] = {"query": query, "key": key, "value": value, "carrier": carrier, "rule": rule, "backend": backend}
+    if rule == "gradient":
+        given |= {"residual_weight": torch.rand(B, N), "attention_weight": torch.full((1, 1), 0.5)}
+    given |= {"key_mask": padding(N)} if layout == "contiguous" else {"attn_mask": some(N)[None, None]}
+    if backend == "streaming" and rule == "gradient":
+        given["row_bias"] = torch.randn(*query.shape[:3], 3, dtype=query.dtype)
+        given["key_groups"] = torch.randint(-1, 3, (query.shape[0], N))
+    if backend in ("streaming", "cpu"):
+        given |= {"score": "dot_softcap", "parameter": 0.7}
+    given |= {"sink": None if backend == "cuda" else torch.zeros(2, 1), "row_normalize": rule == "gradient"}
+    given |= {"scale": 0.5, "is_causal": layout == "transposed"}
     ops = torch.ops.vlattn
-    torch.library.opcheck(
-        ops.relevancy_attention, (query, key, value, carrier, *weights, *masks, sink, *options, backend), test_utils=traced
-    )
-    q, k, v, c = x.values()
-    out, _, lse, _ = ops.relevancy_attention(q, k, v, c, *weights, *masks, sink, *options, backend)
+    torch.library.opcheck(ops.relevancy_attention, arguments_of(RelevancyAttentionInputs, **given), test_utils=traced)
+    given |= x
+    c = x["carrier"]
+    out, _, lse, _ = ops.relevancy_attention(*arguments_of(RelevancyAttentionInputs, **given))
+    given |= {"out": out, "lse": lse}
     for grad_out, grad_carrier, need in ((out, c, True), (out, None, True), (None, c, True), (out, c, False)):
         whole = grad_out is not None and grad_carrier is not None and need
-        grad_lse = torch.randn_like(lse) if whole and backend != "cuda" else None
-        behind_sink = torch.randn_like(out) if whole and sink is not None else None
-        arguments = (grad_out, grad_carrier, grad_lse, behind_sink, q, k, v, out, lse)
-        arguments += (*weights, *masks, sink, *options, need, backend)
+        given |= {"grad_out": grad_out, "grad_carrier": grad_carrier, "need_inputs": need}
+        given["grad_lse"] = torch.randn_like(lse) if whole and backend != "cuda" else None
+        given["grad_behind_sink"] = torch.randn_like(out) if whole and given["sink"] is not None else None
+        arguments = arguments_of(RelevancyAttentionBackwardInputs, **given)
         torch.library.opcheck(ops.relevancy_attention_backward, arguments, test_utils=traced if whole else checks)
-    torch.library.opcheck(ops.relevancy_step, (c, q, k, v, out, lse, *masks, *options, backend), test_utils=traced)
+    given |= {"relevancy": c, "grad_output": out, "grad": torch.randn_like(c)}
+    torch.library.opcheck(ops.relevancy_step, arguments_of(RelevancyStepInputs, **given), test_utils=traced)
     for needed in ((True, True, True), (True, False, False), (False, True, False)):
-        arguments = (torch.randn_like(c), c, q, k, v, out, lse, *masks, *options, *needed, backend)
-        torch.library.opcheck(ops.relevancy_step_backward, arguments, test_utils=checks)
+        given |= dict(zip(("need_relevancy", "need_inputs", "need_lse"), needed, strict=True))
+        torch.library.opcheck(ops.relevancy_step_backward, arguments_of(RelevancyStepBackwardInputs, **given), test_utils=checks)
 
 
 def test_every_operator_here_is_checked() -> None:

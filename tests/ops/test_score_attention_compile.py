@@ -11,9 +11,15 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import outputs_and_grads
-from tests.helpers.ops.backends import F64, each, on
+from tests.helpers.ops.backends import F64, arguments_of, each, on
 from tests.helpers.ops.score_cases import PLAIN, SCORES, TORCH_JIT, attention_inputs, call, lay_out, padding, tensors
 from vlattn_fast import scores as S
+from vlattn_fast.backends.inputs import (
+    ScoreAttentionBackwardInputs,
+    ScoreAttentionInputs,
+    ScoreAttentionJvpInputs,
+    ScoreAttentionSecondInputs,
+)
 
 KINDS = {
     "dot": 0.0,
@@ -50,29 +56,33 @@ def test_opcheck(backend: str, case: tuple[str, str]) -> None:
     vector = torch.randn(4, 6) if kind in ("additive", "hadamard_tanh", "hadamard_sigmoid") else None
     seed = torch.tensor(7) if kind == "dot_tanh" else None
     sink = torch.zeros(4, 1) if kind == "dot_softcap" else None
-    mask = {"contiguous": (None, None), "transposed": (torch.randn(5, 7), None), "strided": (None, padding())}[layout]
-    bias = torch.randn(b, 4, 5, 3), torch.randint(-1, 3, (b, 7))
-    mask += bias if backend == "streaming" and layout != "strided" else (None, None)
-    options = (kind, KINDS[kind], 0.5, 0.25 if seed is not None else 0.0, layout == "transposed", backend)
-    leaves = [x.detach().requires_grad_(backend == "streaming") for x in (query, key, value)]
-    torch.library.opcheck(torch.ops.vlattn.score_attention, (*leaves, vector, *mask, seed, sink, *options), test_utils=traced)
-    out, lse = torch.ops.vlattn.score_attention(query, key, value, vector, *mask, seed, sink, *options)
+    given: dict[str, Any] = {"value": value, "vector": vector, "seed": seed, "sink": sink, "score": kind, "scale": 0.5}
+    given |= {"transposed": {"attn_mask": torch.randn(5, 7)}, "strided": {"key_mask": padding()}}.get(layout, {})
+    if backend == "streaming" and layout != "strided":
+        given |= {"row_bias": torch.randn(b, 4, 5, 3), "key_groups": torch.randint(-1, 3, (b, 7))}
+    given |= {"parameter": KINDS[kind], "dropout_p": 0.25 if seed is not None else 0.0}
+    given |= {"is_causal": layout == "transposed", "backend": backend}
+    tensors = {"query": query, "key": key, "value": value}
+    leaves = {name: x.detach().requires_grad_(backend == "streaming") for name, x in tensors.items()}
+    forward, ops = ScoreAttentionInputs, torch.ops.vlattn
+    torch.library.opcheck(ops.score_attention, arguments_of(forward, **given | leaves), test_utils=traced)
+    given |= tensors
+    out, lse = ops.score_attention(*arguments_of(forward, **given))
+    given |= {"out": out, "lse": lse}
     for grad_lse in (None, torch.randn_like(lse)):
-        torch.library.opcheck(
-            torch.ops.vlattn.score_attention_backward,
-            (lay_out(torch.randn_like(out), layout), grad_lse, query, key, value, out, lse, vector, *mask, seed, *options),
-            test_utils=checks if grad_lse is None else traced,
-        )
+        given |= {"grad_out": lay_out(torch.randn_like(out), layout), "grad_lse": grad_lse}
+        arguments = arguments_of(ScoreAttentionBackwardInputs, **given)
+        torch.library.opcheck(ops.score_attention_backward, arguments, test_utils=checks if grad_lse is None else traced)
         if kind == "dot":
-            by_inputs = [torch.randn_like(x) for x in (query, key, value)]
-            by_bias = None if mask[2] is None else torch.randn_like(mask[2])
-            forward = query, key, value, out, lse, None, *mask, seed, *options
-            grads = torch.randn_like(out), grad_lse
-            for tangents, with_jvp in (((None, None), True), (grads, False)):
-                arguments = (*by_inputs, None, by_bias, *tangents, *grads, *forward, with_jvp)
-                torch.library.opcheck(torch.ops.vlattn.score_attention_second, arguments, test_utils=checks)
-            arguments = (*by_inputs, None, by_bias, *forward)
-            torch.library.opcheck(torch.ops.vlattn.score_attention_jvp, arguments, test_utils=checks)
+            given["grad_out"] = torch.randn_like(out)
+            of = tensors | {"row_bias": given.get("row_bias")}
+            tangents = {f"{name}_tangent": None if x is None else torch.randn_like(x) for name, x in of.items()}
+            of_grads = {"grad_out_tangent": given["grad_out"], "grad_lse_tangent": grad_lse}
+            for some, with_jvp in (({}, True), (of_grads, False)):
+                arguments = arguments_of(ScoreAttentionSecondInputs, **given, **tangents, **some, with_jvp=with_jvp)
+                torch.library.opcheck(ops.score_attention_second, arguments, test_utils=checks)
+            arguments = arguments_of(ScoreAttentionJvpInputs, **given, **tangents)
+            torch.library.opcheck(ops.score_attention_jvp, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize(

@@ -97,13 +97,13 @@ _saved = Saved(RowProductsInputs, RowProductsBackwardInputs, grads=["grad"])
 
 def tangent(inputs: RowProductsInputs, tangents: Any, outputs: Any) -> Tensor:
     """Of products: linear in each factor."""
-    given = {name: x for name in ("left", "right") if (x := getattr(tangents, name)) is not None}
+    given = {name: x for name in ("left", "right") if (x := tangents[name]) is not None}
     return sum(_forward_op(inputs._replace(**{name: x})) for name, x in given.items())  # type: ignore[no-any-return]
 
 
 differentiable(
     "row_products",
-    lambda ctx, grad: _backward_op(_saved.inputs(ctx, grad)),
+    lambda ctx, grad: dict(zip(("left", "right"), _backward_op(_saved.inputs(ctx, grad)), strict=True)),
     lambda ctx, inputs, output: _saved.save(ctx, inputs),
     tangent,
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to
-from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
+from vlattn_fast.backends.inputs import Attention, ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.backends.streaming import _scores, _tiles, score_attention
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,8 +40,8 @@ class Flaw:
 OUT = "(weights.to(value.dtype) @ value) / total.to(value.dtype)"
 LSE = "cast_finite(rows[1], lse.dtype)"
 EXPONENTIALS = "weights = torch.exp(logits - torch.where(torch.isinf(largest), 0.0, largest))"
-LOGITS = 'return self.masks.apply(x["score"] if "score" in x else self._score(x), self.shape, *tile, x.get("row_bias"))'
-QUERY, SUM = "self.inputs.query[tile].to(self.dtype)", "tile] += x"
+LOGITS = 'return mask_tile(self.attention, score, self.shape, *tile, x.get("row_bias"))'
+QUERY, SUM = "x.query[tile].to(self.dtype)", "tile] += x"
 
 FLAWS = {
     "lse rounded to bfloat16": Flaw(
@@ -66,7 +66,7 @@ FLAWS = {
     "one key tile left out of one row": Flaw(
         {LOGITS: f"{LOGITS.replace('return', 'logits =')}\n        logits[:1, :1, :1, 16:32] = -torch.inf\n        return logits"}
     ),
-    "one head unscaled": Flaw({QUERY: f"{QUERY} * (1.0 if h.start else 1 / self.inputs.scale)"}),
+    "one head unscaled": Flaw({QUERY: f"{QUERY} * (1.0 if h.start else 1 / x.scale)"}),
     "a mask off by one key": Flaw({"o_kv > o_q[:, None]": "o_kv > o_q[:, None] + 1"}, causal=True),
 }
 
@@ -89,24 +89,24 @@ def copy_of(module: ModuleType, edits: Mapping[str, str], names: Mapping[str, An
 def planted(edits: Mapping[str, str]) -> ModuleType:
     """The streaming code of score_attention with these edits, tile by tile."""
     tiles, first = copy_of(_tiles, edits, {"TILE_ELEMENTS": 3 * N * M // 2})
-    parts, second = copy_of(_scores, edits, {name: getattr(tiles, name) for name in ("Masks", "Tiling")})
-    helpers = {name: getattr(tiles, name) for name in ("Masks", "exponentials", "log_of_sum")}
+    parts, second = copy_of(_scores, edits, {name: getattr(tiles, name) for name in ("mask_tile", "Tiling")})
+    helpers = {name: getattr(tiles, name) for name in ("exponentials", "log_of_sum")}
     helpers |= {"Logits": parts.Logits, "Sums": parts.Sums, "_fused_cpu": SimpleNamespace(runs=lambda *_: False)}
     code, third = copy_of(score_attention, edits, helpers)
     assert first + second + third == len(edits), "an edit has no place in the source"
     return code
 
 
-# the inputs of plain dot products beside tensors and causality
-PLAIN: dict[str, Any] = dict.fromkeys(("vector", "attn_mask", "key_mask", "row_bias", "key_groups", "seed")) | {"dropout_p": 0.0}
-PLAIN |= {"score": "dot", "parameter": 0.0, "scale": SCALE, "backend": "streaming"}
+# the inputs beside the attention and its tensors
+PLAIN: dict[str, Any] = {"seed": None, "dropout_p": 0.0, "backend": "streaming"}
 
 
-class Attention(torch.autograd.Function):
+class Attending(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, code: ModuleType, causal: bool) -> tuple[Tensor, Tensor]:
         ctx.code, ctx.causal = code, causal
-        inputs = ScoreAttentionInputs(query=query, key=key, value=value, is_causal=causal, sink=None, **PLAIN)
+        attention = Attention(query, key, scale=SCALE, is_causal=causal)
+        inputs = ScoreAttentionInputs(attention=attention, value=value, sink=None, **PLAIN)
         out, lse = code.forward(inputs)
         ctx.save_for_backward(query, key, value, out, lse)
         return out, lse
@@ -117,12 +117,10 @@ class Attention(torch.autograd.Function):
         inputs = ScoreAttentionBackwardInputs(
             grad_out=grad_out,
             grad_lse=grad_lse,
-            query=query,
-            key=key,
+            attention=Attention(query, key, scale=SCALE, is_causal=ctx.causal),
             value=value,
             out=out,
             lse=lse,
-            is_causal=ctx.causal,
             **PLAIN,
         )
         grad_q, grad_k, grad_v, *_ = ctx.code.backward(inputs)
@@ -133,7 +131,7 @@ def compare(flaw: Flaw, dtype: torch.dtype, edits: Mapping[str, str]) -> None:
     code = planted(edits)
 
     def ours(query: Tensor, key: Tensor, value: Tensor) -> Any:
-        return Attention.apply(query, key, value, code, flaw.causal)
+        return Attending.apply(query, key, value, code, flaw.causal)
 
     def formula(query: Tensor, key: Tensor, value: Tensor) -> Any:
         return va.reference.score_attention(query, key, value, score="dot", scale=SCALE, is_causal=flaw.causal, return_lse=True)

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from vlattn_fast.attach.events import SCORE_ATTENTION, SOFTMAX, ModuleRun, Subscriber, is_map
 from vlattn_fast.attach.session import named
+from vlattn_fast.backends.inputs import ScoreAttentionInputs, schema_of
 from vlattn_fast.ops._sinks import with_sink
 
 _HELD = "vlattn_held"  # a key in the metadata of a node of the graph through which no gradient goes back, or may not
@@ -141,11 +142,10 @@ class Frozen(Subscriber):
 
     # --- calls ---
 
-    def _attention(self, func: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
+    def _attention(self, func: Any, *args: Any, **options: Any) -> Any:
         """The call with everything but the values constant: a mask may be computed from tokens."""
-        rest = tuple(map(self._constant, rest))
-        options = {name: self._constant(option) for name, option in options.items()}
-        return func(self.constant(query), self.constant(key), value, *rest, **options)
+        constants = [x if n == _VALUES[func] else self._constant(x) for n, x in enumerate(args)]
+        return func(*constants, **{name: x if name == "value" else self._constant(x) for name, x in options.items()})
 
     def _constant(self, option: Any) -> Any:
         return self.constant(option) if isinstance(option, Tensor) and option.requires_grad else option
@@ -275,7 +275,11 @@ _NORMS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((functional.rms_norm, torch.rms_norm), _rms_norm),
     **dict.fromkeys((functional.group_norm, torch.group_norm), _group_norm),
 }
-_ATTENTION = (functional.scaled_dot_product_attention, SCORE_ATTENTION, with_sink)
+_VALUES = {  # their places among the arguments
+    functional.scaled_dot_product_attention: 2,
+    SCORE_ATTENTION: list(schema_of(ScoreAttentionInputs).types).index("value"),
+}
+_ATTENTION = (*_VALUES, with_sink)
 
 
 # --- the graph of a run ---

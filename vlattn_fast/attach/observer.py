@@ -40,7 +40,7 @@ from vlattn_fast.attach.events import (
 from vlattn_fast.attach.multihead import heads, joined_masks
 from vlattn_fast.attach.session import Steps, as_mode, overridden, visible
 from vlattn_fast.attach.written import PRODUCTS, WrittenMaps, WrittenScores
-from vlattn_fast.backends.inputs import ScoreAttentionInputs
+from vlattn_fast.backends.inputs import ScoreAttentionInputs, schema_of
 from vlattn_fast.ops._groups import bias_arguments
 from vlattn_fast.ops._sinks import with_sink
 
@@ -272,11 +272,11 @@ class Observer(TorchFunctionMode):
 
     def _score_attention(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The operator's output and log-sum-exp. With a sink the attention ends afterwards, in `_with_sink`."""
-        inputs = ScoreAttentionInputs(*args)
+        inputs = _SCHEMA.inputs(args)
         with self._unobserved():
             for subscriber in self._subscribers:
                 inputs = subscriber.on_inputs(run, inputs)
-            output, lse = SCORE_ATTENTION(*inputs)
+            output, lse = SCORE_ATTENTION(*_SCHEMA.flat(inputs))
             for subscriber in self._subscribers:
                 subscriber.on_lse(inputs, lse)
         if inputs.sink is not None:
@@ -418,6 +418,7 @@ class _Told:
         return self.functions[func]
 
 
+_SCHEMA = schema_of(ScoreAttentionInputs)
 _ATTENTION: dict[Any, Callable[..., Any]] = {
     functional.scaled_dot_product_attention: Observer._sdpa,
     functional.multi_head_attention_forward: Observer._multihead,
@@ -499,9 +500,9 @@ def _shuffles(module: Any, args: tuple[Any, ...]) -> bool:
 
 def _scored(run: ModuleRun, inputs: ScoreAttentionInputs) -> AttentionEvent:
     """A call of score_attention."""
-    masks = {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")} | bias_arguments(inputs)
-    given = query, key, value = inputs.query, inputs.key, inputs.value
-    return AttentionEvent(run, query, key, value, masks, given, inputs.dropout_p, inputs=inputs)
+    x, value = inputs.attention, inputs.value
+    masks = {name: getattr(x, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")} | bias_arguments(x)
+    return AttentionEvent(run, x.query, x.key, value, masks, (x.query, x.key, value), inputs.dropout_p, inputs=inputs)
 
 
 def _plain(event: AttentionEvent) -> Tensor:

@@ -255,16 +255,16 @@ def options_of(event: AttentionEvent) -> tuple[Mapping[str, Any] | None, str]:
             mask = joined(masks["attn_mask"], mask_of_groups(event.query, **groups))
             masks = {**{name: value for name, value in masks.items() if name not in groups}, "attn_mask": mask}
         return masks, "dot"
-    inputs = event.inputs
-    options = {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")}
-    options["enable_gqa"] = inputs.key.shape[1] != inputs.query.shape[1]
-    score, sink = inputs.score, inputs.sink
+    x, sink = event.inputs.attention, event.inputs.sink
+    options = {name: getattr(x, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")}
+    options["enable_gqa"] = x.key.shape[1] != x.query.shape[1]
+    score = x.score
     if score == "dot_softcap":
-        score, options["scale"], options["softcap"] = "dot", inputs.parameter * inputs.scale, inputs.scale
+        score, options["scale"], options["softcap"] = "dot", x.parameter * x.scale, x.scale
     if sink is not None and sink.ndim == 2:  # (H, 1)
         options["sink"] = sink[:, 0]
     elif sink is not None:
         score = f"{score} with an offset and a sink"
-    if inputs.row_bias is not None:
+    if x.row_bias is not None:
         score = f"{score} with a group_bias"
     return options, score

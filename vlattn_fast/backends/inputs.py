@@ -1,17 +1,89 @@
 """The inputs of backends: a NamedTuple for each operator, which goes whole to the backend that it names. An operator may define
 its own in its streaming backend instead.
 
-The fields are in the order of the operator's schema, which `vlattn_fast.ops` derives from them. All tensors come first. Code that
-passes fields by position has them in variables of the fields' names (`tests/test_floors.py`).
+`vlattn_fast.ops` derives the operator's schema from the fields (`Schema`). Inputs without an `Attention` have all tensors first.
+Code that passes fields by position has them in variables of the fields' names (`tests/test_floors.py`).
 B batch, H query heads, Hkv heads of key and value, N queries, M keys, D head_dim, Dv value_dim, T relevancy vectors per sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
+
+
+class Attention(NamedTuple):
+    """What the logits of an attention call are made of: query (B, H, N, D), key (B, Hkv, M, D), attn_mask broadcastable to
+    (B, H, N, M), key_mask bool (B, M). row_bias (B, H, N, G) in the dtype of sums comes with key_groups int64 (B, M), both
+    contiguous: row_bias[i, key_groups[j]] is added to the pair (i, j) like a float mask, and nothing for a group outside [0, G).
+    score: the kind of a core score (vlattn_fast.scores) with its parameter; vector (H, D) for scores over hidden units."""
+
+    query: Tensor
+    key: Tensor
+    vector: Tensor | None = None
+    attn_mask: Tensor | None = None
+    key_mask: Tensor | None = None
+    row_bias: Tensor | None = None
+    key_groups: Tensor | None = None
+    score: str = "dot"
+    parameter: float = 0.0
+    scale: float = 1.0
+    is_causal: bool = False
+
+
+_TENSORS = Attention._fields.index("score")  # how many of its fields are tensors
+
+
+class Schema:
+    """The inputs of a kind as the arguments of an operator: first the tensors, then the options, each in the order of the fields.
+    The fields of an `Attention` stand in its place. `types`: by argument."""
+
+    def __init__(self, kind: Any) -> None:
+        fields = get_type_hints(kind)
+        types = dict[str, Any]()
+        for field, each in fields.items():
+            types |= get_type_hints(Attention) if each is Attention else {field: each}
+        tensors = {name: each for name, each in types.items() if each in (Tensor, Tensor | None)}
+        self.types, self.num_tensors = tensors | types, len(tensors)
+        self.flat: Any = lambda inputs: inputs
+        self.inputs: Any = kind._make
+        if Attention in fields.values():  # by slices, which torch.compile traces
+            place, end, own = list(fields).index("attention"), self.num_tensors, self.num_tensors - _TENSORS + 1
+            rest, options = place + _TENSORS, end + len(Attention._fields) - _TENSORS
+
+            def flat(inputs: Any) -> tuple[Any, ...]:
+                x = inputs.attention
+                return inputs[:place] + x[:_TENSORS] + inputs[place + 1 : own] + x[_TENSORS:] + inputs[own:]
+
+            def nested(args: tuple[Any, ...]) -> Any:
+                attention = Attention(*args[place:rest], *args[end:options])
+                return kind(*args[:place], attention, *args[rest:end], *args[options:])
+
+            self.flat, self.inputs = flat, nested
+
+    def named(self, inputs: Any) -> dict[str, Any]:
+        """The arguments by name."""
+        return dict(zip(self.types, self.flat(inputs), strict=True))
+
+    def from_named(self, named: Mapping[str, Any]) -> Any:
+        """The inputs from the arguments by name, which may be more."""
+        return self.inputs([named[name] for name in self.types])
+
+
+schema_of: Callable[[Any], Schema] = functools.cache(Schema)
+
+
+def named(inputs: Any) -> dict[str, Any]:
+    """The arguments of the operator by name."""
+    return schema_of(type(inputs)).named(inputs)
+
+
+def replaced(inputs: Any, **arguments: Any) -> Any:
+    """`inputs` with other values for some arguments."""
+    return schema_of(type(inputs)).from_named(named(inputs) | arguments)
 
 
 def derivative_inputs(
@@ -29,27 +101,14 @@ def derivative_inputs(
 
 
 class ScoreAttentionInputs(NamedTuple):
-    """query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv), vector (H, D) or None, attn_mask broadcastable to
-    (B, H, N, M), key_mask bool (B, M), seed () if dropout_p > 0. row_bias (B, H, N, G) in the dtype of sums and key_groups
-    int64 (B, M), both contiguous, come together: row_bias[i, key_groups[j]] is added to the pair (i, j) like a float mask, and
-    nothing for a group outside [0, G). sink broadcastable to (B, H, N) or None: the public call
-    applies it to what backends compute without it; it is here for code that intercepts the operator."""
+    """value (B, Hkv, M, Dv), seed () if dropout_p > 0. sink broadcastable to (B, H, N) or None: the public call applies it to
+    what backends compute without it; it is here for code that intercepts the operator."""
 
-    query: Tensor
-    key: Tensor
+    attention: Attention
     value: Tensor
-    vector: Tensor | None
-    attn_mask: Tensor | None
-    key_mask: Tensor | None
-    row_bias: Tensor | None
-    key_groups: Tensor | None
     seed: Tensor | None
     sink: Tensor | None
-    score: str
-    parameter: float
-    scale: float
     dropout_p: float
-    is_causal: bool
     backend: str
 
 
@@ -58,22 +117,12 @@ class ScoreAttentionBackwardInputs(NamedTuple):
 
     grad_out: Tensor
     grad_lse: Tensor | None
-    query: Tensor
-    key: Tensor
+    attention: Attention
     value: Tensor
     out: Tensor
     lse: Tensor
-    vector: Tensor | None
-    attn_mask: Tensor | None
-    key_mask: Tensor | None
-    row_bias: Tensor | None
-    key_groups: Tensor | None
     seed: Tensor | None
-    score: str
-    parameter: float
-    scale: float
     dropout_p: float
-    is_causal: bool
     backend: str
 
 
@@ -83,27 +132,22 @@ ScoreAttentionJvpInputs, ScoreAttentionSecondInputs = derivative_inputs(
 
 
 class RelevancyAttentionInputs(NamedTuple):
-    """query (B, H, N, D), key (B, Hkv, N, D), value (B, Hkv, N, Dv), carrier (B, T, N), weights broadcastable to (B, N); masks,
-    sink and score ("dot" or "dot_softcap") as in ScoreAttentionInputs."""
+    """Self-attention with value (B, Hkv, N, Dv), carrier (B, T, N), weights broadcastable to (B, N), sink as in
+    ScoreAttentionInputs; score "dot" or "dot_softcap"."""
 
-    query: Tensor
-    key: Tensor
+    attention: Attention
     value: Tensor
     carrier: Tensor
     residual_weight: Tensor | None
     attention_weight: Tensor | None
-    attn_mask: Tensor | None
-    key_mask: Tensor | None
-    row_bias: Tensor | None
-    key_groups: Tensor | None
     sink: Tensor | None
     rule: str
     row_normalize: bool
-    score: str
-    parameter: float
-    scale: float
-    is_causal: bool
     backend: str
+
+    def without_carrier(self) -> ScoreAttentionInputs:
+        """Returns the attention."""
+        return ScoreAttentionInputs(self.attention, self.value, seed=None, sink=None, dropout_p=0.0, backend=self.backend)
 
 
 class RelevancyAttentionBackwardInputs(NamedTuple):
@@ -115,64 +159,39 @@ class RelevancyAttentionBackwardInputs(NamedTuple):
     grad_carrier: Tensor | None
     grad_lse: Tensor | None
     grad_behind_sink: Tensor | None
-    query: Tensor
-    key: Tensor
+    attention: Attention
     value: Tensor
     out: Tensor
     lse: Tensor
     residual_weight: Tensor | None
     attention_weight: Tensor | None
-    attn_mask: Tensor | None
-    key_mask: Tensor | None
-    row_bias: Tensor | None
-    key_groups: Tensor | None
     sink: Tensor | None
     rule: str
     row_normalize: bool
-    score: str
-    parameter: float
-    scale: float
-    is_causal: bool
     need_inputs: bool
     backend: str
 
-    def attention(self, grad_out: Tensor) -> ScoreAttentionBackwardInputs:
-        """Returns the backward pass of the attention without its carrier."""
-        query, key, value, out, lse = self.query, self.key, self.value, self.out, self.lse
-        masks = self.attn_mask, self.key_mask, self.row_bias, self.key_groups
-        tensors = grad_out, self.grad_lse, query, key, value, out, lse, None, *masks, None
-        return ScoreAttentionBackwardInputs(
-            *tensors, self.score, self.parameter, self.scale, dropout_p=0.0, is_causal=self.is_causal, backend=self.backend
-        )
+    def without_carrier(self, grad_out: Tensor) -> ScoreAttentionBackwardInputs:
+        """Returns the backward pass of the attention."""
+        rows = grad_out, self.grad_lse, self.attention, self.value, self.out, self.lse
+        return ScoreAttentionBackwardInputs(*rows, seed=None, dropout_p=0.0, backend=self.backend)
 
     def step(self, relevancy: Tensor, lse: Tensor | None) -> RelevancyStepInputs:
         """Returns relevancy @ Abar for the same attention."""
-        tensors = relevancy, self.query, self.key, self.value, self.grad_out, lse
-        masks = self.attn_mask, self.key_mask, self.row_bias, self.key_groups
-        score = self.score, self.parameter, self.scale
-        return RelevancyStepInputs(*tensors, *masks, self.rule, self.row_normalize, *score, self.is_causal, self.backend)
+        tensors = relevancy, self.attention, self.value, self.grad_out, lse
+        return RelevancyStepInputs(*tensors, self.rule, self.row_normalize, self.backend)
 
 
 class RelevancyStepInputs(NamedTuple):
-    """relevancy (B, T, N), query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv), grad_output (B, H, N, Dv), lse
-    (B, H, N), masks as in ScoreAttentionInputs."""
+    """relevancy (B, T, N), value (B, Hkv, M, Dv), grad_output (B, H, N, Dv), lse (B, H, N)."""
 
     relevancy: Tensor
-    query: Tensor
-    key: Tensor
+    attention: Attention
     value: Tensor | None
     grad_output: Tensor | None
     lse: Tensor | None
-    attn_mask: Tensor | None
-    key_mask: Tensor | None
-    row_bias: Tensor | None
-    key_groups: Tensor | None
     rule: str
     row_normalize: bool
-    score: str
-    parameter: float
-    scale: float
-    is_causal: bool
     backend: str
 
 
@@ -182,21 +201,12 @@ class RelevancyStepBackwardInputs(NamedTuple):
 
     grad: Tensor
     relevancy: Tensor
-    query: Tensor
-    key: Tensor
+    attention: Attention
     value: Tensor | None
     grad_output: Tensor | None
     lse: Tensor | None
-    attn_mask: Tensor | None
-    key_mask: Tensor | None
-    row_bias: Tensor | None
-    key_groups: Tensor | None
     rule: str
     row_normalize: bool
-    score: str
-    parameter: float
-    scale: float
-    is_causal: bool
     need_relevancy: bool
     need_inputs: bool
     need_lse: bool
@@ -206,13 +216,6 @@ class RelevancyStepBackwardInputs(NamedTuple):
 RelevancyStepJvpInputs, RelevancyStepSecondInputs = derivative_inputs(
     RelevancyStepBackwardInputs, ("relevancy", "query", "key", "value", "grad_output", "lse", "row_bias"), grads=("grad",)
 )
-
-
-def attention_of(x: Any) -> ScoreAttentionInputs:
-    """Returns the attention of these inputs without a carrier, relevancy or rule; without a value the query replaces it."""
-    value = x.query if x.value is None else x.value
-    tensors = x.query, x.key, value, None, x.attn_mask, x.key_mask, x.row_bias, x.key_groups, None, None
-    return ScoreAttentionInputs(*tensors, x.score, x.parameter, x.scale, dropout_p=0.0, is_causal=x.is_causal, backend=x.backend)
 
 
 class ResidualWeightsInputs(NamedTuple):
@@ -227,25 +230,15 @@ class ResidualWeightsInputs(NamedTuple):
 
 
 class AttentionMapInputs(NamedTuple):
-    """query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv), grad_output (B, H, N, Dv), lse (B, H, N), masks as in
-    ScoreAttentionInputs."""
+    """value (B, Hkv, M, Dv), grad_output (B, H, N, Dv), lse (B, H, N)."""
 
-    query: Tensor
-    key: Tensor
+    attention: Attention
     value: Tensor | None
     grad_output: Tensor | None
     lse: Tensor | None
-    attn_mask: Tensor | None
-    key_mask: Tensor | None
-    row_bias: Tensor | None
-    key_groups: Tensor | None
     rule: str
     head_reduction: str
     row_normalize: bool
-    score: str
-    parameter: float
-    scale: float
-    is_causal: bool
     backend: str
 
 
@@ -253,22 +246,13 @@ class AttentionMapBackwardInputs(NamedTuple):
     """grad (B, N, M), the gradient of the map; the others as in AttentionMapInputs. need_lse: whether lse gets a gradient."""
 
     grad: Tensor
-    query: Tensor
-    key: Tensor
+    attention: Attention
     value: Tensor | None
     grad_output: Tensor | None
     lse: Tensor | None
-    attn_mask: Tensor | None
-    key_mask: Tensor | None
-    row_bias: Tensor | None
-    key_groups: Tensor | None
     rule: str
     head_reduction: str
     row_normalize: bool
-    score: str
-    parameter: float
-    scale: float
-    is_causal: bool
     need_lse: bool
     backend: str
 
@@ -279,22 +263,13 @@ AttentionMapJvpInputs, AttentionMapSecondInputs = derivative_inputs(
 
 
 class AttentionStatisticsInputs(NamedTuple):
-    """query (B, H, N, D), key (B, Hkv, M, D), key_groups (B, M), row_weight (B, H, N), masks as in ScoreAttentionInputs, score as
-    in RelevancyAttentionInputs. statistics: the names of the outputs that are needed, with spaces between them."""
+    """row_weight (B, H, N); key_groups may come without a bias, and strided; score as in RelevancyAttentionInputs. statistics:
+    the names of the outputs that are needed, with spaces between them."""
 
-    query: Tensor
-    key: Tensor
-    key_groups: Tensor | None
+    attention: Attention
     row_weight: Tensor | None
-    attn_mask: Tensor | None
-    key_mask: Tensor | None
-    row_bias: Tensor | None
     num_groups: int
     statistics: str
-    score: str
-    parameter: float
-    scale: float
-    is_causal: bool
     backend: str
 
 
@@ -306,24 +281,15 @@ class AttentionStatisticsBackwardInputs(NamedTuple):
     grad_entropy: Tensor | None
     grad_maximum: Tensor | None
     grad_received: Tensor | None
-    query: Tensor
-    key: Tensor
+    attention: Attention
     mass: Tensor | None
     maximum: Tensor | None
     argmax: Tensor | None
     row_max: Tensor | None
     mean_x: Tensor | None
-    key_groups: Tensor | None
     row_weight: Tensor | None
-    attn_mask: Tensor | None
-    key_mask: Tensor | None
-    row_bias: Tensor | None
     num_groups: int
     statistics: str
-    score: str
-    parameter: float
-    scale: float
-    is_causal: bool
     backend: str
 
 

@@ -22,6 +22,7 @@ from vlattn_fast._ground.checks import check_choice
 from vlattn_fast._ground.tensors import as_outputs, mask_padding
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
+from vlattn_fast.backends.inputs import named, replaced
 from vlattn_fast.dispatch import call as calls
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape
 from vlattn_fast.dispatch.table import BACKEND_NAMES, Table, refusals
@@ -76,15 +77,16 @@ def launcher(backends: Table, name: str) -> Callable[..., Any]:
 def gradients(backends: Table, name: str) -> Callable[..., tuple[Tensor | None, ...]]:
     """Like `launcher`, but returns that of "streaming" if the backend has no such function.
 
-    The inputs have key, value and key_mask, and may have tangents. Gradients have the layout of `as_outputs`.
+    The inputs have an attention, and may have tangents. Gradients have the layout of `as_outputs`.
     """
 
     def run(inputs: Any) -> tuple[Tensor | None, ...]:
         chosen = inputs.backend if hasattr(load(backends, inputs.backend), name) else "streaming"
-        if not backends[chosen].masks_padding:
-            names = [name for name in ("key", "value", "key_tangent", "value_tangent") if name in inputs._fields]
-            masked = mask_padding(inputs.key_mask, *[getattr(inputs, name) for name in names])
-            inputs = inputs._replace(**dict(zip(names, masked, strict=True)))
+        if not backends[chosen].masks_padding and inputs.attention.key_mask is not None:
+            given = named(inputs)
+            keys = {name: given[name] for name in ("key", "value", "key_tangent", "value_tangent") if name in given}
+            masked = mask_padding(inputs.attention.key_mask, *keys.values())
+            inputs = replaced(inputs, **dict(zip(keys, masked, strict=True)))
         return as_outputs(getattr(load(backends, chosen), name)(inputs))
 
     return run

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlattn_fast.backends.inputs import Schema
+
 _BROADCAST = {"attn_mask": 4, "sink": 3, "residual_weight": 2, "attention_weight": 2}  # fields, with the rank that has the batch
 _OF_ALL_SAMPLES = ("vector", "seed")  # a score's parameter, whose gradient is a sum over the batch, and one seed for the batch
 _NO_BATCH = ("images", "queries", "key_cache")  # fields of operators on all pairs of two batches, and of requests in one tensor
 
 
-def over_batches(operator: Callable[..., Any], inputs_type: Any) -> Callable[..., Any]:
+def over_batches(operator: Callable[..., Any], schema: Schema) -> Callable[..., Any]:
     """Returns the rule for torch.library.register_vmap."""
-    fields: tuple[str, ...] = inputs_type._fields
+    fields = tuple(schema.types)
     has_no_batch = any(field in fields for field in _NO_BATCH)
 
     def rule(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:

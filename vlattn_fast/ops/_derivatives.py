@@ -11,12 +11,13 @@ is forward over reverse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlattn_fast.backends.inputs import named, schema_of
 from vlattn_fast.ops._registration import define, differentiable, not_differentiable
 
 Named = dict[str, Any]
@@ -28,7 +29,7 @@ class Derivatives:
     Args:
         name: X.
         types: the inputs of X_backward, X_jvp and X_second (`derivative_inputs`).
-        fields: the inputs that have gradients, in the order of X_backward's outputs.
+        fields: the arguments that have gradients, in the order of X_backward's outputs.
         outputs: the names of X's outputs. grads: the fields of X_backward for the gradients of outputs, with the output's name.
         backward: the operator X_backward.
         jvp: computes the tangents of the outputs with gradients, in the order of `grads`, from the inputs of X_jvp.
@@ -56,15 +57,15 @@ class Derivatives:
     ) -> None:
         self.backward_type, self.jvp_type, self.second_type = types
         self.fields, self.outputs, self.grads, self.one_sweep = tuple(fields), tuple(outputs), grads, one_sweep
-        self.needed = [grad for grad in grads if get_type_hints(self.backward_type)[grad] is Tensor]  # None is no value
+        self.needed = [grad for grad in grads if schema_of(self.backward_type).types[grad] is Tensor]  # None is no value
         self.backward = backward
 
         def jvp_fake(inputs: Any) -> tuple[Tensor, ...]:
-            named = dict(zip(self.outputs, flat(fake(inputs)), strict=True))
-            return tuple([named[output].new_empty(named[output].shape) for output in grads.values()])
+            outputs = dict(zip(self.outputs, flat(fake(inputs)), strict=True))
+            return tuple([outputs[output].new_empty(outputs[output].shape) for output in grads.values()])
 
         def second_fake(inputs: Any) -> tuple[Tensor, ...]:
-            given = [getattr(inputs, field) for field in self.fields]
+            given = list(map(named(inputs).get, self.fields))
             like = next(x for x in given if x is not None)
             gradients = [like.new_empty(0) if x is None else x.new_empty(x.shape) for x in given]
             if not one_sweep:
@@ -89,14 +90,14 @@ class Derivatives:
         way_out = "torch.compile asks for more if an input requires grad: call what it compiles under torch.no_grad()"
         not_differentiable(f"{name}_second", f"{third} ({asked}). {way_out}")
 
-    def of_forward(self, inputs: Any, tangents: Any, outputs: tuple[Tensor, ...]) -> Any:
+    def of_forward(self, inputs: Any, tangents: Mapping[str, Any], outputs: tuple[Tensor, ...]) -> Any:
         """The tangents of X's outputs."""
-        x = inputs._asdict() | dict(zip(self.outputs, outputs, strict=True))  # an lse is an input if it has a tangent
-        made = self.tangents_of_outputs(x, {field: getattr(tangents, field) for field in self.fields})
+        x = named(inputs) | dict(zip(self.outputs, outputs, strict=True))  # an lse is an input if it has a tangent
+        made = self.tangents_of_outputs(x, {field: tangents[field] for field in self.fields})
         for output, tangent in zip(self.grads.values(), made, strict=True):
             x[f"{output}_tangent"] = torch.zeros_like(x[output]) if tangent is None else tangent
-        tangents = tuple([x.get(f"{output}_tangent") for output in self.outputs])
-        return tangents if len(tangents) > 1 else tangents[0]
+        of_outputs = tuple([x.get(f"{output}_tangent") for output in self.outputs])
+        return of_outputs if len(of_outputs) > 1 else of_outputs[0]
 
     def tangents_of_outputs(self, x: Named, u: Named) -> tuple[Tensor, ...]:
         """J(x, u); x: the inputs of X_backward but gradients."""
@@ -129,14 +130,14 @@ class Derivatives:
         rows = len(self.grads) if self.one_sweep else 0
         return made[:rows], dict(zip(self.fields, made[rows:], strict=True))
 
-    def _jvp_of_backward(self, inputs: Any, tangents: Any, outputs: tuple[Tensor, ...]) -> Any:
-        x, h = inputs._asdict(), {grad: getattr(tangents, grad) for grad in self.grads}
-        u = self._with_lse(x, {field: getattr(tangents, field) for field in self.fields})
+    def _jvp_of_backward(self, inputs: Any, tangents: Mapping[str, Any], outputs: tuple[Tensor, ...]) -> Any:
+        x, h = named(inputs), {grad: tangents[grad] for grad in self.grads}
+        u = self._with_lse(x, {field: tangents[field] for field in self.fields})
         total = self.tangents_of_gradients(x, {grad: x[grad] for grad in self.grads}, u, h)
         pairs = zip(total.values(), outputs, strict=True)  # an output that stands for None needs a tangent, too
         return tuple([torch.zeros_like(out) if y is None or y.shape != out.shape else y for y, out in pairs])
 
-    def _backward_of_backward(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    def _backward_of_backward(self, ctx: Any, *cotangents: Tensor | None) -> Named:
         x = saved(ctx)
         # an output that stands for None has no elements
         u = {
@@ -144,21 +145,21 @@ class Derivatives:
             for f, y in zip(self.fields, cotangents, strict=True)
         }
         if not has_any(u):
-            return (None,) * len(self.backward_type._fields)
+            return {}
         u, h = self._with_lse(x, u), {grad: x[grad] for grad in self.grads}
         rows, by_fields = self.second_gradients(x, h, u, with_jvp=True)
         by_grads = {grad: None if h[grad] is None else y.to(h[grad].dtype) for grad, y in zip(h, rows, strict=True)}
-        return in_order(self.backward_type, by_fields | by_grads, x)
+        return of_tensors(by_fields | by_grads, x)
 
-    def _backward_of_jvp(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    def _backward_of_jvp(self, ctx: Any, *cotangents: Tensor | None) -> Named:
         x, h = saved(ctx), dict(zip(self.grads, cotangents, strict=True))
         u = {field: x[f"{field}_tangent"] for field in self.fields}
         x["need_lse"] = u.get("lse") is not None
         if not has_any(h):
-            return (None,) * len(self.jvp_type._fields)
+            return {}
         by_tangents = {f"{field}_tangent": y for field, y in self.gradients(x, h).items()}
         _, by_fields = self.second_gradients(x, h, u)
-        return in_order(self.jvp_type, by_fields | by_tangents, x)
+        return of_tensors(by_fields | by_tangents, x)
 
     @staticmethod
     def _with_lse(x: Named, u: Named) -> Named:
@@ -174,8 +175,8 @@ def flat(outputs: Any) -> tuple[Any, ...]:
     return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
 
 
-def has_any(named: Named) -> bool:
-    return any(x is not None for x in named.values())
+def has_any(x: Named) -> bool:
+    return any(y is not None for y in x.values())
 
 
 def plus(x: Tensor | None, y: Tensor | None) -> Tensor | None:
@@ -186,27 +187,28 @@ def plus(x: Tensor | None, y: Tensor | None) -> Tensor | None:
 
 
 def named_inputs(kind: Any, x: Named, u: Named | None = None) -> Any:
-    """The inputs of an operator from those of another; all gradients but that of an lse are needed."""
-    named = {"need_lse": False} | x | {f"{field}_tangent": y for field, y in (u or {}).items()}
-    named |= {field: True for field in kind._fields if field.startswith("need_") and field != "need_lse"}
-    return kind._make([named[field] for field in kind._fields])
+    """The inputs of an operator from the arguments of another; all gradients but that of an lse are needed."""
+    arguments = {"need_lse": False} | x | {f"{field}_tangent": y for field, y in (u or {}).items()}
+    arguments |= {field: True for field in kind._fields if field.startswith("need_") and field != "need_lse"}
+    return schema_of(kind).from_named(arguments)
 
 
-def in_order(kind: Any, gradients: Named, x: Named) -> tuple[Any, ...]:
-    """Gradients for the fields of an operator's inputs that are tensors; one without elements stands for None."""
-    pairs = [(x[field], gradients.get(field)) for field in kind._fields]
-    return tuple([y if isinstance(of, Tensor) and y is not None and y.shape == of.shape else None for of, y in pairs])
+def of_tensors(gradients: Named, x: Named) -> Named:
+    """The gradients of those arguments that are tensors; one without elements stands for None."""
+    pairs = [(name, x[name], y) for name, y in gradients.items() if y is not None]
+    return {name: y for name, of, y in pairs if isinstance(of, Tensor) and y.shape == of.shape}
 
 
 def save(ctx: Any, inputs: Any, outputs: Any) -> None:
-    ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in inputs])
-    ctx.options = inputs._make([None if isinstance(x, Tensor) else x for x in inputs])
+    x = named(inputs)
+    ctx.save_for_backward(*[y if isinstance(y, Tensor) else None for y in x.values()])
+    ctx.options = {name: None if isinstance(y, Tensor) else y for name, y in x.items()}
 
 
 def saved(ctx: Any) -> Named:
-    """The inputs that `_save` saved, by name."""
-    pairs = zip(ctx.saved_tensors, ctx.options, strict=True)
-    return dict(zip(ctx.options._fields, [option if x is None else x for x, option in pairs], strict=True))
+    """The arguments that `save` saved, by name."""
+    pairs = zip(ctx.saved_tensors, ctx.options.items(), strict=True)
+    return {name: option if x is None else x for x, (name, option) in pairs}
 
 
 def _raises(why: str) -> Callable[..., Any]:

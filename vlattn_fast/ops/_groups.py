@@ -15,7 +15,7 @@ from torch import Tensor
 from vlattn_fast._ground.checks import FLOAT_DTYPES, check_device, check_tensor, describe, readable
 from vlattn_fast._ground.groups import rows_of_groups, sums_of_groups
 from vlattn_fast._ground.tensors import as_dtype, cast_float_mask, compute_dtype
-from vlattn_fast.backends.inputs import GroupRowsInputs, GroupSumsInputs, ScoreAttentionInputs
+from vlattn_fast.backends.inputs import Attention, GroupRowsInputs, GroupSumsInputs
 from vlattn_fast.dispatch.call import AttentionArguments
 from vlattn_fast.ops._registration import define, differentiable
 
@@ -131,13 +131,13 @@ def group_bias_inputs(
     return _rows_op(GroupRowsInputs(table, groups=query_groups)), key_groups
 
 
-def bias_arguments(inputs: ScoreAttentionInputs) -> dict[str, Tensor | None]:
-    """Returns arguments of public calls that give an operator the row_bias (B, H, N, G) of these inputs: each query is a group.
-    Empty without one."""
-    if inputs.row_bias is None:
+def bias_arguments(x: Attention) -> dict[str, Tensor | None]:
+    """Returns arguments of public calls that give an operator this row_bias (B, H, N, G): each query is a group. Empty without
+    one."""
+    if x.row_bias is None:
         return {}
-    query_groups = torch.arange(inputs.row_bias.shape[2], device=inputs.row_bias.device)
-    return {"query_groups": query_groups, "key_groups": inputs.key_groups, "group_bias": inputs.row_bias}
+    query_groups = torch.arange(x.row_bias.shape[2], device=x.row_bias.device)
+    return {"query_groups": query_groups, "key_groups": x.key_groups, "group_bias": x.row_bias}
 
 
 def gated(out: Tensor, gate: Tensor) -> Tensor:
@@ -168,19 +168,19 @@ def _save_sums(ctx: Any, inputs: GroupSumsInputs, output: Tensor) -> None:
     ctx.save_for_backward(inputs.groups)
 
 
-def _to_table(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+def _to_table(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     (groups,) = ctx.saved_tensors
-    return (_sums_op(GroupSumsInputs(rows=grad, groups=groups, num_groups=ctx.num_groups)),)
+    return {"table": _sums_op(GroupSumsInputs(rows=grad, groups=groups, num_groups=ctx.num_groups))}
 
 
-def _to_rows(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+def _to_rows(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     (groups,) = ctx.saved_tensors
-    return (_rows_op(GroupRowsInputs(table=grad, groups=groups)),)
+    return {"rows": _rows_op(GroupRowsInputs(table=grad, groups=groups))}
 
 
 def _linear(operator: Callable[..., Tensor], field: str) -> Callable[..., Tensor | None]:
     """The jvp of an operator that is linear in this field."""
-    return lambda inputs, tangents, outputs: operator(inputs._replace(**{field: getattr(tangents, field)}))
+    return lambda inputs, tangents, outputs: operator(inputs._replace(**{field: tangents[field]}))
 
 
 differentiable("group_rows", _to_table, _save_rows, _linear(_rows_op, "table"))

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, get_type_hints
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import _C, Tensor
@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 
 from vlattn_fast._ground.checks import varies
 from vlattn_fast._ground.tensors import promised_layouts, without_autocast
+from vlattn_fast.backends.inputs import Schema, schema_of
 from vlattn_fast.ops._batches import over_batches
 from vlattn_fast.ops._ops import NAMESPACE, add_op_namespace_prefix
 
@@ -42,7 +43,7 @@ _TYPES: dict[Any, str] = {
 class _Derivatives(NamedTuple):
     """Those of an operator, see `differentiable`."""
 
-    backward: Callable[..., tuple[Any, ...]]
+    backward: Callable[..., Mapping[str, Any]]
     setup_context: Callable[..., None]
     jvp: Callable[..., Any]
 
@@ -55,7 +56,7 @@ def define(
 ) -> Any:
     """Registers the operator `name(inputs) -> returns` for every device and returns the function that calls it.
 
-    `inputs_type` is the operator's NamedTuple of vlattn_fast.backends.inputs: the schema has its fields. The returned
+    `inputs_type` is the operator's NamedTuple of vlattn_fast.backends.inputs, from which its schema follows. The returned
     function, `implementation` and `fake` take one of it. If an implementation gives None for an output, the function returns
     None, or an empty tensor, since torch's dispatcher does not support None. Without an implementation the operator is one that a
     library of torch's stable ABI has registered.
@@ -63,53 +64,51 @@ def define(
     torch.compile makes a graph for each value of a float argument. So an operator with floats gets a twin with 0-dim tensors
     instead of them, which compiled code calls if a float varies.
     """
-    types = {field: _TYPES[kind] for field, kind in get_type_hints(inputs_type).items()}
-    num_tensors = sum("Tensor" in kind for kind in types.values())
-    floats = _floats(inputs_type)
+    schema = schema_of(inputs_type)
+    flat, num_tensors = schema.flat, schema.num_tensors
+    types = {argument: _TYPES[kind] for argument, kind in schema.types.items()}
+    floats = [argument for argument, kind in types.items() if kind == "float"]
     by_library = implementation is None
-    implementation = implementation or _call_of_library(name)
+    implementation = implementation or _call_of_library(name, schema)
     kernel = _below_autograd(implementation)
-    apply = _autograd_function(name, kernel, inputs_type, num_tensors)
-    dispatched = _register(name, inputs_type, types, None if by_library else returns, implementation, fake, apply)
+    apply = _autograd_function(name, kernel, schema)
+    dispatched = _register(name, schema, types, None if by_library else returns, implementation, fake, apply)
     first_float = list(types).index(floats[0]) if floats else -1
     twin: Any = None
 
     def with_floats(inputs: Any) -> Any:
-        return implementation(inputs._replace(**{field: float(getattr(inputs, field)) for field in floats}))
+        return implementation(schema.inputs([float(x) if y in floats else x for y, x in zip(types, flat(inputs), strict=True)]))
 
     if floats:
-        tensors_for_floats = {field: "Tensor" if kind == "float" else kind for field, kind in types.items()}
-        twin = _register(name + _SYMBOLIC, inputs_type, tensors_for_floats, returns, with_floats, fake, apply)
+        tensors_for_floats = {argument: "Tensor" if kind == "float" else kind for argument, kind in types.items()}
+        twin = _register(name + _SYMBOLIC, schema, tensors_for_floats, returns, with_floats, fake, apply)
 
     def call(inputs: Any) -> Any:
-        if twin is not None and isinstance(inputs[first_float], Tensor):  # the backward pass of the twin
-            return twin(*inputs)
+        arguments = flat(inputs)
+        if twin is not None and isinstance(arguments[first_float], Tensor):  # the backward pass of the twin
+            return twin(*arguments)
         if torch.compiler.is_compiling():
-            if any([varies(getattr(inputs, field)) for field in floats]):
+            pairs = list(zip(types, arguments, strict=True))
+            if any([varies(x) for argument, x in pairs if argument in floats]):
                 one = torch.ones((), dtype=torch.float64, device="cpu")  # times it: torch.compile makes a tensor of a product
-                return twin(*[one * x if field in floats else x for field, x in zip(types, inputs, strict=True)])
-            return dispatched(*inputs)
-        tensors = inputs[:num_tensors]
+                return twin(*[one * x if argument in floats else x for argument, x in pairs])
+            return dispatched(*arguments)
+        tensors = arguments[:num_tensors]
         records = _records(tensors) if _HAS_FAST_PATH else None
         if records is None:
-            return dispatched(*inputs)
+            return dispatched(*arguments)
         if not records:
             return kernel(inputs)
         if _C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD:
-            return dispatched(*inputs)  # an autograd.Function runs even if autograd is excluded
+            return dispatched(*arguments)  # an autograd.Function runs even if autograd is excluded
         return apply(*tensors, inputs, None)
 
     return call
 
 
-def _call_of_library(name: str) -> Callable[..., Any]:
+def _call_of_library(name: str, schema: Schema) -> Callable[..., Any]:
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
-    return lambda inputs: registered(*inputs)
-
-
-def _floats(inputs_type: type[Any]) -> list[str]:
-    """The names of the float arguments of an operator."""
-    return [field for field, kind in get_type_hints(inputs_type).items() if kind is float]
+    return lambda inputs: registered(*schema.flat(inputs))
 
 
 def _keys(*names: str) -> Any:
@@ -165,10 +164,12 @@ except AttributeError:  # a torch whose private functions have other names
     _HAS_FAST_PATH = False
 
 
-def _autograd_function(name: str, kernel: Callable[..., Any], inputs_type: Any, num_tensors: int) -> Callable[..., Any]:
+def _autograd_function(name: str, kernel: Callable[..., Any], schema: Schema) -> Callable[..., Any]:
     """Returns a function that calls the operator in an autograd.Function with its derivatives. It takes the operator's tensors,
     then all inputs as one tuple, which autograd does not unpack, and a function that the dispatcher goes on with; None for the
     kernel."""
+    num_tensors = schema.num_tensors
+    tensor_names = list(schema.types)[:num_tensors]
 
     def forward(ctx: Any, *tensors_and_inputs: Any) -> Any:
         *tensors, inputs, below = tensors_and_inputs
@@ -178,23 +179,21 @@ def _autograd_function(name: str, kernel: Callable[..., Any], inputs_type: Any, 
         if below is not None:  # `jvp` may be next, and reads what is saved for it
             ctx.present = [x is not None for x in tensors]
             ctx.save_for_forward(*[x for x in tensors if x is not None], *_flat(outputs))
-            ctx.options_of_jvp = inputs[num_tensors:]
+            ctx.options_of_jvp = schema.flat(inputs)[num_tensors:]
         return outputs
 
-    no_more = (None,) * (num_tensors + 2)  # autograd takes any number of these after the gradients
-
     def backward(ctx: Any, *grads: Any) -> Any:
-        if not any([grad is not None for grad in grads]):
-            return no_more
-        return *_DERIVATIVES[name].backward(ctx, *grads), *no_more
+        made = _DERIVATIVES[name].backward(ctx, *grads) if any([grad is not None for grad in grads]) else {}
+        needs = ctx.needs_input_grad[:num_tensors]  # a backend may give what stands for None, or what comes with others
+        return *[made.get(x) if need else None for x, need in zip(tensor_names, needs, strict=True)], None, None
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         with _open_level():
             # What is saved are duals of this level, of which a rule takes the primals. Below it are other levels, with their own
             saved = iter([forward_ad.unpack_dual(x).primal if x.is_floating_point() else x for x in ctx.saved_tensors])
             tensors = [next(saved) if present else None for present in ctx.present]
-            inputs = inputs_type(*tensors, *ctx.options_of_jvp)
-            return _DERIVATIVES[name].jvp(inputs, inputs_type(*tangents[:num_tensors], *ctx.options_of_jvp), tuple(saved))
+            inputs = schema.inputs((*tensors, *ctx.options_of_jvp))
+            return _DERIVATIVES[name].jvp(inputs, dict(zip(tensor_names, tangents[:num_tensors], strict=True)), tuple(saved))
 
     methods = {"forward": forward, "backward": backward, "jvp": jvp}
     function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
@@ -220,34 +219,32 @@ def _flat(outputs: Any) -> tuple[Any, ...]:
 
 def _register(
     name: str,
-    inputs_type: Any,
+    schema: Schema,
     types: dict[str, str],
     returns: str | None,
     implementation: Any,
     fake: Any,
     apply: Callable[..., Any],
 ) -> Any:
-    """The registered operator; `types` of the schema by field. `returns`: None if the operator is there.
+    """The registered operator; `types` of the schema by argument. `returns`: None if the operator is there.
 
     Autocast is off inside: the public calls cast their arguments, and autocast would round the float32 products of a tile. No
     output is a view to autograd, so that a caller may edit every output in place, and none is an input.
     """
-    first = next(field for field, kind in get_type_hints(inputs_type).items() if kind is Tensor)  # one that is never None
-    num_tensors = sum(kind in (Tensor, Tensor | None) for kind in get_type_hints(inputs_type).values())
+    first = list(schema.types.values()).index(Tensor)  # one that is never None
 
     def kernel(*args: Any) -> Any:
-        inputs = inputs_type(*args)
-        like = getattr(inputs, first)
+        inputs, like = schema.inputs(args), args[first]
         try:
             with promised_layouts(), without_autocast(like):
-                return _without_views(implementation(inputs), like, inputs)
+                return _without_views(implementation(inputs), like, args)
         except Exception as error:
             _note_the_way_out(error, inputs)
             raise
 
     if returns is not None:
-        schema = f"{name}({', '.join(f'{kind} {field}' for field, kind in types.items())}) -> {returns}"
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        text = f"{name}({', '.join(f'{kind} {argument}' for argument, kind in types.items())}) -> {returns}"
+        _LIBRARY.define(text, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     dispatched = getattr(getattr(torch.ops, NAMESPACE), name)
 
@@ -255,15 +252,15 @@ def _register(
         def below(inputs: Any) -> Any:
             # levels of functorch below this one record and carry tangents, too
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _C._AutoDispatchBelowAutograd():
-                return dispatched.default.redispatch(keyset & _C._after_autograd_keyset, *inputs)
+                return dispatched.default.redispatch(keyset & _C._after_autograd_keyset, *schema.flat(inputs))
 
         with enable_single_level_autograd_function():
-            return apply(*args[:num_tensors], inputs_type(*args), below)
+            return apply(*args[: schema.num_tensors], schema.inputs(args), below)
 
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
     operator_name = add_op_namespace_prefix(name)
-    torch.library.register_fake(operator_name, lambda *args: fake(inputs_type(*args)), lib=_LIBRARY)
-    torch.library.register_vmap(operator_name, over_batches(dispatched, inputs_type), lib=_LIBRARY)
+    torch.library.register_fake(operator_name, lambda *args: fake(schema.inputs(args)), lib=_LIBRARY)
+    torch.library.register_vmap(operator_name, over_batches(dispatched, schema), lib=_LIBRARY)
     return dispatched
 
 
@@ -277,14 +274,14 @@ def _note_the_way_out(error: Exception, inputs: Any) -> None:
         )
 
 
-def _without_views(outputs: Any, like: Tensor, inputs: Any) -> Any:
+def _without_views(outputs: Any, like: Tensor, args: tuple[Any, ...]) -> Any:
     """Returns the same memory, without copies, in tensors that are not views. An empty one stands for None, a copy for an
     input."""
     if outputs is None:
         return like.new_empty(0)
     if not isinstance(outputs, Tensor):
-        return tuple([_without_views(x, like, inputs) for x in outputs])
-    if any([outputs is x for x in inputs]):
+        return tuple([_without_views(x, like, args) for x in outputs])
+    if any([outputs is x for x in args]):
         return outputs.clone()
     if outputs._base is None:
         return outputs
@@ -293,14 +290,17 @@ def _without_views(outputs: Any, like: Tensor, inputs: Any) -> Any:
 
 
 def differentiable(
-    name: str, backward: Callable[..., tuple[Any, ...]], setup_context: Callable[..., None], jvp: Callable[..., Any] | None = None
+    name: str,
+    backward: Callable[..., Mapping[str, Any]],
+    setup_context: Callable[..., None],
+    jvp: Callable[..., Any] | None = None,
 ) -> None:
     """Gives an operator, with its twin, its derivatives.
 
-    Reverse mode: `setup_context(ctx, inputs, outputs)` saves for `backward(ctx, *grads)`, which returns the gradients of the
-    first inputs; the inputs after them have none. Forward mode: `jvp(inputs, tangents, outputs)` returns the tangents of the
-    outputs; tangents have the names of the inputs. A gradient or a tangent that is None stands for zero; at least
-    one gradient, and at least one tangent, is a tensor.
+    Reverse mode: `setup_context(ctx, inputs, outputs)` saves for `backward(ctx, *grads)`, which returns gradients by the names of
+    the operator's arguments. Arguments without a name there have none, and a gradient that is not needed is left out. Forward
+    mode: `jvp(inputs, tangents, outputs)` returns the tangents of the outputs; tangents go by the names of the arguments. A
+    gradient or a tangent that is None stands for zero; at least one gradient, and at least one tangent, is a tensor.
     """
     _DERIVATIVES[name] = _Derivatives(backward, setup_context, _no_forward_mode(name) if jvp is None else jvp)
 
@@ -313,29 +313,37 @@ def _no_forward_mode(name: str) -> Callable[..., Any]:
 
 
 class Saved:
-    """The tensors that an operator saves for its backward operator: the inputs that both have, and the named `outputs`. `grads`
-    are the fields of the backward operator that come with its call.
+    """The tensors that an operator saves for its backward operator: the arguments that both have, and the named `outputs`.
+    `grads` are those of the backward operator that come with its call.
 
     Tensors are saved with ctx.save_for_backward. Names are looked up here once, since a backward pass waits for Python.
     """
 
     def __init__(self, forward_type: Any, backward_type: Any, *, outputs: Sequence[str] = (), grads: Sequence[str]) -> None:
-        types = get_type_hints(forward_type)
-        shared = [field for field in forward_type._fields if field in backward_type._fields]
-        tensors = [field for field in shared if types[field] in (Tensor, Tensor | None)]
-        options = [field for field in shared if field not in tensors]
-        names = [*grads, *tensors, *outputs, *options]
-        self._tensors_of, self._options_of = _picked(forward_type._fields, tensors), _picked(forward_type._fields, options)
-        self._in_order, self._backward_type = _picked(names, backward_type._fields), backward_type
+        schema, of_backward = schema_of(forward_type), schema_of(backward_type)
+        arguments, num_tensors = list(schema.types), schema.num_tensors
+        self._places = {name: place for place, name in enumerate(arguments)}
+        tensors, options = (
+            [name for name in some if name in of_backward.types] for some in (arguments[:num_tensors], arguments[num_tensors:])
+        )
+        self._flat, self._backward_inputs = schema.flat, of_backward.inputs
+        self._tensors_of, self._options_of = _picked(arguments, tensors), _picked(arguments, options)
+        self._in_order = _picked([*grads, *tensors, *outputs, *options], list(of_backward.types))
 
     def save(self, ctx: Any, inputs: Any, *outputs: Tensor | None) -> None:
         """Saves the tensors, in a setup_context."""
-        ctx.save_for_backward(*self._tensors_of(inputs), *outputs)
-        ctx.options = self._options_of(inputs)
+        arguments = self._flat(inputs)
+        ctx.save_for_backward(*self._tensors_of(arguments), *outputs)
+        ctx.options = self._options_of(arguments)
 
     def inputs(self, ctx: Any, *grads: Any) -> Any:
         """Returns the inputs of the backward operator."""
-        return self._backward_type._make(self._in_order((*grads, *ctx.saved_tensors, *ctx.options)))
+        return self._backward_inputs(self._in_order((*grads, *ctx.saved_tensors, *ctx.options)))
+
+    def needs(self, ctx: Any, name: str) -> bool:
+        """Returns whether this tensor needs a gradient."""
+        needed: bool = ctx.needs_input_grad[self._places[name]]
+        return needed
 
 
 def _picked(fields: Sequence[str], some: Sequence[str]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -349,7 +357,7 @@ def _picked(fields: Sequence[str], some: Sequence[str]) -> Callable[[Sequence[An
 def not_differentiable(name: str, why: str) -> None:
     """Makes derivatives of the operator an error that says why; torch would return a silent or obscure result."""
 
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"{add_op_namespace_prefix(name)}: {why}")
 
     def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import weigh_rows
-from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyStepBackwardInputs
-from vlattn_fast.ops._derivatives import Named, has_any, in_order, named_inputs, plus, save, saved
+from vlattn_fast.backends.inputs import RelevancyStepBackwardInputs, named
+from vlattn_fast.ops._derivatives import Named, has_any, named_inputs, of_tensors, plus, save, saved
 from vlattn_fast.ops._registration import differentiable
 from vlattn_fast.ops._sinks import lse_with_sink
-from vlattn_fast.ops.relevancy_attention import attention_of
+from vlattn_fast.ops.relevancy_attention import named_attention
 from vlattn_fast.ops.relevancy_step import DERIVATIVES as STEP
 from vlattn_fast.ops.score_attention import DERIVATIVES as ATTENTION
 
@@ -42,15 +42,15 @@ def _shares(x: Named, lse: Tensor) -> tuple[Tensor, Tensor]:
     return shares[0], shares[1]
 
 
-def _jvp(inputs: Any, tangents: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    x, given = inputs._asdict(), tangents._asdict()
-    attention, u = attention_of(x), {field: given[field] for field in _FIELDS}
-    h, h_tangent = _of_outputs(x), _of_outputs(given)
+def _jvp(inputs: Any, tangents: Named, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x = named(inputs)
+    attention, u = named_attention(x), {field: tangents[field] for field in _FIELDS}
+    h, h_tangent = _of_outputs(x), _of_outputs(tangents)
     made: Named = {}
     if has_any(h):
         made |= ATTENTION.tangents_of_gradients(attention, h, u | {"vector": None}, h_tangent)
     if x["grad_carrier"] is not None:
-        made["grad_carrier"] = _jvp_of_carrier(x, given, u)
+        made["grad_carrier"] = _jvp_of_carrier(x, tangents, u)
     pairs = [(made.get(name), out) for name, out in zip(_OUTPUTS, outputs, strict=True)]
     return tuple([torch.zeros_like(out) if y is None or y.shape != out.shape else y for y, out in pairs])
 
@@ -70,7 +70,7 @@ def _jvp_of_carrier(x: Named, given: Named, u: Named) -> Tensor | None:
     if _has_sink(x):
         of_keys, of_sink = _shares(x, step["lse"])
         if has_any(u):
-            _, lse = ATTENTION.tangents_of_outputs(attention_of(x), u | {"vector": None})
+            _, lse = ATTENTION.tangents_of_outputs(named_attention(x), u | {"vector": None})
             v["lse"] = of_keys * lse
         if given["sink"] is not None:
             v["lse"] = plus(v["lse"], of_sink * given["sink"])
@@ -81,9 +81,9 @@ def _of_outputs(x: Named) -> Named:
     return {"grad_out": x["grad_out"], "grad_lse": x["grad_lse"]}
 
 
-def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, *cotangents: Tensor | None) -> Named:
     x = saved(ctx)
-    attention, h = attention_of(x), _of_outputs(x)
+    attention, h = named_attention(x), _of_outputs(x)
     c = {
         name: y if y is not None and x[name] is not None and y.shape == x[name].shape else None
         for name, y in zip(_OUTPUTS, cotangents, strict=True)
@@ -96,7 +96,7 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     if c["grad_carrier"] is not None:
         for name, y in _backward_of_carrier(x, attention, c["grad_carrier"]).items():
             made[name] = plus(made.get(name), y)
-    return in_order(RelevancyAttentionBackwardInputs, made, x)
+    return of_tensors(made, x)
 
 
 def _backward_of_carrier(x: Named, attention: Named, cotangent: Tensor) -> Named:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import autocasts, check_masks, check_sink, check_softcap
 from vlattn_fast._ground.tensors import cast_by_autocast, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast.backends.inputs import Attention
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape
 from vlattn_fast.dispatch.choice import Arguments, select
 from vlattn_fast.dispatch.table import Table
-from vlattn_fast.ops._groups import check_groups, check_ranges
+from vlattn_fast.ops._groups import check_groups, check_ranges, group_bias_inputs
 from vlattn_fast.scores import softcapped
 
 
@@ -77,6 +78,14 @@ def without_padding(x: AttentionArguments, plan: DotPlan, *values: Tensor | None
         return x, *values
     key, *masked = mask_padding(x.key_mask, x.key, *values)
     return x._replace(key=key), *masked
+
+
+def attention_of(x: AttentionArguments, plan: DotPlan) -> Attention:
+    """Returns the attention as backends take it."""
+    row_bias = key_groups = None
+    if x.group_bias is not None:
+        row_bias, key_groups = group_bias_inputs(x.query, x.query_groups, x.key_groups, x.group_bias)
+    return Attention(x.query, x.key, None, x.attn_mask, x.key_mask, row_bias, key_groups, *plan.core, x.is_causal)
 
 
 def by_formula(formula: Callable[..., Any], x: AttentionArguments, scale: float, **more: Any) -> Any:

@@ -199,14 +199,13 @@ _backward_op = define(
 _saved = Saved(AttentionDivergenceInputs, AttentionDivergenceBackwardInputs, grads=("grad", "need_own", "need_other"))
 
 
-def autograd_of_sides(backward: Any, saved: Saved, *sides: slice) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Returns what gives the gradients of the tensors in the order of the call, and asks `backward` for those of a side only if
-    one of its tensors needs one."""
+def autograd_of_sides(backward: Any, saved: Saved, *sides: tuple[str, ...]) -> Callable[..., dict[str, Tensor]]:
+    """Returns what gives the gradients of the tensors by name, and asks `backward` for those of a side only if one of its tensors
+    needs one."""
 
-    def autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs = [any(ctx.needs_input_grad[side]) for side in sides]
-        made = backward(saved.inputs(ctx, grad, *needs))
-        return tuple([x if need else None for side, need in zip(sides, needs, strict=True) for x in made[side]])
+    def autograd(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+        needs = [any([saved.needs(ctx, name) for name in side]) for side in sides]
+        return dict(zip(sum(sides, ()), backward(saved.inputs(ctx, grad, *needs)), strict=True))
 
     return autograd
 
@@ -222,7 +221,7 @@ _derivatives = Derivatives(
     second=launcher(BACKENDS, "second"),
     fake=_forward_fake,
 )
-_autograd = autograd_of_sides(_backward_op, _saved, slice(0, 2), slice(2, 4))
+_autograd = autograd_of_sides(_backward_op, _saved, FIELDS[:2], FIELDS[2:])
 differentiable("attention_divergence", _autograd, lambda ctx, inputs, output: _saved.save(ctx, inputs), _derivatives.of_forward)
 
 OPERATOR = Operator(attention_divergence, _describe, BACKENDS)

@@ -20,6 +20,7 @@ from vlattn_fast.backends.inputs import (
     AttentionMapInputs,
     AttentionMapJvpInputs,
     AttentionMapSecondInputs,
+    named,
 )
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
 from vlattn_fast.backends.streaming import attention_map as streaming
@@ -28,10 +29,9 @@ from vlattn_fast.dispatch.choice import gradients, launcher, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._groups import group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
-from vlattn_fast.ops._stages import by_formula, cast, check_logits, logit_flags, planning, without_padding
+from vlattn_fast.ops._stages import attention_of, by_formula, cast, check_logits, logit_flags, planning, without_padding
 from vlattn_fast.ops.score_attention import lse_for_sink
 
 BACKENDS = table(
@@ -130,9 +130,8 @@ def attention_map(
     lse = lse_for_sink(x, lse, plan)
     x, value, grad_output = cast(x, value, grad_output)
     x, value = without_padding(x, plan, value)
-    bias = (None, None) if group_bias is None else group_bias_inputs(x.query, *groups)
-    tensors = x.query, x.key, value, grad_output, lse, attn_mask, key_mask, *bias
-    return _forward_op(AttentionMapInputs(*tensors, rule, head_reduction, row_normalize, *plan.core, is_causal, plan.backend))
+    tensors = attention_of(x, plan), value, grad_output, lse
+    return _forward_op(AttentionMapInputs(*tensors, rule, head_reduction, row_normalize, plan.backend))
 
 
 def _describe(
@@ -175,16 +174,19 @@ _plan = planning(BACKENDS, _describe)
 
 
 def _forward_fake(inputs: AttentionMapInputs) -> Tensor:
-    query, key = inputs.query, inputs.key
+    query, key = inputs.attention.query, inputs.attention.key
     return query.new_empty(query.shape[0], query.shape[2], key.shape[2], dtype=compute_dtype(query))
 
 
 _forward_op = define("attention_map", AttentionMapInputs, "Tensor", launcher(BACKENDS, "forward"), _forward_fake)
 
 
+_FIELDS = "query", "key", "value", "grad_output", "lse", "row_bias"
+
+
 def _backward_fake(inputs: AttentionMapBackwardInputs) -> tuple[Tensor, ...]:
-    lse = inputs.lse if inputs.need_lse else None
-    return as_fake_outputs(inputs.query, (inputs.query, inputs.key, inputs.value, inputs.grad_output, lse, inputs.row_bias))
+    x = named(inputs) | ({} if inputs.need_lse else {"lse": None})
+    return as_fake_outputs(inputs.attention.query, [x[field] for field in _FIELDS])
 
 
 _backward_op = define(
@@ -197,22 +199,14 @@ _backward_op = define(
 _saved = Saved(AttentionMapInputs, AttentionMapBackwardInputs, grads=("grad", "need_lse"))
 
 
-def _setup_context(ctx: Any, inputs: AttentionMapInputs, output: Tensor) -> None:
-    _saved.save(ctx, inputs)
-    ctx.by_gradient, ctx.has_bias = inputs.rule == "gradient", inputs.row_bias is not None
-
-
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    need_lse = ctx.needs_input_grad[4]
-    query, key, value, grad_output, lse, row_bias = _backward_op(_saved.inputs(ctx, grad, need_lse))
-    rule_grads = (value, grad_output) if ctx.by_gradient else (None, None)
-    return query, key, *rule_grads, lse if need_lse else None, None, None, row_bias if ctx.has_bias else None
+def _autograd(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    return dict(zip(_FIELDS, _backward_op(_saved.inputs(ctx, grad, _saved.needs(ctx, "lse"))), strict=True))
 
 
 _derivatives = Derivatives(
     "attention_map",
     (AttentionMapBackwardInputs, AttentionMapJvpInputs, AttentionMapSecondInputs),
-    ("query", "key", "value", "grad_output", "lse", "row_bias"),
+    _FIELDS,
     outputs=("map",),
     grads={"grad": "map"},
     backward=_backward_op,
@@ -220,6 +214,6 @@ _derivatives = Derivatives(
     second=gradients(BACKENDS, "second"),
     fake=_forward_fake,
 )
-differentiable("attention_map", _autograd, _setup_context, _derivatives.of_forward)
+differentiable("attention_map", _autograd, lambda ctx, inputs, output: _saved.save(ctx, inputs), _derivatives.of_forward)
 
 OPERATOR = Operator(attention_map, _describe, BACKENDS)

@@ -23,7 +23,7 @@ from vlattn_fast._ground.checks import (
     is_differentiated,
     is_dtensor,
 )
-from vlattn_fast._ground.tensors import as_dtype, compute_dtype
+from vlattn_fast._ground.tensors import as_dtype, as_fake_outputs, compute_dtype
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import attention_statistics as cpu
 from vlattn_fast.backends.inputs import (
@@ -31,6 +31,7 @@ from vlattn_fast.backends.inputs import (
     AttentionStatisticsInputs,
     AttentionStatisticsJvpInputs,
     AttentionStatisticsSecondInputs,
+    named,
 )
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics, LogitStatistics, chosen_statistics
 from vlattn_fast.backends.streaming import attention_statistics as streaming
@@ -40,11 +41,11 @@ from vlattn_fast.dispatch.choice import gradients, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._groups import check_rows, check_token_groups, group_bias_inputs, resolve_groups
+from vlattn_fast.ops._groups import check_rows, check_token_groups, resolve_groups
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
-from vlattn_fast.ops._stages import DotPlan, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
+from vlattn_fast.ops._stages import DotPlan, attention_of, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
 from vlattn_fast.ops.score_attention import attention_lse
 
 BACKENDS = table(
@@ -212,12 +213,9 @@ def _features(x: AttentionArguments, num_groups: int, weight: Tensor | None, pla
     logit = None if x.sink is None else x.sink[:, None]
     share = None if logit is None or not set(plan.asked) & set(DEFAULT) else share_of_keys(attention_lse(x, plan.dot), logit)
     (x,) = cast(*without_padding(x, plan.dot))
-    groups = x.key_groups
-    row_bias, bias_groups = group_bias_inputs(x.query, x.query_groups, x.key_groups, x.group_bias)
-    if row_bias is not None:
-        groups = bias_groups
-    elif groups is not None:
-        groups = groups.expand(x.key.shape[0], -1)
+    attention = attention_of(x, plan.dot)
+    if x.key_groups is not None and attention.row_bias is None:
+        attention = attention._replace(key_groups=x.key_groups.expand(x.key.shape[0], -1))
     if weight is not None:
         weight = weight.to(compute_dtype(x.query)).expand(x.query.shape[0], -1)[:, None].expand(x.query.shape[:3])
     if share is not None:
@@ -226,9 +224,7 @@ def _features(x: AttentionArguments, num_groups: int, weight: Tensor | None, pla
             weight = share if weight is None else weight * share
     if "mass" not in plan.asked:
         num_groups = 0
-    tensors, backend = (x.query, x.key, groups, weight, x.attn_mask, x.key_mask, row_bias), plan.dot.backend
-    inputs = AttentionStatisticsInputs(*tensors, num_groups, plan.outputs, *plan.dot.core, x.is_causal, backend)
-    return Features(inputs, logit, share)
+    return Features(AttentionStatisticsInputs(attention, weight, num_groups, plan.outputs, plan.dot.backend), logit, share)
 
 
 def _finish(outputs: tuple[Tensor, ...], features: Features, asked: list[str]) -> AttentionStatistics:
@@ -287,9 +283,9 @@ def _forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
 
 
 def _forward_fake(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
-    query, asked = inputs.query, inputs.statistics.split()
+    query, asked = inputs.attention.query, inputs.statistics.split()
     per_row, dtypes = query.shape[:3], {"argmax": torch.int64}
-    shapes = {"mass": (*per_row, inputs.num_groups), "received": (*per_row[:2], inputs.key.shape[2])}
+    shapes = {"mass": (*per_row, inputs.num_groups), "received": (*per_row[:2], inputs.attention.key.shape[2])}
     return tuple(
         query.new_empty(shapes.get(name, per_row), dtype=dtypes.get(name, compute_dtype(query)))
         if name in asked
@@ -298,20 +294,19 @@ def _forward_fake(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
     )
 
 
+_FIELDS = "query", "key", "row_weight", "row_bias"
+
+
 def _backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor | None, ...]:
-    query, key, row_weight = inputs.query, inputs.key, inputs.row_weight
-    if query.shape[1] == 0:  # no kernel handles keys that no query head shares
-        grad_q, grad_k = query.new_zeros(query.shape), key.new_zeros(key.shape)
-        rest = [None if x is None else x.new_zeros(x.shape) for x in (row_weight, inputs.row_bias)]
-    else:
-        grad_q, grad_k, *rest = load(BACKENDS, inputs.backend).backward(inputs)
-    return grad_q, grad_k, *rest
+    if inputs.attention.query.shape[1] == 0:  # no kernel handles keys that no query head shares
+        x = named(inputs)
+        return tuple([None if x[field] is None else x[field].new_zeros(x[field].shape) for field in _FIELDS])
+    gradients: tuple[Tensor | None, ...] = load(BACKENDS, inputs.backend).backward(inputs)
+    return gradients
 
 
 def _backward_fake(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, ...]:
-    query = inputs.query
-    rest = (query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (inputs.row_weight, inputs.row_bias))
-    return query.new_empty(query.shape), inputs.key.new_empty(inputs.key.shape), *rest
+    return as_fake_outputs(inputs.attention.query, [named(inputs)[field] for field in _FIELDS])
 
 
 _forward_op = define(
@@ -349,17 +344,15 @@ def _setup_context(ctx: Any, inputs: AttentionStatisticsInputs, output: tuple[Te
 
 def _autograd(
     ctx: Any, grad_mass: Any, grad_entropy: Any, grad_maximum: Any, _: Any, grad_received: Any, *__: Any
-) -> tuple[Tensor | None, ...]:
-    inputs: AttentionStatisticsBackwardInputs = _saved.inputs(ctx, grad_mass, grad_entropy, grad_maximum, grad_received)
-    grad_q, grad_k, grad_weight, grad_row_bias = _backward_op(inputs)
-    grad_masks = None, None, None if inputs.row_bias is None else grad_row_bias
-    return grad_q, grad_k, None, None if inputs.row_weight is None else grad_weight, *grad_masks
+) -> dict[str, Tensor]:
+    inputs = _saved.inputs(ctx, grad_mass, grad_entropy, grad_maximum, grad_received)
+    return dict(zip(_FIELDS, _backward_op(inputs), strict=True))
 
 
 _derivatives = Derivatives(
     "attention_statistics",
     (AttentionStatisticsBackwardInputs, AttentionStatisticsJvpInputs, AttentionStatisticsSecondInputs),
-    ("query", "key", "row_weight", "row_bias"),
+    _FIELDS,
     outputs=OUTPUTS,
     grads={f"grad_{name}": name for name in ("mass", "entropy", "maximum", "received")},
     backward=_backward_op,

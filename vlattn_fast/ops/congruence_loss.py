@@ -231,12 +231,12 @@ def _setup_context(ctx: Any, inputs: CongruenceLossInputs, output: tuple[Tensor,
     _saved.save(ctx, inputs, gradients)
 
 
-def _autograd(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_loss: Tensor | None, _: None) -> dict[str, Tensor | None]:
     if grad_loss is None:  # the differentiated result does not depend on the loss
-        return (None,) * 8
+        return {}
     inputs = _saved.inputs(ctx, grad_loss)
     grads, n = _backward_op(inputs), num_gradients(inputs.kind)
-    return of_all_blocks([*grads[:n], *grads[4 : 4 + n]])
+    return dict(zip(_derivatives.fields, of_all_blocks([*grads[:n], *grads[4 : 4 + n]]), strict=True))
 
 
 _derivatives = Derivatives(

@@ -7,7 +7,6 @@ They run without checks and without gradients, by the kernels that take the core
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from vlattn_fast._ground.checks import is_transformed
 from vlattn_fast._ground.score_kinds import kind_of
 from vlattn_fast._ground.tensors import mask_padding, product, without_autocast
-from vlattn_fast.backends.inputs import AttentionMapInputs, RelevancyStepInputs, ScoreAttentionInputs
+from vlattn_fast.backends.inputs import Attention, AttentionMapInputs, RelevancyStepInputs, ScoreAttentionInputs
 from vlattn_fast.backends.streaming._scores import score_tile
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import CallShape, call_shape
@@ -67,11 +66,10 @@ def core_map(
     """Returns Abar (B, N, M), the mean over the heads; see `attention_map`. masks: attn_mask, key_mask, is_causal and scale, and
     groups and their bias if the call had them. sink: that of ScoreAttentionInputs. lse: that of the attention without its sink,
     if it is known."""
-    options: dict[str, Any] = {"rule": rule, "head_reduction": "mean", "row_normalize": False, **_options(core, masks)}
     with without_autocast(core.query):
         lse = _lse_for(core, sink, lse, backend, masks)
-        inputs = AttentionMapInputs(core.query, core.key, value, grad_output, lse, **options)
-        return _run(_MAP, "forward", inputs, core.vector, backend)
+        inputs = AttentionMapInputs(_attention(core, masks), value, grad_output, lse, rule, "mean", False, "auto")
+        return _run(_MAP, "forward", inputs, backend)
 
 
 def core_step(
@@ -88,11 +86,10 @@ def core_step(
     **masks: Any,
 ) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M); see `relevancy_step`. sink, lse and masks: as in `core_map`."""
-    options: dict[str, Any] = {"rule": rule, "row_normalize": row_normalize, **_options(core, masks)}
     with without_autocast(core.query):
         lse = _lse_for(core, sink, lse, backend, masks)
-        inputs = RelevancyStepInputs(relevancy, core.query, core.key, value, grad_output, lse, **options)
-        return _run(_STEP, "step", inputs, core.vector, backend)
+        inputs = RelevancyStepInputs(relevancy, _attention(core, masks), value, grad_output, lse, rule, row_normalize, "auto")
+        return _run(_STEP, "step", inputs, backend)
 
 
 def _lse_for(core: Core, sink: Tensor | None, lse: Tensor | None, backend: str, masks: dict[str, Any]) -> Tensor | None:
@@ -112,32 +109,28 @@ def _lse_for(core: Core, sink: Tensor | None, lse: Tensor | None, backend: str, 
 
 def core_lse(core: Core, *, backend: str = "auto", **masks: Any) -> Tensor:
     """The log-sum-exp (B, H, N) without a sink. masks: as in `core_map`."""
-    options = {"dropout_p": 0.0, **_options(core, masks)}
-    inputs = ScoreAttentionInputs(core.query, core.key, core.key[..., :1], core.vector, seed=None, sink=None, **options)
-    _, lse = _run(_LSE, "forward", inputs, None, backend)
+    attention = _attention(core, masks)
+    inputs = ScoreAttentionInputs(attention, core.key[..., :1], seed=None, sink=None, dropout_p=0.0, backend="auto")
+    _, lse = _run(_LSE, "forward", inputs, backend)
     return lse
 
 
-def _options(core: Core, masks: dict[str, Any]) -> dict[str, Any]:
-    """The score and the masks of a call as backends take them."""
-    groups = [masks.get(name) for name in ("query_groups", "key_groups", "group_bias")]
-    row_bias, key_groups = group_bias_inputs(core.query, *groups)
-    without_groups = {name: masks[name] for name in ("attn_mask", "key_mask", "is_causal", "scale")}
-    score = {"score": core.kind, "parameter": core.parameter, "backend": "auto"}
-    return {**score, **without_groups, "row_bias": row_bias, "key_groups": key_groups}
+def _attention(core: Core, masks: dict[str, Any]) -> Attention:
+    bias = group_bias_inputs(core.query, *[masks.get(name) for name in ("query_groups", "key_groups", "group_bias")])
+    tensors = core.query, core.key, core.vector, masks["attn_mask"], masks["key_mask"], *bias
+    return Attention(*tensors, core.kind, core.parameter, masks["scale"], masks["is_causal"])
 
 
-def _run(backends: Table, function: str, inputs: Any, vector: Tensor | None, backend: str) -> Any:
-    """Runs the function of the backend with these inputs; where their kind has no place for a vector, it follows them."""
-    (_, _, queries, features), value = inputs.query.shape, inputs.value
-    sizes = {"queries": queries, "keys": inputs.key.shape[2], "head_dim": features}
+def _run(backends: Table, function: str, inputs: Any, backend: str) -> Any:
+    """Runs the function of the backend with these inputs."""
+    x, value = inputs.attention, inputs.value
+    (_, _, queries, features), keys = x.query.shape, x.key.shape[2]
+    sizes = {"queries": queries, "keys": keys, "head_dim": features}
     sizes["value_dim"] = 0 if value is None else value.shape[3]
-    flags = {"score": inputs.score, "traced": is_transformed() or torch.compiler.is_compiling()}
-    name = choice.select(backends, call_shape(f"{function} of a core score", inputs.query, sizes, flags), backend)
+    flags = {"score": x.score, "traced": is_transformed() or torch.compiler.is_compiling()}
+    name = choice.select(backends, call_shape(f"{function} of a core score", x.query, sizes, flags), backend)
     name = "streaming" if name == "reference" else name  # formulas take scores, and not their features
     if not backends[name].masks_padding:
-        key, value = mask_padding(inputs.key_mask, inputs.key, value)
-        inputs = inputs._replace(key=key, value=value)
-    run: Callable[..., Any] = getattr(load(backends, name), function)
-    inputs = inputs._replace(backend=name)
-    return run(inputs) if vector is None else run(inputs, vector)
+        key, value = mask_padding(x.key_mask, x.key, value)
+        inputs = inputs._replace(attention=x._replace(key=key), value=value)
+    return getattr(load(backends, name), function)(inputs._replace(backend=name))

@@ -178,7 +178,7 @@ _derivatives = Derivatives(
     second=launcher(BACKENDS, "second"),
     fake=_forward_fake,
 )
-_autograd = autograd_of_sides(_backward_op, _saved, slice(0, 2), slice(2, 5))
+_autograd = autograd_of_sides(_backward_op, _saved, FIELDS[:2], FIELDS[2:])
 differentiable("indexer_divergence", _autograd, lambda ctx, inputs, output: _saved.save(ctx, inputs), _derivatives.of_forward)
 
 OPERATOR = Operator(indexer_divergence, _describe, BACKENDS)

@@ -127,8 +127,8 @@ def _setup_context(ctx: Any, inputs: MaxsimInputs, output: tuple[Tensor, Tensor]
     _saved.save(ctx, inputs, output[1])
 
 
-def _autograd(ctx: Any, grad_similarity: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return *_backward_op(_saved.inputs(ctx, grad_similarity)), None, None
+def _autograd(ctx: Any, grad_similarity: Tensor, _: Any) -> dict[str, Tensor]:
+    return dict(zip(_derivatives.fields, _backward_op(_saved.inputs(ctx, grad_similarity)), strict=True))
 
 
 _derivatives = Derivatives(

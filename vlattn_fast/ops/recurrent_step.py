@@ -224,12 +224,12 @@ def _setup_context(ctx: Any, inputs: RecurrentStepInputs, output: Tensor) -> Non
     ctx.by_gradient = inputs.rule == "gradient"
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[:8])
-    if not ctx.by_gradient:  # rule "attention" uses neither value nor grad_output
-        needed[3] = needed[4] = False
-    grads = _backward_op(_saved.inputs(ctx, grad, needed[0], any(needed[1:])))
-    return tuple([x if is_needed else None for x, is_needed in zip(grads, needed, strict=True)])
+def _autograd(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    unused = () if ctx.by_gradient else ("value", "grad_output")
+    needed = [field for field in DIFFERENTIABLE if _saved.needs(ctx, field) and field not in unused]
+    inputs = _saved.inputs(ctx, grad, "relevancy" in needed, needed not in ([], ["relevancy"]))
+    grads = dict(zip(DIFFERENTIABLE, _backward_op(inputs), strict=True))
+    return {field: grads[field] for field in needed}
 
 
 _derivatives = Derivatives(

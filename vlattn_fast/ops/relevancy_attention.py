@@ -7,6 +7,7 @@ B batch, H heads, N queries, M keys, D head_dim, T relevancy vectors per sample.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from vlattn_fast._ground.tensors import as_gradient, compute_dtype, empty_rows_f
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import relevancy_attention as cpu
 from vlattn_fast.backends.cuda import relevancy_attention as cuda
-from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs
+from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, named
 from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.backends.streaming import relevancy_attention as streaming
 from vlattn_fast.dispatch import choice
@@ -39,11 +40,11 @@ from vlattn_fast.dispatch.choice import load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype, table
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._groups import check_head_gate, gated, group_bias_inputs
+from vlattn_fast.ops._groups import check_head_gate, gated
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, TOKENS, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
-from vlattn_fast.ops._stages import DotPlan, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
+from vlattn_fast.ops._stages import DotPlan, attention_of, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
 from vlattn_fast.ops.score_attention import DERIVATIVES
 
 
@@ -165,16 +166,14 @@ def relevancy_attention(
     plan = planned(_plan, x, value, carrier, rule, row_normalize, residual_weight, attention_weight, head_gate)
     x, value = cast(x, value)
     if plan.backend == "reference":
-        weights = {"residual_weight": residual_weight, "attention_weight": attention_weight, "head_gate": head_gate}
-        own = {"value": value, "carrier": carrier, "rule": rule, "row_normalize": row_normalize, **weights}
+        weighted = {"residual_weight": residual_weight, "attention_weight": attention_weight, "head_gate": head_gate}
+        own = {"value": value, "carrier": carrier, "rule": rule, "row_normalize": row_normalize, **weighted}
         return by_formula(reference.relevancy_attention, x, plan.scale, **own)
     x, value = without_padding(x, plan, value)
-    residual, attention = _weight(residual_weight, carrier), _weight(attention_weight, carrier)
-    bias = (None, None) if group_bias is None else group_bias_inputs(x.query, *groups)
+    weights = _weight(residual_weight, carrier), _weight(attention_weight, carrier)
     logit = None if sink is None else sink[:, None]
-    tensors = x.query, x.key, value, carrier, residual, attention, attn_mask, key_mask, *bias, logit
-    rows = _forward_op(RelevancyAttentionInputs(*tensors, rule, row_normalize, *plan.core, is_causal, plan.backend))
-    return _finish(rows, sink, head_gate)
+    tensors = attention_of(x, plan), value, carrier, *weights, logit
+    return _finish(_forward_op(RelevancyAttentionInputs(*tensors, rule, row_normalize, plan.backend)), sink, head_gate)
 
 
 def _describe(
@@ -286,7 +285,7 @@ def _forward(inputs: RelevancyAttentionInputs) -> Rows:
 
 
 def _forward_fake(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query, carrier = inputs.query, inputs.carrier
+    query, carrier = inputs.attention.query, inputs.carrier
     out = empty_rows_first(query, query.shape[1], query.shape[2], inputs.value.shape[3])
     lse, behind_sink = query.new_empty(query.shape[:3], dtype=lse_dtype(BACKENDS[inputs.backend], query)), _behind_sink(inputs)
     return out, carrier.new_empty(carrier.shape), lse, query.new_empty(0) if behind_sink is None else behind_sink
@@ -296,7 +295,7 @@ def _behind_sink(inputs: RelevancyAttentionInputs) -> Tensor | None:
     """Returns zeros, which the public call adds to the output after the sink: their gradient is that of the output there. In 16
     bits the gradient before the sink, which is multiplied by the share of the keys, is rounded, and if values have a large mean
     little is left of dA. None if no dA needs it."""
-    query = inputs.query
+    query = inputs.attention.query
     if inputs.sink is None or inputs.rule != "gradient" or query.dtype.itemsize != 2:
         return None
     return empty_rows_first(query, query.shape[1], query.shape[2], inputs.value.shape[3]).zero_()
@@ -314,16 +313,16 @@ def _backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, 
         grad_carrier = weigh_rows(grad_carrier, inputs.residual_weight) + attended
     else:
         *grads, grad_carrier, grad_row_bias = backend.backward(inputs)
-    like = inputs.query, inputs.key, inputs.value
+    like = inputs.attention.query, inputs.attention.key, inputs.value
     grads = [None if grad is None else as_gradient(grad, x) for grad, x in zip(grads, like, strict=True)]
     return *grads, *[None if x is None else x.contiguous() for x in (grad_carrier, grad_row_bias)]
 
 
 def _backward_fake(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor, ...]:
-    query, key, value, grad_carrier = inputs.query, inputs.key, inputs.value, inputs.grad_carrier
+    query, key, value = inputs.attention.query, inputs.attention.key, inputs.value
     need_inputs = inputs.need_inputs and inputs.grad_out is not None
     grads = [empty_rows_first(x, *x.shape[1:]) if need_inputs else x.new_empty(0) for x in (query, key, value)]
-    rest = grad_carrier, inputs.row_bias if need_inputs else None
+    rest = inputs.grad_carrier, inputs.attention.row_bias if need_inputs else None
     return *grads, *(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in rest)
 
 
@@ -351,9 +350,6 @@ _saved = Saved(
 )
 
 
-_ROW_BIAS = RelevancyAttentionInputs._fields.index("row_bias")
-
-
 def _setup_context(ctx: Any, inputs: RelevancyAttentionInputs, output: Rows) -> None:
     out, _, lse, _ = output
     _saved.save(ctx, inputs, out, lse)
@@ -361,35 +357,32 @@ def _setup_context(ctx: Any, inputs: RelevancyAttentionInputs, output: Rows) -> 
 
 def _autograd(
     ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, grad_lse: Tensor | None, grad_behind_sink: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    *need_any, need_carrier = ctx.needs_input_grad[:4]
-    need_any.append(ctx.needs_input_grad[_ROW_BIAS])
-    need_inputs = grad_out is not None and any(need_any)
-    grad_carrier = grad_carrier if need_carrier else None
+) -> dict[str, Tensor]:
+    inputs = "query", "key", "value", "row_bias"
+    need_inputs = grad_out is not None and any([_saved.needs(ctx, name) for name in inputs])
+    grad_carrier = grad_carrier if _saved.needs(ctx, "carrier") else None
     if grad_behind_sink is not None and grad_behind_sink.dim() == 1:  # of the empty tensor
         grad_behind_sink = None
-    *grads, cotangent, grad_row_bias = _backward_op(
-        _saved.inputs(ctx, grad_out, grad_carrier, grad_lse, grad_behind_sink, need_inputs)
-    )
-    grad_masks = (None,) * 4  # of the weights, attn_mask and key_mask
-    grad_row_bias = grad_row_bias if need_inputs and need_any[-1] else None
-    return *(grads if need_inputs else (None,) * 3), None if grad_carrier is None else cotangent, *grad_masks, grad_row_bias
+    given = grad_out, grad_carrier, grad_lse, grad_behind_sink, need_inputs
+    grads = dict(zip(("query", "key", "value", "carrier", "row_bias"), _backward_op(_saved.inputs(ctx, *given)), strict=True))
+    needed = [*(inputs if need_inputs else ()), *(() if grad_carrier is None else ("carrier",))]
+    return {name: grads[name] for name in needed}
 
 
-def attention_of(x: dict[str, Any]) -> dict[str, Any]:
+def named_attention(x: dict[str, Any]) -> dict[str, Any]:
     """The inputs of the attention without its carrier, by name, for the derivatives of score_attention."""
     backend = "streaming" if x["backend"] == "cuda" else x["backend"]  # which has no backward pass of attention alone
-    return x | {"vector": None, "seed": None, "dropout_p": 0.0, "backend": backend}
+    return x | {"seed": None, "dropout_p": 0.0, "backend": backend}
 
 
-def _jvp(inputs: RelevancyAttentionInputs, tangents: Any, outputs: Rows) -> tuple[Tensor | None, ...]:
+def _jvp(inputs: RelevancyAttentionInputs, tangents: Mapping[str, Any], outputs: Rows) -> tuple[Tensor | None, ...]:
     """The carrier is passed through: its backward pass is a rule, and no transpose of this."""
     out, _, lse, behind_sink = outputs
-    u = {field: getattr(tangents, field, None) for field in DERIVATIVES.fields}
+    u = {field: tangents[field] for field in DERIVATIVES.fields}
     rows: tuple[Tensor, ...] = torch.zeros_like(out), torch.zeros_like(lse)
     if any(x is not None for x in u.values()):
-        rows = DERIVATIVES.tangents_of_outputs(attention_of(inputs._asdict() | {"out": out, "lse": lse}), u)
-    carrier = torch.zeros_like(inputs.carrier) if tangents.carrier is None else tangents.carrier.clone()
+        rows = DERIVATIVES.tangents_of_outputs(named_attention(named(inputs) | {"out": out, "lse": lse}), u)
+    carrier = torch.zeros_like(inputs.carrier) if tangents["carrier"] is None else tangents["carrier"].clone()
     return rows[0], carrier, rows[1], None if behind_sink is None else torch.zeros_like(behind_sink)
 
 

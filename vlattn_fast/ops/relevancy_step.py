@@ -18,6 +18,7 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepInputs,
     RelevancyStepJvpInputs,
     RelevancyStepSecondInputs,
+    named,
 )
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
@@ -25,10 +26,9 @@ from vlattn_fast.dispatch.choice import gradients, launcher, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._groups import group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, NO_HEADS, PER_ROW, over_shards
-from vlattn_fast.ops._stages import DotPlan, by_formula, cast, make_plan, without_padding
+from vlattn_fast.ops._stages import DotPlan, attention_of, by_formula, cast, make_plan, without_padding
 from vlattn_fast.ops.relevancy_attention import BACKENDS, SHARDED, check_abar, check_carried, flags_of, sizes_of
 from vlattn_fast.ops.score_attention import lse_for_sink
 
@@ -99,9 +99,8 @@ def relevancy_step(
         return by_formula(reference.relevancy_step, x, plan.scale, relevancy=relevancy, **own)
     lse = lse_for_sink(x, lse, plan)
     x, value = without_padding(x, plan, value)
-    bias = (None, None) if group_bias is None else group_bias_inputs(x.query, *groups)
-    tensors = relevancy, x.query, x.key, value, grad_output, lse, attn_mask, key_mask, *bias
-    return _forward_op(RelevancyStepInputs(*tensors, rule, row_normalize, *plan.core, is_causal, plan.backend))
+    tensors = relevancy, attention_of(x, plan), value, grad_output, lse
+    return _forward_op(RelevancyStepInputs(*tensors, rule, row_normalize, plan.backend))
 
 
 def _describe(
@@ -134,16 +133,21 @@ def _plan(
 
 def _forward_fake(inputs: RelevancyStepInputs) -> Tensor:
     relevancy = inputs.relevancy
-    return relevancy.new_empty(relevancy.shape[0], relevancy.shape[1], inputs.key.shape[2])
+    return relevancy.new_empty(relevancy.shape[0], relevancy.shape[1], inputs.attention.key.shape[2])
 
 
 _forward_op = define("relevancy_step", RelevancyStepInputs, "Tensor", launcher(BACKENDS, "step"), _forward_fake)
 
 
-def _backward_fake(x: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
-    pair = (x.value, x.grad_output) if x.rule == "gradient" else (None, None)
-    inputs = (x.query, x.key, *pair, x.lse if x.need_lse else None, x.row_bias) if x.need_inputs else (None,) * 6
-    return as_fake_outputs(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
+_FIELDS = "relevancy", "query", "key", "value", "grad_output", "lse", "row_bias"
+
+
+def _backward_fake(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
+    needs = dict.fromkeys(_FIELDS, inputs.need_inputs) | {"relevancy": inputs.need_relevancy}
+    needs["lse"] &= inputs.need_lse
+    needs |= dict.fromkeys(("value", "grad_output"), inputs.need_inputs and inputs.rule == "gradient")
+    x = named(inputs)
+    return as_fake_outputs(inputs.attention.query, [x[field] if needs[field] else None for field in _FIELDS])
 
 
 _backward_op = define(
@@ -156,27 +160,23 @@ _backward_op = define(
 _saved = Saved(RelevancyStepInputs, RelevancyStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs", "need_lse"))
 
 
-_ROW_BIAS = RelevancyStepInputs._fields.index("row_bias")
-
-
 def _setup_context(ctx: Any, inputs: RelevancyStepInputs, output: Tensor) -> None:
     _saved.save(ctx, inputs)
     ctx.by_gradient = inputs.rule == "gradient"
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    need_relevancy, query, key, value, grad_output, need_lse = ctx.needs_input_grad[:6]
-    value, grad_output = value and ctx.by_gradient, grad_output and ctx.by_gradient  # rule "attention" uses neither
-    needed = need_relevancy, query, key, value, grad_output, need_lse, ctx.needs_input_grad[_ROW_BIAS]
-    grads = _backward_op(_saved.inputs(ctx, grad, need_relevancy, any(needed[1:]), need_lse))
-    *first_grads, grad_row_bias = [x if is_needed else None for x, is_needed in zip(grads, needed, strict=True)]
-    return *first_grads, None, None, grad_row_bias
+def _autograd(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    unused = () if ctx.by_gradient else ("value", "grad_output")
+    needed = [field for field in _FIELDS if _saved.needs(ctx, field) and field not in unused]
+    needs = "relevancy" in needed, needed not in ([], ["relevancy"]), "lse" in needed
+    grads = dict(zip(_FIELDS, _backward_op(_saved.inputs(ctx, grad, *needs)), strict=True))
+    return {field: grads[field] for field in needed}
 
 
 DERIVATIVES = Derivatives(
     "relevancy_step",
     (RelevancyStepBackwardInputs, RelevancyStepJvpInputs, RelevancyStepSecondInputs),
-    ("relevancy", "query", "key", "value", "grad_output", "lse", "row_bias"),
+    _FIELDS,
     outputs=("relevancy_out",),
     grads={"grad": "relevancy_out"},
     backward=_backward_op,

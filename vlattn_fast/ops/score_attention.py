@@ -27,6 +27,7 @@ from vlattn_fast._ground.checks import (
 )
 from vlattn_fast._ground.tensors import (
     as_dtype,
+    as_fake_outputs,
     as_gradient,
     cast_by_autocast,
     cast_finite,
@@ -38,6 +39,7 @@ from vlattn_fast._ground.tensors import (
 )
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.inputs import (
+    Attention,
     ScoreAttentionBackwardInputs,
     ScoreAttentionInputs,
     ScoreAttentionJvpInputs,
@@ -143,7 +145,8 @@ def score_attention(
         own = {"value": value, "score": score, "dropout_p": dropout_p, "return_lse": return_lse, "head_gate": head_gate}
         return by_formula(reference.score_attention, x, plan.scale, **own)
     if plan.direct is not None:
-        out, _ = _forward_op(ScoreAttentionInputs(query, key, value, None, attn_mask, key_mask, *plan.direct))
+        attention = Attention(query, key, None, attn_mask, key_mask, None, None, *plan.direct)
+        out, _ = _forward_op(ScoreAttentionInputs(attention, value, None, None, 0.0, plan.backend))
         return out
     features = _features(x, value, score, dropout_p, plan)
     return _finish(x, return_lse, head_gate, plan, features, _run(x, plan, features))
@@ -151,14 +154,14 @@ def score_attention(
 
 class Plan(NamedTuple):
     """How a call runs. `softcapped`: kind, parameter and scale of the core score with a softcap. `packs`: see `_packs`. `direct`:
-    the operator's inputs after the masks if it takes the tensors of the call as they are and gives its output; else None."""
+    core score and causal flag if the operator takes the tensors of the call as they are and gives its output; else None."""
 
     backend: str
     masks_padding: bool
     scale: float
     softcapped: tuple[str, float, float] | None
     packs: bool
-    direct: tuple[Any, ...] | None
+    direct: tuple[str, float, float, bool] | None
 
 
 class Features(NamedTuple):
@@ -226,8 +229,7 @@ def _plan(x: AttentionArguments, value: Tensor, score: Any, dropout_p: float, re
     direct, tensors = None, (x.sink, x.group_bias, head_gate)  # to compute before the operator, or after it
     computes_more = dropout_p > 0.0 or return_lse or autocasts(x.query) or any([each is not None for each in tensors])
     if score.is_plain and (masks_padding or x.key_mask is None) and not (backend == "sdpa" or packs or computes_more):
-        core = ("dot", 0.0, scale) if softcapped is None else softcapped
-        direct = None, None, None, None, *core, 0.0, x.is_causal, backend
+        direct = *(("dot", 0.0, scale) if softcapped is None else softcapped), x.is_causal
     return Plan(backend, masks_padding, scale, softcapped, packs, direct)
 
 
@@ -260,9 +262,9 @@ def _features(x: AttentionArguments, value: Tensor, score: str | scores.Score, d
         query, row_bias = _packed(query, key), _packed(row_bias, key)
     seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
     sink = None if logit is None else (logit - plan.scale * core.offset).detach()  # for the core score, which lacks the offset
-    tensors = query, key, value, vector, x.attn_mask, x.key_mask, row_bias, key_groups, seed, sink
     kind = (core.kind, core.parameter, plan.scale) if plan.softcapped is None else plan.softcapped
-    inputs = ScoreAttentionInputs(*tensors, *kind, float(dropout_p), x.is_causal, plan.backend)
+    attention = Attention(query, key, vector, x.attn_mask, x.key_mask, row_bias, key_groups, *kind, x.is_causal)
+    inputs = ScoreAttentionInputs(attention, value, seed, sink, float(dropout_p), plan.backend)
     return Features(inputs, logit, core, out_dtype, packs)
 
 
@@ -301,8 +303,8 @@ def _run(x: AttentionArguments, plan: Plan, features: Features, operator: Comput
     """Returns out and lse; torch's own attention has no lse."""
     inputs = features.inputs
     if plan.backend == "sdpa":
-        with without_autocast(inputs.query):  # casts are done, and features of a series stay float32
-            return sdpa.attention(inputs.query, inputs.key, inputs.value, x.key_mask, x.is_causal, plan.scale), None
+        with without_autocast(inputs.value):  # casts are done, and features of a series stay float32
+            return sdpa.attention(inputs.attention, inputs.value), None
     out, lse = _forward_op(inputs) if operator is None else operator(inputs)
     return out, lse
 
@@ -355,27 +357,26 @@ def lse_for_sink(x: AttentionArguments, lse: Tensor | None, plan: DotPlan) -> Te
 
 
 def _forward_fake(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
-    query = inputs.query
+    query = inputs.attention.query
     out = empty_rows_first(query, query.shape[1], query.shape[2], inputs.value.shape[3])
     return out, query.new_empty(query.shape[:3], dtype=lse_dtype(BACKENDS[inputs.backend], query))
 
 
 def _backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
-    query, key, value, vector = inputs.query, inputs.key, inputs.value, inputs.vector
-    if query.shape[1] == 0:  # no kernel handles keys that no query head shares
-        grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (query, key, value))
-        grad_vector, grad_row_bias = (None if x is None else torch.zeros_like(x) for x in (vector, inputs.row_bias))
+    x, value = inputs.attention, inputs.value
+    if x.query.shape[1] == 0:  # no kernel handles keys that no query head shares
+        grad_q, grad_k, grad_v = (torch.zeros_like(each) for each in (x.query, x.key, value))
+        grad_vector, grad_row_bias = (None if each is None else torch.zeros_like(each) for each in (x.vector, x.row_bias))
     else:
         grad_q, grad_k, grad_v, grad_vector, grad_row_bias = load(BACKENDS, inputs.backend).backward(inputs)
-    grads = as_gradient(grad_q, query), as_gradient(grad_k, key), as_gradient(grad_v, value)
+    grads = as_gradient(grad_q, x.query), as_gradient(grad_k, x.key), as_gradient(grad_v, value)
     return *grads, grad_vector, grad_row_bias
 
 
 def _backward_fake(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:
-    query, key, value, vector = inputs.query, inputs.key, inputs.value, inputs.vector
-    grad_q, grad_k, grad_v = (empty_rows_first(x, *x.shape[1:]) for x in (query, key, value))
-    grad_row_bias = query.new_empty(0) if inputs.row_bias is None else torch.empty_like(inputs.row_bias)
-    return grad_q, grad_k, grad_v, query.new_empty(0 if vector is None else vector.shape), grad_row_bias
+    x = inputs.attention
+    grads = [empty_rows_first(each, *each.shape[1:]) for each in (x.query, x.key, inputs.value)]
+    return *grads, *as_fake_outputs(x.query, (x.vector, x.row_bias))
 
 
 _forward_op = define(
@@ -397,27 +398,26 @@ def _setup_context(ctx: Any, inputs: ScoreAttentionInputs, output: tuple[Tensor,
     _saved.save(ctx, inputs, *output)
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> dict[str, Tensor]:
     inputs: ScoreAttentionBackwardInputs = _saved.inputs(ctx, grad_out, grad_lse)
     if grad_out is None and grad_lse is None:  # of a second backward pass, in which nothing depends on the outputs
-        return (None,) * 7
+        return {}
     if grad_out is None:
         inputs = inputs._replace(grad_out=torch.zeros_like(inputs.out))
-    *grads, grad_vector, grad_row_bias = _backward_op(inputs)
-    grad_masks = None, None, None if inputs.row_bias is None else grad_row_bias
-    return *grads, None if inputs.vector is None else grad_vector, *grad_masks
+    return dict(zip(DERIVATIVES.fields, _backward_op(inputs), strict=True))
 
 
 def _of_kind(name: str) -> Callable[..., tuple[Any, ...]]:
     """Like `gradients`; kernels take dot products, and streaming any score."""
     run = gradients(BACKENDS, name)
-    return lambda inputs: run(inputs if inputs.score == "dot" else inputs._replace(backend="streaming"))
+    return lambda inputs: run(inputs if inputs.attention.score == "dot" else inputs._replace(backend="streaming"))
 
 
 def _tangents(inputs: Any) -> dict[str, Tensor]:
-    """The tangents that kernels take, with zeros for None."""
-    given = {field: getattr(inputs, f"{field}_tangent") for field in ("query", "key", "value")}
-    return {f"{field}_tangent": torch.zeros_like(getattr(inputs, field)) if x is None else x for field, x in given.items()}
+    """Zeros for the tangents that kernels take, where they are None."""
+    of = {"query": inputs.attention.query, "key": inputs.attention.key, "value": inputs.value}
+    given = {f"{field}_tangent": x for field, x in of.items() if getattr(inputs, f"{field}_tangent") is None}
+    return {field: torch.zeros_like(x) for field, x in given.items()}
 
 
 def _jvp(inputs: Any) -> tuple[Tensor, Tensor]:

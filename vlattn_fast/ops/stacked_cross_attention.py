@@ -304,8 +304,8 @@ def _setup_context(ctx: Any, inputs: StackedCrossAttentionInputs, output: Tensor
     _saved.save(ctx, inputs)
 
 
-def _autograd(ctx: Any, grad_similarity: Tensor) -> tuple[Tensor, Tensor]:
-    return _backward_op(_saved.inputs(ctx, grad_similarity))
+def _autograd(ctx: Any, grad_similarity: Tensor) -> dict[str, Tensor]:
+    return dict(zip(_derivatives.fields, _backward_op(_saved.inputs(ctx, grad_similarity)), strict=True))
 
 
 _derivatives = Derivatives(

@@ -220,11 +220,12 @@ def repeatable(inputs: Any, outputs: Any, allocated: list[Tensor], launches: lis
     """What the launcher repeats of a call: its allocations, its launches with the tensor that each address is of, and which
     allocation each output is. None if an address is no argument's and no allocation's, or an output is a part of an
     allocation."""
-    addresses = {x.data_ptr(): n for n, x in enumerate(inputs) if isinstance(x, Tensor)}
+    arguments = [x for each in inputs for x in (each if isinstance(each, tuple) else (each,))]  # with those of an attention
+    addresses = {x.data_ptr(): n for n, x in enumerate(arguments) if isinstance(x, Tensor)}
     storages = [(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) for x in allocated]
     geometry = list(allocated)
     single = isinstance(outputs, Tensor)
-    device = next(x.device for x in inputs if isinstance(x, Tensor))
+    device = next(x.device for x in arguments if isinstance(x, Tensor))
     if not single and type(outputs) is not tuple or any(x.device != device for x in allocated):
         return None
     numbers = []
@@ -250,7 +251,7 @@ def repeatable(inputs: Any, outputs: Any, allocated: list[Tensor], launches: lis
             if address in addresses:
                 sources.append((place, addresses[address], 0))
             elif within:
-                sources.append((place, len(inputs) + within[0], address - storages[within[0]][0]))
+                sources.append((place, len(arguments) + within[0], address - storages[within[0]][0]))
             elif address:  # a tensor without numbers has none
                 return None
         repeated.append((compiled, grid, values, sources))

@@ -31,6 +31,7 @@ from tests.helpers.cuda import building
 from tests.helpers.ops import interpreter
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
+from vlattn_fast.backends.inputs import Attention, schema_of
 from vlattn_fast.dispatch import call as calls
 
 F64 = torch.float64
@@ -139,3 +140,9 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
             if DEVICE != "cpu":
                 torch.set_default_device(None)
             torch.set_deterministic_debug_mode(deterministic)
+
+
+def arguments_of(kind: type[Any], **given: Any) -> tuple[Any, ...]:
+    """The arguments of an operator, of whose inputs these are given; others have the defaults of an attention, or are None."""
+    absent = Attention._field_defaults
+    return tuple([given.get(name, absent.get(name)) for name in schema_of(kind).types])

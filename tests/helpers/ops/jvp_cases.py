@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.helpers.compare import as_dtype, assert_all_close_to
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
-from vlattn_fast.backends.inputs import ScoreAttentionInputs, ScoreAttentionJvpInputs
+from vlattn_fast.backends.inputs import ScoreAttentionInputs, ScoreAttentionJvpInputs, schema_of
 from vlattn_fast.backends.reference._softmax import logits
 from vlattn_fast.backends.streaming._dropout import keep_factor
 from vlattn_fast.backends.streaming._scores import score_tile
@@ -62,10 +62,11 @@ def ours(kernels: Any, given: Mapping[str, Tensor], **options: Any) -> tuple[Ten
     """The tangents of out and lse by a backend's module, which computes these two as well."""
     options = {"vector": None, "row_bias": None, **OPTIONS, **options, "backend": ""}
     primals = {name: x.contiguous() if name == "row_bias" else x for name, x in given.items() if not name.endswith(TANGENT)}
-    out, lse = kernels.forward(ScoreAttentionInputs(sink=None, **{**options, **primals}))
+    out, lse = kernels.forward(schema_of(ScoreAttentionInputs).from_named({"sink": None, **options, **primals}))
     tangents = {name: None for name in ScoreAttentionJvpInputs._fields if name.endswith(TANGENT)}
     tangents |= {name: x for name, x in given.items() if name.endswith(TANGENT)}
-    made: tuple[Tensor, Tensor] = kernels.jvp(ScoreAttentionJvpInputs(out=out, lse=lse, **tangents, **{**options, **primals}))
+    arguments = {"out": out, "lse": lse, **tangents, **options, **primals}
+    made: tuple[Tensor, Tensor] = kernels.jvp(schema_of(ScoreAttentionJvpInputs).from_named(arguments))
     return made
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from vlattn_fast._ground.score_kinds import UNIT_KINDS
-from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
+from vlattn_fast.backends.inputs import Attention, AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.kernels import attention_map
 
 
@@ -42,8 +42,8 @@ def run(rule: str, dtype: torch.dtype, length: int, size: int, masked: bool = Fa
 
 def of_score(kind: str, dtype: torch.dtype, size: int, masked: bool = False) -> None:
     inputs = inputs_of("gradient", dtype, 577, size, masked, lse=False, reduction="mean")
-    inputs = inputs._replace(score=kind, row_normalize=False)
-    attention_map.forward(inputs, torch.empty(16, size, dtype=dtype) if kind in UNIT_KINDS else None)
+    vector = torch.empty(16, size, dtype=dtype) if kind in UNIT_KINDS else None
+    attention_map.forward(inputs._replace(attention=inputs.attention._replace(score=kind, vector=vector), row_normalize=False))
 
 
 def backward(dtype: torch.dtype, length: int, reduction: str) -> None:
@@ -58,21 +58,21 @@ def inputs_of(
     q, k, v, do = (torch.empty(1, 16, length, size, dtype=dtype) for _ in range(4))
     gradient = rule == "gradient"
     return AttentionMapInputs(
-        query=q,
-        key=k,
+        attention=Attention(
+            query=q,
+            key=k,
+            attn_mask=torch.zeros(length, length) if masked else None,
+            key_mask=torch.ones(1, length, dtype=torch.bool) if masked else None,
+            row_bias=torch.zeros(1, 16, length, groups) if groups else None,
+            key_groups=(torch.arange(length) * groups // length)[None] if groups else None,
+            scale=0.125,
+            is_causal=masked,
+        ),
         value=v if gradient else None,
         grad_output=do if gradient else None,
         lse=torch.empty(1, 16, length) if lse else None,
-        attn_mask=torch.zeros(length, length) if masked else None,
-        key_mask=torch.ones(1, length, dtype=torch.bool) if masked else None,
-        row_bias=torch.zeros(1, 16, length, groups) if groups else None,
-        key_groups=(torch.arange(length) * groups // length)[None] if groups else None,
         rule=rule,
         head_reduction=reduction,
         row_normalize=masked,
-        score="dot",
-        parameter=0.0,
-        scale=0.125,
-        is_causal=masked,
         backend="triton",
     )

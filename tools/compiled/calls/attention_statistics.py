@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
+from vlattn_fast.backends.inputs import Attention, AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.kernels import attention_statistics
 
 NAMES = ("mass", "entropy", "maximum", "argmax", "received")
@@ -42,23 +42,21 @@ def run(
 ) -> None:
     """Forward and backward at the sizes of CLIP ViT-L/14@336."""
     q, k = (torch.empty(1, heads, rows, size, dtype=dtype) for rows in (queries or n, n))
-    options = {
-        "query": q,
-        "key": k,
-        "key_groups": torch.zeros(1, n, dtype=torch.int64) if groups else None,
-        "row_weight": torch.ones(1, 16, n) if masked else None,
-        "attn_mask": torch.zeros(n, n) if masked else None,
-        "key_mask": torch.ones(1, n, dtype=torch.bool) if masked else None,
-        "row_bias": torch.zeros(1, heads, queries or n, groups) if biased else None,
-        "num_groups": groups,
-        "score": "dot_softcap" if softcap else "dot",
-        "parameter": 0.0025 if softcap else 0.0,
-        "scale": 50.0 if softcap else 0.125,
-        "is_causal": masked,
-        "backend": "triton",
-    }
+    attention = Attention(
+        q,
+        k,
+        attn_mask=torch.zeros(n, n) if masked else None,
+        key_mask=torch.ones(1, n, dtype=torch.bool) if masked else None,
+        row_bias=torch.zeros(1, heads, queries or n, groups) if biased else None,
+        key_groups=torch.zeros(1, n, dtype=torch.int64) if groups else None,
+        score="dot_softcap" if softcap else "dot",
+        parameter=0.0025 if softcap else 0.0,
+        scale=50.0 if softcap else 0.125,
+        is_causal=masked,
+    )
+    options = {"attention": attention, "row_weight": torch.ones(1, 16, n) if masked else None, "num_groups": groups}
     asked = (only,) if only else NAMES
-    options["statistics"] = " ".join(asked)
+    options |= {"statistics": " ".join(asked), "backend": "triton"}
     *statistics, _, row_max, mean_x = attention_statistics.forward(AttentionStatisticsInputs(**options))
     mass, _, maximum, argmax, _ = statistics
     grads = {f"grad_{name}": x if name in asked else None for name, x in zip(NAMES, statistics, strict=True) if name != "argmax"}

@@ -10,7 +10,12 @@ import torch
 
 from vlattn_fast._ground.score_kinds import UNIT_KINDS
 from vlattn_fast.backends.cuda import relevancy_attention as in_cuda
-from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyStepBackwardInputs, RelevancyStepInputs
+from vlattn_fast.backends.inputs import (
+    Attention,
+    RelevancyAttentionBackwardInputs,
+    RelevancyStepBackwardInputs,
+    RelevancyStepInputs,
+)
 from vlattn_fast.kernels import relevancy_attention
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -93,24 +98,24 @@ def backward(
         grad_carrier=torch.empty(1, rows, tokens),
         grad_lse=None,
         grad_behind_sink=None,
-        query=query,
-        key=key,
+        attention=Attention(
+            query=query,
+            key=key,
+            attn_mask=torch.zeros(tokens, tokens) if masked else None,
+            key_mask=torch.ones(1, tokens, dtype=torch.bool) if masked or padded else None,
+            row_bias=torch.zeros(1, heads, tokens, groups) if groups else None,
+            key_groups=(torch.arange(tokens) * groups // tokens)[None] if groups else None,
+            scale=0.125,
+            is_causal=masked or causal,
+        ),
         value=value,
         out=out,
         lse=torch.empty(1, heads, tokens),
         residual_weight=None,
         attention_weight=None,
-        attn_mask=torch.zeros(tokens, tokens) if masked else None,
-        key_mask=torch.ones(1, tokens, dtype=torch.bool) if masked or padded else None,
-        row_bias=torch.zeros(1, heads, tokens, groups) if groups else None,
-        key_groups=(torch.arange(tokens) * groups // tokens)[None] if groups else None,
         sink=None,
         rule="gradient",
         row_normalize=row_normalize,
-        score="dot",
-        parameter=0.0,
-        scale=0.125,
-        is_causal=masked or causal,
         need_inputs=True,
         backend="triton",
     )
@@ -132,24 +137,26 @@ def step(
     query, key, value, grad_output = (torch.empty(1, 16, length, size, dtype=dtype) for _ in range(4))
     inputs = RelevancyStepInputs(
         relevancy=torch.empty(1, rows, length),
-        query=query,
-        key=key,
+        attention=Attention(
+            query=query,
+            key=key,
+            attn_mask=torch.zeros(length, length) if masked else None,
+            key_mask=torch.ones(1, length, dtype=torch.bool) if masked else None,
+            row_bias=torch.zeros(1, 16, length, groups) if groups else None,
+            key_groups=(torch.arange(length) * groups // length)[None] if groups else None,
+            vector=torch.empty(16, size, dtype=dtype) if kind in UNIT_KINDS else None,
+            score=kind,
+            scale=0.125,
+            is_causal=masked,
+        ),
         value=value,
         grad_output=grad_output,
         lse=None,
-        attn_mask=torch.zeros(length, length) if masked else None,
-        key_mask=torch.ones(1, length, dtype=torch.bool) if masked else None,
-        row_bias=torch.zeros(1, 16, length, groups) if groups else None,
-        key_groups=(torch.arange(length) * groups // length)[None] if groups else None,
         rule=rule,
         row_normalize=True,
-        score=kind,
-        parameter=0.0,
-        scale=0.125,
-        is_causal=masked,
         backend="triton",
     )
-    relevancy_attention.step(inputs, torch.empty(16, size, dtype=dtype) if kind in UNIT_KINDS else None)
+    relevancy_attention.step(inputs)
 
 
 def step_backward(
@@ -167,21 +174,23 @@ def step_backward(
     inputs = RelevancyStepBackwardInputs(
         grad=torch.empty(1, rows, length),
         relevancy=torch.empty(1, rows, length),
-        query=query,
-        key=key,
+        attention=Attention(
+            query=query,
+            key=key,
+            attn_mask=torch.zeros(length, length) if masked else None,
+            key_mask=torch.ones(1, length, dtype=torch.bool) if masked else None,
+            row_bias=torch.zeros(1, 16, length, groups) if groups else None,
+            key_groups=(torch.arange(length) * groups // length)[None] if groups else None,
+            score="dot_softcap" if softcap else "dot",
+            parameter=0.02 if softcap else 0.0,
+            scale=50.0 if softcap else 0.125,
+            is_causal=masked,
+        ),
         value=value,
         grad_output=grad_output,
         lse=torch.empty(1, 16, length),
-        attn_mask=torch.zeros(length, length) if masked else None,
-        key_mask=torch.ones(1, length, dtype=torch.bool) if masked else None,
-        row_bias=torch.zeros(1, 16, length, groups) if groups else None,
-        key_groups=(torch.arange(length) * groups // length)[None] if groups else None,
         rule=rule,
         row_normalize=masked,
-        score="dot_softcap" if softcap else "dot",
-        parameter=0.02 if softcap else 0.0,
-        scale=50.0 if softcap else 0.125,
-        is_causal=masked,
         need_relevancy=True,
         need_inputs=True,
         need_lse=False,

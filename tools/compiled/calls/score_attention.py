@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from vlattn_fast.backends.cuda import score_attention as in_cuda
-from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionJvpInputs
+from vlattn_fast.backends.inputs import (
+    Attention,
+    ScoreAttentionBackwardInputs,
+    ScoreAttentionInputs,
+    ScoreAttentionJvpInputs,
+    named,
+)
 from vlattn_fast.kernels import score_attention
 
 # dot_leaky_relu compiles as dot_relu does, hadamard_sigmoid as hadamard_tanh
@@ -73,10 +79,11 @@ def run(kind: str, dtype: torch.dtype, size: int, *, kernels: Any = score_attent
 def jvp(kind: str, dtype: torch.dtype, size: int, **options: Any) -> None:
     """The tangents, of a forward pass that is not compiled."""
     inputs = inputs_of(kind, dtype, size, **options)
-    out, lse = torch.empty_like(inputs.query), torch.empty(inputs.query.shape[:3])
+    x = named(inputs)
+    out, lse = torch.empty_like(x["query"]), torch.empty(x["query"].shape[:3])
     differentiable = "query", "key", "value", "vector", "row_bias"
     shared = {name: x for name, x in inputs._asdict().items() if name != "sink"}
-    tangents = {f"{name}_tangent": shared[name] for name in differentiable}
+    tangents = {f"{name}_tangent": x[name] for name in differentiable}
     score_attention.jvp(ScoreAttentionJvpInputs(**tangents, out=out, lse=lse, **shared))
 
 
@@ -98,20 +105,22 @@ def inputs_of(
     q, k, v = (torch.empty(batch, heads, rows, size, dtype=dtype) for rows in (queries or tokens, tokens, tokens))
     vector = torch.empty(heads, size, dtype=dtype) if kind.startswith(("additive", "hadamard")) else None
     return ScoreAttentionInputs(
-        query=q,
-        key=k,
+        attention=Attention(
+            query=q,
+            key=k,
+            vector=vector,
+            attn_mask=torch.zeros(tokens, tokens) if masked else None,
+            key_mask=torch.ones(1, tokens, dtype=torch.bool) if masked or padded else None,
+            row_bias=torch.zeros(batch, heads, queries or tokens, groups) if groups else None,
+            key_groups=(torch.arange(tokens) * groups // tokens).repeat(batch, 1) if groups else None,
+            score=kind,
+            parameter=0.5,
+            scale=0.125,
+            is_causal=masked or causal,
+        ),
         value=v,
-        vector=vector,
-        attn_mask=torch.zeros(tokens, tokens) if masked else None,
-        key_mask=torch.ones(1, tokens, dtype=torch.bool) if masked or padded else None,
-        row_bias=torch.zeros(batch, heads, queries or tokens, groups) if groups else None,
-        key_groups=(torch.arange(tokens) * groups // tokens).repeat(batch, 1) if groups else None,
         seed=torch.zeros((), dtype=torch.int64) if masked else None,
         sink=None,
-        score=kind,
-        parameter=0.5,
-        scale=0.125,
         dropout_p=0.1 if masked else 0.0,
-        is_causal=masked or causal,
         backend="triton",
     )

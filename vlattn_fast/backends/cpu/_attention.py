@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.tensors import as_dtype, expand_heads, unit_strides
+from vlattn_fast.backends.inputs import Attention
 from vlattn_fast.backends.native import DTYPES, StridedTensor, address, kernel, part
 
 _find_shifts = kernel("mask_shifts")
@@ -15,20 +17,19 @@ _struct = part("mask_shifts", "a")
 _MASK_DTYPES = {**DTYPES, torch.float64: 4}
 
 
-def attention(inputs: Any, query: Tensor, key: Tensor, value: Tensor | None) -> tuple[Any, tuple[Any, ...]]:
-    """Attention of an operator's inputs, with query, key and value as `unit_strides` gives them, and the copies in it, which must
-    live until the call is over."""
-    attn_mask, key_mask, is_causal, scale = inputs.attn_mask, inputs.key_mask, inputs.is_causal, inputs.scale
-    if attn_mask is None and key_mask is None and inputs.row_bias is None:
-        return _attention(query, key, value, scale, is_causal), ()
+def attention(x: Attention, value: Tensor | None) -> tuple[Any, tuple[Any, ...]]:
+    """The struct of an attention that is `readable`, and the copies in it, which must live until the call is over."""
+    query, key, attn_mask, key_mask = x.query, x.key, x.attn_mask, x.key_mask
+    a = _attention(query, key, value, x.scale, x.is_causal)
+    if attn_mask is None and key_mask is None and x.row_bias is None:
+        return a, ()
     if key_mask is not None:
         key_mask = key_mask.contiguous()
-    a = _attention(query, key, value, scale, is_causal)
     masks = a.masks
     masks.keys = address(key_mask)
     row_bias = key_groups = shifts = None
-    if inputs.row_bias is not None:
-        row_bias, key_groups = inputs.row_bias.float().contiguous(), inputs.key_groups.contiguous()
+    if x.row_bias is not None and x.key_groups is not None:
+        row_bias, key_groups = x.row_bias.float().contiguous(), x.key_groups.contiguous()
         masks.row_bias, masks.key_groups, masks.groups = address(row_bias), address(key_groups), row_bias.shape[3]
     if attn_mask is not None:
         pairs = attn_mask.expand(*query.shape[:3], key.shape[2])
@@ -41,9 +42,26 @@ def attention(inputs: Any, query: Tensor, key: Tensor, value: Tensor | None) -> 
     return a, (key_mask, row_bias, key_groups, shifts)
 
 
-def empty_row_bias(inputs: Any) -> Tensor | None:
+def readable(x: Attention, value: Tensor | None = None) -> tuple[Attention, Any]:
+    """Returns an attention and its value as the kernels read them: with unit strides, a vector in float32, and key and value with
+    one number of heads, where features of keys have those of the queries."""
+    key, vector = x.key, x.vector
+    if value is not None and value.shape[1] != key.shape[1]:
+        heads = max(key.shape[1], value.shape[1])
+        key, value = expand_heads(key, heads), expand_heads(value, heads)
+    query, key, value = unit_strides(x.query, key, value)
+    if query is x.query and key is x.key and vector is None:
+        return x, value
+    return x._replace(query=query, key=key, vector=float32(vector)), value
+
+
+def float32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else as_dtype(x, torch.float32).contiguous()
+
+
+def empty_row_bias(x: Attention) -> Tensor | None:
     """Returns the gradient of row_bias (B, H, N, G), zeros that kernels add to."""
-    return None if inputs.row_bias is None else torch.zeros_like(inputs.row_bias, dtype=torch.float32)
+    return None if x.row_bias is None else torch.zeros_like(x.row_bias, dtype=torch.float32)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor | None, scale: float, is_causal: bool) -> Any:

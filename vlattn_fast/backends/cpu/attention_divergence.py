@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import unit_strides
-from vlattn_fast.backends.cpu._attention import attention
+from vlattn_fast.backends.cpu._attention import attention, readable
+from vlattn_fast.backends.inputs import Attention
 from vlattn_fast.backends.native import address, kernel, strided
 from vlattn_fast.backends.reference.attention_divergence import KINDS
 from vlattn_fast.backends.streaming.attention_divergence import AttentionDivergenceBackwardInputs, AttentionDivergenceInputs
@@ -50,14 +49,7 @@ def _call(inputs: Any, **members: Any) -> None:
 
 def side_of(inputs: Any, query: Tensor, key: Tensor, scale: float) -> tuple[Any, Any]:
     """Returns one of the two attentions, and the tensors in it, which must live until the call is over."""
-    query, key = unit_strides(query, key)
-    x = SimpleNamespace(
-        attn_mask=inputs.attn_mask,
-        key_mask=inputs.key_mask,
-        is_causal=inputs.is_causal,
-        scale=scale,
-        row_bias=None,
-        key_groups=None,
-    )
-    a, kept = attention(x, query, key, None)
-    return a, (query, key, kept)
+    x = Attention(query, key, None, inputs.attn_mask, inputs.key_mask, scale=scale, is_causal=inputs.is_causal)
+    x, _ = readable(x)
+    a, kept = attention(x, None)
+    return a, (x, kept)

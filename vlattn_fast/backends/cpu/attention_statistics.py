@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import unit_strides
-from vlattn_fast.backends.cpu._attention import attention, empty_row_bias
+from vlattn_fast.backends.cpu._attention import attention, empty_row_bias, readable
 from vlattn_fast.backends.cpu.score_attention import core_score
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.native import address, kernel, part, strided
@@ -23,8 +22,8 @@ _groups_struct = part("attention_statistics_forward", "groups")
 def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
     """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M) and max_logit (B, H, N); None for what
     `statistics` does not name, and for row_max and mean_x: `backward` needs none."""
-    query, key = unit_strides(inputs.query, inputs.key)
-    a, _kept = attention(inputs, query, key, None)
+    x, _ = readable(inputs.attention)
+    (a, _kept), query, key = attention(x, None), x.query, x.key
     batch, heads, queries, _ = query.shape
     per_row, asked = (batch, heads, queries), inputs.statistics
     shapes = {"mass": (*per_row, inputs.num_groups), "received": (batch, heads, key.shape[2])}
@@ -35,7 +34,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
     }
     weight = None if inputs.row_weight is None else inputs.row_weight.contiguous()
     addresses = {name: address(x) for name, x in outputs.items()}
-    score, groups = core_score(inputs, None), _groups(inputs)
+    score, groups = core_score(x), _groups(inputs)
     _forward(a=a, score=score, groups=groups, weight=address(weight), **addresses)
     if queries == 0 and "received" in outputs:  # the kernel runs over queries
         outputs["received"].zero_()
@@ -44,22 +43,22 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
 
 def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, row_weight and row_bias."""
-    query, key = unit_strides(inputs.query, inputs.key)
-    (a, _kept), argmax = attention(inputs, query, key, None), inputs.argmax
+    x, _ = readable(inputs.attention)
+    (a, _kept), argmax, query, key = attention(x, None), inputs.argmax, x.query, x.key
     assert argmax is not None  # which the operator saves for these kernels
     argmax = argmax.contiguous()
     cotangents = inputs.grad_mass, inputs.grad_entropy, inputs.grad_maximum, inputs.grad_received
-    mass, entropy, maximum, received = [None if x is None else x.contiguous() for x in cotangents]
+    mass, entropy, maximum, received = [None if y is None else y.contiguous() for y in cotangents]
     batch, heads, queries, head_dim = query.shape
     grad_q, grad_k = query.new_empty(batch, heads, queries, head_dim), key.new_empty(*key.shape)
     weight = grad_weight = None
     if inputs.row_weight is not None:
         weight = inputs.row_weight.contiguous()
         grad_weight = torch.zeros_like(weight) if received is None else torch.empty_like(weight)
-    grad_row_bias = empty_row_bias(inputs)
+    grad_row_bias = empty_row_bias(x)
     _backward(
         a=a,
-        score=core_score(inputs, None),
+        score=core_score(x),
         groups=_groups(inputs),
         weight=address(weight),
         argmax=address(argmax),
@@ -78,6 +77,6 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
 
 
 def _groups(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> Any:
-    groups = inputs.key_groups
+    groups = inputs.attention.key_groups
     stride_b, stride_m = (0, 0) if groups is None else groups.stride()
     return _groups_struct()(index=address(groups), stride_b=stride_b, stride_m=stride_m, count=inputs.num_groups)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_stride
-from vlattn_fast.backends.cpu.score_attention import core_score
+from vlattn_fast.backends.cpu.score_attention import plain_score
 from vlattn_fast.backends.inputs import PagedAttentionStatisticsInputs
 from vlattn_fast.backends.native import DTYPES, address, kernel
 
@@ -41,7 +41,7 @@ def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Ten
         columns=columns,
         window=inputs.window,
         scale=inputs.scale,
-        score=core_score(inputs, None),
+        score=plain_score(inputs.score, inputs.parameter),
         query=query.data_ptr(),
         query_stride_t=query.stride(0),
         query_stride_h=query.stride(1),

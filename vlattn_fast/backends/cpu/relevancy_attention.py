@@ -9,18 +9,11 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, unit_stride, unit_strides, weigh_rows
+from vlattn_fast.backends.cpu import score_attention
 from vlattn_fast.backends.cpu._abar import gradients
-from vlattn_fast.backends.cpu._attention import attention, empty_row_bias
+from vlattn_fast.backends.cpu._attention import attention, empty_row_bias, float32, readable
 from vlattn_fast.backends.cpu.attention_map import run_map
-from vlattn_fast.backends.cpu.score_attention import (
-    attend,
-    core_score,
-    float32,
-    new_gradients,
-    relevancy_struct,
-    run_backward,
-    same_heads,
-)
+from vlattn_fast.backends.cpu.score_attention import core_score, new_gradients, relevancy_struct, run_backward
 from vlattn_fast.backends.inputs import (
     RelevancyAttentionBackwardInputs,
     RelevancyAttentionInputs,
@@ -36,19 +29,19 @@ _FEW_QUERIES = 8  # and so do any rows with up to so many queries (csrc/cpu/few_
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N) float64."""
-    out, lse = attend(inputs)
+    out, lse = score_attention.forward(inputs.without_carrier())
     return out, inputs.carrier.clone(), lse
 
 
 def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key and value, the carrier's cotangent r * a + (r * b) Abar, and the gradient of row_bias; None for
     those not needed."""
-    query, grad_out, grad_carrier = inputs.query, inputs.grad_out, inputs.grad_carrier
+    x, grad_out, grad_carrier = inputs.attention, inputs.grad_out, inputs.grad_carrier
     grads: tuple[Tensor | None, ...] = (None, None, None)
     grad_members: dict[str, Any] = {}
     grad_row_bias = None
     if inputs.need_inputs and grad_out is not None:
-        grads, grad_row_bias = new_gradients(query, inputs.key, inputs.value), empty_row_bias(inputs)
+        grads, grad_row_bias = new_gradients(x, inputs.value), empty_row_bias(x)
         grad_members = dict(zip(("grad_query", "grad_key", "grad_value"), map(strided, grads), strict=True))
     elif grad_carrier is None:
         return None, None, None, None, None
@@ -64,7 +57,7 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
     lse_members = {"lse_source": _OWN_LSE, "grad_lse": address(grad_lse)}
     row_members = {"out": strided(out), **lse_members, "grad_row_bias": address(grad_row_bias), **grad_members}
     # the gradients also compute each head's map: computing it again pays if r passes H of them at more than that costs
-    if not grad_members or weighted is None or weighted.shape[1] <= 2 * (query.shape[3] + inputs.value.shape[3]):
+    if not grad_members or weighted is None or weighted.shape[1] <= 2 * (x.query.shape[3] + inputs.value.shape[3]):
         attended = _run(inputs, grad_out, inputs.lse, weighted, direct, **row_members)
     else:
         _run(inputs, grad_out, inputs.lse, None, None, **row_members)
@@ -72,11 +65,11 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
     return *grads, attended, grad_row_bias
 
 
-def step(inputs: RelevancyStepInputs, vector: Tensor | None = None) -> Tensor:
-    """relevancy @ Abar, (B, T, N) -> (B, T, M), of any core score with its `vector`."""
+def step(inputs: RelevancyStepInputs) -> Tensor:
+    """relevancy @ Abar, (B, T, N) -> (B, T, M), of any core score."""
     grad_out = None if inputs.rule == "attention" else inputs.grad_output
     lse_source = _NO_LSE if inputs.lse is None else _CALLER_LSE
-    attended = _run(inputs, grad_out, inputs.lse, inputs.relevancy, None, vector, lse_source=lse_source)
+    attended = _run(inputs, grad_out, inputs.lse, inputs.relevancy, None, lse_source=lse_source)
     assert attended is not None
     return attended
 
@@ -101,25 +94,20 @@ def _run(
     lse: Tensor | None,
     relevancy: Tensor | None,
     direct: Tensor | None,
-    vector: Tensor | None = None,
     **row_members: Any,
 ) -> Tensor | None:
     """Returns direct + relevancy @ Abar if there is `relevancy`; computes gradients if `row_members`, members of Backward, has
     them."""
-    key, value = inputs.key, None if grad_out is None else inputs.value
-    if value is not None and value.shape[1] != key.shape[1]:  # features of keys may have the heads of the queries
-        key, value = same_heads(key, value)
-    grad_out, query, key, value = unit_strides(grad_out, inputs.query, key, value)
-    a, _kept = attention(inputs, query, key, value)
+    x, value = readable(inputs.attention, None if grad_out is None else inputs.value)
+    (a, _kept), query, score = attention(x, value), x.query, core_score(x)
+    (grad_out,) = unit_strides(grad_out)
     lse = None if lse is None else as_dtype(lse, torch.float64).contiguous()
-    vector = None if vector is None else float32(vector)  # which must live until the call is over
-    score = core_score(inputs, vector)
     if relevancy is None:
         run_backward(a=a, score=score, grad_out=strided(grad_out), lse=address(lse), **row_members)
         return None
     batch, carried_rows, _ = relevancy.shape
     r, direct = as_dtype(relevancy, torch.float32).contiguous(), float32(direct)
-    result = r.new_empty(batch, carried_rows, key.shape[2])
+    result = r.new_empty(batch, carried_rows, x.key.shape[2])
     if not (query.shape[1] and query.shape[2]):  # without heads or queries there is no work
         result = result.zero_() if direct is None else direct.clone()
     sums = {"rows": r.data_ptr(), "direct": address(direct), "result": result.data_ptr()}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import cast_float_mask
+from vlattn_fast.backends.inputs import Attention
 from vlattn_fast.backends.native import Library, address, described, unfit
 
 INSTALLED = Path(__file__).parent / "libvlattn_cuda.so"
@@ -100,12 +101,12 @@ def check_versions(built: int, driver: int) -> None:
         )
 
 
-def masks_of(inputs: Any, query: Tensor, key: Tensor) -> tuple[Any, tuple[Tensor | None, ...]]:
-    """Returns masks of an operator's inputs, and their tensors, which must live until the call is over: attn_mask, bool or
-    float32, as a view of (B, H, N, M), and key_mask (B, M), contiguous."""
-    attn_mask, key_mask, masks = inputs.attn_mask, inputs.key_mask, causal_mask(inputs.is_causal)
+def masks_of(x: Attention) -> tuple[Any, tuple[Tensor | None, ...]]:
+    """Returns masks, and their tensors, which must live until the call is over: attn_mask, bool or float32, as a view of
+    (B, H, N, M), and key_mask (B, M), contiguous."""
+    attn_mask, key_mask, masks = x.attn_mask, x.key_mask, causal_mask(x.is_causal)
     if attn_mask is not None:
-        attn_mask = cast_float_mask(attn_mask, torch.float32).expand(*query.shape[:3], key.shape[2])
+        attn_mask = cast_float_mask(attn_mask, torch.float32).expand(*x.query.shape[:3], x.key.shape[2])
         masks.kind, masks.pairs = _BOOL if attn_mask.dtype == torch.bool else _ADDED, address(attn_mask)
         masks.stride_b, masks.stride_h, masks.stride_n, masks.stride_m = attn_mask.stride()
     if key_mask is not None:

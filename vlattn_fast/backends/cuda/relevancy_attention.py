@@ -35,17 +35,18 @@ _row_weight = part("relevancy_attention", "residual_weight")
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N)."""
-    query, key, value = unit_strides(inputs.query, inputs.key, inputs.value)
+    x = inputs.attention
+    query, key, value = unit_strides(x.query, x.key, inputs.value)
     batch, heads, queries, _ = query.shape
     if queries > SHORT:
         aten, shared = torch.ops.aten, (expand_heads(key, heads), expand_heads(value, heads))
         attend = aten._scaled_dot_product_flash_attention if query.is_cuda else aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = attend(query, *shared, 0.0, inputs.is_causal, scale=inputs.scale)[:2]
+        out, lse = attend(query, *shared, 0.0, x.is_causal, scale=x.scale)[:2]
         return rows_first(out), inputs.carrier.clone(), lse.contiguous()
-    masks, _kept = masks_of(inputs, query, key)
+    masks, _kept = masks_of(x)
     out = empty_rows_first(query, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    rows = {"scale": inputs.scale, "out": strided(out), "lse": address(lse)}
+    rows = {"scale": x.scale, "out": strided(out), "lse": address(lse)}
     _forward(query, **_attention(query, key, value), masks=masks, **rows)
     return out, inputs.carrier.clone(), lse
 
@@ -53,22 +54,22 @@ def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
 def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, the carrier's cotangent r * a + (r * b) Abar, and None for row_bias; None where nothing is
     needed."""
-    query, grad_out, grad_carrier = inputs.query, inputs.grad_out, inputs.grad_carrier
+    x, grad_out, grad_carrier = inputs.attention, inputs.grad_out, inputs.grad_carrier
     direct = None
-    heads = query.shape[1]
+    heads = x.query.shape[1]
     if grad_carrier is not None and (heads == 0 or (grad_out is None and inputs.rule == "gradient")):  # Abar is zero
         direct = weigh_rows(grad_carrier, inputs.residual_weight).clone()
         grad_carrier = None
     grads: tuple[Tensor | None, ...] = (None, None, None)
-    if inputs.query.shape[2] > SHORT and grad_out is not None and heads > 0:
+    if x.query.shape[2] > SHORT and grad_out is not None and heads > 0:
         return _long_backward(inputs, grad_out, grad_carrier, direct)
     if inputs.need_inputs and grad_out is not None:
-        grads = empty_gradient(query), empty_gradient(inputs.key), empty_gradient(inputs.value)
+        grads = empty_gradient(x.query), empty_gradient(x.key), empty_gradient(inputs.value)
     elif grad_carrier is None:
         return None, None, None, direct, None
     # a rounded lse would be half of the error in float32, and all of it if a float mask makes logits large
-    masked = inputs.attn_mask is not None and inputs.attn_mask.dtype != torch.bool
-    lse = None if query.dtype == torch.float32 or masked else inputs.lse
+    masked = x.attn_mask is not None and x.attn_mask.dtype != torch.bool
+    lse = None if x.query.dtype == torch.float32 or masked else inputs.lse
     weights = inputs.residual_weight, inputs.attention_weight
     out = unit_stride(inputs.out)
     grad_members = dict(zip(("grad_query", "grad_key", "grad_value"), map(strided, grads), strict=True))
@@ -81,15 +82,15 @@ def _long_backward(
     inputs: RelevancyAttentionBackwardInputs, grad_out: Tensor, grad_carrier: Tensor | None, direct: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """`backward` of long sequences. All gradients come from one kernel, so each is computed."""
-    f32 = torch.float32
-    query, key, value, out, grad_out = map(_pieces, (inputs.query, inputs.key, inputs.value, inputs.out, grad_out))
+    x, f32 = inputs.attention, torch.float32
+    query, key, value, out, grad_out = map(_pieces, (x.query, x.key, inputs.value, inputs.out, grad_out))
     (batch, heads, queries, _), key_heads = query.shape, key.shape[1]
     tiles = -(-queries // _QUERIES)
     grads = empty_gradient(query), empty_gradient(key), empty_gradient(value)
     r = None if grad_carrier is None else as_dtype(grad_carrier, f32).contiguous()
     shares = query.new_empty(batch, key_heads, 0 if r is None else r.shape[1], queries, dtype=f32)
     lse = inputs.lse.contiguous()
-    weights = [None if x is None else as_dtype(x, f32) for x in (inputs.residual_weight, inputs.attention_weight)]
+    weights = [None if y is None else as_dtype(y, f32) for y in (inputs.residual_weight, inputs.attention_weight)]
     rows = query.new_empty(3, batch, heads, tiles * _QUERIES, dtype=f32)
     sums = query.new_empty(batch, heads, tiles, _QUERIES * _FEATURES, dtype=f32)
     turns = query.new_empty(batch * heads * tiles + 1, dtype=torch.int32)
@@ -97,8 +98,8 @@ def _long_backward(
     members |= {"sums": address(sums), "turns": address(turns), "lse": address(lse), "residual": True, "by_gradient": True}
     members |= dict(zip(("residual_weight", "attention_weight"), map(_weight, weights), strict=True))
     members |= dict(zip(("grad_query", "grad_key", "grad_value"), map(strided, grads), strict=True))
-    members |= {"out": strided(out), "grad_out": strided(grad_out), "scale": inputs.scale}
-    _long(query, **_attention(query, key, value), masks=causal_mask(inputs.is_causal), **members)
+    members |= {"out": strided(out), "grad_out": strided(grad_out), "scale": x.scale}
+    _long(query, **_attention(query, key, value), masks=causal_mask(x.is_causal), **members)
     needed = grads if inputs.need_inputs else (None, None, None)
     return *needed, direct if r is None else shares.sum(1), None
 
@@ -135,16 +136,16 @@ def _run_backward(
     """Returns r * a + (r * b) Abar if there is r, `relevancy`; the first term with `residual`. weights: a and b. row_members:
     members of the struct."""
     f32 = torch.float32
-    grad_out, query, key, value = unit_strides(grad_out, inputs.query, inputs.key, value)
+    grad_out, query, key, value = unit_strides(grad_out, inputs.attention.query, inputs.attention.key, value)
     lse, r = (None if x is None else as_dtype(x, f32).contiguous() for x in (lse, relevancy))
     a, b = (None if x is None else as_dtype(x, f32) for x in weights)
     (batch, heads, queries, _), (_, key_heads, keys, _) = query.shape, key.shape
     rows = query.new_empty(3, batch, heads, queries, dtype=f32)
-    shared = {"scale": inputs.scale, "by_gradient": inputs.rule == "gradient", "grad_out": strided(grad_out)}
+    shared = {"scale": inputs.attention.scale, "by_gradient": inputs.rule == "gradient", "grad_out": strided(grad_out)}
     shared |= {"lse": address(lse), "rows": address(rows)}
 
     def launch(**members: Any) -> None:
-        masks, _kept = masks_of(inputs, query, key)
+        masks, _kept = masks_of(inputs.attention)
         run(query, **_attention(query, key, value), masks=masks, **shared, **members)
 
     if r is None:

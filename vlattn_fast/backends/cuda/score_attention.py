@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, empty_rows_first, fold_heads, multiprocessors, unit_strides
 from vlattn_fast.backends.cuda._shared_library import kernel, masks_of
-from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
+from vlattn_fast.backends.inputs import Attention, ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.backends.native import DTYPES, address, strided
 
 _forward, _backward = kernel("score_attention"), kernel("score_attention_backward")
@@ -20,20 +20,22 @@ _LARGEST = 2**27  # numbers in the sums of several ranges of keys
 
 def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv) and lse (B, H, N)."""
-    query, key, value = unit_strides(inputs.query, inputs.key, inputs.value)
-    (masks, _kept), vector = masks_of(inputs, query, key), _vector(inputs)
+    x = inputs.attention
+    query, key, value = unit_strides(x.query, x.key, inputs.value)
+    (masks, _kept), vector = masks_of(x), _vector(x)
     batch, heads, queries, _ = query.shape
     out = empty_rows_first(query, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    rows = {"vector": address(vector), "scale": inputs.scale, "out": strided(out), "lse": address(lse)}
+    rows = {"vector": address(vector), "scale": x.scale, "out": strided(out), "lse": address(lse)}
     _forward(query, **_attention(query, key, value), masks=masks, **rows)
     return out, lse
 
 
 def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
     """Gradients of query, key, value and vector, and None for that of row_bias."""
-    grad_out, query, key, value, out = unit_strides(inputs.grad_out, inputs.query, inputs.key, inputs.value, inputs.out)
-    (masks, _kept), vector = masks_of(inputs, query, key), _vector(inputs)
+    x = inputs.attention
+    grad_out, query, key, value, out = unit_strides(inputs.grad_out, x.query, x.key, inputs.value, inputs.out)
+    (masks, _kept), vector = masks_of(x), _vector(x)
     (batch, heads, queries, units), keys, f32 = query.shape, key.shape[2], torch.float32
     key_heads = max(key.shape[1], value.shape[1])
     lse, grad_lse = inputs.lse.contiguous(), None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
@@ -47,7 +49,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
         **_attention(query, key, value),
         vector=address(vector),
         masks=masks,
-        scale=inputs.scale,
+        scale=x.scale,
         out=strided(out),
         lse=address(lse),
         grad_out=strided(grad_out),
@@ -67,9 +69,9 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     return grad_query, _folded(grad_key, key), _folded(grad_value, value), summed, None
 
 
-def _vector(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> Tensor:
-    assert inputs.vector is not None  # additive scores have one
-    return inputs.vector.contiguous()
+def _vector(x: Attention) -> Tensor:
+    assert x.vector is not None  # additive scores have one
+    return x.vector.contiguous()
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Any]:

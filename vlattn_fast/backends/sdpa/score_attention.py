@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import expand_heads, has_short_backward, pad_head_dim
+from vlattn_fast.backends.inputs import Attention
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    """out (B, H, N, Dv) from query (B, H, N, D), key (B, Hkv, M, D) and value (B, Hv, M, Dv); Hkv and Hv divide H. Keys and
-    values that key_mask hides are finite."""
+def attention(x: Attention, value: Tensor) -> Tensor:
+    """out (B, H, N, Dv) with value (B, Hv, M, Dv); Hkv and Hv divide H. Keys and values that key_mask hides are finite."""
+    query, key, is_causal, scale = x.query, x.key, x.is_causal, x.scale
     size, dtype, num_heads = value.shape[3], query.dtype, query.shape[1]
-    mask = None if key_mask is None else key_mask[:, None, None, :]  # the fused kernels take no three dimensions
+    mask = None if x.key_mask is None else x.key_mask[:, None, None, :]  # the fused kernels take no three dimensions
     if mask is not None:
         query = torch.where(mask.any(-1, keepdim=True), query, 0.0)  # NaN in a query without a key
     if query.device.type == "cpu":

@@ -16,6 +16,7 @@ from vlattn_fast.backends.inputs import (
     AttentionMapInputs,
     RelevancyStepBackwardInputs,
     RelevancyStepInputs,
+    named,
 )
 from vlattn_fast.backends.streaming._forward_mode import Named, differentiates, gradients, tangents_of
 from vlattn_fast.backends.streaming._scores import Logits, Sums, Tile
@@ -31,15 +32,15 @@ _REDUCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 
 
 class Abar:
-    """Abar of a call, tile by tile. `vector`: that of a core score that sums over hidden units.
+    """Abar of a call, tile by tile.
 
     rule "attention": A; "gradient": relu(A * dA), dA = grad_output @ value^T. row_normalize divides each row by its sum; a zero
     row stays zero. lse as in `probabilities`.
     """
 
-    def __init__(self, inputs: Inputs, vector: Tensor | None, head_reduction: str = "mean") -> None:
-        self.inputs, self.head_reduction, self.logits = inputs, head_reduction, Logits(inputs, vector)
-        self.value = None if inputs.value is None else expand_heads(inputs.value, inputs.query.shape[1])
+    def __init__(self, inputs: Inputs, head_reduction: str = "mean") -> None:
+        self.inputs, self.head_reduction, self.logits = inputs, head_reduction, Logits(inputs.attention)
+        self.value = None if inputs.value is None else expand_heads(inputs.value, inputs.attention.query.shape[1])
         self.shape, self.dtype = self.logits.shape, self.logits.dtype
 
     def tile(self, b: slice, i: slice) -> Tensor:
@@ -59,7 +60,7 @@ class Abar:
             tile = part[:, 0] if part.shape[1] == 1 else reduce(part, 1)
             abar = tile if abar is None else combine(abar, tile)
         if abar is None:  # no heads
-            return self.inputs.query.new_zeros((b.stop - b.start, i.stop - i.start, self.shape[3]), dtype=self.dtype)
+            return self.logits.key.new_zeros((b.stop - b.start, i.stop - i.start, self.shape[3]), dtype=self.dtype)
         return abar
 
     def _maps(self, b: slice, i: slice) -> Iterator[Tensor]:
@@ -67,7 +68,7 @@ class Abar:
         return (self._map(self.logits.of(tile), False, **self._others(tile)) for tile in self._tiles(b, i))
 
     def _tiles(self, b: slice, i: slice) -> Iterator[Tile]:
-        return ((b, h, i) for h in Tiling.of(self.inputs.query, *self.shape).heads())
+        return ((b, h, i) for h in Tiling.of(self.logits.key, *self.shape).heads())
 
     def _others(self, tile: Tile) -> Named:
         """What a map of `tile` is made of beside the logits."""
@@ -98,6 +99,8 @@ class Abar:
         """Those of query, key, value, grad_output, lse and row_bias. Without one for lse, that counts as computed from query and
         key, as everywhere."""
         inputs = self.inputs if needs_lse else self.inputs._replace(lse=None)
+        if inputs.rule == "attention":  # which uses neither
+            inputs = inputs._replace(value=None, grad_output=None)
         return Sums(inputs, "query", "key", "value", "grad_output", "lse", "row_bias")
 
     def add_gradients(self, sums: Sums, b: slice, i: slice, grad: Tensor) -> None:
@@ -121,5 +124,5 @@ def second_of(backward: Callable[[Any], Any], inputs: Any, kind: Any, fields: Se
     asked = {"need_relevancy": True, "need_inputs": True, "need_lse": inputs.lse_tangent is not None}
     asked = {field: need for field, need in asked.items() if field in kind._fields}
     made = tangents_of(lambda x: backward(x._replace(**asked)), inputs, kind, fields)
-    given = [getattr(inputs, field) for field in fields]
+    given = map(named(inputs).get, fields)
     return tuple([torch.zeros_like(x) if y is None and x is not None else y for x, y in zip(given, made, strict=True)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from vlattn_fast._ground.checks import has_forward_mode
+from vlattn_fast.backends.inputs import named, schema_of
 
 Named = dict[str, Tensor]
 _Outputs = TypeVar("_Outputs", bound=Sequence[Tensor | None])
@@ -99,16 +101,16 @@ def gradients(f: Callable[[Named], Sequence[Tensor | None]], x: Named, by_output
 
 
 def tangents_of(run: Callable[[Any], Sequence[Tensor | None]], inputs: Any, kind: Any, fields: Sequence[str]) -> tuple[Any, ...]:
-    """Returns the tangents of the outputs of run(x), where x, a `kind`, has the fields of `inputs`, and None for others.
+    """Returns the tangents of the outputs of run(x), where x, a `kind`, has the arguments of `inputs`, and None for others.
 
     Those of `fields` are in `inputs` as `<field>_tangent`; None stands for zero, and an output for None has none.
     """
-    x = kind._make([getattr(inputs, field, None) for field in kind._fields])
-    tangents = {field: getattr(inputs, f"{field}_tangent") for field in fields}
+    x = defaultdict(lambda: None, named(inputs))
+    tangents = {field: x[f"{field}_tangent"] for field in fields}
     with forward_mode(), torch.no_grad():
-        given = [(name, getattr(x, name).detach().contiguous(), y) for name, y in tangents.items() if y is not None]
+        given = [(name, x[name].detach().contiguous(), y) for name, y in tangents.items() if y is not None]
         duals = {name: forward_ad.make_dual(y, tangent.to(y.dtype)) for name, y, tangent in given}  # which must not overlap
-        made = [(None, None) if y is None else forward_ad.unpack_dual(y) for y in run(x._replace(**duals))]
+        made = [(None, None) if y is None else forward_ad.unpack_dual(y) for y in run(schema_of(kind).from_named(x | duals))]
         return tuple([y if y is None else torch.zeros_like(y) if tangent is None else tangent for y, tangent in made])
 
 

@@ -12,15 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype, pad_head_dim, rows_first
+from vlattn_fast.backends.inputs import Attention
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.backends.streaming._forward_mode import differentiates
-from vlattn_fast.backends.streaming._tiles import Masks
 
 
-def runs(query: Tensor, key: Tensor, value: Tensor, masks: Masks, dropout_p: float, scale: float) -> bool:
-    """Whether `forward` computes this dot-product attention of heads-expanded query, key and value."""
+def runs(x: Attention, value: Tensor, dropout_p: float) -> bool:
+    """Whether `forward` computes this attention; key and value have a head for each of the query's."""
+    query, key, scale = x.query, x.key, x.scale
     sizes = (*query.shape, *key.shape[1:3], value.shape[3])
-    if query.device.type != "cpu" or dropout_p > 0.0 or any(size == 0 for size in sizes):
+    if x.score != "dot" or query.device.type != "cpu" or dropout_p > 0.0 or any(size == 0 for size in sizes):
         return False
     if differentiates():  # the kernel has no tangents
         return False
@@ -28,15 +29,15 @@ def runs(query: Tensor, key: Tensor, value: Tensor, masks: Masks, dropout_p: flo
         return False
     if key.shape[2] < 16:  # the kernel treats a row of NaN as masked if no vector register is full of keys
         return False
-    if masks.row_bias is not None:  # as a mask of the kernel it would be N x M
+    if x.row_bias is not None:  # as a mask of the kernel it would be N x M
         return False
-    if masks.is_causal and scale <= 0.0:  # the kernel multiplies its causal -inf by the scale
+    if x.is_causal and scale <= 0.0:  # the kernel multiplies its causal -inf by the scale
         return False
     # In 16 bit the kernel makes finite numbers of a logit of +inf; with masks it adds -inf to it, which gives NaN.
-    if masks.attn_mask is None:
+    if x.attn_mask is None:
         return compute_dtype(query) == query.dtype or _is_finite(query, key, scale)
-    small = masks.key_mask is None or _joined_mask_is_small(query, key, masks.attn_mask)
-    exact = masks.attn_mask.dtype == torch.bool or _is_exact(masks.attn_mask, compute_dtype(query))
+    small = x.key_mask is None or _joined_mask_is_small(query, key, x.attn_mask)
+    exact = x.attn_mask.dtype == torch.bool or _is_exact(x.attn_mask, compute_dtype(query))
     return small and exact and _is_finite(query, key, scale)
 
 
@@ -50,29 +51,27 @@ def runs_backward(query: Tensor, lse: Tensor) -> bool:
     return bool(((lse.abs() <= bound) | torch.isneginf(lse)).all())
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, masks: Masks, scale: float) -> tuple[Tensor, Tensor]:
-    """(out (B, H, N, Dv), lse (B, H, N)) of heads-expanded query, key, value."""
-    q, k, v = pad_head_dim(query, key, value)
+def forward(x: Attention, value: Tensor) -> tuple[Tensor, Tensor]:
+    """(out (B, H, N, Dv), lse (B, H, N))."""
+    q, k, v = pad_head_dim(x.query, x.key, value)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, masks.is_causal, attn_mask=_join_masks(query, key, masks), scale=scale
+        q, k, v, 0.0, x.is_causal, attn_mask=_join_masks(x), scale=x.scale
     )
-    empty = _empty_rows(query, masks)
+    empty = _empty_rows(x)
     if empty is not None:
         # the kernel gives fully masked rows an lse of 0, and NaN if only the causal flag leaves a row without keys
         out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
     return rows_first(out[..., : value.shape[3]]), lse.contiguous()
 
 
-def backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, masks: Masks, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of heads-expanded query, key and value."""
-    q, k, v = pad_head_dim(query, key, value)
-    grad_out, out = (F.pad(x, (0, v.shape[3] - x.shape[3])) for x in (grad_out, out))
-    lse, mask = torch.where(torch.isneginf(lse), 0.0, lse), _join_masks(query, key, masks)
+def backward(grad_out: Tensor, x: Attention, value: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    q, k, v = pad_head_dim(x.query, x.key, value)
+    grad_out, out = (F.pad(y, (0, v.shape[3] - y.shape[3])) for y in (grad_out, out))
+    lse, mask = torch.where(torch.isneginf(lse), 0.0, lse), _join_masks(x)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    grad_q, grad_k, grad_v = kernel(grad_out, q, k, v, out, lse, 0.0, masks.is_causal, attn_mask=mask, scale=scale)
-    return grad_q[..., : query.shape[3]], grad_k[..., : key.shape[3]], grad_v[..., : value.shape[3]]
+    grad_q, grad_k, grad_v = kernel(grad_out, q, k, v, out, lse, 0.0, x.is_causal, attn_mask=mask, scale=x.scale)
+    return grad_q[..., : x.query.shape[3]], grad_k[..., : x.key.shape[3]], grad_v[..., : value.shape[3]]
 
 
 def _joined_mask_is_small(query: Tensor, key: Tensor, attn_mask: Tensor) -> bool:
@@ -95,30 +94,30 @@ def _is_finite(query: Tensor, key: Tensor, scale: float) -> bool:
     return largest < torch.finfo(compute_dtype(query)).max
 
 
-def _join_masks(query: Tensor, key: Tensor, masks: Masks) -> Tensor | None:
+def _join_masks(x: Attention) -> Tensor | None:
     """attn_mask and key_mask as one float mask, expanded to (B, H, N, M) without a copy."""
-    mask = masks.attn_mask
-    visible = None if masks.key_mask is None else masks.key_mask[:, None, None, :]
+    mask = x.attn_mask
+    visible = None if x.key_mask is None else x.key_mask[:, None, None, :]
     if mask is not None and mask.dtype == torch.bool:
         visible, mask = mask if visible is None else mask & visible, None
     if mask is not None:
-        mask = mask.to(compute_dtype(query))  # the dtype that the kernel adds masks in
+        mask = mask.to(compute_dtype(x.query))  # the dtype that the kernel adds masks in
         mask = mask if visible is None else torch.where(visible, mask, -torch.inf)
     elif visible is not None:
-        mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, -torch.inf)
-    return None if mask is None else mask.expand(*query.shape[:3], key.shape[2])
+        mask = torch.zeros(visible.shape, dtype=x.query.dtype).masked_fill_(~visible, -torch.inf)
+    return None if mask is None else mask.expand(*x.query.shape[:3], x.key.shape[2])
 
 
-def _empty_rows(query: Tensor, masks: Masks) -> Tensor | None:
+def _empty_rows(x: Attention) -> Tensor | None:
     """(broadcastable to (B, H, N)) rows without a visible key; None if there can be none."""
-    if masks.attn_mask is None and masks.key_mask is None:
+    if x.attn_mask is None and x.key_mask is None:
         return None
     visible = torch.ones((), dtype=torch.bool)
-    if masks.attn_mask is not None:
-        visible = masks.attn_mask if masks.attn_mask.dtype == torch.bool else ~torch.isneginf(masks.attn_mask)
-    if masks.key_mask is not None:
-        visible = visible & masks.key_mask[:, None, None, :]
+    if x.attn_mask is not None:
+        visible = x.attn_mask if x.attn_mask.dtype == torch.bool else ~torch.isneginf(x.attn_mask)
+    if x.key_mask is not None:
+        visible = visible & x.key_mask[:, None, None, :]
     empty = ~visible.any(-1)
-    if masks.is_causal:  # the first visible key comes after the row
-        empty = empty | (visible.to(torch.uint8).argmax(-1) > torch.arange(query.shape[2]))
+    if x.is_causal:  # the first visible key comes after the row
+        empty = empty | (visible.to(torch.uint8).argmax(-1) > torch.arange(x.query.shape[2]))
     return empty

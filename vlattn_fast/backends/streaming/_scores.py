@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.groups import columns_of_groups, sums_of_groups
 from vlattn_fast._ground.score_kinds import KINDS
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads, unit_vectors
+from vlattn_fast.backends.inputs import Attention, named
 from vlattn_fast.backends.streaming._forward_mode import Named, differentiates, outputs_and_gradients
-from vlattn_fast.backends.streaming._tiles import Masks, Tiling
+from vlattn_fast.backends.streaming._tiles import Tiling, mask_tile
 
 Tile = tuple[slice, slice, slice]  # batch, heads and query rows
 
 
 class Logits:
-    """The masked logits of a call, in tiles (b, h, i, M) in the dtype of sums. `vector`: that of scores that sum over hidden
-    units."""
+    """The masked logits of a call, in tiles (b, h, i, M) in the dtype of sums."""
 
-    def __init__(self, inputs: Any, vector: Tensor | None) -> None:
-        self.inputs, self.vector, self.masks, self.dtype = inputs, vector, Masks.of(inputs), compute_dtype(inputs.query)
-        self.key = expand_heads(inputs.key, inputs.query.shape[1])
-        self.shape = (*inputs.query.shape[:3], self.key.shape[2])
+    def __init__(self, x: Attention) -> None:
+        self.attention, self.dtype, self.key = x, compute_dtype(x.query), expand_heads(x.key, x.query.shape[1])
+        self.shape = (*x.query.shape[:3], self.key.shape[2])
 
     def tiles(self) -> Iterator[Tile]:
-        tiling = Tiling.of(self.inputs.query, *self.shape)
+        tiling = Tiling.of(self.key, *self.shape)
         return ((b, h, i) for b, i in tiling.query_tiles() for h in tiling.heads())
 
     def of(self, tile: Tile) -> Tensor:
@@ -38,23 +38,23 @@ class Logits:
 
     def _parts(self, tile: Tile) -> Named:
         """What the logits of a tile are made of."""
-        b, h, i = tile
-        named = {
-            "query": self.inputs.query[tile].to(self.dtype),
-            "key": self.key[b, h].to(self.dtype),
-            "vector": None if self.vector is None else self.vector[h].to(self.dtype),
-            "row_bias": self.masks.bias_of_groups(*tile),
-        }
-        return {name: x for name, x in named.items() if x is not None}
+        (b, h, _), x = tile, self.attention
+        parts = {"query": x.query[tile].to(self.dtype), "key": self.key[b, h].to(self.dtype)}
+        if x.vector is not None:
+            parts["vector"] = x.vector[h].to(self.dtype)
+        if x.row_bias is not None and x.key_groups is not None:  # 0 for a key without a group
+            parts["row_bias"] = columns_of_groups(x.row_bias[tile], x.key_groups[b])
+        return parts
 
     def _score(self, x: Named) -> Tensor:
-        kind, query, scale = self.inputs.score, x["query"], self.inputs.scale
+        kind, query, scale = self.attention.score, x["query"], self.attention.scale
         if kind == "dot":
             return (query * scale) @ x["key"].mT
-        return score_tile(kind, query, x["key"], x.get("vector"), self.inputs.parameter) * scale
+        return score_tile(kind, query, x["key"], x.get("vector"), self.attention.parameter) * scale
 
     def _masked(self, tile: Tile, x: Named) -> Tensor:
-        return self.masks.apply(x["score"] if "score" in x else self._score(x), self.shape, *tile, x.get("row_bias"))
+        score = x["score"] if "score" in x else self._score(x)
+        return mask_tile(self.attention, score, self.shape, *tile, x.get("row_bias"))
 
     def add_gradients(
         self,
@@ -66,7 +66,7 @@ class Logits:
     ) -> Sequence[Tensor]:
         """Returns rows(logits, **others), and adds the gradients of their product with `by_rows` by what `sums` has."""
         x = self._parts(tile) | others
-        units = {name: x.pop(name) for name in ("query", "key", "vector")} if self.vector is not None else {}
+        units = {name: x.pop(name) for name in ("query", "key", "vector")} if "vector" in x else {}
         if units:
             x["score"] = self._score(units)
 
@@ -77,26 +77,27 @@ class Logits:
         leaves = {name: y for name, y in x.items() if name == "score" or name in sums}
         outputs, made = outputs_and_gradients(run, leaves, by_rows)
         if units:
-            slopes = _slopes_of_units(self.inputs.score, made.pop("score") * self.inputs.scale, *units.values())
+            slopes = _slopes_of_units(self.attention.score, made.pop("score") * self.attention.scale, *units.values())
             made |= dict(zip(units, slopes, strict=True))
-        if "row_bias" in made:
-            made["row_bias"] = self.masks.by_groups(made["row_bias"], tile[0])
+        row_bias, groups = self.attention.row_bias, self.attention.key_groups
+        if row_bias is not None and groups is not None and "row_bias" in made:
+            made["row_bias"] = sums_of_groups(made["row_bias"].mT, groups[tile[0]], row_bias.shape[3]).mT
         sums.add(tile, made)
         return outputs
 
 
 class Sums:
-    """The gradients of some tensors of a call, to which tiles add; of keys and values with a head for each of the query's."""
+    """The gradients of some arguments of an operator, to which tiles add; of keys and values with a head for each of the
+    query's."""
 
     def __init__(self, inputs: Any, *names: str) -> None:
-        self.inputs, self.names, self._sums = inputs, names, dict[str, Tensor]()
-        for name, x in self._tensors():
-            shape = (x.shape[0], inputs.query.shape[1], *x.shape[2:]) if name in _OF_KEYS else x.shape
+        self.names, heads = names, inputs.attention.query.shape[1]
+        self._tensors: dict[str, Tensor] = {name: x for name, x in named(inputs).items() if name in names and x is not None}
+        self._sums = dict[str, Tensor]()
+        for name, x in self._tensors.items():
+            shape = (x.shape[0], heads, *x.shape[2:]) if name in _OF_KEYS else x.shape
             dtype = compute_dtype(x) if name in (*_OF_KEYS, "vector") else x.dtype  # of a row there is one tile
             self._sums[name] = torch.zeros(shape, dtype=dtype, device=x.device)
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, x) for name in self.names if (x := getattr(self.inputs, name)) is not None)
 
     def __contains__(self, name: str) -> bool:
         return name in self._sums
@@ -108,7 +109,7 @@ class Sums:
 
     def result(self) -> tuple[Tensor | None, ...]:
         """In the dtypes of the tensors; None for None."""
-        made = {name: fold_heads(self._sums[name], x.shape[1]).to(x.dtype) for name, x in self._tensors()}
+        made = {name: fold_heads(self._sums[name], x.shape[1]).to(x.dtype) for name, x in self._tensors.items()}
         return tuple([made.get(name) for name in self.names])
 
 

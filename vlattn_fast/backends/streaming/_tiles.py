@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.groups import columns_of_groups, sums_of_groups
 from vlattn_fast._ground.tensors import add_mask
 
 # 1 MB in float32; a backward pass has some ten: r Abar at CLIP ViT-L/14@336 size took as long from 2^18 to 2^22 on one core
@@ -65,60 +64,33 @@ class Tiling:
             yield slice(h, min(h + step_h, self.num_heads))
 
 
-@dataclass(frozen=True)
-class Masks:
-    """attn_mask (broadcastable to (B, H, N, M)), key_mask (B, M), row_bias (B, H, N, G) of the keys' groups key_groups (B, M),
-    causal j <= i."""
+def mask_tile(
+    x: Any, score: Tensor, shape: tuple[int, int, int, int], b: slice, h: slice, i: slice, bias: Tensor | None = None
+) -> Tensor:
+    """The logits of a tile (b, h, i, M): float masks and the `bias` of groups added, masked pairs -inf. `score` is not changed.
+    attn_mask, key_mask and is_causal are those of `x`, an `Attention` or an operator's inputs.
 
-    attn_mask: Tensor | None
-    key_mask: Tensor | None
-    row_bias: Tensor | None
-    key_groups: Tensor | None
-    is_causal: bool
-
-    @classmethod
-    def of(cls, inputs: Any) -> Masks:
-        """Those of an operator's inputs."""
-        return cls(inputs.attn_mask, inputs.key_mask, inputs.row_bias, inputs.key_groups, inputs.is_causal)
-
-    def apply(
-        self, score: Tensor, shape: tuple[int, int, int, int], b: slice, h: slice, i: slice, bias: Tensor | None = None
-    ) -> Tensor:
-        """The logits of a tile (b, h, i, M): float masks and the `bias` of groups added, masked pairs -inf. `score` is not
-        changed.
-
-        A float mask wider than the dtype of sums gives logits in the mask's dtype.
-        """
-        added = [] if bias is None else [bias]
-        mask = None if self.attn_mask is None else self.attn_mask.expand(shape)[b, h, i]
-        if mask is not None and mask.dtype != torch.bool:
-            added.append(mask)
+    A float mask wider than the dtype of sums gives logits in the mask's dtype.
+    """
+    added = [] if bias is None else [bias]
+    mask = None if x.attn_mask is None else x.attn_mask.expand(shape)[b, h, i]
+    if mask is not None and mask.dtype != torch.bool:
+        added.append(mask)
+    for each in added:
+        score = add_mask(score, each)
+    # Inf or NaN plus -inf is NaN, but masked pairs must be -inf; on the CPU a sum that looks for NaN is cheaper
+    if added and (score.device.type != "cpu" or score.sum().isnan()):
         for each in added:
-            score = add_mask(score, each)
-        # Inf or NaN plus -inf is NaN, but masked pairs must be -inf; on the CPU a sum that looks for NaN is cheaper
-        if added and (score.device.type != "cpu" or score.sum().isnan()):
-            for each in added:
-                score.masked_fill_(torch.isneginf(each), -torch.inf)
-        if mask is not None and mask.dtype == torch.bool:
-            score = score.masked_fill(~mask, -torch.inf)
-        if self.key_mask is not None:
-            score = score.masked_fill(~self.key_mask[b, None, None, :], -torch.inf)
-        if self.is_causal:
-            o_q = torch.arange(i.start, i.stop, device=score.device)
-            o_kv = torch.arange(score.shape[-1], device=score.device)
-            score = score.masked_fill(o_kv > o_q[:, None], -torch.inf)
-        return score
-
-    def bias_of_groups(self, b: slice, h: slice, i: slice) -> Tensor | None:
-        """row_bias of a tile, (b, h, i, M); 0 for a key without a group."""
-        if self.row_bias is None or self.key_groups is None:
-            return None
-        return columns_of_groups(self.row_bias[b, h, i], self.key_groups[b])
-
-    def by_groups(self, grad_logits: Tensor, b: slice) -> Tensor:
-        """The gradient of a tile of row_bias, (b, h, i, G), from that of the logits (b, h, i, M)."""
-        assert self.row_bias is not None and self.key_groups is not None
-        return sums_of_groups(grad_logits.mT, self.key_groups[b], self.row_bias.shape[3]).mT
+            score.masked_fill_(torch.isneginf(each), -torch.inf)
+    if mask is not None and mask.dtype == torch.bool:
+        score = score.masked_fill(~mask, -torch.inf)
+    if x.key_mask is not None:
+        score = score.masked_fill(~x.key_mask[b, None, None, :], -torch.inf)
+    if x.is_causal:
+        o_q = torch.arange(i.start, i.stop, device=score.device)
+        o_kv = torch.arange(score.shape[-1], device=score.device)
+        score = score.masked_fill(o_kv > o_q[:, None], -torch.inf)
+    return score
 
 
 def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

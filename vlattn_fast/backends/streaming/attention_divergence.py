@@ -18,7 +18,7 @@ from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
 from vlattn_fast.backends.inputs import derivative_inputs
 from vlattn_fast.backends.streaming._forward_mode import Named, tangents_of, vjp
 from vlattn_fast.backends.streaming._scores import Tile
-from vlattn_fast.backends.streaming._tiles import Masks, Tiling, log_probabilities, tile_elements
+from vlattn_fast.backends.streaming._tiles import Tiling, log_probabilities, mask_tile, tile_elements
 
 _SMALL = 1e-2  # below this |log A - log A'| the terms of KL are a series
 
@@ -133,8 +133,7 @@ class Divergence:
         self, inputs: Any, sides: tuple[Side, Side], kind: str, beta: float, head_mean: bool, chosen: Tensor | None = None
     ) -> None:
         self.query, self.num_keys, self.sides, self.chosen = inputs.query, inputs.key.shape[2], sides, chosen
-        self.terms, self.head_mean = partial(_terms, kind, beta), head_mean
-        self.masks = Masks(inputs.attn_mask, inputs.key_mask, None, None, inputs.is_causal)
+        self.inputs, self.terms, self.head_mean = inputs, partial(_terms, kind, beta), head_mean
 
     def forward(self) -> Tensor:
         """The sum of each row's terms, (B, H or 1, N)."""
@@ -180,7 +179,7 @@ class Divergence:
     def _map(self, side: Side, tile: Tile, x: Named) -> Tensor:
         """log A of a side, (b, h, i, M), or that of the mean over heads; -inf for masked pairs."""
         (b, _, i), (batch, _, queries, _) = tile, self.query.shape
-        logits = self.masks.apply(side.scores(x), (batch, side.heads, queries, self.num_keys), *tile)
+        logits = mask_tile(self.inputs, side.scores(x), (batch, side.heads, queries, self.num_keys), *tile)
         if self.chosen is not None:
             logits = logits.masked_fill(~_kept(self.chosen[b, i], self.num_keys)[:, None], -torch.inf)
         log_p = log_probabilities(logits)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.backends.inputs import (
     AttentionMapBackwardInputs,
     AttentionMapInputs,
@@ -16,22 +15,21 @@ from vlattn_fast.backends.streaming._forward_mode import tangents_of
 from vlattn_fast.backends.streaming._tiles import Tiling
 
 
-def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
-    """Abar (B, N, M); also for core scores that the operator does not have, with their `vector`."""
-    query, num_keys = inputs.query, inputs.key.shape[2]
-    batch, num_heads, num_queries, _ = query.shape
-    result = query.new_empty(batch, num_queries, num_keys, dtype=compute_dtype(query))
-    abar = Abar(inputs, vector, inputs.head_reduction)
-    for b, i in Tiling.of(query, batch, num_heads, num_queries, num_keys).query_tiles():
+def forward(inputs: AttentionMapInputs) -> Tensor:
+    """Abar (B, N, M) of any core score."""
+    query, abar = inputs.attention.query, Abar(inputs, inputs.head_reduction)
+    batch, _, num_queries, num_keys = abar.shape
+    result = query.new_empty(batch, num_queries, num_keys, dtype=abar.dtype)
+    for b, i in Tiling.of(query, *abar.shape).query_tiles():
         result[b, i] = abar.tile(b, i)
     return result
 
 
 def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, grad_output, lse and row_bias from that of Abar (B, N, M); None for those without one."""
-    abar = Abar(inputs, None, inputs.head_reduction)
+    abar = Abar(inputs, inputs.head_reduction)
     sums = abar.sums(inputs.need_lse)
-    for b, i in Tiling.of(inputs.query, *abar.shape).query_tiles():
+    for b, i in Tiling.of(inputs.attention.query, *abar.shape).query_tiles():
         abar.add_gradients(sums, b, i, inputs.grad[b, i].to(abar.dtype))
     return sums.result()
 

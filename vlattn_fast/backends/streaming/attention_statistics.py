@@ -28,13 +28,13 @@ from vlattn_fast.backends.streaming._tiles import probabilities
 def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, None, None]:
     """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M), max_logit (B, H, N); anything for what
     `statistics` does not name."""
-    query, key_groups, num_groups, row_weight = inputs.query, inputs.key_groups, inputs.num_groups, inputs.row_weight
+    query, num_groups, row_weight = inputs.attention.query, inputs.num_groups, inputs.row_weight
     statistics, dtype, per_row = inputs.statistics.split(), compute_dtype(query), query.shape[:3]
     mass = query.new_zeros(*per_row, num_groups, dtype=dtype)
     entropy, maximum = (query.new_zeros(per_row, dtype=dtype) for _ in range(2))
     max_logit = query.new_full(per_row, -torch.inf, dtype=dtype)
     argmax = query.new_full(per_row, -1, dtype=torch.int64)
-    received = query.new_zeros(*per_row[:2], inputs.key.shape[2], dtype=dtype)
+    received = query.new_zeros(*per_row[:2], inputs.attention.key.shape[2], dtype=dtype)
     for tile, logits in _logit_tiles(inputs):
         b, h, i = tile
         if "max_logit" in statistics:
@@ -50,21 +50,21 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
             argmax[tile] = where.masked_fill(largest == 0, -1)
         if "received" in statistics:
             received[b, h] += prob.sum(2) if row_weight is None else (row_weight[b, h, None, i] @ prob).squeeze(2)
-        for g, columns in _group_columns(key_groups, num_groups, b, dtype):
+        for g, columns in _group_columns(inputs.attention.key_groups, num_groups, b, dtype):
             mass[b, h, i, g] = (prob.flatten(1, 2) @ columns).view(*prob.shape[:3], -1)
     return mass, entropy, maximum, argmax, received, max_logit, None, None
 
 
 def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, row_weight and row_bias."""
-    sums, logits, dtype = Sums(inputs, *_FIELDS), Logits(inputs, None), compute_dtype(inputs.query)
+    sums, logits, dtype = Sums(inputs, *_FIELDS), Logits(inputs.attention), compute_dtype(inputs.attention.query)
 
     def slopes(tile: Tile, probs: Sequence[Tensor]) -> list[Tensor]:
         """The derivative by A of the statistics times their gradients."""
         (b, h, _), (prob,) = tile, probs
         grad = torch.zeros_like(prob)
-        if inputs.grad_mass is not None and inputs.key_groups is not None:
-            grad += columns_of_groups(inputs.grad_mass[tile], inputs.key_groups[b])
+        if inputs.grad_mass is not None and inputs.attention.key_groups is not None:
+            grad += columns_of_groups(inputs.grad_mass[tile], inputs.attention.key_groups[b])
         if inputs.grad_entropy is not None:
             # the 1 of d(-P log P)/dP = -(log P + 1) cancels in the softmax
             grad -= inputs.grad_entropy[tile][..., None] * torch.where(prob > 0, prob.log(), 0.0)
@@ -78,15 +78,15 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor | None, 
                 sums.add(tile, {"row_weight": (prob * grad_row).sum(-1)})
         return [grad]
 
-    for tile in logits.tiles() if inputs.key.shape[2] else ():
+    for tile in logits.tiles() if logits.key.shape[2] else ():
         logits.add_gradients(sums, tile, lambda x: [probabilities(x, dtype)], {}, partial(slopes, tile))
     return sums.result()
 
 
 def _logit_tiles(inputs: AttentionStatisticsInputs) -> Iterator[tuple[Tile, Tensor]]:
     """Tiles with their masked logits, (b, h, i, M). No tile without keys."""
-    logits = Logits(inputs, None)
-    return ((tile, logits.of(tile)) for tile in logits.tiles() if inputs.key.shape[2] > 0)
+    logits = Logits(inputs.attention)
+    return ((tile, logits.of(tile)) for tile in logits.tiles() if logits.key.shape[2] > 0)
 
 
 def _group_columns(key_groups: Tensor | None, num_groups: int, b: slice, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

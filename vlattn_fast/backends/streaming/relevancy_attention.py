@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import compute_dtype, weigh_rows
+from vlattn_fast._ground.tensors import weigh_rows
 from vlattn_fast.backends.inputs import (
     RelevancyAttentionBackwardInputs,
     RelevancyAttentionInputs,
@@ -16,7 +16,6 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepInputs,
     RelevancyStepJvpInputs,
     RelevancyStepSecondInputs,
-    attention_of,
 )
 from vlattn_fast.backends.streaming import score_attention
 from vlattn_fast.backends.streaming._abar import Abar, second_of
@@ -26,7 +25,7 @@ from vlattn_fast.backends.streaming._tiles import Tiling
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N)."""
-    out, lse = score_attention.forward(attention_of(inputs))
+    out, lse = score_attention.forward(inputs.without_carrier())
     return out, inputs.carrier.clone(), lse
 
 
@@ -35,7 +34,7 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
     not needed."""
     grad_q = grad_k = grad_v = grad_row_bias = None
     if inputs.need_inputs and inputs.grad_out is not None:
-        grad_q, grad_k, grad_v, _, grad_row_bias = score_attention.backward(inputs.attention(inputs.grad_out))
+        grad_q, grad_k, grad_v, _, grad_row_bias = score_attention.backward(inputs.without_carrier(inputs.grad_out))
     if inputs.grad_carrier is None:
         return grad_q, grad_k, grad_v, None, grad_row_bias
     direct = weigh_rows(inputs.grad_carrier, inputs.residual_weight)
@@ -45,15 +44,12 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
     return grad_q, grad_k, grad_v, direct + step(inputs.step(weighted, lse=None)), grad_row_bias
 
 
-def step(inputs: RelevancyStepInputs, vector: Tensor | None = None) -> Tensor:
-    """relevancy @ Abar, (B, T, N) -> (B, T, M); also for core scores that the operator does not have, with their `vector`."""
-    relevancy, query, num_keys = inputs.relevancy, inputs.query, inputs.key.shape[2]
-    batch, num_heads, num_queries, _ = query.shape
-    dtype = compute_dtype(query)
-    result = torch.zeros(*relevancy.shape[:2], num_keys, dtype=dtype, device=query.device)
-    abar = Abar(inputs, vector)
-    for b, i in Tiling.of(query, batch, num_heads, num_queries, num_keys).query_tiles():
-        result[b] += relevancy[b, :, i].to(dtype) @ abar.tile(b, i)
+def step(inputs: RelevancyStepInputs) -> Tensor:
+    """relevancy @ Abar, (B, T, N) -> (B, T, M), of any core score."""
+    relevancy, abar = inputs.relevancy, Abar(inputs)
+    result = relevancy.new_zeros(*relevancy.shape[:2], abar.shape[3], dtype=abar.dtype)
+    for b, i in Tiling.of(relevancy, *abar.shape).query_tiles():
+        result[b] += relevancy[b, :, i].to(abar.dtype) @ abar.tile(b, i)
     return result.to(relevancy.dtype)
 
 
@@ -62,11 +58,11 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
 
     With u the gradient of the result, that of relevancy is u Abar^T and that of Abar is relevancy^T u, a tile at a time.
     """
-    abar = Abar(inputs, None)
+    abar = Abar(inputs)
     relevancy, grad = inputs.relevancy.to(abar.dtype), inputs.grad.to(abar.dtype)
     by_relevancy = torch.zeros_like(relevancy) if inputs.need_relevancy else None
     sums = abar.sums(inputs.need_lse) if inputs.need_inputs else None
-    for b, i in Tiling.of(inputs.query, *abar.shape).query_tiles():
+    for b, i in Tiling.of(relevancy, *abar.shape).query_tiles():
         if by_relevancy is not None:
             by_relevancy[b, :, i] = grad[b] @ abar.tile(b, i).mT
         if sums is not None:

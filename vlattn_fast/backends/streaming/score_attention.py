@@ -17,15 +17,15 @@ from vlattn_fast.backends.streaming import _fused_cpu
 from vlattn_fast.backends.streaming._dropout import keep_factor
 from vlattn_fast.backends.streaming._forward_mode import tangents_of
 from vlattn_fast.backends.streaming._scores import Logits, Sums, Tile
-from vlattn_fast.backends.streaming._tiles import Masks, exponentials, log_of_sum
+from vlattn_fast.backends.streaming._tiles import exponentials, log_of_sum
 
 
 def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv), in memory (B, N, H, Dv) as SDPA's, and lse (B, H, N)."""
-    query, logits = inputs.query, Logits(inputs, inputs.vector)
-    value = expand_heads(inputs.value, query.shape[1])
-    if inputs.score == "dot" and _fused_cpu.runs(query, logits.key, value, logits.masks, inputs.dropout_p, inputs.scale):
-        return _fused_cpu.forward(query, logits.key, value, logits.masks, inputs.scale)
+    logits = Logits(inputs.attention)
+    x, value = inputs.attention._replace(key=logits.key), expand_heads(inputs.value, logits.key.shape[1])
+    if _fused_cpu.runs(x, value, inputs.dropout_p):
+        return _fused_cpu.forward(x, value)
     out, lse = _empty(inputs)
     for tile in logits.tiles():
         rows = _rows(inputs, tile, logits.of(tile), value[tile[:2]].to(lse.dtype))
@@ -35,7 +35,7 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
 
 def _empty(inputs: Any) -> tuple[Tensor, Tensor]:
     """out and lse, uninitialised."""
-    query = inputs.query
+    query = inputs.attention.query
     out = empty_rows_first(query, query.shape[1], query.shape[2], inputs.value.shape[3])
     return out, query.new_empty(query.shape[:3], dtype=compute_dtype(query))
 
@@ -44,28 +44,27 @@ def _rows(inputs: Any, tile: Tile, logits: Tensor, value: Tensor) -> tuple[Tenso
     """out and lse of a tile."""
     weights, total, largest = exponentials(logits)
     if inputs.dropout_p > 0.0:
-        sizes = inputs.query.shape[1:3], logits.shape[3]
+        sizes = inputs.attention.query.shape[1:3], logits.shape[3]
         weights = weights * keep_factor(inputs.seed, inputs.dropout_p, *sizes, tile, weights.dtype)
     return (weights.to(value.dtype) @ value) / total.to(value.dtype), log_of_sum(total, largest)
 
 
 def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, vector and row_bias."""
-    query, masks = inputs.query, Masks.of(inputs)
-    if inputs.score == "dot" and inputs.grad_lse is None:
-        key, value = (expand_heads(x, query.shape[1]) for x in (inputs.key, inputs.value))
-        fused = _fused_cpu.runs(query, key, value, masks, inputs.dropout_p, inputs.scale)
-        if fused and _fused_cpu.runs_backward(query, inputs.lse):
-            made = _fused_cpu.backward(inputs.grad_out, query, key, value, inputs.out, inputs.lse, masks, inputs.scale)
-            grad_k, grad_v = (fold_heads(x, of.shape[1]) for x, of in zip(made[1:], (inputs.key, inputs.value), strict=True))
+    x, heads = inputs.attention, inputs.attention.query.shape[1]
+    if inputs.grad_lse is None:
+        expanded, value = x._replace(key=expand_heads(x.key, heads)), expand_heads(inputs.value, heads)
+        if _fused_cpu.runs(expanded, value, inputs.dropout_p) and _fused_cpu.runs_backward(x.query, inputs.lse):
+            made = _fused_cpu.backward(inputs.grad_out, expanded, value, inputs.out, inputs.lse)
+            grad_k, grad_v = (fold_heads(y, of.shape[1]) for y, of in zip(made[1:], (x.key, inputs.value), strict=True))
             return made[0], grad_k, grad_v, None, None
     return _gradients(inputs, None)
 
 
 def _gradients(inputs: ScoreAttentionBackwardInputs, rows: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, ...]:
     """Those of _FIELDS, tile by tile. `rows` takes out and lse."""
-    logits, sums = Logits(inputs, inputs.vector), Sums(inputs, *_FIELDS)
-    value, dtype = expand_heads(inputs.value, inputs.query.shape[1]), logits.dtype
+    logits, sums = Logits(inputs.attention), Sums(inputs, *_FIELDS)
+    value, dtype = expand_heads(inputs.value, logits.key.shape[1]), logits.dtype
     for tile in logits.tiles():
         grads = [None if grad is None else grad[tile].to(dtype) for grad in (inputs.grad_out, inputs.grad_lse)]
         of_value = {"value": value[tile[:2]].to(dtype)}

@@ -241,12 +241,13 @@ class EditedCalls(Subscriber):
         self._attending[-1].begun = plan
         if not plan.terms:
             return inputs
-        if inputs.row_bias is not None:
+        x = inputs.attention
+        if x.row_bias is not None:
             raise ValueError(f"model must not have a group_bias if edges are edited; got one in '{plan.call.path}'")
-        sizes = inputs.query.shape[2], inputs.key.shape[2]
-        row_bias, key_groups = self.row_bias(plan, inputs.query, sizes[1], *self.rows(plan, *sizes))
+        sizes = x.query.shape[2], x.key.shape[2]
+        row_bias, key_groups = self.row_bias(plan, x.query, sizes[1], *self.rows(plan, *sizes))
         # The backend was chosen for a call without groups.
-        return inputs._replace(row_bias=row_bias, key_groups=key_groups, backend="streaming")
+        return inputs._replace(attention=x._replace(row_bias=row_bias, key_groups=key_groups), backend="streaming")
 
     def row_bias(self, plan: CallPlan, query: Tensor, keys: int, start: int, total: int) -> tuple[Tensor, Tensor]:
         """The bias (B, H, N, G) of a call's edited edges, whose queries are one group each, and the groups of its keys."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.groups import sums_of_groups
 from vlattn_fast.attach.events import SCORE_ATTENTION
-from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, named, schema_of
 from vlattn_fast.interpret.intervening.editing import token_groups
 from vlattn_fast.interpret.intervening.grouping import Groups
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans
@@ -25,7 +25,7 @@ from vlattn_fast.ops.score_attention import score_attention_by
 
 _BACKWARD = torch.ops.vlattn.score_attention_backward
 Sets = Mapping[str, TokenSet]
-_OF_CALL = [field for field in ScoreAttentionInputs._fields if field in ScoreAttentionBackwardInputs._fields]
+_ARGUMENTS, _OF_BACKWARD = (list(schema_of(kind).types) for kind in (ScoreAttentionInputs, ScoreAttentionBackwardInputs))
 
 
 class GroupGradient:
@@ -47,7 +47,9 @@ class GroupGradient:
             "group_bias": torch.zeros(self.heads, 1, 1, device=self.device),
         }
         tensors = {"query": call.query, "key": call.key, "value": call.value}
-        return score_attention_by(lambda inputs: _Biased.apply(self, self.leaf, *inputs), **tensors, **call.masks, **every)
+        return score_attention_by(
+            lambda inputs: _Biased.apply(self, self.leaf, *named(inputs).values()), **tensors, **call.masks, **every
+        )
 
     def ask(self, plan: CallPlan, queries: Groups, keys: Groups) -> None:
         """Sets the groups, before the backward pass."""
@@ -81,24 +83,24 @@ class _Biased(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: GroupGradient, leaf: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        inputs = ScoreAttentionInputs(*args)
-        out, lse = SCORE_ATTENTION(*inputs)
-        named = {field: getattr(inputs, field) for field in _OF_CALL} | {"out": out, "lse": lse}
-        ctx.names = [name for name, value in named.items() if isinstance(value, Tensor)]
-        ctx.save_for_backward(*[named[name] for name in ctx.names])
-        ctx.options = {name: value for name, value in named.items() if name not in ctx.names}
-        ctx.call, ctx.count = call, len(args)
+        out, lse = SCORE_ATTENTION(*args)
+        x = dict(zip(_ARGUMENTS, args, strict=True)) | {"out": out, "lse": lse}
+        ctx.names = [name for name, value in x.items() if isinstance(value, Tensor)]
+        ctx.save_for_backward(*[x[name] for name in ctx.names])
+        ctx.options = {name: value for name, value in x.items() if name not in ctx.names}
+        ctx.call = call
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        named = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.options
-        named["row_bias"], named["key_groups"] = ctx.call.biases(named["row_bias"], named["key_groups"])
-        grad_out = torch.zeros_like(named["out"]) if grad_out is None else grad_out
-        *grads, _, row_effects = _BACKWARD(*ScoreAttentionBackwardInputs(grad_out=grad_out, grad_lse=grad_lse, **named))
+        x = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.options
+        x["row_bias"], x["key_groups"] = ctx.call.biases(x["row_bias"], x["key_groups"])
+        x |= {"grad_out": torch.zeros_like(x["out"]) if grad_out is None else grad_out, "grad_lse": grad_lse}
+        *grads, _, row_effects = _BACKWARD(*[x[name] for name in _OF_BACKWARD])
         ctx.call.note(row_effects)
-        return None, torch.zeros(()), *grads, *(None,) * (ctx.count - 3)
+        by_name = dict(zip(("query", "key", "value"), grads, strict=True))
+        return None, torch.zeros(()), *map(by_name.get, _ARGUMENTS)
 
 
 class KeepsCalls(NotesCalls):

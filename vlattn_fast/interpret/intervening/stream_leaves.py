@@ -126,7 +126,7 @@ def run_with_leaves(plans: Plans, tower: TracedTower, what: str, last: ModelCall
         _check_linear(ends, leaves, what, without)
         return leaves
     event = leaves.events.get(last)  # a softmax that a module takes itself is no call
-    is_dot = event is not None and event.masks is not None and (event.inputs is None or event.inputs.score == "dot")
+    is_dot = event is not None and event.masks is not None and (event.inputs is None or event.inputs.attention.score == "dot")
     if event is None or not is_dot or event.written is not None:
         raise ValueError(
             "model must attend by dot products through transformers' AttentionInterface or scaled_dot_product_attention; got "

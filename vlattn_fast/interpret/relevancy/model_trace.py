@@ -227,14 +227,14 @@ class Trace(Subscriber):
             masks["score"] = Scored("dot", None, 0.0, event.written.output, by_hand=True)
             query, key, value = (self._marked_as(tensor, source) for tensor, source in zip(written, given, strict=True))
         elif event.inputs is not None:
-            inputs = event.inputs
+            x, sink = event.inputs.attention, event.inputs.sink
             output = attend(replace(event, sink=self._frozen(event.sink), lse=self._frozen(event.lse)))
             lse = None if event.lse is None else event.lse.detach()
-            masks["score"] = Scored(inputs.score, inputs.vector, inputs.parameter, output, inputs.sink, lse)
-            parts = (x if self.trains else x.detach() for x in (inputs.query, inputs.key, inputs.value))
+            masks["score"] = Scored(x.score, x.vector, x.parameter, output, sink, lse)
+            parts = (each if self.trains else each.detach() for each in (x.query, x.key, event.inputs.value))
             query, *key_value = parts
-            key, value = (expand_heads(x, query.shape[1]) for x in mask_padding(inputs.key_mask, *key_value))
-            query, key, value = (self._marked_as(x, source) for x, source in zip((query, key, value), given, strict=True))
+            key, value = (expand_heads(each, query.shape[1]) for each in mask_padding(x.key_mask, *key_value))
+            query, key, value = (self._marked_as(each, of) for each, of in zip((query, key, value), given, strict=True))
         else:
             assert event.value is not None
             dim = 1 if event.is_one_head else None
@@ -273,7 +273,8 @@ class Trace(Subscriber):
         return reading.with_output(result, output[..., 0] if isinstance(mixer, Convolution) else output)
 
     def on_inputs(self, run: ModuleRun, inputs: ScoreAttentionInputs) -> ScoreAttentionInputs:
-        inputs = inputs._replace(query=self._frozen(inputs.query), key=self._frozen(inputs.key))
+        x = inputs.attention
+        inputs = inputs._replace(attention=x._replace(query=self._frozen(x.query), key=self._frozen(x.key)))
         return inputs if self.trains else inputs._replace(seed=None, dropout_p=0.0)
 
     def on_output(self, event: AttentionEvent, output: Tensor, result: Tensor) -> None:
@@ -281,7 +282,7 @@ class Trace(Subscriber):
             self._marked_as(result, self._output, -1 if event.is_one_head else None)
 
     def on_lse(self, inputs: ScoreAttentionInputs, lse: Tensor) -> None:
-        self._records.copy(lse, inputs.query, inputs.key)
+        self._records.copy(lse, inputs.attention.query, inputs.attention.key)
 
     def _attended(self, call: TracedCall, owner: TowerTrace | None, calls: int, output: Tensor) -> None:
         """Marks the output of a call whose queries came through `calls`; `owner`: the tower that it belongs to, if any."""

@@ -445,11 +445,16 @@ PyObject* call_planned(PyObject* object, PyObject* args, PyObject*) {
     if (!PyArg_ParseTuple(args, "O!", &PyTuple_Type, &inputs)) return nullptr;
     if (recorded) return PyObject_CallFunctionObjArgs(self.function, inputs, nullptr);  // a part of another call
     Arguments arguments;
+    size_t count = 0;
+    const auto add = [&](PyObject* x) {
+        arguments.metadata(x);
+        arguments.leaves.resize(++count);  // an address for each argument
+    };
     for (Py_ssize_t n = 0; n < PyTuple_Size(inputs); ++n) {
-        arguments.metadata(PyTuple_GetItem(inputs, n));
-        arguments.leaves.resize(n + 1);  // an address for each argument
+        PyObject* x = PyTuple_GetItem(inputs, n);
+        if (!PyTuple_Check(x)) add(x);
+        for (Py_ssize_t m = 0; PyTuple_Check(x) && m < PyTuple_Size(x); ++m) add(PyTuple_GetItem(x, m));  // of an attention
     }
-    const size_t count = arguments.leaves.size();
     if (!(state = PyObject_CallNoArgs(self.state))) return nullptr;
     if (state == Py_None) arguments.covered = false;
     arguments.constant(state);

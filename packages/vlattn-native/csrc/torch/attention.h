@@ -116,9 +116,9 @@ std::tuple<Tensor, Tensor> attended(const Tensor& q, const Tensor& k, const Tens
     return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> score_attention(Tensor query, Tensor key, Tensor value, Maybe vector, Maybe attn_mask, Maybe key_mask,
-                                           Maybe row_bias, Maybe key_groups, Maybe seed, Maybe, Word score, double parameter,
-                                           double scale, double dropout_p, bool is_causal, Word backend) {
+std::tuple<Tensor, Tensor> score_attention(Tensor query, Tensor key, Maybe vector, Maybe attn_mask, Maybe key_mask,
+                                           Maybe row_bias, Maybe key_groups, Tensor value, Maybe seed, Maybe, Word score,
+                                           double parameter, double scale, bool is_causal, double dropout_p, Word backend) {
     check_backend(backend);
     const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
     return attended(query, key, value, vector, masks, seed, score, parameter, scale, dropout_p);
@@ -154,11 +154,11 @@ struct Gradients {
 Tensor or_empty(const Maybe& x, const Tensor& like) { return x ? *x : empty(like, {0}); }  // torch's dispatcher takes no None
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_attention_backward(Tensor g, Maybe grad_lse, Tensor q, Tensor k,
-                                                                            Tensor v, Tensor out, Tensor lse, Maybe vector,
-                                                                            Maybe attn_mask, Maybe key_mask, Maybe row_bias,
-                                                                            Maybe key_groups, Maybe seed, Word score,
-                                                                            double parameter, double scale, double dropout_p,
-                                                                            bool is_causal, Word backend) {
+                                                                            Maybe vector, Maybe attn_mask, Maybe key_mask,
+                                                                            Maybe row_bias, Maybe key_groups, Tensor v,
+                                                                            Tensor out, Tensor lse, Maybe seed, Word score,
+                                                                            double parameter, double scale, bool is_causal,
+                                                                            double dropout_p, Word backend) {
     check_backend(backend);
     check_four(q, k);
     check("value", v, {ANY, ANY, ANY, ANY}, {});
@@ -180,13 +180,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_attention_backward(Tens
             or_empty(grads.row_bias, g)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> relevancy_attention(Tensor query, Tensor key, Tensor value, Tensor carrier, Maybe,
-                                                               Maybe, Maybe attn_mask, Maybe key_mask, Maybe row_bias,
-                                                               Maybe key_groups, Maybe sink, Word rule, bool, Word score,
-                                                               double parameter, double scale, bool is_causal, Word backend) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> relevancy_attention(Tensor query, Tensor key, Maybe vector, Maybe attn_mask,
+                                                               Maybe key_mask, Maybe row_bias, Maybe key_groups, Tensor value,
+                                                               Tensor carrier, Maybe, Maybe, Maybe sink, Word score,
+                                                               double parameter, double scale, bool is_causal, Word rule, bool,
+                                                               Word backend) {
     check_backend(backend);
     const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
-    const auto [out, lse] = attended(query, key, value, std::nullopt, masks, std::nullopt, score, parameter, scale, 0.0);
+    const auto [out, lse] = attended(query, key, value, vector, masks, std::nullopt, score, parameter, scale, 0.0);
     const bool behind = sink && rule == "gradient" && query.element_size() == 2;
     Tensor behind_sink = behind ? empty_rows_first(query, query.size(1), query.size(2), value.size(3)) : empty(query, {0});
     if (behind) torch::stable::zero_(behind_sink);
@@ -211,21 +212,22 @@ struct Abar {
     Tensor query, key;
     Maybe value, grad_out;
     const Masks& masks;
+    const Maybe& vector;
     Text score;
     double parameter, scale;
     bool by_gradient, row_normalize;
 
     static Abar of(const Tensor& q, const Tensor& k, const Maybe& v, const Maybe& g, const Maybe& lse, const Masks& masks,
-                   Text rule, bool row_normalize, Text score, double parameter, double scale) {
+                   Text rule, bool row_normalize, const Maybe& vector, Text score, double parameter, double scale) {
         const bool by_gradient = place("rule", rule, RULES) == 0;
         check_four(q, k);
         check_gradients(by_gradient, q, v, g, lse);
         const Maybe value = by_gradient ? unit_stride(v) : std::nullopt, grad = by_gradient ? unit_stride(g) : std::nullopt;
-        return {unit_stride(q), unit_stride(k), value, grad, masks, score, parameter, scale, by_gradient, row_normalize};
+        return {unit_stride(q), unit_stride(k), value, grad, masks, vector, score, parameter, scale, by_gradient, row_normalize};
     }
     Call call(Text name, const char* grad) const {
         Call call = attention_call(name, query, key, value, scale, masks);
-        set_score(call, score, parameter);
+        set_core(call, query, score, parameter, vector, std::nullopt, 0.0);
         call.strided(grad, grad_out);
         return call;
     }
@@ -254,12 +256,12 @@ struct Abar {
     }
 };
 
-Tensor relevancy_step(Tensor relevancy, Tensor q, Tensor k, Maybe v, Maybe g, Maybe lse, Maybe attn_mask, Maybe key_mask,
-                      Maybe row_bias, Maybe key_groups, Word rule, bool row_normalize, Word score, double parameter, double scale,
-                      bool is_causal, Word backend) {
+Tensor relevancy_step(Tensor relevancy, Tensor q, Tensor k, Maybe vector, Maybe attn_mask, Maybe key_mask, Maybe row_bias,
+                      Maybe key_groups, Maybe v, Maybe g, Maybe lse, Word score, double parameter, double scale, bool is_causal,
+                      Word rule, bool row_normalize, Word backend) {
     check_backend(backend);
     const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
-    const Abar abar = Abar::of(q, k, v, g, lse, masks, rule, row_normalize, score, parameter, scale);
+    const Abar abar = Abar::of(q, k, v, g, lse, masks, rule, row_normalize, vector, score, parameter, scale);
     check("relevancy", relevancy, {q.size(0), ANY, q.size(2)}, {});
     return abar.carry(relevancy, std::nullopt, as(ScalarType::Double, lse), lse ? CALLER_LSE : NO_LSE);
 }
@@ -285,12 +287,12 @@ std::array<Maybe, 6> abar_gradients(const Abar& x, Call& call, const Maybe& lse,
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relevancy_step_backward(
-    Tensor grad, Tensor relevancy, Tensor q, Tensor k, Maybe v, Maybe g, Maybe lse, Maybe attn_mask, Maybe key_mask,
-    Maybe row_bias, Maybe key_groups, Word rule, bool row_normalize, Word score, double parameter, double scale, bool is_causal,
-    bool need_relevancy, bool need_inputs, bool need_lse, Word backend) {
+    Tensor grad, Tensor relevancy, Tensor q, Tensor k, Maybe vector, Maybe attn_mask, Maybe key_mask, Maybe row_bias,
+    Maybe key_groups, Maybe v, Maybe g, Maybe lse, Word score, double parameter, double scale, bool is_causal, Word rule,
+    bool row_normalize, bool need_relevancy, bool need_inputs, bool need_lse, Word backend) {
     check_backend(backend);
     const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
-    const Abar abar = Abar::of(q, k, v, g, lse, masks, rule, row_normalize, score, parameter, scale);
+    const Abar abar = Abar::of(q, k, v, g, lse, masks, rule, row_normalize, vector, score, parameter, scale);
     check("relevancy", relevancy, {q.size(0), ANY, q.size(2)}, {});
     check("grad", grad, {q.size(0), relevancy.size(1), k.size(2)}, {});
     Call call = abar.call("abar_backward", "grad_output");
@@ -325,9 +327,10 @@ Tensor lse_with_sink(const Tensor& lse, const Tensor& logit) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relevancy_attention_backward(
-    Maybe g, Maybe grad_carrier, Maybe grad_lse, Maybe grad_behind_sink, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-    Maybe residual_weight, Maybe attention_weight, Maybe attn_mask, Maybe key_mask, Maybe row_bias, Maybe key_groups, Maybe sink,
-    Word rule, bool row_normalize, Word score, double parameter, double scale, bool is_causal, bool need_inputs, Word backend) {
+    Maybe g, Maybe grad_carrier, Maybe grad_lse, Maybe grad_behind_sink, Tensor q, Tensor k, Maybe vector, Maybe attn_mask,
+    Maybe key_mask, Maybe row_bias, Maybe key_groups, Tensor v, Tensor out, Tensor lse, Maybe residual_weight,
+    Maybe attention_weight, Maybe sink, Word score, double parameter, double scale, bool is_causal, Word rule, bool row_normalize,
+    bool need_inputs, Word backend) {
     check_backend(backend);
     const bool by_gradient = place("rule", rule, RULES) == 0, gives_inputs = need_inputs && g;
     check_four(q, k);
@@ -346,7 +349,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relevancy_attention_backward(
     const Maybe value = grad_out ? Maybe(unit_stride(v)) : std::nullopt;
     const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
     const Abar abar = {
-        unit_stride(q), unit_stride(k), value, grad_out, masks, score, parameter, scale, by_gradient, row_normalize};
+        unit_stride(q), unit_stride(k), value, grad_out, masks, vector, score, parameter, scale, by_gradient, row_normalize};
     Maybe carrier = direct ? Maybe(torch::stable::clone(torch::stable::contiguous(*direct))) : std::nullopt;
     std::optional<Gradients> grads;
     if (gives_inputs) {
@@ -365,8 +368,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relevancy_attention_backward(
     } else if (carries) carrier = abar.carry(*weighted, direct, as(ScalarType::Double, Maybe(lse)), OWN_LSE);
     if (through_sink) {
         const Tensor step =
-            relevancy_step(*weighted, q, k, v, grad_behind_sink, lse_with_sink(lse, *sink), attn_mask, key_mask, row_bias,
-                           key_groups, rule, row_normalize, score, parameter, scale, is_causal, backend);
+            relevancy_step(*weighted, q, k, vector, attn_mask, key_mask, row_bias, key_groups, v, grad_behind_sink,
+                           lse_with_sink(lse, *sink), score, parameter, scale, is_causal, rule, row_normalize, backend);
         carrier = torch::stable::subtract(*direct, step, -1.0);  // their sum
     }
     const auto of = [&](const Tensor Gradients::* x) { return grads ? (*grads).*x : empty(q, {0}); };
@@ -374,12 +377,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relevancy_attention_backward(
             or_empty(grads ? grads->row_bias : std::nullopt, q)};
 }
 
-Tensor attention_map(Tensor q, Tensor k, Maybe v, Maybe g, Maybe lse, Maybe attn_mask, Maybe key_mask, Maybe row_bias,
-                     Maybe key_groups, Word rule, Word head_reduction, bool row_normalize, Word score, double parameter,
-                     double scale, bool is_causal, Word backend) {
+Tensor attention_map(Tensor q, Tensor k, Maybe vector, Maybe attn_mask, Maybe key_mask, Maybe row_bias, Maybe key_groups, Maybe v,
+                     Maybe g, Maybe lse, Word score, double parameter, double scale, bool is_causal, Word rule,
+                     Word head_reduction, bool row_normalize, Word backend) {
     check_backend(backend);
     const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
-    const Abar abar = Abar::of(q, k, v, g, lse, masks, rule, row_normalize, score, parameter, scale);
+    const Abar abar = Abar::of(q, k, v, g, lse, masks, rule, row_normalize, vector, score, parameter, scale);
     const Tensor map = empty(q, {q.size(0), q.size(2), k.size(2)}, ScalarType::Float);
     Call call = abar.call("attention_map", "grad_output");
     call.number("gradient", abar.by_gradient).number("row_normalize", row_normalize);
@@ -389,12 +392,12 @@ Tensor attention_map(Tensor q, Tensor k, Maybe v, Maybe g, Maybe lse, Maybe attn
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_map_backward(
-    Tensor grad, Tensor q, Tensor k, Maybe v, Maybe g, Maybe lse, Maybe attn_mask, Maybe key_mask, Maybe row_bias,
-    Maybe key_groups, Word rule, Word head_reduction, bool row_normalize, Word score, double parameter, double scale,
-    bool is_causal, bool need_lse, Word backend) {
+    Tensor grad, Tensor q, Tensor k, Maybe vector, Maybe attn_mask, Maybe key_mask, Maybe row_bias, Maybe key_groups, Maybe v,
+    Maybe g, Maybe lse, Word score, double parameter, double scale, bool is_causal, Word rule, Word head_reduction,
+    bool row_normalize, bool need_lse, Word backend) {
     check_backend(backend);
     const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
-    const Abar abar = Abar::of(q, k, v, g, lse, masks, rule, row_normalize, score, parameter, scale);
+    const Abar abar = Abar::of(q, k, v, g, lse, masks, rule, row_normalize, vector, score, parameter, scale);
     check("grad", grad, {q.size(0), q.size(2), k.size(2)}, {});
     Call call = abar.call("abar_backward", "grad_output");
     call.pointer("grad", as(ScalarType::Float, grad)).number("reduction", place("head_reduction", head_reduction, REDUCTIONS));
@@ -413,8 +416,8 @@ void set_groups(Call& call, const Maybe& key_groups, Size num_groups) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_statistics(
-    Tensor q, Tensor k, Maybe key_groups, Maybe row_weight, Maybe attn_mask, Maybe key_mask, Maybe row_bias, int64_t num_groups,
-    Word statistics, Word score, double parameter, double scale, bool is_causal, Word backend) {
+    Tensor q, Tensor k, Maybe vector, Maybe attn_mask, Maybe key_mask, Maybe row_bias, Maybe key_groups, Maybe row_weight,
+    Word score, double parameter, double scale, bool is_causal, int64_t num_groups, Word statistics, Word backend) {
     check_backend(backend);
     check_four(q, k);
     check("row_weight", row_weight, {q.size(0), q.size(1), q.size(2)}, {ScalarType::Float});
@@ -428,7 +431,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> atten
     const Tensor received =
         (queries ? empty : zeros)(query, {batch, heads, asks(statistics, "received") ? key.size(2) : 0}, ScalarType::Float);
     Call call = attention_call("attention_statistics_forward", query, key, std::nullopt, scale, masks);
-    set_score(call, score, parameter);
+    set_core(call, query, score, parameter, vector, std::nullopt, 0.0);
     set_groups(call, key_groups, num_groups);
     call.contiguous("weight", row_weight).pointer("mass", mass).pointer("entropy", entropy);
     call.pointer("maximum", maximum).pointer("argmax", argmax).pointer("max_logit", max_logit);
@@ -445,9 +448,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> atten
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_statistics_backward(
-    Maybe grad_mass, Maybe grad_entropy, Maybe grad_maximum, Maybe grad_received, Tensor q, Tensor k, Maybe, Maybe, Maybe argmax,
-    Maybe, Maybe, Maybe key_groups, Maybe row_weight, Maybe attn_mask, Maybe key_mask, Maybe row_bias, int64_t num_groups, Word,
-    Word score, double parameter, double scale, bool is_causal, Word backend) {
+    Maybe grad_mass, Maybe grad_entropy, Maybe grad_maximum, Maybe grad_received, Tensor q, Tensor k, Maybe vector,
+    Maybe attn_mask, Maybe key_mask, Maybe row_bias, Maybe key_groups, Maybe, Maybe, Maybe argmax, Maybe, Maybe, Maybe row_weight,
+    Word score, double parameter, double scale, bool is_causal, int64_t num_groups, Word, Word backend) {
     check_backend(backend);
     check_four(q, k);
     const Size batch = q.size(0), heads = q.size(1), queries = q.size(2);
@@ -464,7 +467,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_statistics_backward(
     const Maybe grad_weight = zeros_of(row_weight), grad_row_bias = zeros_of(row_bias);
     const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
     Call call = attention_call("attention_statistics_backward", query, key, std::nullopt, scale, masks);
-    set_score(call, score, parameter);
+    set_core(call, query, score, parameter, vector, std::nullopt, 0.0);
     set_groups(call, key_groups, num_groups);
     call.contiguous("weight", row_weight).contiguous("argmax", argmax).contiguous("d_mass", grad_mass);
     call.contiguous("d_entropy", grad_entropy).contiguous("d_maximum", grad_maximum).contiguous("d_received", grad_received);

@@ -205,47 +205,43 @@ Tensor stacked_cross_attention(Tensor images_in, Tensor captions_in, Maybe capti
 #define OPERATORS_ON(space, device, m) STABLE_TORCH_LIBRARY_IMPL(space, device, m)
 
 // tests/test_stable_operators.py holds these to the operators of vlattn_fast/ops
+#define TENSORS \
+    "Tensor query, Tensor key, Tensor? vector, Tensor? attn_mask, Tensor? key_mask, Tensor? row_bias, Tensor? key_groups, "
 #define SCORE "str score, float parameter, float scale, "
-#define MASKS "Tensor? attn_mask, Tensor? key_mask, Tensor? row_bias, "
+#define OPTIONS SCORE "bool is_causal, "
 OPERATORS(VLATTN_NAMESPACE, m) {
-    m.def("score_attention(Tensor query, Tensor key, Tensor value, Tensor? vector, " MASKS
-          "Tensor? key_groups, Tensor? seed, Tensor? sink, " SCORE
-          "float dropout_p, bool is_causal, str backend) -> (Tensor out, Tensor lse)");
+    m.def("score_attention(" TENSORS "Tensor value, Tensor? seed, Tensor? sink, " OPTIONS
+          "float dropout_p, str backend) -> (Tensor out, Tensor lse)");
+    m.def("score_attention_backward(Tensor grad_out, Tensor? grad_lse, " TENSORS
+          "Tensor value, Tensor out, Tensor lse, Tensor? seed, " OPTIONS
+          "float dropout_p, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def("relevancy_attention(" TENSORS
+          "Tensor value, Tensor carrier, Tensor? residual_weight, Tensor? attention_weight, Tensor? sink, " OPTIONS
+          "str rule, bool row_normalize, str backend) -> (Tensor out, Tensor carrier_out, Tensor lse, Tensor behind_sink)");
     m.def(
-        "score_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-        "Tensor lse, Tensor? vector, " MASKS "Tensor? key_groups, Tensor? seed, " SCORE
-        "float dropout_p, bool is_causal, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-    m.def(
-        "relevancy_attention(Tensor query, Tensor key, Tensor value, Tensor carrier, Tensor? residual_weight, "
-        "Tensor? attention_weight, " MASKS "Tensor? key_groups, Tensor? sink, str rule, bool row_normalize, " SCORE
-        "bool is_causal, str backend) -> (Tensor out, Tensor carrier_out, Tensor lse, Tensor behind_sink)");
-    m.def(
-        "relevancy_attention_backward(Tensor? grad_out, Tensor? grad_carrier, Tensor? grad_lse, Tensor? grad_behind_sink, "
-        "Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor? residual_weight, "
-        "Tensor? attention_weight, " MASKS "Tensor? key_groups, Tensor? sink, str rule, bool row_normalize, " SCORE
-        "bool is_causal, bool need_inputs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-    m.def("relevancy_step(Tensor relevancy, Tensor query, Tensor key, Tensor? value, Tensor? grad_output, Tensor? lse, " MASKS
-          "Tensor? key_groups, str rule, bool row_normalize, " SCORE "bool is_causal, str backend) -> Tensor");
-    m.def(
-        "relevancy_step_backward(Tensor grad, Tensor relevancy, Tensor query, Tensor key, Tensor? value, Tensor? grad_output, "
-        "Tensor? lse, " MASKS "Tensor? key_groups, str rule, bool row_normalize, " SCORE
-        "bool is_causal, bool need_relevancy, bool need_inputs, bool need_lse, str backend) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-    m.def("attention_map(Tensor query, Tensor key, Tensor? value, Tensor? grad_output, Tensor? lse, " MASKS
-          "Tensor? key_groups, str rule, str head_reduction, bool row_normalize, " SCORE
-          "bool is_causal, str backend) -> Tensor");
-    m.def("attention_map_backward(Tensor grad, Tensor query, Tensor key, Tensor? value, Tensor? grad_output, Tensor? lse, " MASKS
-          "Tensor? key_groups, str rule, str head_reduction, bool row_normalize, " SCORE
-          "bool is_causal, bool need_lse, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-    m.def("attention_statistics(Tensor query, Tensor key, Tensor? key_groups, Tensor? row_weight, " MASKS
-          "SymInt num_groups, str statistics, " SCORE
-          "bool is_causal, str backend) -> (Tensor mass, Tensor entropy, "
+        "relevancy_attention_backward(Tensor? grad_out, Tensor? grad_carrier, Tensor? grad_lse, Tensor? "
+        "grad_behind_sink, " TENSORS
+        "Tensor value, Tensor out, Tensor lse, Tensor? residual_weight, Tensor? attention_weight, Tensor? sink, " OPTIONS
+        "str rule, bool row_normalize, bool need_inputs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def("relevancy_step(Tensor relevancy, " TENSORS "Tensor? value, Tensor? grad_output, Tensor? lse, " OPTIONS
+          "str rule, bool row_normalize, str backend) -> Tensor");
+    m.def("relevancy_step_backward(Tensor grad, Tensor relevancy, " TENSORS
+          "Tensor? value, Tensor? grad_output, Tensor? lse, " OPTIONS
+          "str rule, bool row_normalize, bool need_relevancy, bool need_inputs, bool need_lse, str backend) -> "
+          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def("attention_map(" TENSORS "Tensor? value, Tensor? grad_output, Tensor? lse, " OPTIONS
+          "str rule, str head_reduction, bool row_normalize, str backend) -> Tensor");
+    m.def("attention_map_backward(Tensor grad, " TENSORS "Tensor? value, Tensor? grad_output, Tensor? lse, " OPTIONS
+          "str rule, str head_reduction, bool row_normalize, bool need_lse, str backend) -> "
+          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def("attention_statistics(" TENSORS "Tensor? row_weight, " OPTIONS
+          "SymInt num_groups, str statistics, str backend) -> (Tensor mass, Tensor entropy, "
           "Tensor maximum, Tensor argmax, Tensor received, Tensor max_logit, Tensor row_max, Tensor mean_x)");
     m.def(
-        "attention_statistics_backward(Tensor? grad_mass, Tensor? grad_entropy, Tensor? grad_maximum, Tensor? grad_received, "
-        "Tensor query, Tensor key, Tensor? mass, Tensor? maximum, Tensor? argmax, Tensor? row_max, Tensor? mean_x, "
-        "Tensor? key_groups, Tensor? row_weight, " MASKS "SymInt num_groups, str statistics, " SCORE
-        "bool is_causal, str backend) -> (Tensor, Tensor, Tensor, Tensor)");
+        "attention_statistics_backward(Tensor? grad_mass, Tensor? grad_entropy, Tensor? grad_maximum, Tensor? "
+        "grad_received, " TENSORS
+        "Tensor? mass, Tensor? maximum, Tensor? argmax, Tensor? row_max, Tensor? mean_x, Tensor? row_weight, " OPTIONS
+        "SymInt num_groups, str statistics, str backend) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "attention_divergence(Tensor query, Tensor key, Tensor other_query, Tensor other_key, Tensor? attn_mask, "
         "Tensor? key_mask, str kind, float beta, bool head_mean, bool is_causal, float scale, float other_scale, str backend) "

@@ -21,6 +21,7 @@ from torch import Tensor
 from vlattn_fast._ground.checks import check_attention, check_choice, check_masks
 from vlattn_fast._ground.score_kinds import UNIT_KINDS, in_kernels
 from vlattn_fast.backends.inputs import (
+    Attention,
     AttentionMapInputs,
     AttentionStatisticsInputs,
     CongruenceLossInputs,
@@ -62,19 +63,9 @@ def score_attention(
         raise ValueError(f"vector must be (H, D) for {', '.join(UNIT_KINDS)}, and None for others; got {score!r}")
     if scale is None:
         scale = _scale(query) if score == "dot" else 1.0
-    masks: dict[str, Any] = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
-    options: dict[str, Any] = {
-        "score": score,
-        "parameter": parameter,
-        "scale": float(scale),
-        "dropout_p": float(dropout_p),
-        "seed": torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None,
-        "sink": None,
-        "row_bias": None,
-        "key_groups": None,
-        **masks,
-    }
-    out, lse = score_op(ScoreAttentionInputs(query, key, value, vector, **options, backend=BACKEND))
+    attention = Attention(query, key, vector, attn_mask, key_mask, None, None, score, parameter, float(scale), is_causal)
+    seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
+    out, lse = score_op(ScoreAttentionInputs(attention, value, seed, None, float(dropout_p), BACKEND))
     return out, lse.float()
 
 
@@ -98,9 +89,9 @@ def relevancy_attention(
     """
     _check(query, key, attn_mask, key_mask, is_causal, value=value)
     check_choice("rule", rule, ("gradient", "attention"))
-    tensors = query, key, value, carrier, None, None, attn_mask, key_mask, None, None, None
-    options = rule, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, BACKEND
-    out, carried, _, _ = relevancy_op(RelevancyAttentionInputs(*tensors, *options))
+    attention = _attention(query, key, attn_mask, key_mask, scale, is_causal)
+    inputs = RelevancyAttentionInputs(attention, value, carrier, None, None, None, rule, row_normalize, BACKEND)
+    out, carried, _, _ = relevancy_op(inputs)
     return out, carried
 
 
@@ -128,9 +119,8 @@ def relevancy_step(
         raise ValueError("value and grad_output must be tensors for rule='gradient'; got None")
     if rule == "attention":  # it reads neither
         value = grad_output = None
-    tensors = relevancy, query, key, value, grad_output, lse, attn_mask, key_mask, None, None
-    options = rule, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, BACKEND
-    return step_op(RelevancyStepInputs(*tensors, *options))
+    attention = _attention(query, key, attn_mask, key_mask, scale, is_causal)
+    return step_op(RelevancyStepInputs(relevancy, attention, value, grad_output, lse, rule, row_normalize, BACKEND))
 
 
 def attention_map(
@@ -154,9 +144,8 @@ def attention_map(
     check_choice("head_reduction", head_reduction, ("mean", "max", "min"))
     if (rule == "gradient") != (value is not None and grad_output is not None):
         raise ValueError(f"value and grad_output must be tensors for rule='gradient' alone; got rule={rule!r}")
-    tensors = query, key, value, grad_output, lse, attn_mask, key_mask, None, None
-    options = rule, head_reduction, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, BACKEND
-    return map_op(AttentionMapInputs(*tensors, *options))
+    attention = _attention(query, key, attn_mask, key_mask, scale, is_causal)
+    return map_op(AttentionMapInputs(attention, value, grad_output, lse, rule, head_reduction, row_normalize, BACKEND))
 
 
 def attention_statistics(
@@ -179,9 +168,8 @@ def attention_statistics(
     _check(query, key, attn_mask, key_mask, is_causal)
     if row_weight is not None:
         row_weight = row_weight[:, None].expand(query.shape[:3])
-    tensors = query, key, key_groups, row_weight, attn_mask, key_mask, None
-    options = num_groups, " ".join(STATISTICS), "dot", 0.0, _scale(query, scale), is_causal, BACKEND
-    outputs = statistics_op(AttentionStatisticsInputs(*tensors, *options))
+    attention = _attention(query, key, attn_mask, key_mask, scale, is_causal)._replace(key_groups=key_groups)
+    outputs = statistics_op(AttentionStatisticsInputs(attention, row_weight, num_groups, " ".join(STATISTICS), BACKEND))
     return tuple(outputs[:5])
 
 
@@ -214,6 +202,12 @@ def congruence_loss(
 
 def _scale(query: Tensor, scale: float | None = None) -> float:
     return 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
+
+
+def _attention(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, scale: float | None, is_causal: bool
+) -> Attention:
+    return Attention(query, key, None, attn_mask, key_mask, scale=_scale(query, scale), is_causal=is_causal)
 
 
 def _check(query: Any, key: Any, attn_mask: Any, key_mask: Any, is_causal: Any, **tensors: Any) -> None:

@@ -22,11 +22,13 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepInputs,
     ScoreAttentionBackwardInputs,
     ScoreAttentionInputs,
+    named,
 )
 from vlattn_fast.backends.reference.congruence_loss import num_gradients, of_all_blocks
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_native.hub.triton_kernels import KERNELS, LSE, STATISTICS_OF_ROWS
 
+_OF_MAP = "query", "key", "value", "grad_output", "lse"
 STATISTICS = ("mass", "entropy", "maximum", "argmax", "received", *STATISTICS_OF_ROWS)
 
 
@@ -41,33 +43,41 @@ def _rows(like: Tensor, *sizes: int, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def _attended(inputs: Any) -> tuple[Tensor, Tensor]:
-    query = inputs.query
+    query = inputs.attention.query
     return empty_rows_first(query, query.shape[1], query.shape[2], inputs.value.shape[3]), _rows(query, dtype=LSE)
 
 
 def _gradients(inputs: Any) -> list[Tensor]:
-    needed = getattr(inputs, "need_inputs", True)
-    return [empty_rows_first(x, *x.shape[1:]) if needed else x.new_empty(0) for x in (inputs.query, inputs.key, inputs.value)]
+    needed, tensors = getattr(inputs, "need_inputs", True), (inputs.attention.query, inputs.attention.key, inputs.value)
+    return [empty_rows_first(x, *x.shape[1:]) if needed else x.new_empty(0) for x in tensors]
+
+
+def _like(inputs: Any, *names: str, **others: Any) -> tuple[Tensor, ...]:
+    """Gradients of these arguments, but for `others`."""
+    x = named(inputs) | others
+    return as_fake_outputs(inputs.attention.query, [x[name] for name in names])
 
 
 def _relevancy_fake(inputs: RelevancyAttentionInputs) -> tuple[Tensor, ...]:
     out, lse = _attended(inputs)
-    return out, inputs.carrier.new_empty(inputs.carrier.shape), lse, inputs.query.new_empty(0)
+    return out, inputs.carrier.new_empty(inputs.carrier.shape), lse, out.new_empty(0)
 
 
 def _step_gradients(x: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
-    inputs = (x.query, x.key, x.value, x.grad_output, x.lse if x.need_lse else None) if x.need_inputs else (None,) * 5
-    return as_fake_outputs(x.query, (x.relevancy if x.need_relevancy else None, *inputs, None))
+    absent = dict.fromkeys(_OF_MAP, None) if not x.need_inputs else {} if x.need_lse else {"lse": None}
+    return _like(
+        x, "relevancy", *_OF_MAP, "row_bias", **absent, row_bias=None, **({} if x.need_relevancy else {"relevancy": None})
+    )
 
 
 def _map_fake(inputs: AttentionMapInputs) -> Tensor:
-    batch, _, num_queries, _ = inputs.query.shape
-    return inputs.query.new_empty(batch, num_queries, inputs.key.shape[2], dtype=torch.float32)
+    query, key = inputs.attention.query, inputs.attention.key
+    return query.new_empty(query.shape[0], query.shape[2], key.shape[2], dtype=torch.float32)
 
 
 def _statistics_fake(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
-    query = inputs.query
-    received = query.new_empty(*query.shape[:2], inputs.key.shape[2], dtype=torch.float32)
+    query = inputs.attention.query
+    received = query.new_empty(*query.shape[:2], inputs.attention.key.shape[2], dtype=torch.float32)
     of_rows = [_rows(query) if STATISTICS_OF_ROWS else query.new_empty(0) for _ in range(2)]
     of_keys = _rows(query, inputs.num_groups), _rows(query), _rows(query), _rows(query, dtype=torch.int64), received
     return *of_keys, query.new_empty(0), *of_rows
@@ -89,17 +99,17 @@ _score_backward = _operator(
     "score_attention_backward",
     ScoreAttentionBackwardInputs,
     5,
-    lambda x: (*_gradients(x), *as_fake_outputs(x.query, (x.vector, None))),
+    lambda x: (*_gradients(x), *_like(x, "vector", "row_bias", row_bias=None)),
 )
 relevancy_op = _operator("relevancy_attention", RelevancyAttentionInputs, 4, _relevancy_fake)
 _relevancy_backward = _operator(
     "relevancy_attention_backward",
     RelevancyAttentionBackwardInputs,
     5,
-    lambda x: (*_gradients(x), *as_fake_outputs(x.query, (x.grad_carrier, None))),
+    lambda x: (*_gradients(x), *_like(x, "grad_carrier", "row_bias", row_bias=None)),
 )
 step_op = _operator(
-    "relevancy_step", RelevancyStepInputs, 1, lambda x: x.relevancy.new_empty(*x.relevancy.shape[:2], x.key.shape[2])
+    "relevancy_step", RelevancyStepInputs, 1, lambda x: x.relevancy.new_empty(*x.relevancy.shape[:2], x.attention.key.shape[2])
 )
 _step_backward = _operator("relevancy_step_backward", RelevancyStepBackwardInputs, 7, _step_gradients)
 map_op = _operator("attention_map", AttentionMapInputs, 1, _map_fake)
@@ -107,14 +117,14 @@ _map_backward = _operator(
     "attention_map_backward",
     AttentionMapBackwardInputs,
     6,
-    lambda x: as_fake_outputs(x.query, (x.query, x.key, x.value, x.grad_output, x.lse if x.need_lse else None, None)),
+    lambda x: _like(x, *_OF_MAP, "row_bias", row_bias=None, **({} if x.need_lse else {"lse": None})),
 )
 statistics_op = _operator("attention_statistics", AttentionStatisticsInputs, 8, _statistics_fake)
 _statistics_backward = _operator(
     "attention_statistics_backward",
     AttentionStatisticsBackwardInputs,
     4,
-    lambda x: as_fake_outputs(x.query, (x.query, x.key, x.row_weight, None)),
+    lambda x: _like(x, "query", "key", "row_weight", "row_bias", row_bias=None),
 )
 congruence_op = _operator("congruence_loss", CongruenceLossInputs, 2, _congruence_fake)
 _congruence_backward = _operator("congruence_loss_backward", CongruenceLossBackwardInputs, 8, _congruence_gradients)
@@ -137,34 +147,29 @@ _of_statistics = Saved(
 _of_congruence = Saved(CongruenceLossInputs, CongruenceLossBackwardInputs, outputs=("gradients",), grads=("grad_loss",))
 
 
-def _score_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _score_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> dict[str, Tensor]:
     inputs = _of_scores.inputs(ctx, grad_out, grad_lse)
     if grad_out is None:
         inputs = inputs._replace(grad_out=torch.zeros_like(inputs.out))
-    grad_q, grad_k, grad_v, grad_vector, _ = _score_backward(inputs)
-    return grad_q, grad_k, grad_v, None if inputs.vector is None else grad_vector
+    return dict(zip(("query", "key", "value", "vector"), _score_backward(inputs), strict=False))
 
 
-def _relevancy_autograd(
-    ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, _: Any, __: Any
-) -> tuple[Tensor | None, ...]:
-    need_inputs = grad_out is not None and any(ctx.needs_input_grad[:3])
+def _relevancy_autograd(ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, _: Any, __: Any) -> dict[str, Tensor]:
+    names = "query", "key", "value"
+    need_inputs = grad_out is not None and any([_of_relevancy.needs(ctx, name) for name in names])
     *grads, carrier, _ = _relevancy_backward(_of_relevancy.inputs(ctx, grad_out, grad_carrier, None, None, need_inputs))
-    return *(grads if need_inputs else (None,) * 3), None if grad_carrier is None else carrier
+    made = dict(zip(names, grads, strict=True)) if need_inputs else {}
+    return made if grad_carrier is None else made | {"carrier": carrier}
 
 
-def _needed(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
+def _step_autograd(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    needed = [name for name in ("relevancy", *_OF_MAP) if _of_step.needs(ctx, name)]
+    needs = "relevancy" in needed, needed not in ([], ["relevancy"]), "lse" in needed
+    return dict(zip(("relevancy", *_OF_MAP), _step_backward(_of_step.inputs(ctx, grad, *needs)), strict=False))
 
 
-def _step_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    need_relevancy, *need_inputs = ctx.needs_input_grad[:6]
-    grads = _step_backward(_of_step.inputs(ctx, grad, need_relevancy, any(need_inputs), need_inputs[-1]))
-    return _needed(ctx, grads[:6])
-
-
-def _map_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _needed(ctx, _map_backward(_of_map.inputs(ctx, grad, ctx.needs_input_grad[4]))[:5])
+def _map_autograd(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    return dict(zip(_OF_MAP, _map_backward(_of_map.inputs(ctx, grad, _of_map.needs(ctx, "lse"))), strict=False))
 
 
 def _statistics_saved(ctx: Any, inputs: AttentionStatisticsInputs, output: tuple[Tensor, ...]) -> None:
@@ -173,10 +178,9 @@ def _statistics_saved(ctx: Any, inputs: AttentionStatisticsInputs, output: tuple
     _of_statistics.save(ctx, inputs, mass, maximum, argmax, *rows)
 
 
-def _statistics_autograd(ctx: Any, mass: Any, entropy: Any, maximum: Any, _: Any, received: Any, *__: Any) -> tuple[Any, ...]:
+def _statistics_autograd(ctx: Any, mass: Any, entropy: Any, maximum: Any, _: Any, received: Any, *__: Any) -> dict[str, Tensor]:
     inputs = _of_statistics.inputs(ctx, mass, entropy, maximum, received)
-    grad_q, grad_k, grad_weight, _ = _statistics_backward(inputs)
-    return grad_q, grad_k, None, None if inputs.row_weight is None else grad_weight
+    return dict(zip(("query", "key", "row_weight"), _statistics_backward(inputs), strict=False))
 
 
 def _congruence_saved(ctx: Any, inputs: CongruenceLossInputs, output: tuple[Tensor, Tensor]) -> None:
@@ -184,10 +188,10 @@ def _congruence_saved(ctx: Any, inputs: CongruenceLossInputs, output: tuple[Tens
     _of_congruence.save(ctx, inputs, output[1])
 
 
-def _congruence_autograd(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _congruence_autograd(ctx: Any, grad_loss: Tensor, _: Any) -> dict[str, Tensor | None]:
     inputs = _of_congruence.inputs(ctx, grad_loss)
     grads, n = _congruence_backward(inputs), num_gradients(inputs.kind)
-    return of_all_blocks([*grads[:n], *grads[4 : 4 + n]])
+    return dict(zip(CongruenceLossInputs._fields, of_all_blocks([*grads[:n], *grads[4 : 4 + n]]), strict=False))
 
 
 _DERIVATIVES: dict[str, tuple[Any, Any]] = {

@@ -52,7 +52,7 @@ def _relevancy_forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor | None,
 def _laid_out(inputs: Any, grads: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of query, key and value in the layout of `as_gradient`; the others contiguous."""
     grad_q, grad_k, grad_v, *rest = grads
-    by_inputs = (grad_q, inputs.query), (grad_k, inputs.key), (grad_v, inputs.value)
+    by_inputs = (grad_q, inputs.attention.query), (grad_k, inputs.attention.key), (grad_v, inputs.value)
     return *[None if grad is None else as_gradient(grad, x) for grad, x in by_inputs], *as_outputs(rest)
 
 
