@@ -104,6 +104,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow("probe")  # fits hundreds of probes
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_that_take_long(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each shows its bar where its parts take longer, and nothing where they do not."""
