@@ -118,6 +118,7 @@ class OwnRows(NamedTuple):
     lse: Tensor | None = None
     grad_lse: Tensor | None = None
     grad_q: Heads | None = None
+    end: None = None
 
 
 class _Tiles(NamedTuple):
