@@ -141,6 +141,17 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return _of_rows(torch.log_softmax, logits, -torch.inf) if logits.shape[-1] else logits
 
 
+def log_sum_of_heads(log_p: Tensor) -> Tensor:
+    """The log of the sum over the heads of e^log_p (b, h, i, M), (b, 1, i, M)."""
+    if log_p.shape[1] == 1:
+        return log_p
+    largest = log_p.detach().amax(1, keepdim=True)
+    largest = torch.where(torch.isneginf(largest), 0.0, largest)
+    total = (log_p - largest).exp().sum(1, keepdim=True)
+    seen = total != 0  # of a NaN as well
+    return torch.where(seen, torch.where(seen, total, 1.0).log() + largest, -torch.inf)
+
+
 def _of_rows(softmax: Callable[..., Tensor], logits: Tensor, of_empty: float) -> Tensor:
     empty = torch.isneginf(logits.detach().amax(-1, keepdim=True))
     if empty.device.type == "cpu" and not empty.any():  # here a look at the data is free, and filling costs more than the softmax

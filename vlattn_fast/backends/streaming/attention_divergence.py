@@ -18,7 +18,7 @@ from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
 from vlattn_fast.backends.inputs import derivative_inputs
 from vlattn_fast.backends.streaming._forward_mode import Named, tangents_of, vjp
 from vlattn_fast.backends.streaming._scores import Tile
-from vlattn_fast.backends.streaming._tiles import Tiling, log_probabilities, mask_tile, tile_elements
+from vlattn_fast.backends.streaming._tiles import Tiling, log_probabilities, log_sum_of_heads, mask_tile, tile_elements
 
 _SMALL = 1e-2  # below this |log A - log A'| the terms of KL are a series
 
@@ -183,24 +183,13 @@ class Divergence:
         if self.chosen is not None:
             logits = logits.masked_fill(~_kept(self.chosen[b, i], self.num_keys)[:, None], -torch.inf)
         log_p = log_probabilities(logits)
-        return _mean(log_p) if self.head_mean else log_p
+        return log_sum_of_heads(log_p) - math.log(side.heads) if self.head_mean else log_p
 
 
 def _kept(chosen: Tensor, keys: int) -> Tensor:
     """bool (b, i, M) of indices (b, i, K)."""
     slots = torch.where((chosen >= 0) & (chosen < keys), chosen, keys).long()
     return slots.new_zeros(*slots.shape[:-1], keys + 1, dtype=torch.bool).scatter_(-1, slots, value=True)[..., :keys]
-
-
-def _mean(log_p: Tensor) -> Tensor:
-    """The logarithm of the mean over heads."""
-    if log_p.shape[1] == 1:
-        return log_p
-    largest = log_p.detach().amax(1, keepdim=True)
-    largest = torch.where(torch.isneginf(largest), 0.0, largest)
-    total = (log_p - largest).exp().sum(1, keepdim=True)
-    seen = total != 0  # of a NaN as well
-    return torch.where(seen, torch.where(seen, total, 1.0).log() + largest - math.log(log_p.shape[1]), -torch.inf)
 
 
 def _terms(kind: str, beta: float, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

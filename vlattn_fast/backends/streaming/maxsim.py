@@ -5,12 +5,16 @@ In addition to inputs and result it stores a maximum and its index, per pair of 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.backends.inputs import MaxsimBackwardInputs, MaxsimInputs, MaxsimJvpInputs, MaxsimSecondInputs
 from vlattn_fast.backends.streaming import _tiles
+from vlattn_fast.backends.streaming._forward_mode import Named, gradients, tangents_of
 
 
 def forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
@@ -48,38 +52,40 @@ def forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
 
 
 def backward(inputs: MaxsimBackwardInputs) -> tuple[Tensor, Tensor]:
-    """Gradients of queries and documents: each query token exchanges gradients with one token of each document."""
-    queries, documents, places = inputs.queries, inputs.documents, inputs.places
-    dtype = compute_dtype(queries)
-    grad_q, grad_d = (x.new_zeros(x.shape, dtype=dtype) for x in (queries, documents))
-    if documents.shape[1] == 0:
-        return grad_q.to(queries.dtype), grad_d.to(queries.dtype)
+    """Gradients of queries and documents."""
+    queries, documents, dtype = inputs.queries, inputs.documents, compute_dtype(inputs.queries)
+    by_queries, by_documents = (x.new_zeros(x.shape, dtype=dtype) for x in (queries, documents))
     for b in range(documents.shape[0]):
-        counts, place = (places[:, b] >= 0)[..., None], places[:, b].clamp(min=0).long()
-        weight = inputs.grad_similarity[:, b, None, None].to(dtype)
-        grad_q += torch.where(counts, weight * documents[b].to(dtype)[place], 0.0)
-        grad_d[b].index_add_(0, place.flatten(), torch.where(counts, weight * queries.to(dtype), 0.0).flatten(0, 1))
-    return grad_q.to(queries.dtype), grad_d.to(queries.dtype)
+        x = {"queries": queries.to(dtype), "document": documents[b].to(dtype)}
+        made = gradients(partial(_similarity, inputs.places[:, b]), x, [inputs.grad_similarity[:, b]])
+        by_queries += made["queries"]
+        by_documents[b] = made["document"]
+    return by_queries.to(queries.dtype), by_documents.to(queries.dtype)
 
 
-def jvp(inputs: MaxsimJvpInputs) -> tuple[Tensor]:
+def _similarity(places: Tensor, x: Named) -> list[Tensor]:
+    """That of the queries with one document (A), whose token `places` (A, N) each query token keeps; -1 is none."""
+    tokens = F.pad(x["document"], (0, 0, 1, 0)).index_select(0, (places + 1).flatten())
+    products = (x["queries"] * tokens.view_as(x["queries"])).sum(-1)
+    return [torch.where(places >= 0, products, 0.0).sum(1)]
+
+
+def jvp(inputs: MaxsimJvpInputs) -> tuple[Tensor | None, ...]:
     """The tangent of the similarity. Each query token keeps its tokens of the documents."""
-    queries, documents, places = inputs.queries, inputs.documents, inputs.places
-    tangent = queries.new_zeros(places.shape[:2], dtype=compute_dtype(queries))
-    pairs = (inputs.queries_tangent, documents), (queries, inputs.documents_tangent)
-    for q, d in pairs:
-        if q is None or d is None or d.shape[1] == 0:
-            continue
-        for b in range(d.shape[0]):
-            counts, place = (places[:, b] >= 0)[..., None], places[:, b].clamp(min=0).long()
-            tangent[:, b] += torch.where(counts, q.to(tangent.dtype) * d[b].to(tangent.dtype)[place], 0.0).sum((1, 2))
-    return (tangent,)
+
+    def similarity(x: MaxsimBackwardInputs) -> list[Tensor]:
+        made = x.queries.new_zeros(x.places.shape[:2], dtype=compute_dtype(x.queries))
+        for b in range(made.shape[1]):
+            tensors = {"queries": x.queries.to(made.dtype), "document": x.documents[b].to(made.dtype)}
+            made[:, b] = _similarity(x.places[:, b], tensors)[0]
+        return [made]
+
+    return tangents_of(similarity, inputs, MaxsimBackwardInputs, _FIELDS)
 
 
-def second(inputs: MaxsimSecondInputs) -> tuple[Tensor, Tensor]:
-    """The second derivative: the similarity is linear in either side, so this is `backward` of the tangents."""
-    queries, documents = (
-        torch.zeros_like(x) if tangent is None else tangent
-        for x, tangent in ((inputs.queries, inputs.queries_tangent), (inputs.documents, inputs.documents_tangent))
-    )
-    return backward(MaxsimBackwardInputs(inputs.grad_similarity, queries, documents, inputs.places, inputs.backend))
+def second(inputs: MaxsimSecondInputs) -> tuple[Tensor | None, ...]:
+    """The second derivative: the tangents of the gradients of queries and documents."""
+    return tangents_of(backward, inputs, MaxsimBackwardInputs, _FIELDS)
+
+
+_FIELDS = "queries", "documents"
