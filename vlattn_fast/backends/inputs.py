@@ -51,12 +51,13 @@ class Schema:
         self.flat: Any = lambda inputs: inputs
         self.inputs: Any = kind._make
         if Attention in fields.values():  # by slices, which torch.compile traces
-            place, end, own = list(fields).index("attention"), self.num_tensors, self.num_tensors - _TENSORS + 1
-            rest, options = place + _TENSORS, end + len(Attention._fields) - _TENSORS
+            place, end = list(fields).index("attention"), self.num_tensors
+            after, rest, own = place + 1, place + _TENSORS, end - _TENSORS + 1
+            options = end + len(Attention._fields) - _TENSORS
 
             def flat(inputs: Any) -> tuple[Any, ...]:
                 x = inputs.attention
-                return inputs[:place] + x[:_TENSORS] + inputs[place + 1 : own] + x[_TENSORS:] + inputs[own:]
+                return inputs[:place] + x[:_TENSORS] + inputs[after:own] + x[_TENSORS:] + inputs[own:]
 
             def nested(args: tuple[Any, ...]) -> Any:
                 attention = Attention(*args[place:rest], *args[end:options])

@@ -224,7 +224,8 @@ def _features(x: AttentionArguments, num_groups: int, weight: Tensor | None, pla
             weight = share if weight is None else weight * share
     if "mass" not in plan.asked:
         num_groups = 0
-    return Features(AttentionStatisticsInputs(attention, weight, num_groups, plan.outputs, plan.dot.backend), logit, share)
+    row_weight, statistics = weight, plan.outputs
+    return Features(AttentionStatisticsInputs(attention, row_weight, num_groups, statistics, plan.dot.backend), logit, share)
 
 
 def _finish(outputs: tuple[Tensor, ...], features: Features, asked: list[str]) -> AttentionStatistics:

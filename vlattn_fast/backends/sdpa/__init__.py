@@ -1,6 +1,6 @@
 """PyTorch's own scaled_dot_product_attention, for what it takes: no log-sum-exp, no dropout, no attn_mask.
 
-In: the checked arguments of score_attention.
+In: an attention and its value, checked.
 Out: its output.
-Imports: _ground.
+Imports: backends, _ground.
 """
