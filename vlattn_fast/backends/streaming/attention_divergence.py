@@ -157,9 +157,12 @@ class Divergence:
         return tuple([y if y is None else fold_heads(y, x.shape[1]).to(x.dtype) for x, y in zip(tensors, made, strict=True)])
 
     def _add_gradients(self, sums: list[Named], tile: Tile, grad: Tensor) -> None:
+        def map_of(side: Side, x: Named) -> Callable[[Named], list[Tensor]]:
+            return lambda leaves: [self._map(side, tile, x | leaves)]
+
         parts = [side.parts(tile) for side in self.sides]
         (own, by_own), (other, by_other) = [
-            vjp(lambda leaves, side=side, x=x: [self._map(side, tile, x | leaves)], {name: x[name] for name in total})
+            vjp(map_of(side, x), {name: x[name] for name in total})
             for side, x, total in zip(self.sides, parts, sums, strict=True)
         ]
         _, *slopes = self.terms(own[0], other[0])

@@ -68,8 +68,8 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
         differentiable = False  # the formula's own gradients overflow if a row's sum is subnormal
     if dice.pick("delta rule", (False, True)):
         tensors["beta"] = 2 * torch.sigmoid(dice.randn(*shape))
-        # Between equal keys each token multiplies A by 1 - beta. Once it is below the rounding of the others, rounding chooses its
-        # sign, at which the gradient jumps; the formula, token by token, keeps it.
+        # Each token multiplies A between equal keys by 1 - beta. Once it is below the rounding of larger ones, rounding chooses its
+        # sign, at which the gradient jumps; the formula goes token by token and keeps it.
         differentiable = differentiable and kind != "constant"
     if dice.pick("diagonal", (False, False, True)):
         tensors["diagonal"] = dice.randn(*shape)
