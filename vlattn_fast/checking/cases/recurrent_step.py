@@ -68,7 +68,7 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
         differentiable = False  # the formula's own gradients overflow if a row's sum is subnormal
     if dice.pick("delta rule", (False, True)):
         tensors["beta"] = 2 * torch.sigmoid(dice.randn(*shape))
-        # Each token multiplies A between equal keys by 1 - beta. Once it is below the rounding of larger ones, rounding chooses its
+        # Each token multiplies A between equal keys by 1 - beta. Once it is below the rounding of others, rounding chooses its
         # sign, at which the gradient jumps; the formula goes token by token and keeps it.
         differentiable = differentiable and kind != "constant"
     if dice.pick("diagonal", (False, False, True)):
