@@ -143,6 +143,12 @@ def test_a_planted_flaw_is_repeated_by_its_number(monkeypatch: pytest.MonkeyPatc
     assert first.worst in result.output  # with its errors
 
 
+def test_a_formula_that_is_exact_by_luck_of_ties() -> None:
+    """A row of two equal weights, divided by its sum: the plain gradient of the query cancels to its last bit."""
+    outcome = fuzz.run(954710, operators=("attention_map",), backends=("streaming",))
+    assert "values=constant" in outcome.drawn and outcome.passed, outcome
+
+
 @pytest.mark.slow
 def test_digits_that_small_numbers_lose_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of tanh from an exponential, as the Triton and CUDA C++ kernels had it in additive scores."""
