@@ -451,7 +451,7 @@ def test_pieces_of_a_batch():
     """Fields of every form come apart as if each input had been explained alone, and survive as tensors and facts."""
     maps = tuple(torch.rand(*size) for size in ((2, 3), (3, 3), (3, 3), (4, 1)))
     whole = va.Explanation(
-        {"language": torch.rand(3, 2, 7), "vision": torch.rand(4, 5)},
+        {"language": torch.rand(3, 2, 7), "vision": torch.rand(3, 5)},
         maps, [0, 1, 1, 2], torch.rand(3, 2, 4), [[1, 2], [3, 4, 5, 6], [7]], scores=torch.rand(3, 2), method="rollout",
         position={"language": torch.arange(6).reshape(3, 2)}, answer=[[1, 2], [3, 4], [5, 6]],
         tower_images={"vision": torch.rand(4, 2, 2)},

@@ -11,11 +11,12 @@ import torch
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_grads
 from tests.helpers.ops import tile_edges
-from tests.helpers.ops.backends import LOW, assert_refused
+from tests.helpers.ops.backends import LOW, arguments_of, assert_refused
 from tests.helpers.ops.score_cases import call
 from tests.helpers.ops.score_cases import check as check_backend
 from vlattn_fast import scores as S
 from vlattn_fast.backends.cuda import score_attention
+from vlattn_fast.backends.inputs import ScoreAttentionInputs
 
 
 def additive(p: dict[str, torch.Tensor]) -> S.Additive:
@@ -97,8 +98,8 @@ def test_heads_of_key_and_value_differ(heads_k: int, heads_v: int) -> None:
     key, value = torch.randn(1, heads_k, 40, 6), torch.randn(1, heads_v, 40, 5)
 
     def ours(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vector: torch.Tensor) -> Any:
-        options = ("additive", 0.0, 1.0, 0.0, False, "cuda")
-        return torch.ops.vlattn.score_attention(query, key, value, vector, *(None,) * 6, *options)
+        given = {"query": query, "key": key, "value": value, "vector": vector, "score": "additive", "dropout_p": 0.0}
+        return torch.ops.vlattn.score_attention(*arguments_of(ScoreAttentionInputs, **given, backend="cuda"))
 
     def formula(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vector: torch.Tensor) -> Any:
         shared = (x.repeat_interleave(4 // x.shape[1], 1) for x in (key, value))

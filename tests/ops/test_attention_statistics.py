@@ -311,6 +311,7 @@ def test_opcheck(dtype: torch.dtype, without: tuple[str, ...]) -> None:
     torch.library.opcheck(torch.ops.vlattn.attention_statistics_backward, arguments)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
 def test_gradcheck(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 8)
     groups, mask = torch.tensor([0, 1, -1, 1]), torch.rand(1, 1, 3, 4) > 0.3

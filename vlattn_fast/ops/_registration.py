@@ -12,6 +12,7 @@ autograd.Function if a gradient is needed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -322,7 +323,7 @@ class Saved:
     def __init__(self, forward_type: Any, backward_type: Any, *, outputs: Sequence[str] = (), grads: Sequence[str]) -> None:
         schema, of_backward = schema_of(forward_type), schema_of(backward_type)
         arguments, num_tensors = list(schema.types), schema.num_tensors
-        self._places = {name: place for place, name in enumerate(arguments)}
+        self._arguments = arguments
         tensors, options = (
             [name for name in some if name in of_backward.types] for some in (arguments[:num_tensors], arguments[num_tensors:])
         )
@@ -340,10 +341,9 @@ class Saved:
         """Returns the inputs of the backward operator."""
         return self._backward_inputs(self._in_order((*grads, *ctx.saved_tensors, *ctx.options)))
 
-    def needs(self, ctx: Any, name: str) -> bool:
-        """Returns whether this tensor needs a gradient."""
-        needed: bool = ctx.needs_input_grad[self._places[name]]
-        return needed
+    def needed(self, ctx: Any) -> set[str]:
+        """Returns the tensors that need a gradient."""
+        return set(itertools.compress(self._arguments, ctx.needs_input_grad))
 
 
 def _picked(fields: Sequence[str], some: Sequence[str]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

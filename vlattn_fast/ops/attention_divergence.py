@@ -204,7 +204,8 @@ def autograd_of_sides(backward: Any, saved: Saved, *sides: tuple[str, ...]) -> C
     needs one."""
 
     def autograd(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
-        needs = [any([saved.needs(ctx, name) for name in side]) for side in sides]
+        needed = saved.needed(ctx)
+        needs = [not needed.isdisjoint(side) for side in sides]
         return dict(zip(sum(sides, ()), backward(saved.inputs(ctx, grad, *needs)), strict=True))
 
     return autograd

@@ -200,7 +200,7 @@ _saved = Saved(AttentionMapInputs, AttentionMapBackwardInputs, grads=("grad", "n
 
 
 def _autograd(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
-    return dict(zip(_FIELDS, _backward_op(_saved.inputs(ctx, grad, _saved.needs(ctx, "lse"))), strict=True))
+    return dict(zip(_FIELDS, _backward_op(_saved.inputs(ctx, grad, "lse" in _saved.needed(ctx))), strict=True))
 
 
 _derivatives = Derivatives(

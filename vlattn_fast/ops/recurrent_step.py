@@ -226,8 +226,8 @@ def _setup_context(ctx: Any, inputs: RecurrentStepInputs, output: Tensor) -> Non
 
 def _autograd(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     unused = () if ctx.by_gradient else ("value", "grad_output")
-    needed = [field for field in DIFFERENTIABLE if _saved.needs(ctx, field) and field not in unused]
-    inputs = _saved.inputs(ctx, grad, "relevancy" in needed, needed not in ([], ["relevancy"]))
+    needed = _saved.needed(ctx).intersection(DIFFERENTIABLE).difference(unused)
+    inputs = _saved.inputs(ctx, grad, "relevancy" in needed, bool(needed - {"relevancy"}))
     grads = dict(zip(DIFFERENTIABLE, _backward_op(inputs), strict=True))
     return {field: grads[field] for field in needed}
 

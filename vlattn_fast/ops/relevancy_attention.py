@@ -358,15 +358,15 @@ def _setup_context(ctx: Any, inputs: RelevancyAttentionInputs, output: Rows) -> 
 def _autograd(
     ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, grad_lse: Tensor | None, grad_behind_sink: Tensor | None
 ) -> dict[str, Tensor]:
-    inputs = "query", "key", "value", "row_bias"
-    need_inputs = grad_out is not None and any([_saved.needs(ctx, name) for name in inputs])
-    grad_carrier = grad_carrier if _saved.needs(ctx, "carrier") else None
+    needed = _saved.needed(ctx)
+    need_inputs = grad_out is not None and not needed.isdisjoint(("query", "key", "value", "row_bias"))
+    grad_carrier = grad_carrier if "carrier" in needed else None
     if grad_behind_sink is not None and grad_behind_sink.dim() == 1:  # of the empty tensor
         grad_behind_sink = None
     given = grad_out, grad_carrier, grad_lse, grad_behind_sink, need_inputs
     grads = dict(zip(("query", "key", "value", "carrier", "row_bias"), _backward_op(_saved.inputs(ctx, *given)), strict=True))
-    needed = [*(inputs if need_inputs else ()), *(() if grad_carrier is None else ("carrier",))]
-    return {name: grads[name] for name in needed}
+    carrier = {} if grad_carrier is None else {"carrier": grads["carrier"]}
+    return {**grads, "carrier": carrier.get("carrier")} if need_inputs else carrier
 
 
 def named_attention(x: dict[str, Any]) -> dict[str, Any]:

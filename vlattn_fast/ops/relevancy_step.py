@@ -167,8 +167,8 @@ def _setup_context(ctx: Any, inputs: RelevancyStepInputs, output: Tensor) -> Non
 
 def _autograd(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     unused = () if ctx.by_gradient else ("value", "grad_output")
-    needed = [field for field in _FIELDS if _saved.needs(ctx, field) and field not in unused]
-    needs = "relevancy" in needed, needed not in ([], ["relevancy"]), "lse" in needed
+    needed = _saved.needed(ctx).intersection(_FIELDS).difference(unused)
+    needs = "relevancy" in needed, bool(needed - {"relevancy"}), "lse" in needed
     grads = dict(zip(_FIELDS, _backward_op(_saved.inputs(ctx, grad, *needs)), strict=True))
     return {field: grads[field] for field in needed}
 

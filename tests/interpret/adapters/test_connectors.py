@@ -370,7 +370,7 @@ def test_images_that_the_connector_scales_or_does_not_tile(decoder):
     images = {**pixels(2, 1), "image_sizes": torch.tensor([[64, 64], [32, 64]]), "batch_num_images": torch.tensor([2])}
     got = explain(model, {"input_ids": ids, **images}, method=va.methods.Gradient(through_connector=True))
     assert got.image.shape == (2, 4, 4) and got.image_samples == [0, 0]
-    assert torch.equal(got.image.flatten(1), got.relevancy["vision"])
+    assert torch.equal(got.image.flatten()[None], got.relevancy["vision"])
     config.vision_aspect_ratio = "anyres_max_1"
     ids = torch.tensor([[1, *image(16 + 4 * 5), 7]])
     inputs = {"input_ids": ids, **pixels(1, 5), "image_sizes": torch.tensor([[128, 128]])}

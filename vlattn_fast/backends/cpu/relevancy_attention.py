@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import as_dtype, unit_stride, unit_strides, weigh_rows
+from vlattn_fast._ground.tensors import as_dtype, unit_stride, weigh_rows
 from vlattn_fast.backends.cpu import score_attention
 from vlattn_fast.backends.cpu._abar import gradients
 from vlattn_fast.backends.cpu._attention import attention, empty_row_bias, float32, readable
@@ -100,7 +100,7 @@ def _run(
     them."""
     x, value = readable(inputs.attention, None if grad_out is None else inputs.value)
     (a, _kept), query, score = attention(x, value), x.query, core_score(x)
-    (grad_out,) = unit_strides(grad_out)
+    grad_out = None if grad_out is None else unit_stride(grad_out)
     lse = None if lse is None else as_dtype(lse, torch.float64).contiguous()
     if relevancy is None:
         run_backward(a=a, score=score, grad_out=strided(grad_out), lse=address(lse), **row_members)
