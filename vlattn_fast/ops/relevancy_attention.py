@@ -365,8 +365,9 @@ def _autograd(
         grad_behind_sink = None
     given = grad_out, grad_carrier, grad_lse, grad_behind_sink, need_inputs
     grads = dict(zip(("query", "key", "value", "carrier", "row_bias"), _backward_op(_saved.inputs(ctx, *given)), strict=True))
-    carrier = {} if grad_carrier is None else {"carrier": grads["carrier"]}
-    return {**grads, "carrier": carrier.get("carrier")} if need_inputs else carrier
+    carrier = grads.pop("carrier")
+    made = grads if need_inputs else {}
+    return made if grad_carrier is None else made | {"carrier": carrier}
 
 
 def named_attention(x: dict[str, Any]) -> dict[str, Any]:

@@ -35,19 +35,19 @@ static int run(char** arguments) {
     float one[] = {1}, keys[] = {0, logf(3)}, values[] = {8, 4};
     StableIValue row[] = {from(tensor({1, 1, 1, 1}, one)),
                           from(tensor({1, 1, 2, 1}, keys)),
+                          from(none),
+                          from(none),
+                          from(none),
+                          from(none),
+                          from(none),
                           from(tensor({1, 1, 2, 1}, values)),
-                          from(none),
-                          from(none),
-                          from(none),
-                          from(none),
-                          from(none),
                           from(none),
                           from(none),
                           from(std::string("dot")),
                           from(0.0),
                           from(1.0),
-                          from(0.0),
                           from(false),
+                          from(0.0),
                           from(std::string("cpu"))};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("vlattn::score_attention", "", row, TORCH_ABI_VERSION));
     const float out = *(const float*)to<Tensor>(row[0]).const_data_ptr();

@@ -176,14 +176,25 @@ def test_a_short_tensor_of_a_backward_pass_is_refused(library: Path, calls: Path
     assert program(SHORT, library, calls) == ""
 
 
-WRONG = f"""
-import sys, torch
+BY_NAME = f"""
+import os, sys, torch
 torch.ops.load_library(sys.argv[1])
-operators = torch.ops.{NAMESPACE}
-x, few, none = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 3, 4), [None] * 7
+operators, x = torch.ops.{NAMESPACE}, torch.randn(1, 2, 5, 4)
+usual = dict(query=x, key=x, score="dot", parameter=0.0, scale=0.5, is_causal=False, dropout_p=0.0, rule="gradient",
+    row_normalize=False, need_inputs=True, num_groups=0, backend="cpu")
 
-def attend(query=x, key=x, value=x, vector=None, mask=None, keys=None, bias=None, groups=None, seed=None, score="dot"):
-    operators.score_attention(query, key, value, vector, mask, keys, bias, groups, seed, None, score, 0.0, 0.5, 0.0, False, "cpu")
+def call(name, **given):
+    operator = getattr(operators, name).default
+    return operator(*[(usual | given).get(argument.name) for argument in operator._schema.arguments])
+"""
+
+WRONG = (
+    BY_NAME
+    + """
+few = torch.randn(1, 2, 3, 4)
+
+def attend(value=x, **given):
+    call("score_attention", value=value, **given)
 
 def wrong(words, call):
     try: call()
@@ -194,37 +205,37 @@ wrong("value must have the shape (1, 2, 5, any); got (1, 2, 3, 4)", lambda: atte
 wrong("key must have the shape (1, any, any, 4); got (1, 2, 5, 3)", lambda: attend(key=x[..., 1:]))
 wrong("key must have the shape (any, any, any, any); got (2, 5, 4)", lambda: attend(key=x[0]))
 wrong("key has a dtype", lambda: attend(key=x.half()))
-wrong("query has a dtype", lambda: attend(*[x > 0] * 3))
+wrong("query has a dtype", lambda: attend(x > 0, query=x > 0, key=x > 0))
 wrong("equal numbers of heads", lambda: attend(key=x[:, :0]))
 wrong("vector must be given", lambda: attend(score="additive"))
 wrong("seed must have the shape ()", lambda: attend(seed=torch.empty(0, dtype=torch.int64)))
-wrong("attn_mask must have the shape (1, 2, 5, 5); got (2, 5)", lambda: attend(mask=x[0, :, :, 0]))
-wrong("key_mask has a dtype", lambda: attend(keys=x[:, 0, :, 0]))
-wrong("key_groups must be given", lambda: attend(bias=x))
-wrong("grad_output must be given", lambda: operators.relevancy_step(
-    x[:, 0, :1, :1].expand(1, 1, 5), x, x, x, *none[:6], "gradient", False, "dot", 0.0, 0.5, False, "cpu"))
+wrong("attn_mask must have the shape (1, 2, 5, 5); got (2, 5)", lambda: attend(attn_mask=x[0, :, :, 0]))
+wrong("key_mask has a dtype", lambda: attend(key_mask=x[:, 0, :, 0]))
+wrong("key_groups must be given", lambda: attend(row_bias=x))
+wrong("grad_output must be given", lambda: call(
+    "relevancy_step", relevancy=x[:, 0, :1, :1].expand(1, 1, 5), value=x))
 wrong("documents must have the shape (any, any, 4)", lambda: operators.maxsim(x[0], x[0, :, :, 1:], None, None, False, "cpu"))
 wrong("lengths must lie from 0 to 5; got 9", lambda: operators.stacked_cross_attention(
     x[0], x[0], torch.tensor([9, 1]), None, 0, "t2i", None, 9.0, "mean", 6.0, "cpu"))
 wrong("image_key must have the shape", lambda: operators.congruence_loss(
     x, few, x, few, *[x] * 4, None, None, "cacr", "both", 0.5, False, "cpu"))
 
-lse, options = x[..., 0].double(), ("dot", 0.0, 0.5)
-def backward(grad=x, out=x, lse=lse, seed=None):
-    operators.score_attention_backward(grad, None, x, x, x, out, lse, *none[:5], seed, *options, 0.0, False, "cpu")
-wrong("grad_out has a dtype", lambda: backward(grad=x.half()))
+lse = x[..., 0].double()
+def backward(grad_out=x, out=x, lse=lse, **given):
+    call("score_attention_backward", grad_out=grad_out, value=x, out=out, lse=lse, **given)
+wrong("grad_out has a dtype", lambda: backward(x.half()))
 wrong("out has a dtype", lambda: backward(out=x.double()))
 wrong("lse has a dtype", lambda: backward(lse=lse.float()))
 wrong("seed has a dtype", lambda: backward(seed=lse[0, 0, 0]))
-wrong("grad_carrier has a dtype", lambda: operators.relevancy_attention_backward(
-    None, x[:, 0, :, :2].mT.double(), None, None, x, x, x, x, lse, *none, "gradient", False, *options, False, True, "cpu"))
+wrong("grad_carrier has a dtype", lambda: call(
+    "relevancy_attention_backward", grad_carrier=x[:, 0, :, :2].mT.double(), value=x, out=x, lse=lse))
 for argmax, words in ((None, "argmax must be given"), (lse, "argmax has a dtype")):
-    wrong(words, lambda: operators.attention_statistics_backward(
-        *none[:4], x, x, None, None, argmax, *none, 0, "entropy", *options, False, "cpu"))
+    wrong(words, lambda: call("attention_statistics_backward", argmax=argmax, statistics="entropy"))
 wrong("gradients must have the shape (160); got (4)", lambda: operators.congruence_loss_backward(
     x[0, 0, 0, :1], x[0, 0, 0], *[x] * 8, None, None, "cacr", "both", 0.5, "cpu"))
 print("all were refused")
 """
+)
 
 
 def test_wrong_tensors_are_refused(library: Path) -> None:
@@ -245,25 +256,26 @@ def test_a_library_without_kernels_is_refused(library: Path) -> None:
     assert f"{library} has no vlattn_set_threads: VLATTN_CPU_LIBRARY must name libvlattn_cpu.so" in said
 
 
-GROWTH = f"""
-import os, sys, torch
-torch.ops.load_library(sys.argv[1])
+GROWTH = (
+    BY_NAME
+    + """
 torch.set_num_threads(1)
-operators, x, queries = torch.ops.{NAMESPACE}, torch.randn(2, 2, 3, 4), torch.randn(2, 3, 4)
-lse = x[..., 0].double()
+x, queries = torch.randn(2, 2, 3, 4), torch.randn(2, 3, 4)
+given = dict(query=x, key=x, value=x, grad_out=x, out=x, lse=x[..., 0].double())
 
 def calls(count):
     for _ in range(count):
         operators.maxsim(queries, x[0], None, None, False, "cpu")
     for _ in range(count):
-        operators.attention_statistics(x, x, *[None] * 5, 0, "entropy maximum received", "dot", 0.0, 0.5, False, "cpu")
+        call("attention_statistics", statistics="entropy maximum received", **given)
     for _ in range(count):
-        operators.score_attention_backward(x, None, x, x[:, :1], x, x, lse, *[None] * 6, "dot", 0.0, 0.5, 0.0, False, "cpu")
+        call("score_attention_backward", **given | {"key": x[:, :1]})
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 before = calls(2000)
 print(calls(8000) - before)
 """
+)
 
 
 def test_calls_leave_no_memory(library: Path) -> None:

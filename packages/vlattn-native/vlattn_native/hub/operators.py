@@ -156,20 +156,20 @@ def _score_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) 
 
 def _relevancy_autograd(ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, _: Any, __: Any) -> dict[str, Tensor]:
     names = "query", "key", "value"
-    need_inputs = grad_out is not None and any([_of_relevancy.needs(ctx, name) for name in names])
+    need_inputs = grad_out is not None and not _of_relevancy.needed(ctx).isdisjoint(names)
     *grads, carrier, _ = _relevancy_backward(_of_relevancy.inputs(ctx, grad_out, grad_carrier, None, None, need_inputs))
     made = dict(zip(names, grads, strict=True)) if need_inputs else {}
     return made if grad_carrier is None else made | {"carrier": carrier}
 
 
 def _step_autograd(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
-    needed = [name for name in ("relevancy", *_OF_MAP) if _of_step.needs(ctx, name)]
-    needs = "relevancy" in needed, needed not in ([], ["relevancy"]), "lse" in needed
+    needed = _of_step.needed(ctx)
+    needs = "relevancy" in needed, not needed.isdisjoint(_OF_MAP), "lse" in needed
     return dict(zip(("relevancy", *_OF_MAP), _step_backward(_of_step.inputs(ctx, grad, *needs)), strict=False))
 
 
 def _map_autograd(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
-    return dict(zip(_OF_MAP, _map_backward(_of_map.inputs(ctx, grad, _of_map.needs(ctx, "lse"))), strict=False))
+    return dict(zip(_OF_MAP, _map_backward(_of_map.inputs(ctx, grad, "lse" in _of_map.needed(ctx))), strict=False))
 
 
 def _statistics_saved(ctx: Any, inputs: AttentionStatisticsInputs, output: tuple[Tensor, ...]) -> None:
