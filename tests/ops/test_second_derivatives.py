@@ -109,7 +109,8 @@ def test_dot_products_have_second_derivatives(score: str, mask: str) -> None:
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
-def test_gradgradcheck_with_dropout_and_a_learned_matrix() -> None:
+@pytest.mark.parametrize("fast_mode", (True, False))  # by random directions, and entry by entry
+def test_gradgradcheck_with_dropout_and_a_learned_matrix(fast_mode: bool) -> None:
     tensors = attention_inputs()
     matrix = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
 
@@ -118,7 +119,7 @@ def test_gradgradcheck_with_dropout_and_a_learned_matrix() -> None:
         score = va.scores.General(matrix)
         return va.score_attention(query, key, value, score=score, dropout_p=0.4, backend="streaming")
 
-    assert gradgradcheck(dropped, (*tensors, matrix), fast_mode=True)
+    assert gradgradcheck(dropped, (*tensors, matrix), fast_mode=fast_mode)
 
 
 def test_a_gradient_penalty_in_float32_runs_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
