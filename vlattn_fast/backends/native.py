@@ -179,20 +179,29 @@ _TYPES = {
 }
 
 
-@functools.cache
+_CLASSES: dict[Any, Any] = {}  # by what they consist of
+
+
+def _one(of: Any, made: Any) -> Any:
+    """Returns the class that consists of `of`: the first one that any thread has made. A cached function gives each of the
+    threads that call it first a class of its own."""
+    return _CLASSES.setdefault(of, made)
+
+
 def _struct(*fields: tuple[str, Any]) -> Any:
     """Returns a class of structs with these members. Without __slots__ ctypes would take a misspelt member without a word.
 
     An address keeps no tensor alive: whoever makes a struct holds the tensors until the call is over.
     """
-    return type("Struct", (ctypes.Structure,), {"__slots__": (), "_fields_": fields})
+    return _one(fields, type("Struct", (ctypes.Structure,), {"__slots__": (), "_fields_": fields}))
 
 
 def _of_tree(kind: Any) -> Any:
     if not isinstance(kind, dict):
         return kind
     if "[0]" in kind:
-        return _of_tree(kind["[0]"]) * len(kind)
+        inner, size = _of_tree(kind["[0]"]), len(kind)
+        return _one((inner, size), inner * size)
     return _struct(*((name, _of_tree(inner)) for name, inner in kind.items()))
 
 
