@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast._ground.checks import autocasts, check_number, is_jit_traced
+from vlattn_fast._ground.checks import autocasts, check_number, is_jit_traced, readable
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 EMULATED_MULTIPROCESSORS = 132  # those of an H100 or H200
@@ -62,11 +62,31 @@ def cast_float_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return cast_finite(mask, dtype)
 
 
-def add_mask(score: Tensor, mask: Tensor) -> Tensor:
-    """score + a float mask, in the wider of the mask's dtype and the dtype of sums: in 16 bits a bias would lose digits, and
-    finfo.min plus a negative score would be -inf, which masks."""
-    dtype = torch.promote_types(compute_dtype(score), mask.dtype)
-    return score.to(dtype) + mask.to(dtype)
+def masked_logits(
+    score: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, rows: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
+    """The logits of rows of `score` (B, H, N, M): float masks and the `bias` of groups added, masked pairs -inf.
+
+    attn_mask and bias are those of these rows, key_mask (B, M); rows (N, 1) or (B, 1, N, 1) are their numbers if the call is
+    causal, else None. What is added is so in the wider of its dtype and the dtype of sums: in 16 bits a bias would lose digits,
+    and finfo.min plus a negative score would be -inf, which masks.
+    """
+    added = [each for each in (bias, attn_mask) if each is not None and each.dtype != torch.bool]
+    for each in added:
+        dtype = torch.promote_types(compute_dtype(score), each.dtype)
+        score = score.to(dtype) + each.to(dtype)
+    # Inf or NaN plus -inf is NaN, but masked pairs must be -inf; on a CPU a sum that looks for NaN is cheaper than to fill them
+    fills = not (added and score.device.type == "cpu" and readable(score)) or bool(score.sum().isnan())
+    masked = [torch.isneginf(each) for each in added if fills]
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        masked.append(~attn_mask)
+    if key_mask is not None:
+        masked.append(~key_mask[:, None, None])
+    if rows is not None:
+        masked.append(torch.arange(score.shape[-1], device=score.device) > rows)
+    for pairs in masked:
+        score = score.masked_fill(pairs, -torch.inf)
+    return score
 
 
 _HAS_AMX = torch.cpu._is_amx_tile_supported()

@@ -108,9 +108,10 @@ def formula(
         groups = key_groups[:, None, None].expand(b, h, n, m)
         has_group = (groups >= 0) & (groups < row_bias.shape[3])
         bias = torch.where(has_group, row_bias.gather(3, groups.clamp(0, row_bias.shape[3] - 1)), 0.0)
-    logit, visible = logits(scale * score_tile(score, query, key, None, parameter), attn_mask, key_mask, is_causal, None, bias)
+    logit = logits(scale * score_tile(score, query, key, None, parameter), attn_mask, key_mask, is_causal, None, bias)
+    visible = ~torch.isneginf(logit)
     empty = ~visible.any(-1, keepdim=True)
-    largest = torch.where(empty, 0.0, logit.masked_fill(~visible, -torch.inf).amax(-1, keepdim=True)).detach()
+    largest = torch.where(empty, 0.0, logit.amax(-1, keepdim=True)).detach()
     power = torch.where(visible, torch.exp(torch.where(visible, logit - largest, 0.0)), 0.0)
     total = torch.where(empty, 1.0, power.sum(-1, keepdim=True))
     prob = power / total

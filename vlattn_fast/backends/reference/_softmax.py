@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import has_forward_mode
-from vlattn_fast._ground.tensors import add_mask, as_dtype, compute_dtype
+from vlattn_fast._ground.tensors import as_dtype, compute_dtype, masked_logits
 
 
 def attend(
@@ -27,14 +27,12 @@ def attend(
     row gives zeros and lse -inf, without a NaN in any gradient. The log-sum-exp is at least float32 if one is added.
     """
     dtype = score.dtype
-    score, visible = logits(score, attn_mask, key_mask, is_causal, softcap, pair_bias)
+    score = logits(score, attn_mask, key_mask, is_causal, softcap, pair_bias)
     if sink is not None:
-        logit = sink.to(score.dtype)[:, None, None].expand(*score.shape[:-1], 1)
-        score, visible = torch.cat([score, logit], -1), torch.cat([visible, ~torch.isneginf(logit)], -1)
+        score = torch.cat([score, sink.to(score.dtype)[:, None, None].expand(*score.shape[:-1], 1)], -1)
     if score.shape[-1] == 0:
         return score.to(dtype), score.new_full(score.shape[:-1], -torch.inf)
-    score = torch.where(visible, score, -torch.inf)
-    empty = ~visible.any(-1, keepdim=True)
+    empty = torch.isneginf(score).all(-1, keepdim=True)
     score = torch.where(empty, 0.0, score)  # keeps softmax and its gradient finite; the row is set to zero below
     prob = torch.where(empty, 0.0, softmax(score, -1))
     # torch.logsumexp takes exp(score - rounded lse) in its backward pass: 1 for every key of a row masked by finfo.min throughout
@@ -77,24 +75,12 @@ def logits(
     is_causal: bool,
     softcap: float | None,
     pair_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Returns the logits (B, H, N, M) after softcap, float mask and bias, and which pairs are visible."""
+) -> Tensor:
+    """Returns the logits (B, H, N, M) after softcap, float mask and bias; -inf for masked pairs."""
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
-    visible = torch.ones_like(score, dtype=torch.bool)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        visible = visible & attn_mask
-    elif attn_mask is not None:
-        visible = visible & ~torch.isneginf(attn_mask)
-        score = add_mask(score, torch.where(torch.isneginf(attn_mask), 0.0, attn_mask))
-    if pair_bias is not None:
-        visible = visible & ~torch.isneginf(pair_bias)
-        score = add_mask(score, torch.where(torch.isneginf(pair_bias), 0.0, pair_bias))
-    if key_mask is not None:
-        visible = visible & key_mask[:, None, None, :]
-    if is_causal:
-        visible = visible & torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
-    return score, visible
+    rows = torch.arange(score.shape[-2], device=score.device)[:, None] if is_causal else None
+    return masked_logits(score, attn_mask, key_mask, rows, pair_bias)
 
 
 # In forward mode softmax and log-sum-exp are written out: torch's edit their tangents in place, and a backward pass through them

@@ -43,7 +43,7 @@ def attention_divergence(
         (k,) = mask_padding(key_mask, k)
         factor = resolve_scale(factor, scaled_dot_default(q.shape[-1]))
         scores = factor * product(q.to(dtype), expand_heads(k, q.shape[1]).to(dtype).mT)
-        maps.append(log_attention(*logits(scores, attn_mask, key_mask, is_causal, None), head_mean))
+        maps.append(log_attention(logits(scores, attn_mask, key_mask, is_causal, None), head_mean))
     (a, visible), (b, _) = maps
     if a.shape[-1] == 0:
         return (a.sum(-1) + b.sum(-1)) * 0.0
@@ -51,11 +51,11 @@ def attention_divergence(
     return torch.where(visible, terms, 0.0).sum(-1).to(dtype)
 
 
-def log_attention(scores: Tensor, visible: Tensor, head_mean: bool) -> tuple[Tensor, Tensor]:
-    """log A of each head, or of their mean, and which pairs are visible; 0 for others."""
+def log_attention(scores: Tensor, head_mean: bool) -> tuple[Tensor, Tensor]:
+    """log A of each head, or of their mean, and which pairs are visible; 0 for others, whose logits are -inf."""
+    visible = ~torch.isneginf(scores)
     if scores.shape[-1]:
         empty = ~visible.any(-1, keepdim=True)
-        scores = torch.where(visible, scores, -torch.inf)
         scores = torch.where(empty, 0.0, scores)  # keeps the softmax and its gradient finite
         a = scores - scores.detach().amax(-1, keepdim=True)
         a = torch.where(visible, a - _logsumexp(a, -1), 0.0)

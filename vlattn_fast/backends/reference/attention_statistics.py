@@ -103,7 +103,7 @@ def attention_statistics(
     pair_bias = pair_bias_of(group_bias, query_groups, key_groups)
     scores = scale * product(query, key.mT)
     prob, lse = attend(scores, attn_mask, key_mask, is_causal, softcap, sink, pair_bias)  # A (B, H, N, M)
-    shown, visible = logits(scores, attn_mask, key_mask, is_causal, softcap, pair_bias)
+    masked = logits(scores, attn_mask, key_mask, is_causal, softcap, pair_bias)
     if key_groups is None:
         key_groups, num_groups = key.new_full((key.shape[2],), -1, dtype=torch.int64), 0
     elif group_bias is not None:
@@ -121,7 +121,7 @@ def attention_statistics(
         argmax = torch.where(maximum == 0, -1, argmax)
     else:
         maximum, argmax = prob.sum(-1), torch.full_like(prob.sum(-1), -1, dtype=torch.int64)
-    max_logit = F.pad(torch.where(visible, shown, -torch.inf), (0, 1), value=-torch.inf).amax(-1)
+    max_logit = F.pad(masked, (0, 1), value=-torch.inf).amax(-1)
     dtype = compute_dtype(prob)
     weight_statistics = mass.to(dtype), entropy.to(dtype), maximum.to(dtype), argmax, received.to(dtype)
     logit_statistics = cast_finite(max_logit.detach(), dtype), cast_finite(lse.detach(), dtype)

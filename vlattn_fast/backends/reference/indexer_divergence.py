@@ -39,10 +39,10 @@ def indexer_divergence(
     index_scores = (index_weights[..., None].to(dtype) * products.relu()).sum(1, keepdim=True)
     maps = []
     for each in (scores, index_scores):
-        each, visible = logits(each, attn_mask, key_mask, is_causal, None)
+        each = logits(each, attn_mask, key_mask, is_causal, None)
         if topk_indices is not None:
-            visible = visible & _chosen(topk_indices, visible.shape[-1])
-        maps.append(log_attention(each, visible, head_mean=True))
+            each = each.masked_fill(~_chosen(topk_indices, each.shape[-1]), -torch.inf)
+        maps.append(log_attention(each, head_mean=True))
     (a, visible), (b, _) = maps
     if a.shape[-1] == 0:
         return ((a.sum(-1) + b.sum(-1)) * 0.0)[:, 0]

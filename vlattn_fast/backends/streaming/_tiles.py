@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import add_mask
+from vlattn_fast._ground.tensors import masked_logits
 
 # 1 MB in float32; a backward pass has some ten: r Abar at CLIP ViT-L/14@336 size took as long from 2^18 to 2^22 on one core
 TILE_ELEMENTS = 1 << 18
@@ -67,30 +67,11 @@ class Tiling:
 def mask_tile(
     x: Any, score: Tensor, shape: tuple[int, int, int, int], b: slice, h: slice, i: slice, bias: Tensor | None = None
 ) -> Tensor:
-    """The logits of a tile (b, h, i, M): float masks and the `bias` of groups added, masked pairs -inf. `score` is not changed.
-    attn_mask, key_mask and is_causal are those of `x`, an `Attention` or an operator's inputs.
-
-    A float mask wider than the dtype of sums gives logits in the mask's dtype.
-    """
-    added = [] if bias is None else [bias]
+    """The `masked_logits` of a tile (b, h, i, M), whose `bias` of groups is given. attn_mask, key_mask and is_causal are those of
+    `x`, an `Attention` or an operator's inputs."""
     mask = None if x.attn_mask is None else x.attn_mask.expand(shape)[b, h, i]
-    if mask is not None and mask.dtype != torch.bool:
-        added.append(mask)
-    for each in added:
-        score = add_mask(score, each)
-    # Inf or NaN plus -inf is NaN, but masked pairs must be -inf; on the CPU a sum that looks for NaN is cheaper
-    if added and (score.device.type != "cpu" or score.sum().isnan()):
-        for each in added:
-            score.masked_fill_(torch.isneginf(each), -torch.inf)
-    if mask is not None and mask.dtype == torch.bool:
-        score = score.masked_fill(~mask, -torch.inf)
-    if x.key_mask is not None:
-        score = score.masked_fill(~x.key_mask[b, None, None, :], -torch.inf)
-    if x.is_causal:
-        o_q = torch.arange(i.start, i.stop, device=score.device)
-        o_kv = torch.arange(score.shape[-1], device=score.device)
-        score = score.masked_fill(o_kv > o_q[:, None], -torch.inf)
-    return score
+    rows = torch.arange(i.start, i.stop, device=score.device)[:, None] if x.is_causal else None
+    return masked_logits(score, mask, None if x.key_mask is None else x.key_mask[b], rows, bias)
 
 
 def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from vlattn_fast._ground.groups import columns_of_groups
+from vlattn_fast._ground.tensors import masked_logits
 from vlattn_fast.attach.session import in_layers, split_path
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
@@ -137,24 +138,20 @@ def weighted_queries(start: Tensor) -> list[Tensor]:
 
 def attention_rows(call: TracedCall, index: Tensor) -> Tensor:
     """Rows `index` (B, R) of the attention probabilities: (B, H, R, M); fully masked rows are zero."""
-    (batch, heads, size, dim), count, masks = call.query.shape, call.key.shape[2], call.masks
-    scores = call.logits(call.query.gather(2, index[:, None, :, None].expand(-1, heads, -1, dim)))
-    mask = masks["attn_mask"]
+    (batch, heads, size, _), count, masks = call.query.shape, call.key.shape[2], call.masks
+
+    def rows(values: Tensor) -> Tensor:  # of (B, H', N, *)
+        return values.gather(2, index[:, None, :, None].expand(-1, values.shape[1], -1, values.shape[3]))
+
+    scores, mask, bias = call.logits(rows(call.query)), masks["attn_mask"], masks.get("group_bias")
     if mask is not None:
         mask = mask[(None,) * (4 - mask.ndim)]  # torch takes (N, M) and (H, N, M) as well
-        mask = mask.expand(batch, mask.shape[1], size, count)
-        mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, count))
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
-    if (bias := masks.get("group_bias")) is not None:  # of each query
-        rows = bias.gather(2, index[:, None, :, None].expand(-1, heads, -1, bias.shape[3]))
-        scores = scores + columns_of_groups(rows.to(scores.dtype), masks["key_groups"])
-    if masks.get("key_mask") is not None:
-        scores = scores.masked_fill(~masks["key_mask"][:, None, None], -torch.inf)
-    if masks["is_causal"]:
-        later = torch.arange(count, device=index.device) > index[:, None, :, None]
-        scores = scores.masked_fill(later, -torch.inf)
+        mask = rows(mask.expand(batch, mask.shape[1], size, count))
+    if bias is not None:  # of each query
+        bias = columns_of_groups(rows(bias), masks["key_groups"])
+    causal = index[:, None, :, None] if masks["is_causal"] else None
+    logits = masked_logits(scores, mask, masks.get("key_mask"), causal, bias)
     if (sink := call.sink()) is not None:
-        sink = sink.to(scores.dtype).expand(batch, heads, size).gather(2, index[:, None].expand(-1, heads, -1))
-        scores = torch.cat([scores, sink[..., None]], -1)
-    fully_masked = (scores == -torch.inf).all(-1, keepdim=True)
-    return scores.softmax(-1).masked_fill(fully_masked, 0.0)[..., :count]
+        logits = torch.cat([logits, rows(sink.to(logits.dtype).expand(batch, heads, size)[..., None])], -1)
+    fully_masked = torch.isneginf(logits).all(-1, keepdim=True)
+    return logits.softmax(-1).masked_fill(fully_masked, 0.0)[..., :count].to(scores.dtype)
