@@ -19,7 +19,7 @@ from vlattn_fast.interpret.evaluating.model_answers import Judge, Question
 from vlattn_fast.interpret.evaluating.perturbation import Sample, split
 from vlattn_fast.interpret.evaluating.plan import EDGES, RANDOM, CustomMethod, Plan
 from vlattn_fast.interpret.explaining.explain import explain
-from vlattn_fast.interpret.explaining.naming import token_target, tokenizer_of
+from vlattn_fast.interpret.explaining.request import token_target, tokenizer_of
 from vlattn_fast.interpret.explaining.similarity import Similarity
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.result.explanation import Explanation

@@ -15,7 +15,6 @@ from vlattn_fast.interpret.adapters.adapter import Adapter
 from vlattn_fast.interpret.adapters.derived import drafts
 from vlattn_fast.interpret.adapters.image_grids import is_ids
 from vlattn_fast.interpret.adapters.tokens import Text
-from vlattn_fast.interpret.explaining.naming import encoded
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT
 
 
@@ -420,3 +419,12 @@ def token_ids(answer: Any, tokenizer: Any, batch: int) -> list[list[int]]:
     if not all(answers):
         raise ValueError("each answer must have at least one token; got an empty one")
     return answers
+
+
+def encoded(name: str, text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text without special ones. ValueError, with the argument's `name`, if a part is not in the vocabulary."""
+    ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    unknown = getattr(tokenizer, "unk_token", None)
+    if unknown and tokenizer.unk_token_id in ids and unknown not in text:
+        raise ValueError(f"{name} must be text in the tokenizer's vocabulary; got {text!r}, for which it gives {unknown!r}")
+    return ids

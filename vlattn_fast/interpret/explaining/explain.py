@@ -20,7 +20,7 @@ from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.baseline import run_baseline
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps, why_no_map
 from vlattn_fast.interpret.explaining.forward_pass import Run, run_traced
-from vlattn_fast.interpret.explaining.inputs import opened, packing
+from vlattn_fast.interpret.explaining.inputs import packing
 from vlattn_fast.interpret.explaining.named_sinks import FindsSinks, named_sinks
 from vlattn_fast.interpret.explaining.occluded import occluded
 from vlattn_fast.interpret.explaining.question import (
@@ -214,9 +214,8 @@ def find_sinks(model: nn.Module, inputs: Mapping[str, Any], *, processor: Any = 
         TypeError, ValueError: attention over a part of the keys, such as in windows; and what `explain` raises.
     """
     request = Request.check(model, inputs, method=FindsSinks(), processor=processor, patches=patches)
-    packs = opened(inputs)[1]
-    with torch.inference_mode(False), torch.no_grad(), at_rest(request.model), packing(request.model, packs):
-        prompt = lay_out(request, inputs)
+    with torch.inference_mode(False), torch.no_grad(), at_rest(request.model), packing(request.model, request.packs):
+        prompt = lay_out(request)
         return named_sinks(request, prompt, run_traced(request, prompt))
 
 
@@ -236,9 +235,8 @@ def _explained(
         model, inputs, method=method, target=target, answer=answer, per_token=per_token, position=position, processor=processor,
         patches=patches,
     )  # fmt: skip
-    packs = opened(inputs)[1]
-    with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model), packing(request.model, packs):
-        prompt = lay_out(request, inputs)
+    with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model), packing(request.model, request.packs):
+        prompt = lay_out(request)
         if isinstance(request.method, BaselineMethod) and not prompt.empty:
             run_baseline(request, prompt, request.method)
         once = not (request.method.n_runs or request.method.reads_score)  # else only further runs have gradients, or none

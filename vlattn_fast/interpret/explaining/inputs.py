@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from vlattn_fast._ground.attachments import add_pre_hook
 from vlattn_fast.interpret.adapters.adapter import Adapter, indices, prompt_shape
 
 Packs = Mapping[str, tuple[str, ...]]  # the names of the entries of each input that is a dict
-EMPTY: Packs = {}
 
 # inputs that are chosen along with images and texts
 _IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes", "pixel_mask")
@@ -29,23 +28,19 @@ def prepare_inputs(
     target: Any,
     logit_positions: Tensor | None = None,
     all_logits: bool = False,
-    packs: Packs = EMPTY,
 ) -> tuple[dict[str, Any], list[int] | None]:
     """Keyword arguments for the model, and for scores of pairs the text that each row stands for.
 
     One image with T texts becomes T pairs, as in the notebook of Chefer et al.; a target picks the text of each image.
     `logit_positions`: those of a decoder's logits; None = the last real token. With `all_logits` it returns all.
-    `packs`: see `opened`.
 
     Raises:
-        TypeError: `inputs` is not a mapping, or holds images or words that no processor made tensors of.
-        ValueError: no input has a name that the model takes, images and texts cannot be paired, or a target is out of range.
+        TypeError: `inputs` holds images or words that no processor made tensors of.
+        ValueError: images and texts cannot be paired, or a target is out of range.
     """
-    check_inputs(model, inputs)
     inputs, scoring = adapter.scoring.prepared(inputs, target), adapter.scoring
     accepted = inspect.signature(model.forward).parameters
     _check_values(inputs, adapter)
-    _check_names([*inputs, *packs], accepted)
     # Tensors made under inference mode cannot be saved for a backward pass; a copy made outside of it can.
     arguments = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
     if hasattr(model, "config") and hasattr(model.config, "return_dict"):
@@ -95,21 +90,16 @@ def _check_values(inputs: Mapping[str, Any], adapter: Adapter) -> None:
         raise ValueError("inputs must give the whole sequence in one forward pass, without past_key_values; got a cache")
 
 
-def _check_names(inputs: Collection[str], accepted: Mapping[str, inspect.Parameter]) -> None:
-    """ValueError if no input has a name of the model's `forward`."""
+def check_inputs(model: nn.Module, inputs: Any) -> None:
+    """TypeError unless `inputs` are a mapping, and ValueError if none of them has a name of the model's `forward`."""
     by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    named = [name for name, parameter in accepted.items() if parameter.kind in by_name]
-    if named and not set(named) & set(inputs):
-        raise ValueError(f"inputs must have names of the model's forward ({', '.join(named)}); got {sorted(inputs)}")
-
-
-def check_inputs(model: Any, inputs: Any) -> None:
-    """TypeError unless `inputs` are a mapping."""
+    names = [name for name, parameter in inspect.signature(model.forward).parameters.items() if parameter.kind in by_name]
     if not isinstance(inputs, Mapping):
-        names = list(inspect.signature(model.forward).parameters) if isinstance(model, nn.Module) else []
         images = [name for name in names if name.startswith("pixel_values")] if getattr(inputs, "ndim", 0) == 4 else []
         way = f". Pass {{{(images or names)[0]!r}: ...}}" if names else ""
         raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}{way}")
+    if names and not inputs.keys() & names:
+        raise ValueError(f"inputs must have names of the model's forward ({', '.join(names)}); got {sorted(inputs)}")
 
 
 def opened(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Packs]:

@@ -19,6 +19,7 @@ from vlattn_fast.attach.session import named
 from vlattn_fast.interpret.explaining.answer import Answer, explained_number
 from vlattn_fast.interpret.explaining.explained_positions import start_vectors
 from vlattn_fast.interpret.explaining.forward_pass import Run
+from vlattn_fast.interpret.explaining.inputs import packed
 from vlattn_fast.interpret.explaining.request import Prompt, Request
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT, BackwardPass, Method, PredictedTokens, single_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
@@ -129,7 +130,7 @@ def choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) -> 
     if callable(target):
         if request.method.of is not None:
             raise ValueError(f"of must be left out if target is a callable, which gives the score; got {request.method.of!r}")
-        scores = call_on("target", target, outputs, prompt.called)
+        scores = call_on("target", target, outputs, packed(prompt.arguments, request.packs))
         if not isinstance(scores, Tensor):
             raise TypeError(f"target must return a tensor of scores; got {type(scores).__name__}")
         if scores.ndim != 1 or (adapter.towers and scores.shape != (batch,)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,14 +21,14 @@ from vlattn_fast.interpret.explaining.answer import (
     Answer,
     block_decoder,
     custom_decoder,
+    encoded,
     encoder_decoder,
     ids_in,
     prepare_answer,
     start_tokens,
 )
-from vlattn_fast.interpret.explaining.inputs import Packs, check_inputs, is_empty, opened, packed, packing, prepare_inputs
-from vlattn_fast.interpret.explaining.naming import special_ids, token_target, tokenizer_of
-from vlattn_fast.interpret.explaining.similarity import NAMED_POSITIONS, SIMILARITY
+from vlattn_fast.interpret.explaining.inputs import Packs, check_inputs, is_empty, opened, packing, prepare_inputs
+from vlattn_fast.interpret.explaining.similarity import NAMED_POSITIONS, SIMILARITY, Similarity
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.attention import Attention
@@ -37,6 +36,7 @@ from vlattn_fast.interpret.relevancy.methods.registry import method_of
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 
 _OF_NO_SAMPLE = ("logits_to_keep", "cache_position")  # tensors without an entry for each sample
+_OF_IMAGES = ("image_processor", "image_mean", "preprocess")  # what a tokenizer does not have
 Target = None | int | str | Tensor | Sequence[int] | Sequence[str] | Action | Callable[..., Tensor]
 Position = str | int | Tensor | Sequence[float]
 
@@ -48,11 +48,14 @@ class Request:
     model: nn.Module  # without its wrappers
     adapter: Adapter  # the model's, or one without towers if they are found
     method: Method  # a copy for this call, with its options
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # with the entries of each dict of tensors instead of the dict
+    packs: Packs = field(default_factory=dict)  # these dicts
     target: Target = None
     answer: Any = None  # None = a target is explained
     per_token: bool = True
     position: None | Position | Mapping[str, Position] = None
     processor: Any = None
+    tokenizer: Any = None  # the processor's, which names tokens and encodes words
     patches: PatchGrid | None = None  # the grid of the patches in towers without an adapter
     vision: Tower | None = None  # that relevancy is carried on into through the model's connector; None = it ends in the decoder
 
@@ -61,15 +64,11 @@ class Request:
         """The maps of layers or heads that are asked for; None = one row of all."""
         return self.method.selection if isinstance(self.method, LayerMaps) else None
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer, which names tokens and encodes words; None without one."""
-        return tokenizer_of(self.processor)
-
-    @cached_property
+    @property
     def special(self) -> frozenset[int] | None:
         """The ids of special tokens; None if the tokenizer does not say."""
-        return special_ids(self.tokenizer)
+        ids = getattr(self.tokenizer, "all_special_ids", None)
+        return None if ids is None else frozenset(ids)
 
     @classmethod
     def check(
@@ -86,20 +85,20 @@ class Request:
         patches: PatchGrid | None = None,
     ) -> Request:
         """The request, with the errors of `explain`."""
+        model = unwrapped(model)
         check_inputs(model, inputs)
         check_position(position)
         check_bool(per_token=per_token)
         check_patches(patches)
-        chosen = method_of(method)
-        model, tokenizer = unwrapped(model), tokenizer_of(processor)
+        (inputs, packs), chosen, tokenizer = opened(inputs), method_of(method), tokenizer_of(processor)
         check_has_gradients(model)
         _check_no_derivative()
         embedded_by = "mean" if position is None or isinstance(position, Mapping) else position
         position = _checked_position(position, chosen, target)
         if answer is None:
-            adapter = _adapter_of_target(model, inputs, position, chosen, per_token)
+            adapter = _adapter_of_target(model, inputs, packs, position, chosen, per_token)
         else:
-            adapter = _adapter_of_answers(model, opened(inputs)[0], target, position)
+            adapter = _adapter_of_answers(model, inputs, target, position)
         target = token_target(target, tokenizer, model, adapter, embedded_by)
         chosen.check_adapter(adapter, type(model).__name__)
         if adapter.bimodal:
@@ -107,7 +106,8 @@ class Request:
         if adapter.scoring.names_position and position is not None and not callable(target):
             raise ValueError(f"position must be None for a detector, whose explained token is the object query; got {position!r}")
         vision = _vision_of(model, adapter) if chosen.through_connector else None
-        return cls(model, adapter, chosen, target, answer, per_token, position, processor, patches, vision)
+        asked = target, answer, per_token, position, processor, tokenizer, patches, vision
+        return cls(model, adapter, chosen, inputs, packs, *asked)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,6 @@ class Prompt:
     arguments: dict[str, Any]
     pairs: list[int] | None  # if images are compared with texts, the text of each sample
     answer: Answer | None  # the answer among the tokens; None if a target is explained
-    packs: Packs = field(default_factory=dict)  # the arguments that stand in a dict when the model is called
 
     @property
     def empty(self) -> bool:
@@ -129,11 +128,6 @@ class Prompt:
         pairs = None if self.pairs is None else self.pairs * copies
         answer = None if self.answer is None else self.answer.repeated(copies)
         return replace(self, arguments=arguments, pairs=pairs, answer=answer)
-
-    @property
-    def called(self) -> dict[str, Any]:
-        """The arguments as `forward` takes them."""
-        return packed(self.arguments, self.packs)
 
 
 def _repeated(name: str, value: Any, copies: int, batch: int) -> Any:
@@ -148,18 +142,17 @@ def _repeated(name: str, value: Any, copies: int, batch: int) -> Any:
     return torch.cat([value] * copies)
 
 
-def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
-    adapter, (inputs, packs) = request.adapter, opened(inputs)
-    if request.answer is None:
-        decodes = not adapter.towers and adapter.answers != "input_ids" and not callable(request.target)
-        if decodes and inputs.get(adapter.answers) is None and inputs.get("labels") is None:
+def lay_out(request: Request) -> Prompt:
+    adapter, inputs, answer = request.adapter, request.inputs, None
+    if request.answer is not None:
+        answer = prepare_answer(request.answer, request.tokenizer, inputs, adapter, request.model)
+        inputs = answer.arguments
+    elif not adapter.towers and adapter.answers != "input_ids" and not callable(request.target):
+        if inputs.get(adapter.answers) is None and inputs.get("labels") is None:
             inputs = {**inputs, adapter.answers: start_tokens(request.model, inputs)}
-        whole = request.method.takes_logits
-        return Prompt(*prepare_inputs(request.model, inputs, adapter, request.target, None, whole, packs), None, packs)
-    answer = prepare_answer(request.answer, request.tokenizer, inputs, request.adapter, request.model)
-    positions, whole = answer.answer_positions, request.method.takes_logits
-    arguments, pairs = prepare_inputs(request.model, answer.arguments, adapter, None, positions, whole, packs)
-    return Prompt(arguments, pairs, answer, packs)
+    positions = None if answer is None else answer.answer_positions
+    whole = request.method.takes_logits
+    return Prompt(*prepare_inputs(request.model, inputs, adapter, request.target, positions, whole), answer)
 
 
 # --- what the call takes ---
@@ -176,19 +169,21 @@ def _checked_position(position: Any, method: Method, target: Any) -> Any:
     return None
 
 
-def _adapter_of_target(model: nn.Module, inputs: Mapping[str, Any], position: Any, method: Method, per_token: bool) -> Adapter:
+def _adapter_of_target(
+    model: nn.Module, inputs: Mapping[str, Any], packs: Packs, position: Any, method: Method, per_token: bool
+) -> Adapter:
     """The adapter of a model whose `target` is explained; WITHOUT_ADAPTER if its towers are found."""
     if not per_token:
         raise ValueError("answer must be given for per_token=False, which sums over its tokens; got none")
     known = find_adapter(model)
     if known is None:
         decodes = generates(model) and (encoder_decoder(model) or block_decoder(model))
-        known = decodes or custom_decoder(model, opened(inputs)[0])
+        known = decodes or custom_decoder(model, inputs)
     finds = isinstance(position, Mapping) and listed_adapter(model) is None  # the caller names towers
     if known is not None and not (finds and not _names_towers(known, position)):
         return known
     if position is None and method.uses_position and not classifies(model):
-        raise ValueError(_how_to_explain(model, inputs))
+        raise ValueError(_how_to_explain(model, inputs, packs))
     return WITHOUT_ADAPTER
 
 
@@ -216,6 +211,68 @@ def _custom_ids(name: str, inputs: Mapping[str, Any]) -> str:
         f", whose inputs of token ids (B, N) are {names}. Call the one that holds an answer 'decoder_input_ids', or name it: "
         f'va.register_adapter("{name}", va.interpret.Adapter((), "token", answers="{chosen}"))'
     )
+
+
+# --- words ---
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer that a processor is, or has; None of an image processor, and of None. TypeError for anything else."""
+    if processor is None:
+        return None
+    inner = getattr(processor, "tokenizer", processor)
+    if callable(inner) and (hasattr(inner, "convert_ids_to_tokens") or not any(hasattr(inner, name) for name in _OF_IMAGES)):
+        return inner
+    if not any(hasattr(processor, name) for name in _OF_IMAGES):
+        got = type(processor).__name__
+        raise TypeError(f"processor must be a tokenizer, a processor or an image processor of Hugging Face; got {got}")
+    return None
+
+
+def token_target(target: Any, tokenizer: Any, model: nn.Module, adapter: Adapter, position: Any) -> Any:
+    """`target` with its words, one or one a row, as indices: of tokens, or of classes by their names in the config. The word
+    "similarity" is a callable, of encoders whose embedding `position` says. ValueError for a word of several tokens, or no
+    class."""
+    scored = adapter.scoring
+    if isinstance(target, str) and target == SIMILARITY and not (scored.predicts or scored.pairs or target in _classes(model)):
+        return Similarity(model, adapter, position)
+    if isinstance(target, (list, tuple)) and target and all(isinstance(word, str) for word in target):
+        return [_index(word, tokenizer, model, adapter) for word in target]
+    return _index(target, tokenizer, model, adapter) if isinstance(target, str) else target
+
+
+def _index(word: str, tokenizer: Any, model: nn.Module, adapter: Adapter) -> int:
+    if not adapter.scoring.predicts:
+        classes = {} if adapter.scoring.pairs else _classes(model)
+        if word not in classes:
+            names = list(classes)
+            known = f"one of {', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}" if names else "an index"
+            raise ValueError(f"target must be {known} for {type(model).__name__}; got {word!r}")
+        if len(classes[word]) > 1:
+            which = " and ".join(map(str, classes[word]))
+            raise ValueError(f"target must name one class; got {word!r}, the name of classes {which}. Pass the index")
+        return classes[word][0]
+    if tokenizer is None:
+        raise ValueError(f"processor must have a tokenizer for a target that is a word; got none for {word!r}")
+    ids = encoded("target", word, tokenizer)
+    if not ids:
+        raise ValueError(f"target must be one token; got {word!r}, which has none")
+    if len(ids) != 1:
+        raise ValueError(
+            f"target must be one token; got {word!r}, which has {len(ids)}. Pass answer={word!r} to explain them all"
+        )
+    return ids[0]
+
+
+def _classes(model: nn.Module) -> dict[str, list[int]]:
+    """The classes of each name in the config: those that `id2label` gives outputs, and further names of `label2id`."""
+    config = getattr(model, "config", None)
+    classes: dict[str, list[int]] = {}
+    for index, name in (getattr(config, "id2label", None) or {}).items():
+        classes.setdefault(name, []).append(int(index))
+    for name, index in (getattr(config, "label2id", None) or {}).items():
+        classes.setdefault(name, [int(index)])
+    return classes
 
 
 # --- errors ---
@@ -259,14 +316,13 @@ def _vision_of(model: nn.Module, adapter: Adapter) -> Tower:
     return adapter.vision
 
 
-def _how_to_explain(model: nn.Module, inputs: Mapping[str, Any]) -> str:
+def _how_to_explain(model: nn.Module, inputs: Mapping[str, Any], packs: Packs) -> str:
     """The error for a model without an adapter: the towers of its forward pass, and the line to write. An error of this forward
     pass is raised unchanged, since no argument of `explain` can avoid it."""
     problem = f"model must be of a class with an adapter if position is None; got {type(model).__name__}"
-    inputs, packs = opened(inputs)
     with torch.inference_mode(False), torch.no_grad(), at_rest(model), packing(model, packs):
         with Trace(model, WITHOUT_ADAPTER, Attention()) as trace:
-            model(**trace.prepare(prepare_inputs(model, inputs, WITHOUT_ADAPTER, None, packs=packs)[0]))
+            model(**trace.prepare(prepare_inputs(model, inputs, WITHOUT_ADAPTER, None)[0]))
     trace.check()
     towers = [tower.described for tower in trace.towers if tower.calls.paths]
     line = f'va.explain(model, inputs, position={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'

@@ -14,7 +14,7 @@ from vlattn_fast.attach.session import at_rest, unwrapped
 from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.explaining.inputs import packing
-from vlattn_fast.interpret.explaining.naming import tokenizer_of
+from vlattn_fast.interpret.explaining.request import tokenizer_of
 from vlattn_fast.interpret.intervening.asking import Asked
 from vlattn_fast.interpret.intervening.editing import EditedCalls
 from vlattn_fast.interpret.intervening.edits import Edit, Knockout, ScaleHeads
@@ -106,7 +106,7 @@ class Exploration:
         groups: Any = {"groups": {"": self.groups[one["from"]]}, "queries": self.groups[one["to"]]}
         found = []
         for asked in self._asked.values():
-            with packing(asked.traced.model, asked.prompt.packs):
+            with packing(asked.traced.model, asked.request.packs):
                 table = split_scores(asked.traced, one["layer"], (one["head"],), parts="heads", tower=self.towers[0], **groups)
             pushes = torch.stack([table.push[""], table.query_push[""]], -1)[:, 0].double()  # (B, P, 2)
             strongest = pushes.sum(-1).abs().argsort(dim=1, descending=True, stable=True)[:, :_PARTS].tolist()

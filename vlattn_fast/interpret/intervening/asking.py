@@ -55,9 +55,9 @@ class Asked:
             processor=processor,
         )
         with torch.inference_mode(False), at_rest(request.model):
-            prompt = lay_out(request, inputs)
+            prompt = lay_out(request)
         run = request.model, request.adapter, prompt.arguments, [tower], prompt.answer
-        with packing(request.model, prompt.packs):
+        with packing(request.model, request.packs):
             traced = (trace_arguments(*run),) if notes is None else run_traced(notes, *run)
             return cls(request, prompt, *traced)
 
@@ -69,9 +69,9 @@ class Asked:
 
     def run(self, plans: Plans) -> Any:
         """The outputs of the edited model in eval mode."""
-        model, packs = self.request.model, self.prompt.packs
+        model, packs = self.request.model, self.request.packs
         with torch.inference_mode(False), at_rest(model), packing(model, packs), EditedCalls(plans).observer():
-            return self.request.model(**self.prompt.arguments)
+            return model(**self.prompt.arguments)
 
     def scores(self, outputs: Any) -> tuple[Tensor, Any]:
         """The scores (B,), and their target."""

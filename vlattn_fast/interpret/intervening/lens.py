@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_integer, describe
 from vlattn_fast._ground.extras import extra, with_progress
 from vlattn_fast.attach.session import at_rest, never_compiled, unwrapped
-from vlattn_fast.interpret.explaining.naming import encoded, tokenizer_of
+from vlattn_fast.interpret.explaining.answer import encoded
+from vlattn_fast.interpret.explaining.request import tokenizer_of
 from vlattn_fast.interpret.intervening.editing import EditedCalls
 from vlattn_fast.interpret.intervening.edits import Numbers, Residual, check_numbers
 from vlattn_fast.interpret.intervening.plans import Plans, keep

@@ -101,7 +101,7 @@ def logit_parts(
     pair = plans.self_pair("logit_parts", tower)
     check_once(plans.layers([pair], None), "logits are split")
     own, model = pair[0], asked.traced.model
-    with at_rest(model), packing(model, asked.prompt.packs):
+    with at_rest(model), packing(model, asked.request.packs):
         leaves = run_with_leaves(plans, own, "logit_parts")
         with torch.enable_grad():
             scores, _ = asked.scores(leaves.outputs)
