@@ -185,7 +185,7 @@ def test_the_log_sum_exp_of_the_attention_is_passed_on(sink, monkeypatch):
     for block in model.blocks:
         block.attend.inside.sink = nn.Parameter(torch.randn(4)) if sink else None
 
-    def step(relevancy, core, value, grad_output, *, rule, row_normalize, sink, lse, **masks):
+    def step(relevancy, core, value, grad_output, *, rule, row_normalize, lse, sink=None, **masks):
         seen.append((lse, core_lse(core, **masks)))
         return core_step(relevancy, core, value, grad_output, rule=rule, row_normalize=row_normalize, sink=sink, **masks)
 

@@ -28,7 +28,7 @@ from vlattn_fast.interpret.explaining.named_sinks import FindsSinks
 from vlattn_fast.interpret.relevancy import sink_detection as sinks
 from vlattn_fast.interpret.relevancy.last_attention import attention_rows
 from vlattn_fast.interpret.relevancy.methods.registry import with_options
-from vlattn_fast.interpret.relevancy.traced_call import Recursion, Scored, TracedCall
+from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 from vlattn_fast.interpret.result.numbers.sink_tokens import Sink, sinks_line
 
 METHODS = ("gradient", "rollout", "attention", "weighted")
@@ -345,8 +345,8 @@ def test_columns_are_left_out_of_any_score(kind, learnt):
     query, key, value, grad, out = torch.randn(5, 2, 3, 7, 6, generator=generator, dtype=torch.float64).unbind(0)
     vector = torch.randn(3, 6, generator=generator, dtype=torch.float64) if kind == "additive" else None
     sink = torch.randn(3, 1, generator=generator, dtype=torch.float64) if learnt else None
-    masks = {"attn_mask": None, "key_mask": None, "is_causal": True, "scale": 0.7, "score": Scored(kind, vector, 0.0, out, sink)}
-    whole = TracedCall("layers.0", query, key, value, masks)
+    masks = {"attn_mask": None, "key_mask": None, "is_causal": True, "scale": 0.7, "sink": sink}
+    whole = TracedCall("layers.0", query, key, value, masks, kind, vector, ran=out)
     mask = torch.zeros(2, 7, dtype=torch.bool)
     mask[0, [0, 3]] = mask[1, 2] = True  # row 0 of the first sample has nothing left
     call, rows = replace(whole, left_out=mask), torch.rand(2, 2, 7, generator=generator, dtype=torch.float64)

@@ -118,7 +118,7 @@ class KeepsCalls(NotesCalls):
             return call.computed()
         mask, biased = call.masks["attn_mask"], GroupGradient(call)
         self.biased.append(biased)
-        if "score" in call.masks or (mask is not None and mask.requires_grad):
+        if call.ran is not None or (mask is not None and mask.requires_grad):
             self.takes_all = False
             return call.computed()
         return biased.output(call)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlattn_fast.attach.events import edits_of
 from vlattn_fast.attach.handwritten import defining_class
-from vlattn_fast.attach.session import at_rest, unwrapped
+from vlattn_fast.attach.session import at_rest, named, unwrapped
 from vlattn_fast.attach.tensor_parallel import HeadShare
 from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER, Adapter
 from vlattn_fast.interpret.adapters.derived import generates
@@ -104,23 +104,8 @@ class TracedModel:
         raise ValueError(f"tower must be one of {', '.join(repr(tower.name) for tower in self.towers)}; got {name!r}")
 
 
-@dataclass(frozen=True, eq=False)
-class _Noted:
-    number: int
-    tower: TowerTrace
-    layer: int  # its number in the tower
-    path: str
-    queries: tuple[int, int]  # (B, N)
-    keys: int
-    columns: Tensor | None
-    share: HeadShare
-    problem: str
-    by_hand: bool
-    mixes: bool  # it has no softmax
-
-
 class NotesCalls(Method):
-    """Notes the attention calls of the towers and stores none of their tensors."""
+    """Notes the attention calls of the towers, and stores only the sizes of their tensors."""
 
     needs_score = False
     adds_parallel = True  # if a layer has a recurrence, too, only its attention is edited
@@ -128,7 +113,8 @@ class NotesCalls(Method):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[_Noted] = []
+        self.calls: list[tuple[TowerTrace, TracedCall]] = []
+        self.mixing: list[tuple[TowerTrace, int, str]] = []  # those without a softmax: layer and path of each
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         return self._noted(tower, call)
@@ -137,14 +123,12 @@ class NotesCalls(Method):
         return self._noted(tower, call)
 
     def _noted(self, tower: TowerTrace, call: TracedCall) -> Tensor:
-        assert tower.calls.last is not None
-        (batch, heads, queries, _), keys, problem = call.query.shape, call.key.shape[2], ""
-        if call.chunk or call.token_positions is not None:
-            problem = "attends in windows or chunks, or to tokens in another order"
-        at, score = (tower.calls.last, tower, call.layer, call.path), call.masks.get("score")
-        share = HeadShare(heads if call.mesh is None else heads * call.mesh.size(), call.mesh)
-        by_hand = score is not None and score.by_hand
-        self.calls.append(_Noted(*at, (batch, queries), keys, call.columns, share, problem, by_hand, call.is_mixing))
+        if call.is_mixing:
+            self.mixing.append((tower, call.layer, call.path))
+        else:
+            query, key, value = (tensor.to("meta") for tensor in (call.query, call.key, call.value))
+            sizes = replace(call, query=query, key=key, value=value, masks={}, vector=None, ran=None, lse=None)
+            self.calls.append((tower, sizes))
         return self.output(call)
 
     def output(self, call: TracedCall) -> Tensor:
@@ -230,19 +214,20 @@ def run_traced(
             tokens_of[id(tower)] = TracedTower(tower.name, tokens, *_answered(tokens, answer if predicts else None), only_by_name)
         return tokens_of[id(tower)]
 
-    calls, mixing = [], []
-    for noted in method.calls:
-        if noted.mixes:
-            mixing.append((traced(noted.tower), noted.layer, noted.path))
-            continue
-        source = sources.get(noted.number, noted.tower)
-        tokens, kind = len(noted.columns) if noted.columns is not None else noted.keys, model.get_submodule(noted.path)
-        problem = "attends to tokens of several towers in one softmax" if noted.number in joint else noted.problem
-        if not problem and (noted.queries != noted.tower.shape or tokens != source.size):
-            problem = f"has {noted.queries[1]} queries and {tokens} keys of {noted.tower.size} and {source.size} tokens"
-        problem = problem and f"'{noted.path}' ({type(kind).__name__}) {problem}"
-        sizes = noted.share, noted.keys, noted.columns
-        calls.append(ModelCall(noted.path, traced(noted.tower), traced(source), noted.layer, *sizes, problem, noted.by_hand))
+    calls = []
+    for tower, call in method.calls:
+        (batch, heads, queries, _), source, problem = call.query.shape, sources.get(call.number, tower), ""
+        if call.number in joint:
+            problem = "attends to tokens of several towers in one softmax"
+        elif call.chunk or call.token_positions is not None:
+            problem = "attends in windows or chunks, or to tokens in another order"
+        elif (batch, queries) != tower.shape or call.tokens != source.size:
+            problem = f"has {queries} queries and {call.tokens} keys of {tower.size} and {source.size} tokens"
+        problem = problem and f"{named(call.path, model.get_submodule(call.path))} {problem}"
+        share = HeadShare(heads if call.mesh is None else heads * call.mesh.size(), call.mesh)
+        at = call.path, traced(tower), traced(source), call.layer
+        calls.append(ModelCall(*at, share, call.key.shape[2], call.columns, problem, call.by_hand))
+    mixing = [(traced(tower), layer, path) for tower, layer, path in method.mixing]
     return TracedModel(model, adapter, calls, mixing, arguments), outputs
 
 

@@ -88,7 +88,7 @@ class LiveCalls(Method):
 
     def _computed(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         self._check(call, tower.model.get_submodule(call.path))
-        if self.higher_order and "score" not in call.masks and not call.is_mixing:
+        if self.higher_order and call.ran is None:
             # the lse keeps torch's own attention out, which is differentiable once
             options = {**call.masks, "dropout_p": call.dropout_p, "return_lse": True}
             output, _ = score_attention(call.query, call.key, call.value, **options)
@@ -117,7 +117,7 @@ class LiveCalls(Method):
         if call.chunk or call.mesh is not None:
             why = "attends in chunks" if call.chunk else "has its heads in several processes"
             raise ValueError(f"capture_relevancy does not support {where}, which {why}")
-        mask, score = call.masks["attn_mask"], call.masks.get("score")
+        mask = call.masks["attn_mask"]
         if self.higher_order and "softcap" in call.masks:
             raise ValueError(f"higher_order=True needs plain dot products; got softcapped scores in {where}")
         if mask is not None and mask.requires_grad:
@@ -125,8 +125,8 @@ class LiveCalls(Method):
                 f"capture_relevancy has no gradient for a learned bias of the scores; got one in {where}. Freeze its parameters "
                 "with requires_grad_(False)"
             )
-        if score is not None and (score.kind != "dot" or score.sink is not None):
-            kind = f"score {score.kind!r}" if score.sink is None else "score with a sink"
+        if call.ran is not None and (call.score != "dot" or call.sink() is not None):
+            kind = f"score {call.score!r}" if call.sink() is None else "score with a sink"
             raise ValueError(f"capture_relevancy needs dot products of queries and keys; got the {kind} in {where}")
         written = isinstance(vars(module).get("forward"), functools.partial)  # replaced by `handwritten`
         if written and module.training and not isinstance(module, nn.MultiheadAttention) and _drops_out(module):

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from vlattn_fast._ground.tensors import compute_dtype, over_sums
 from vlattn_fast.attach.recurrences.reading import Convolution
-from vlattn_fast.interpret.relevancy.traced_call import Recursion, Through, TracedCall
+from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 from vlattn_fast.ops.recurrent_step import recurrent_step
 
 _GATES = ("log_decay", "beta", "diagonal")
@@ -30,18 +30,7 @@ class MixingCall(TracedCall):
     # In front of the values: a banded map of its own, with rows that sum to one. It neither makes nor loses relevancy.
     convolution: Convolution | None = None
     run: Callable[[Tensor], Tensor] | None = None  # the output for other values
-    ran: Tensor | None = None  # the output (B, H, N, Dv) as the model computed it
     differentiable: bool = False  # what the score's gradient makes of the convolution has a gradient, too
-
-    def computed(self) -> Tensor:
-        assert self.ran is not None
-        return self.ran
-
-    def through(self, carrier: Tensor, recursion: Recursion) -> tuple[Tensor, Tensor]:
-        return Through.apply(self.computed(), carrier, self, recursion)
-
-    def sink(self) -> Tensor | None:
-        return None
 
     def over_row_sum(self) -> Any:
         return 0.5  # by rule "attention" the rows are divided by their sums

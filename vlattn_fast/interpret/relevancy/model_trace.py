@@ -35,7 +35,7 @@ from vlattn_fast.interpret.relevancy.recurrent_calls import (
     unseen_convolution,
 )
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, begun, note_lost_gradient, submodule
-from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
+from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 from vlattn_fast.interpret.relevancy.tracking.tensor_records import TensorRecords
 from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
 from vlattn_fast.interpret.relevancy.tracking.token_positions import ids_of
@@ -209,28 +209,32 @@ class Trace(Subscriber):
     def on_attention(self, event: AttentionEvent, attend: Attend) -> Tensor:
         """The attention (B, H, N, D) of one call, as the model computes it; with relevancy, if the tower is explained.
         Dropout is off but in a run that trains."""
-        tensors, masks = self._parts_of(event, attend)
+        tensors, masks, known = self._parts_of(event, attend)
         calls, path = self._records.of(tensors[0]).calls, event.run.path
         query, key = map(self._frozen, tensors[:2])
         masks = {name: mask if name == "group_bias" else self._frozen(mask) for name, mask in masks.items()}
-        call = TracedCall(path or "", query, key, tensors[2], masks, dropout_p=event.dropout_p if self.trains else 0.0)
+        known["dropout_p"] = event.dropout_p if self.trains else 0.0
+        call = TracedCall(path or "", query, key, tensors[2], masks, **known)
         output, owner = (call.computed(), None) if path is None else self._attend(event.run, call, calls)
         self._attended(call, owner, calls, output)
         self._output = output
         return output
 
-    def _parts_of(self, event: AttentionEvent, attend: Attend) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-        """Query, key and value with their marks, and the options of the call; with a `Scored` if its output is known already."""
-        given, masks = event.given, dict(event.masks or {})
+    def _parts_of(
+        self, event: AttentionEvent, attend: Attend
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any], dict[str, Any]]:
+        """Query, key and value with their marks, the options of the call, and what else is known of one that ran already."""
+        given, masks, known = event.given, dict(event.masks or {}), dict[str, Any]()
         if event.written is not None:
             *written, masks = event.written.as_call()
-            masks["score"] = Scored("dot", None, 0.0, event.written.output, by_hand=True)
+            known = {"ran": event.written.output, "by_hand": True}
             query, key, value = (self._marked_as(tensor, source) for tensor, source in zip(written, given, strict=True))
         elif event.inputs is not None:
             x, sink = event.inputs.attention, event.inputs.sink
             output = attend(replace(event, sink=self._frozen(event.sink), lse=self._frozen(event.lse)))
-            lse = None if event.lse is None else event.lse.detach()
-            masks["score"] = Scored(x.score, x.vector, x.parameter, output, sink, lse)
+            known = {"ran": output, "score": x.score, "vector": x.vector, "parameter": x.parameter}
+            known["lse"] = None if event.lse is None else event.lse.detach()
+            masks |= {} if sink is None else {"sink": sink}
             parts = (each if self.trains else each.detach() for each in (x.query, x.key, event.inputs.value))
             query, *key_value = parts
             key, value = (expand_heads(each, query.shape[1]) for each in mask_padding(x.key_mask, *key_value))
@@ -240,7 +244,7 @@ class Trace(Subscriber):
             dim = 1 if event.is_one_head else None
             views = zip((event.query, event.key, event.value), given, strict=True)
             query, key, value = (x if x is source else self._marked_as(x, source, dim) for x, source in views)
-        return (query, key, value), masks
+        return (query, key, value), masks, known
 
     def on_recurrence(
         self, run: ModuleRun, reader: Reader, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -294,8 +294,7 @@ class TowerTrace:
     def _mesh(self, call: TracedCall) -> Any:
         if not self._has_dtensors:
             return None
-        score = call.masks.get("score")
-        heads = (call.query, call.key) if score is None or not score.by_hand else (call.value, call.value)  # queries are maps
+        heads = (call.value, call.value) if call.by_hand else (call.query, call.key)  # whose queries are maps
         return heads_mesh(self.model.get_submodule(call.path), *heads)
 
     def enters_gradient(self, output: Tensor) -> None:

@@ -1,9 +1,9 @@
 """One attention call: its output, rows of its map, and relevancy through it.
 
-A call is torch's scaled_dot_product_attention, with its options as `masks`, and maybe with a softcap and a sink. Or it is
-this package's score_attention, with any score function: then `masks` also holds a `Scored`, and query and key are the features
-that the core score takes. Relevancy through a dot product takes the operators; through any other core score it takes their
-kernels (vlattn_fast.ops.core_scores).
+A call is torch's scaled_dot_product_attention, with its options as `masks`, and maybe with a softcap and a sink. Or it ran
+already: a module wrote it out, or it is this package's score_attention, with any score function, whose query and key are the
+features that the core score takes. Relevancy through a dot product takes the operators; through any other core score it takes
+their kernels (vlattn_fast.ops.core_scores).
 """
 
 from __future__ import annotations
@@ -43,21 +43,6 @@ class Recursion(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
-    """A call of score_attention that ran: its core score (see vlattn_fast.scores), its output (B, H, N, Dv), its sink,
-    broadcastable to (B, H, N), and its log-sum-exp (B, H, N) without the sink. `by_hand`: a module wrote the call out, as a
-    softmax and its product with values."""
-
-    kind: str
-    vector: Tensor | None
-    parameter: float
-    output: Tensor
-    sink: Tensor | None = None
-    lse: Tensor | None = None
-    by_hand: bool = False
-
-
-@dataclass(frozen=True, eq=False)
 class TracedCall:
     """One attention call of a model.
 
@@ -71,7 +56,14 @@ class TracedCall:
     query: Tensor  # (B, H, N, D), as the operators take it; keys and values of grouped-query attention have fewer heads
     key: Tensor
     value: Tensor
-    masks: dict[str, Any]  # the options of the call
+    # The options of the call. A sink is (H,), and an argument of the operators; or that of a score, broadcastable to (B, H, N).
+    masks: dict[str, Any]
+    score: str = "dot"  # the core score (see vlattn_fast.scores), with its vector and parameter
+    vector: Tensor | None = None
+    parameter: float = 0.0
+    ran: Tensor | None = None  # the output (B, H, N, Dv) of a call that ran already
+    by_hand: bool = False  # a module wrote it out, as a softmax and its product with values
+    lse: Tensor | None = None  # the log-sum-exp (B, H, N) without the sink, if it is known
     mesh: Any = None  # the processes that share its heads; None = all heads are here
     calls: int = 0  # the calls that its queries came through, as bits
     key_calls: int = 0  # and its keys
@@ -108,26 +100,22 @@ class TracedCall:
 
     def computed(self) -> Tensor:
         """(B, H, N, Dv), as the model asked for it."""
-        score: Scored | None = self.masks.get("score")
-        if score is not None:
-            return score.output
+        if self.ran is not None:
+            return self.ran
         dropout = {"dropout_p": self.dropout_p} if self.dropout_p else {}
         return attention(self.query, self.key, self.value, {**self.masks, **dropout})
 
     def logits(self, query: Tensor) -> Tensor:
         """The scores (B, H, R, M) of some queries (B, H, R, D) with all keys, before the masks."""
-        scale = self._scale()
-        if (score := self.masks.get("score")) is not None:
-            return core_logits(Core(score.kind, query, self.key, score.vector, score.parameter), scale)
-        kind, parameter, scale = softcapped(scale, self.masks.get("softcap"))
-        return core_logits(Core(kind, query, self.key, parameter=parameter), scale)
+        kind, parameter, scale = self.score, self.parameter, self._scale()
+        if (softcap := self.masks.get("softcap")) is not None:
+            kind, parameter, scale = softcapped(scale, softcap)
+        return core_logits(Core(kind, query, self.key, self.vector, parameter), scale)
 
     def sink(self) -> Tensor | None:
         """One more logit of each row, before the softmax: broadcastable to (B, H, N)."""
-        if (score := self.masks.get("score")) is not None:
-            return score.sink
         sink: Tensor | None = self.masks.get("sink")
-        return None if sink is None else sink[:, None]
+        return sink[:, None] if sink is not None and sink.ndim == 1 else sink
 
     def through(self, carrier: Tensor, recursion: Recursion) -> tuple[Tensor, Tensor]:
         """The output and the carrier (B, 2 T, N), see `Carriers`: cotangents r and s become r * a + (r * b) Abar and
@@ -136,7 +124,7 @@ class TracedCall:
         mask = masks["attn_mask"]
         # The operator gives a mask no gradient, and takes as many keys as queries.
         has_rest = self.columns is not None or self.left_out is not None
-        if "score" in masks or has_rest or (mask is not None and mask.requires_grad):
+        if self.ran is not None or has_rest or (mask is not None and mask.requires_grad):
             return Through.apply(self.computed(), carrier, self, recursion)
         with torch.no_grad():
             a, b = self.weights(recursion)
@@ -167,11 +155,10 @@ class TracedCall:
 
     def _lse(self, **masks: Any) -> Tensor:
         """The log-sum-exp (B, H, N) of the keys' logits, with some masks of the call replaced."""
-        if (score := self.masks.get("score")) is not None:
-            core = Core(score.kind, self.query, self.key, score.vector, score.parameter)
-            return core_lse(core, **{**self._options(), **masks})
-        options = {name: value for name, value in self.masks.items() if name != "sink"}
-        return lse_of(self.query, self.key, **{**options, "scale": self._scale(), **masks})
+        options = {name: value for name, value in {**self._options(), **masks}.items() if name != "sink"}
+        if self.ran is not None:
+            return core_lse(Core(self.score, self.query, self.key, self.vector, self.parameter), **options)
+        return lse_of(self.query, self.key, **{**options, "scale": self._scale()})
 
     # --- keys that are left out ---
 
@@ -225,8 +212,7 @@ class TracedCall:
         if (core := self._core()) is None:
             tensors, options = on_mesh(self.mesh, (self.query, self.key, self.value, grad_output), self._options())
             return local(attention_map(*tensors, rule="gradient", **options))
-        options = {"rule": "gradient", "sink": self.sink(), "lse": self.masks["score"].lse, **self._options()}
-        return mean_over(self.mesh, core_map(core, self.value, grad_output, **options))
+        return mean_over(self.mesh, core_map(core, self.value, grad_output, rule="gradient", lse=self.lse, **self._options()))
 
     def step(self, relevancy: Tensor, grad_output: Tensor | None, recursion: Recursion) -> Tensor:
         """relevancy @ Abar, (B, T, N) -> (B, T, M), for the keys that are tokens. Sums of rows go over all keys."""
@@ -250,8 +236,7 @@ class TracedCall:
             return local(relevancy_step(relevancy, *placed, rule=rule, row_normalize=row_normalize, **options))
         if self.mesh is not None and row_normalize:
             raise ValueError(f"method must not normalize rows if processes share heads with {core.kind} scores; got 'weighted'")
-        options = {"rule": rule, "row_normalize": row_normalize, "sink": self.sink(), **self._options()}
-        options["lse"] = self.masks["score"].lse
+        options = {"rule": rule, "row_normalize": row_normalize, "lse": self.lse, **self._options()}
         return mean_over(self.mesh, core_step(relevancy, core, self.value, grad_output, **options))
 
     # --- for the backward pass ---
@@ -263,10 +248,11 @@ class TracedCall:
         """The tensors that relevancy needs, which autograd keeps, and the call that is made of them again."""
 
         def together(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> TracedCall:
-            return TracedCall("", query, key, value, {**masks, "attn_mask": mask}, mesh, columns=columns, left_out=left_out)
+            return replace(rest, query=query, key=key, value=value, masks={**rest.masks, "attn_mask": mask})
 
-        masks, mesh, columns, left_out = self.masks, self.mesh, self.columns, self.left_out
-        return (self.query, self.key, self.value, masks["attn_mask"]), together
+        nothing, masks = self.query.new_empty(0), {**self.masks, "attn_mask": None}
+        rest = replace(self, query=nothing, key=nothing, value=nothing, masks=masks)
+        return (self.query, self.key, self.value, self.masks["attn_mask"]), together
 
     def for_training(self, higher_order: bool) -> TracedCall:
         """The call from which its map is computed again while the model trains: dA = dO V^T is a constant, unless
@@ -284,16 +270,15 @@ class TracedCall:
 
     def _core(self) -> Core | None:
         """The core score; None = a dot product, as the operators take it."""
-        score: Scored | None = self.masks.get("score")
-        if score is None or (score.kind == "dot" and score.sink is None):
+        sink: Tensor | None = self.masks.get("sink")
+        if self.score == "dot" and (sink is None or sink.ndim == 1):
             return None
-        return Core(score.kind, self.query, self.key, score.vector, score.parameter)
+        return Core(self.score, self.query, self.key, self.vector, self.parameter)
 
     def _options(self) -> dict[str, Any]:
         """The options of the call as the operators take them, without gradients of what is added to the scores."""
-        options = {name: value for name, value in self.masks.items() if name != "score"}
-        added = {name: options.get(name) for name in ("attn_mask", "group_bias")}
-        return {**options, **{name: None if x is None else x.detach() for name, x in added.items()}}
+        added = {name: self.masks.get(name) for name in ("attn_mask", "group_bias")}
+        return {**self.masks, **{name: None if x is None else x.detach() for name, x in added.items()}}
 
 
 def as_factor(weight: Any, rows: Tensor) -> Any:
