@@ -196,16 +196,16 @@ class RelevancyCapture:
         check_position(position)
         scores = self._checked(score)
         request = replace(self._request, method=traced.method, position=position, target=_given)
-        run = run_of_trace(request, Prompt(traced.arguments, None, None), traced.trace, None)
+        run = run_of_trace(Prompt(request, traced.arguments), traced.trace, None)
         if scores is not None:
-            check_scores("score", scores, request, run)
+            check_scores("score", scores, run)
         how = {"keep": True, "differentiable": self._higher_order}
         assert traced.method.frozen is not None
         with _naming_a_freed_graph(), traced.method.frozen.holding():
-            starts = start_vectors(run, position, scores, traced.arguments, "score")
-            backward = backward_pass(request, run, scores, starts, traced.arguments, **how)
+            starts = start_vectors(run, position, scores, "score")
+            backward = backward_pass(run, scores, starts, **how)
             rows = traced.method.carried(backward)
-        check_relevancy(request, Question(scores, [(scores, starts)]), run, rows, backward.contribution)
+        check_relevancy(Question(run, scores, [(scores, starts)]), rows, backward.contribution)
         warn_of_lost_gradients(run)
         warn_of_missed_norms(traced.method)
         warn_of_other_keys(run)

@@ -19,19 +19,19 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep
 _BLUR = 1 / 20  # of the shorter side: the standard deviation
 
 
-def run_baseline(request: Request, prompt: Prompt, method: BaselineMethod) -> None:
+def run_baseline(prompt: Prompt, method: BaselineMethod) -> None:
     """Gives the method the embeddings of its baseline, from a run without gradients if that is an input."""
-    changed = _changed(request, prompt, method)
+    changed = _changed(prompt, method)
     if changed:
         method.is_baseline = True
         with torch.no_grad():
-            run_traced(request, replace(prompt, arguments={**prompt.arguments, **changed}))
+            run_traced(replace(prompt, arguments={**prompt.arguments, **changed}))
         method.is_baseline = False
 
 
-def _changed(request: Request, prompt: Prompt, method: BaselineMethod) -> dict[str, Tensor]:
+def _changed(prompt: Prompt, method: BaselineMethod) -> dict[str, Tensor]:
     """The inputs that the baseline changes; none if it replaces the embeddings."""
-    inputs, baseline, option = prompt.arguments, method.baseline, method.option
+    request, inputs, baseline, option = prompt.request, prompt.arguments, method.baseline, method.option
     images = [name for name, value in inputs.items() if _is_image(name, value)]
     words = [name for name in ("input_ids", request.adapter.names[1]) if _are_ids(inputs.get(name))][:1]
     if not isinstance(baseline, Mapping):

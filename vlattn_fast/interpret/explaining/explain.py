@@ -1,14 +1,13 @@
 """`explain`, `explain_layers` and `find_sinks`: one forward pass with a carrier through the layers, one backward pass, and one
 relevancy vector for each tower.
 
-Six stages, one after the other: `Request.check` and `lay_out` in request.py, `run_traced` in
+Six stages, each a function of what the one before it gives: `Request.check` and `lay_out` in request.py, `run_traced` in
 forward_pass.py, `ask` in question.py, `carry_back` and `assemble` here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from vlattn_fast.attach.session import at_rest, never_compiled
 from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.baseline import run_baseline
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps, why_no_map
-from vlattn_fast.interpret.explaining.forward_pass import Run, run_traced
+from vlattn_fast.interpret.explaining.forward_pass import run_traced
 from vlattn_fast.interpret.explaining.inputs import packing
 from vlattn_fast.interpret.explaining.named_sinks import FindsSinks, named_sinks
 from vlattn_fast.interpret.explaining.occluded import occluded
@@ -55,6 +54,7 @@ class Vectors(NamedTuple):
     """The relevancy vector (B, N) of each tower, by its name; (B, T, N) with one for each token of an answer, or each layer or
     head."""
 
+    question: Question
     relevancy: dict[str, Tensor]
     contribution: dict[str, Tensor]  # the part of it that comes from attention, if the method knows
     gap: Tensor | None = None  # the sum of all entries less the score's gain, of a method whose entries add up
@@ -215,8 +215,7 @@ def find_sinks(model: nn.Module, inputs: Mapping[str, Any], *, processor: Any = 
     """
     request = Request.check(model, inputs, method=FindsSinks(), processor=processor, patches=patches)
     with torch.inference_mode(False), torch.no_grad(), at_rest(request.model), packing(request.model, request.packs):
-        prompt = lay_out(request)
-        return named_sinks(request, prompt, run_traced(request, prompt))
+        return named_sinks(run_traced(lay_out(request)))
 
 
 def _explained(
@@ -238,47 +237,44 @@ def _explained(
     with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model), packing(request.model, request.packs):
         prompt = lay_out(request)
         if isinstance(request.method, BaselineMethod) and not prompt.empty:
-            run_baseline(request, prompt, request.method)
+            run_baseline(prompt, request.method)
         once = not (request.method.n_runs or request.method.reads_score)  # else only further runs have gradients, or none
         with torch.set_grad_enabled(once):
-            run = run_traced(request, prompt)
-            question = ask(request, prompt, run)
-        vectors = carry_back(request, prompt, run, question)
-    return assemble(request, prompt, run, question, vectors)
+            question = ask(run_traced(prompt))
+        vectors = carry_back(question)
+    return assemble(vectors)
 
 
-def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -> Vectors:
+def carry_back(question: Question) -> Vectors:
     """The relevancy vectors of all towers: for a method with several runs of the model, their mean."""
-    method = request.method
+    prompt, method = question.run.prompt, question.run.request.method
     if isinstance(method, OccludingMethod) and not prompt.empty:
-        return Vectors(occluded(request, prompt, run, question, method), {})
+        return Vectors(question, occluded(question, method), {})
     if not method.n_runs or prompt.empty:
-        return _vectors_of_run(request, prompt, run, question)
+        return _vectors_of_run(question)
     if question.target is not None:  # changed inputs may have another
-        request = replace(request, target=question.target)
-    mean = Vectors({}, {})
+        prompt = prompt.about(question.target)
+    mean = Vectors(question, {}, {})
     for number in with_progress(range(method.n_runs), "explaining", unit="pass"):
         method.at_run(number + 0.5)
-        scaled = run_traced(request, prompt)
-        for total, vectors in zip(
-            mean[:2], _vectors_of_run(request, prompt, scaled, ask(request, prompt, scaled))[:2], strict=True
-        ):
-            for name, row in vectors.items():
+        vectors = _vectors_of_run(ask(run_traced(prompt)))
+        for total, rows in ((mean.relevancy, vectors.relevancy), (mean.contribution, vectors.contribution)):
+            for name, row in rows.items():
                 share = row / method.n_runs
                 total[name] = total[name] + share if name in total else share
     if method.completes and not method.freeze:
-        return mean._replace(gap=_gap(request, prompt, question, mean))
+        return mean._replace(gap=_gap(prompt, question, mean))
     return mean
 
 
 @torch.no_grad()
-def _gap(request: Request, prompt: Prompt, question: Question, vectors: Vectors) -> Tensor | None:
+def _gap(prompt: Prompt, question: Question, vectors: Vectors) -> Tensor | None:
     """The sum of all entries less the score's gain over the baseline, with a remark if it is large; None if the baseline
     has no score."""
-    method = request.method
+    method = prompt.request.method
     method.at_run(0)
     try:
-        before = ask(request, prompt, run_traced(request, prompt)).scores
+        before = ask(run_traced(prompt)).scores
     except UndefinedRelevancy:  # it is not a number
         return None
     if before is None or question.scores is None:
@@ -293,53 +289,50 @@ def _gap(request: Request, prompt: Prompt, question: Question, vectors: Vectors)
     return gap
 
 
-def _vectors_of_run(request: Request, prompt: Prompt, run: Run, question: Question) -> Vectors:
+def _vectors_of_run(question: Question) -> Vectors:
     """The relevancy vectors of one run, from a backward pass for each token of an answer, or for several."""
+    run, request, count = question.run, question.run.request, len(question.passes)
     contribution: dict[TowerTrace, Tensor] = {}
     joined: list[Tensor] = []
     filled = [0] * len(run.towers)
-    shows = len(question.passes) > 1 and not request.method.n_runs
-    numbers = range(len(question.passes))
-    for number in with_progress(numbers, "explaining", unit="pass") if shows else numbers:
-        backward = _pass_back(request, prompt, run, question, number)
+    shows = count > 1 and not request.method.n_runs
+    for number in with_progress(range(count), "explaining", unit="pass") if shows else range(count):
+        backward = _pass_back(question, number)
         rows = request.method.carried(backward)
         # Kept apart, a small tensor of each pass would fragment the memory that the next pass reuses.
-        joined = joined or [row.new_empty(len(row), row.shape[1] * len(question.passes), row.shape[2]) for row in rows]
+        joined = joined or [row.new_empty(len(row), row.shape[1] * count, row.shape[2]) for row in rows]
         for tower, row in enumerate(rows):
             joined[tower][:, filled[tower] : filled[tower] + row.shape[1]] = row.detach()
             filled[tower] += row.shape[1]
-        if len(question.passes) == 1:  # the tokens of an answer are explained one by one
+        if count == 1:  # the tokens of an answer are explained one by one
             contribution = without_self_entries(backward)
     if question.passes:
-        joined = [x if x.shape[1] == count else x[:, :count].clone() for x, count in zip(joined, filled, strict=True)]
-        check_relevancy(request, question, run, joined, contribution)
+        joined = [x if x.shape[1] == n else x[:, :n].clone() for x, n in zip(joined, filled, strict=True)]
+        check_relevancy(question, joined, contribution)
     else:
         count_rows = request.method.n_vectors_of
         joined = [torch.zeros(0, count_rows(x), x.size, dtype=x.dtype, device=x.device) for x in run.towers]
     has_rows = (question.answer is not None and request.per_token) or request.selection is not None
     read = (row if has_rows else row[:, 0] for row in joined)
     relevancy = {tower.name: row for tower, row in zip(run.towers, read, strict=True)}
-    return Vectors(relevancy, {tower.name: row.detach()[:, 0] for tower, row in contribution.items()})
+    return Vectors(question, relevancy, {tower.name: row.detach()[:, 0] for tower, row in contribution.items()})
 
 
-def _pass_back(request: Request, prompt: Prompt, run: Run, question: Question, number: int) -> BackwardPass:
+def _pass_back(question: Question, number: int) -> BackwardPass:
     """The backward pass of this number, from the score's gradient."""
-    score, starts = question.passes[number]
+    run, (score, starts) = question.run, question.passes[number]
     if run.vision is not None:  # its relevancy starts from the decoder's image tokens
         starts = [*starts, torch.zeros_like(run.vision.carriers.leaving()[:, :1])]
-    keep = number + 1 < len(question.passes)
-    logits = request.adapter.scoring.logits(run.outputs) if request.method.takes_logits else None
+    logits = run.request.adapter.scoring.logits(run.outputs) if run.request.method.takes_logits else None
     predicted = None if logits is None else question.predicted(logits, number)
-    arguments = prompt.arguments if prompt.answer is None else prompt.answer.masked(prompt.arguments)
-    return backward_pass(request, run, score, starts, arguments, keep=keep, predicted=predicted)
+    return backward_pass(run, score, starts, keep=number + 1 < len(question.passes), predicted=predicted)
 
 
-def _of_towers(
-    request: Request, prompt: Prompt, run: Run, question: Question, vectors: Vectors
-) -> tuple[Vectors, dict[str, Any], dict[str, str]]:
-    """The relevancy vectors of each tower, including the vision tower before a connector; the fields of their tokens, and their
-    towers."""
-    arguments, (relevancy, contribution, gap) = prompt.arguments, vectors
+def _of_towers(vectors: Vectors) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any], dict[str, str]]:
+    """The relevancy of each tower and the part that comes from attention, including the vision tower before a connector; the
+    fields of their tokens, and their towers."""
+    question, relevancy, contribution, gap = vectors
+    run, request, arguments = question.run, question.run.request, question.run.prompt.arguments
     positions = question.start_positions or {}
     contribution = {name: row for name, row in contribution.items() if name not in positions}
     without_self = {
@@ -360,33 +353,36 @@ def _of_towers(
         fields |= maps
     elif request.vision is not None:  # an empty batch
         relevancy[request.vision.name] = next(iter(relevancy.values())).new_zeros(0, 0)
-    return Vectors(relevancy, contribution), fields, owners
+    return relevancy, contribution, fields, owners
 
 
-def assemble(request: Request, prompt: Prompt, run: Run, question: Question, vectors: Vectors) -> Explanation:
+def assemble(vectors: Vectors) -> Explanation:
+    question, run = vectors.question, vectors.question.run
+    request, method = run.request, run.request.method
     warn_of_lost_gradients(run)
-    warn_of_missed_norms(request.method)
+    warn_of_missed_norms(method)
     warn_of_other_keys(run)
-    warn_of_remarks(request.method)
-    (relevancy, contribution, _), fields, owners = _of_towers(request, prompt, run, question, vectors)
+    warn_of_remarks(method)
+    relevancy, contribution, fields, owners = _of_towers(vectors)
     fields |= {
         "position": question.start_positions,
         "contribution": {name: row for name, row in contribution.items() if not torch.equal(row, relevancy[name])} or None,
         "scores": None if question.scores is None else question.scores.detach(),
         "target": question.target,
-        "of": request.method.of or (None if question.answer is None else LOG_PROBABILITY),
-        "method": request.method.label,
-        "start_layer": request.method.start_layer,
-        "no_map": why_no_map(request.model, run.towers, prompt.arguments, fields),
-        "sinks": None if request.method.sinks == KEEP else named_sinks(request, prompt, run, fields.get("image_samples")),
+        "of": method.of or (None if question.answer is None else LOG_PROBABILITY),
+        "method": method.label,
+        "start_layer": method.start_layer,
+        "no_map": why_no_map(request.model, run.towers, run.prompt.arguments, fields),
+        "sinks": None if method.sinks == KEEP else named_sinks(run, fields.get("image_samples")),
     }
-    explanation = (
-        Explanation(relevancy=relevancy, **fields)
-        if request.selection is None
-        else _by_layer(request, run, relevancy, fields, owners)
-    )
-    if request.method.rank_filter:
-        explanation = with_filtered_image(explanation)
+    if isinstance(method, LayerMaps):
+        counts = {tower.name: method.counts(tower) for tower in run.towers}
+        return _with_words(LayerExplanation.from_rows(method.selection.per, counts, owners, relevancy, fields), request)
+    explanation = Explanation(relevancy=relevancy, **fields)
+    return _with_words(with_filtered_image(explanation) if method.rank_filter else explanation, request)
+
+
+def _with_words(explanation: Explanation, request: Request) -> Explanation:
     named = explanation.token_ids is not None and hasattr(request.tokenizer, "convert_ids_to_tokens")
     return explanation.with_tokens(request.tokenizer) if named else explanation
 
@@ -407,11 +403,3 @@ def without_self_entries(backward: BackwardPass) -> dict[TowerTrace, Tensor]:
 def _of_rows(request: Request, position: Tensor | None) -> Tensor | None:
     """The explained token (B,), or (B, 1) for relevancy vectors (B, K, N), one for each layer or head."""
     return position if position is None or request.selection is None else position[:, None]
-
-
-def _by_layer(
-    request: Request, run: Run, relevancy: dict[str, Tensor], fields: dict[str, Any], owners: dict[str, str]
-) -> LayerExplanation:
-    assert request.selection is not None and isinstance(request.method, LayerMaps)
-    counts = {tower.name: request.method.counts(tower) for tower in run.towers}
-    return LayerExplanation.from_rows(request.selection.per, counts, owners, relevancy, fields)

@@ -15,10 +15,9 @@ from vlattn_fast.interpret.explaining.similarity import NAMED_POSITIONS
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 
-def start_vectors(
-    run: Run, position: Any, scores: Tensor | None, arguments: Mapping[str, Any], name: str = "target"
-) -> list[Tensor]:
+def start_vectors(run: Run, position: Any, scores: Tensor | None, name: str = "target") -> list[Tensor]:
     """The weights (B, 1, N) of the explained positions of each tower. `name`: of the argument that gives the scores."""
+    arguments = run.prompt.arguments
     for tower in run.explained:  # names attention in windows as such
         if scores is None or tower.batch == len(scores):
             tower.positions.check()

@@ -26,11 +26,16 @@ _TRACES: dict[str, type[Trace] | type[EmbeddingTrace]] = {"attention": Trace, "e
 class Run:
     """A forward pass that ran."""
 
+    prompt: Prompt
     outputs: Any  # the model's; of an empty batch, those of one made-up row
     trace: Trace | EmbeddingTrace
     explained: list[TowerTrace]  # with an explained position
     vision: TowerTrace | None  # the vision tower before the connector, whose row comes from that of the decoder; None without
     attended: list[TowerTrace]  # to which those of `explained` attend, and on into which their relevancy goes
+
+    @property
+    def request(self) -> Request:
+        return self.prompt.request
 
     @property
     def carrying(self) -> list[TowerTrace]:
@@ -43,44 +48,47 @@ class Run:
         return [*self.carrying, *self.attended]
 
 
-def run_traced(request: Request, prompt: Prompt) -> Run:
-    model, adapter, arguments = request.model, request.adapter, prompt.arguments
+def run_traced(prompt: Prompt) -> Run:
+    request, arguments = prompt.request, prompt.arguments
+    model, adapter, method = request.model, request.adapter, request.method
     vision_tower = None if prompt.empty else request.vision
     if vision_tower is not None:
         _check_images(model.config, arguments)
         adapter = replace(adapter, towers=(*adapter.towers, vision_tower))
-    request.method.finds_position, request.method.n_vectors = request.position is None, _n_vectors(request, prompt)
-    with _TRACES[request.method.needs](model, adapter, request.method) as trace:
+    method.finds_position, method.n_vectors = request.position is None, _n_vectors(prompt)
+    with _TRACES[method.needs](model, adapter, method) as trace:
         if callable(request.target) or rewrites_forward(model):
             find_positions(trace.towers)
         vision = None if vision_tower is None else trace.towers[-1]
         if vision is not None:
             _connect(vision, trace.towers[0], adapter.connector, model.config, arguments)
         outputs = model(**trace.prepare(with_one_row(model, arguments, adapter) if prompt.empty else arguments))
-    run = run_of_trace(request, prompt, trace, outputs, vision)
+    run = run_of_trace(prompt, trace, outputs, vision)
     if prompt.empty:
         for tower in run.towers:
             tower.batch = 0
     return run
 
 
-def _n_vectors(request: Request, prompt: Prompt) -> int:
+def _n_vectors(prompt: Prompt) -> int:
     """The number of tokens of an answer that a backward pass explains."""
-    several = request.method.carries_several and request.per_token and prompt.answer is not None and bool(request.adapter.towers)
-    return max(1, min(_MOST_VECTORS, prompt.answer.answer_positions.shape[1])) if several and prompt.answer is not None else 1
+    request = prompt.request
+    if prompt.answer is None or not (request.method.carries_several and request.per_token and request.adapter.towers):
+        return 1
+    return max(1, min(_MOST_VECTORS, prompt.answer.answer_positions.shape[1]))
 
 
-def run_of_trace(
-    request: Request, prompt: Prompt, trace: Trace | EmbeddingTrace, outputs: Any, vision: TowerTrace | None = None
-) -> Run:
+def run_of_trace(prompt: Prompt, trace: Trace | EmbeddingTrace, outputs: Any, vision: TowerTrace | None = None) -> Run:
     """The run of a forward pass that was traced, with the errors of `explain` if a layer is missing."""
     trace.check()
     _check_ids(trace, prompt)
-    explained, attended = _towers_of(trace, request, prompt, vision)
-    run = Run(outputs, trace, explained, vision, attended)
-    request.method.ran(run.carrying, attended, trace.calls)
+    towers, links = [tower for tower in trace.towers if tower is not vision], trace.links
+    explained = _explained_towers(towers, links, prompt)
+    attended = [tower for tower in towers if tower not in explained and any((t, tower) in links for t in explained)]
+    run, method = Run(prompt, outputs, trace, explained, vision, attended), prompt.request.method
+    method.ran(run.carrying, attended, trace.calls)
     for tower in run.carrying:
-        tower.check_start(request.method.start_layer)
+        tower.check_start(method.start_layer)
     return run
 
 
@@ -96,39 +104,30 @@ def _check_ids(trace: Trace | EmbeddingTrace, prompt: Prompt) -> None:
                 )
 
 
-def _towers_of(
-    trace: Trace | EmbeddingTrace, request: Request, prompt: Prompt, vision: TowerTrace | None
-) -> tuple[list[TowerTrace], list[TowerTrace]]:
-    """The towers with an explained position, and those that they attend to; `vision` is neither."""
-    towers = [tower for tower in trace.towers if tower is not vision]
-    links, by_name = trace.links, {tower.name: tower for tower in towers}
-    if isinstance(request.position, Mapping):
-        for name in request.position:
-            if name not in by_name:
-                raise ValueError(f"position must name towers among {', '.join(x.described for x in towers)}; got {name!r}")
-        explained = [by_name[name] for name in request.position]
-    else:
-        listed = [tower for tower in towers if tower.entry is not None]  # only their adapters name a position
-        sources = {source for _, source in links}
-        explained = [tower for tower in listed or towers if tower.calls.paths and tower not in sources]
-        explained = explained or towers[:1]  # all attend to one another: the first is explained
-        answers = request.adapter.answers
-        explained = explained if listed else _decoders(explained, {tower for tower, _ in links}, answers, prompt)
-        if not explained:
-            shape, found = tuple(prompt.arguments[answers].shape), ", ".join(tower.described for tower in towers)
-            raise ValueError(
-                f"model must have a tower over the tokens of '{answers}' {shape}, which hold the answer; got {found}"
-            )
-    return explained, [tower for tower in towers if tower not in explained and any((t, tower) in links for t in explained)]
-
-
-def _decoders(towers: list[TowerTrace], attending: set[TowerTrace], answers: str, prompt: Prompt) -> list[TowerTrace]:
-    """Of towers that no adapter lists: the decoder, if the model has one; of an answer, the last one of its size."""
-    if answers != "input_ids":  # it runs last; others come before an encoder
-        towers = [tower for tower in towers if tower in attending][-1:] or towers
-    if prompt.answer is None:
-        return towers
-    return [tower for tower in towers if tower.shape == prompt.arguments[answers].shape][-1:]
+def _explained_towers(towers: list[TowerTrace], links: set[tuple[TowerTrace, TowerTrace]], prompt: Prompt) -> list[TowerTrace]:
+    """The towers with an explained position: those that the caller names, else those that no other one attends to. `links`: a
+    tower, and one that it attends to."""
+    position, answers = prompt.request.position, prompt.request.adapter.answers
+    if isinstance(position, Mapping):
+        by_name = {tower.name: tower for tower in towers}
+        if unknown := [name for name in position if name not in by_name]:
+            raise ValueError(f"position must name towers among {', '.join(x.described for x in towers)}; got {unknown[0]!r}")
+        return [by_name[name] for name in position]
+    listed = [tower for tower in towers if tower.entry is not None]  # only their adapters name a position
+    sources = {source for _, source in links}
+    explained = [tower for tower in listed or towers if tower.calls.paths and tower not in sources]
+    explained = explained or towers[:1]  # all attend to one another: the first is explained
+    if listed:
+        return explained
+    if answers != "input_ids":  # the decoder runs last; others come before an encoder
+        attending = {tower for tower, _ in links}
+        explained = [tower for tower in explained if tower in attending][-1:] or explained
+    if prompt.answer is not None:
+        explained = [tower for tower in explained if tower.shape == prompt.arguments[answers].shape][-1:]
+    if not explained:
+        shape, found = tuple(prompt.arguments[answers].shape), ", ".join(tower.described for tower in towers)
+        raise ValueError(f"model must have a tower over the tokens of '{answers}' {shape}, which hold the answer; got {found}")
+    return explained
 
 
 # --- the connector ---

@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from vlattn_fast.interpret.explaining.fields import parts, tokens_of
 from vlattn_fast.interpret.explaining.forward_pass import Run
-from vlattn_fast.interpret.explaining.request import Prompt, Request
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.sink_detection import REMOVE, REPORT, Findings
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
@@ -32,15 +31,15 @@ class FindsSinks(Method):
         super().__init__()
 
 
-def named_sinks(request: Request, prompt: Prompt, run: Run, image_samples: Sequence[int] | None = None) -> Sinks:
+def named_sinks(run: Run, image_samples: Sequence[int] | None = None) -> Sinks:
     """The sinks of each sample. `image_samples`: the sample of each map of an explanation."""
-    count = run.towers[0].batch or 0
+    method, count = run.request.method, run.towers[0].batch or 0
     samples: list[list[Sink]] = [[] for _ in range(count)]
     by_towers: dict[tuple[TowerTrace, TowerTrace], list[Findings]] = {}
-    for reader, source, found in request.method.findings:
+    for reader, source, found in method.findings:
         if source in run.towers:
             by_towers.setdefault((reader, source), []).append(found)
-    names = _Names(request, prompt, run)
+    names = _Names(run)
     image_samples = names.image_samples if image_samples is None else image_samples
     for (reader, source), calls in by_towers.items():
         shares, norms, sinks = (
@@ -57,8 +56,8 @@ def named_sinks(request: Request, prompt: Prompt, run: Run, image_samples: Seque
             )
             where = tuple(layer for layer, one in zip(layers, sinks, strict=True) if bool(one[row, index]))
             place, word = names.of(source, row, index)
-            removed = request.method.sinks == REMOVE
-            samples[sample].append(Sink(source.name, index, reader.name, where, layer_shares, layer_norms, place, word, removed))
+            known = source.name, index, reader.name, where, layer_shares, layer_norms, place, word
+            samples[sample].append(Sink(*known, removed=method.sinks == REMOVE))
     return Sinks(samples)
 
 
@@ -75,17 +74,16 @@ def _as_entered(tower: TowerTrace, values: Tensor, found: Findings) -> Tensor:
 class _Names:
     """The positions of tokens in the image, and the names of their ids."""
 
-    def __init__(self, request: Request, prompt: Prompt, run: Run) -> None:
+    def __init__(self, run: Run) -> None:
+        request, arguments, towers = run.request, run.prompt.arguments, [*run.explained, *run.attended]
         self._convert = getattr(request.tokenizer, "convert_ids_to_tokens", None)
-        towers, arguments = [*run.explained, *run.attended], prompt.arguments
         # With the tokens' numbers instead of their relevancy, the maps have the token of each patch.
         numbers = {tower.name: torch.arange(tower.size, dtype=torch.float64).expand(tower.shape) for tower in towers}
-        special = request.special
-        fields, owners = parts(towers, arguments, numbers, None, request.patches, special)
+        fields, owners = parts(towers, arguments, numbers, None, request.patches, request.special)
         self.image_samples: Sequence[int] = fields.get("image_samples", ())  # the sample of each map
         self._owner, self._places = owners.get("image"), _places(fields)
         self._ids: dict[str, Tensor] = {}
-        for tower, tokens in tokens_of(towers, arguments, special).items():
+        for tower, tokens in tokens_of(towers, arguments, request.special).items():
             if tokens.ids is not None:
                 self._ids[tower.name] = functional.pad(tokens.ids, (tokens.before, 0), value=-1).cpu()
 

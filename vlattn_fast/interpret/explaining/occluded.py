@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.interpret.explaining.fields import grid_of_pixels, parts, tokens_of
-from vlattn_fast.interpret.explaining.forward_pass import Run, run_traced
+from vlattn_fast.interpret.explaining.forward_pass import run_traced
 from vlattn_fast.interpret.explaining.question import Question, ask
-from vlattn_fast.interpret.explaining.request import Prompt, Request
+from vlattn_fast.interpret.explaining.request import Prompt
 from vlattn_fast.interpret.relevancy.occluding_method import OccludingMethod
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
@@ -21,10 +20,10 @@ _ALIKE = 0.05  # of the largest score: copies of an input in one batch have its 
 Window = tuple[str, Tensor]  # a tower, and tokens of it
 
 
-def occluded(request: Request, prompt: Prompt, run: Run, question: Question, method: OccludingMethod) -> dict[str, Tensor]:
+def occluded(question: Question, method: OccludingMethod) -> dict[str, Tensor]:
     """The relevancy vectors (B, N) of the towers, or (B, T, N) of an answer's tokens: the mean drop of the score over a token's
     windows."""
-    whole = question.scores
+    run, prompt, whole = question.run, question.run.prompt, question.scores
     if whole is None:
         raise ValueError(
             f"target must be a callable(outputs) -> (B,) scores for method {method.name!r}, since the outputs have no logits"
@@ -34,11 +33,11 @@ def occluded(request: Request, prompt: Prompt, run: Run, question: Question, met
             raise ValueError(
                 f"model must embed whole inputs in tower '{tower.name}'; got a batch of {tower.batch} for {len(whole)} scores"
             )
-    windows = _windows(request, prompt, run, question, method)
+    windows = _windows(question, method)
     if question.target is not None:  # changed inputs may have another
-        request = replace(request, target=question.target)
+        prompt = prompt.about(question.target)
     copies = max(1, min(method.batch_size, max(map(len, windows))))
-    if copies > 1 and not _runs_copies(request, prompt, whole):
+    if copies > 1 and not _runs_copies(prompt, method, whole):
         copies = 1
     dtype = torch.promote_types(whole.dtype, torch.float32)
     rows = {tower.name: torch.zeros(*whole.shape, tower.size, dtype=dtype, device=whole.device) for tower in run.towers}
@@ -50,7 +49,7 @@ def occluded(request: Request, prompt: Prompt, run: Run, question: Question, met
         for sample, sample_windows in enumerate(part):
             for number, (name, tokens) in enumerate(sample_windows):
                 masks[name][number * len(whole) + sample, tokens] = True
-        drops = whole.detach() - _scores(request, prompt, method, masks, count, len(whole))
+        drops = whole.detach() - _scores(prompt, method, masks, count, len(whole))
         for sample, sample_windows in enumerate(part):
             for number, (name, tokens) in enumerate(sample_windows):
                 tokens = tokens.to(whole.device)
@@ -60,11 +59,11 @@ def occluded(request: Request, prompt: Prompt, run: Run, question: Question, met
     return {name: row / over[name] for name, row in rows.items()}
 
 
-def _windows(request: Request, prompt: Prompt, run: Run, question: Question, method: OccludingMethod) -> list[list[Window]]:
+def _windows(question: Question, method: OccludingMethod) -> list[list[Window]]:
     """The windows of each sample: over maps of patches, and over the other tokens, without special tokens and padding."""
     windows: list[list[Window]] = [[] for _ in range(len(question.scores))]  # type: ignore[arg-type]
-    masks = {tower: torch.zeros(tower.shape, dtype=torch.bool) for tower in run.towers}
-    for tower, sample, tokens, is_map in _groups(request, prompt, run, question):
+    masks = {tower: torch.zeros(tower.shape, dtype=torch.bool) for tower in question.run.towers}
+    for tower, sample, tokens, is_map in _groups(question):
         if is_map:
             masks[tower][sample, tokens.flatten()] = True
         windows[sample] += [(tower.name, window) for window in method.windows(tokens)]
@@ -73,10 +72,10 @@ def _windows(request: Request, prompt: Prompt, run: Run, question: Question, met
     return windows
 
 
-def _groups(request: Request, prompt: Prompt, run: Run, question: Question) -> list[tuple[TowerTrace, int, Tensor, bool]]:
+def _groups(question: Question) -> list[tuple[TowerTrace, int, Tensor, bool]]:
     """Tokens that lie side by side: a tower, a sample, the tokens' numbers (rows, columns, of each patch), and whether that is a
     map of an image."""
-    groups, plain = [], []
+    run, request, groups, plain = question.run, question.run.request, [], []
     for tower in run.towers:
         if tower.grid is None:
             plain.append(tower)
@@ -95,8 +94,7 @@ def _groups(request: Request, prompt: Prompt, run: Run, question: Question) -> l
         owner += [tower] * tower.size
         count += tower.size
     firsts = {tower: int(index[tower.name][0, 0]) for tower in plain}
-    arguments = prompt.arguments if prompt.answer is None else prompt.answer.masked(prompt.arguments)
-    patches = request.patches if len(plain) == len(run.towers) else None
+    arguments, patches = run.prompt.masked, request.patches if len(plain) == len(run.towers) else None
     fields, _ = parts(plain, arguments, index, question.answer, patches, request.special)
     real = {tower: tokens.real() for tower, tokens in tokens_of(plain, arguments, request.special).items()}
     covered: set[TowerTrace] = set()
@@ -135,27 +133,24 @@ def _is_real(real: Tensor | None, sample: int, token: int) -> bool:
 # --- runs on several windows at once ---
 
 
-def _scores(
-    request: Request, prompt: Prompt, method: OccludingMethod, masks: Mapping[str, Tensor], copies: int, batch: int
-) -> Tensor:
+def _scores(prompt: Prompt, method: OccludingMethod, masks: Mapping[str, Tensor], copies: int, batch: int) -> Tensor:
     """(copies, B), or (copies, B, T): the scores of copies of the inputs, of `batch` samples, under `masks`."""
     method.masks = masks
     try:
         if copies > 1:
-            target = request.target * copies if isinstance(request.target, list) else request.target
-            request, prompt = replace(request, target=target), prompt.repeated(copies, batch)
-        scores = ask(request, prompt, run_traced(request, prompt)).scores
+            target = prompt.request.target
+            prompt = prompt.repeated(copies, batch).about(target * copies if isinstance(target, list) else target)
+        scores = ask(run_traced(prompt)).scores
     finally:
         method.masks = {}
     assert scores is not None
     return scores.detach().unflatten(0, (copies, -1))
 
 
-def _runs_copies(request: Request, prompt: Prompt, whole: Tensor) -> bool:
+def _runs_copies(prompt: Prompt, method: OccludingMethod, whole: Tensor) -> bool:
     """Whether the model takes a batch of copies of the inputs, and gives each copy the score of the inputs."""
-    assert isinstance(request.method, OccludingMethod)
     try:
-        scores = _scores(request, prompt, request.method, {}, 2, len(whole))
+        scores = _scores(prompt, method, {}, 2, len(whole))
     except (IndexError, RuntimeError, TypeError, ValueError):
         return False
     if scores.shape[1:] != whole.shape:

@@ -20,7 +20,7 @@ from vlattn_fast.interpret.explaining.answer import Answer, explained_number
 from vlattn_fast.interpret.explaining.explained_positions import start_vectors
 from vlattn_fast.interpret.explaining.forward_pass import Run
 from vlattn_fast.interpret.explaining.inputs import packed
-from vlattn_fast.interpret.explaining.request import Prompt, Request
+from vlattn_fast.interpret.explaining.request import Prompt
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT, BackwardPass, Method, PredictedTokens, single_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
@@ -36,6 +36,7 @@ class UndefinedRelevancy(ValueError):
 class Question:
     """A question about a run: scores, and the explained positions."""
 
+    run: Run
     scores: Tensor | None  # (B,), or (B, T) of an answer's tokens; None for a method and a model that give none
     passes: list[Pass] = field(default_factory=list)  # the backward passes; none for an empty batch
     target: list[int] | None = None  # index of each row's text, class, token or query; None for a callable and for an answer
@@ -59,15 +60,12 @@ class Question:
         )
 
 
-def ask(request: Request, prompt: Prompt, run: Run) -> Question:
-    if prompt.empty:
-        return _about_nothing(request, prompt, run)
-    if prompt.answer is not None:
-        question = _about_answer(request, prompt, run, prompt.answer)
-    else:
-        question = _about_target(request, prompt, run)
+def ask(run: Run) -> Question:
+    if run.prompt.empty:
+        return _about_nothing(run)
+    question = _about_target(run) if run.prompt.answer is None else _about_answer(run, run.prompt.answer)
     if question.scores is not None:
-        check_scores("target", question.scores, request, run)
+        check_scores("target", question.scores, run)
         for tower in run.explained:
             if tower.batch != len(question.scores):
                 raise ValueError(
@@ -78,58 +76,58 @@ def ask(request: Request, prompt: Prompt, run: Run) -> Question:
     return question
 
 
-def _about_nothing(request: Request, prompt: Prompt, run: Run) -> Question:
+def _about_nothing(run: Run) -> Question:
+    request, answer, first = run.request, run.prompt.answer, run.towers[0]
     if request.adapter.scoring.logits(run.outputs) is None and not callable(request.target):
-        return Question(None, answer=prompt.answer)
-    scores = torch.zeros(0, dtype=run.towers[0].dtype, device=run.towers[0].device)
-    return Question(scores, target=None if callable(request.target) else [], answer=prompt.answer)
+        return Question(run, None, answer=answer)
+    scores = torch.zeros(0, dtype=first.dtype, device=first.device)
+    return Question(run, scores, target=None if callable(request.target) else [], answer=answer)
 
 
-def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
-    first, position = run.explained[0], request.position
-    scores, target = choose_score(request, prompt, run.outputs, first.shape[0])
-    if request.adapter.scoring.names_position and target is not None:
-        position = torch.eye(first.size)[target]
+def _about_target(run: Run) -> Question:
+    request, first = run.request, run.explained[0]
+    scores, target = choose_score(run.prompt, run.outputs, first.shape[0])
     if not request.method.uses_position:
-        return Question(scores, [(scores, [])], target, {})
-    starts = start_vectors(run, position, scores, prompt.arguments)
+        return Question(run, scores, [(scores, [])], target, {})
+    names_query = request.adapter.scoring.names_position and target is not None
+    starts = start_vectors(run, torch.eye(first.size)[target] if names_query else request.position, scores)
     # The queries of a pooling head are not tokens.
     token_starts = ((tower, start) for tower, start in zip(run.explained, starts, strict=True) if not tower.pooled)
     positions = ((tower.name, _single_position(start)) for tower, start in token_starts)
-    return Question(scores, [(scores, starts)], target, {name: position for name, position in positions if position is not None})
+    singles = {name: position for name, position in positions if position is not None}
+    return Question(run, scores, [(scores, starts)], target, singles)
 
 
-def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) -> Question:
-    before = run.explained[0].tokens_in(prompt.arguments).before  # patches come before the text
+def _about_answer(run: Run, answer: Answer) -> Question:
+    request, arguments = run.request, run.prompt.arguments
+    before = run.explained[0].tokens_in(arguments).before  # patches come before the text
     answer = replace(answer, answer_positions=answer.answer_positions + before)
     logits, of = request.adapter.scoring.logits(run.outputs), request.method.of or LOG_PROBABILITY
-    scores = answer.scores(logits, prompt.arguments.get("logits_to_keep"), of)
+    scores = answer.scores(logits, arguments.get("logits_to_keep"), of)
     rows = run.explained if request.method.uses_position else []
     likes = [torch.zeros(*tower.shape, dtype=tower.dtype, device=tower.device)[:, None] for tower in rows]
+    passes: list[Pass] = []
     if request.per_token:
-        count = scores.shape[1]
-        parts = [
-            range(first, min(first + request.method.n_vectors, count)) for first in range(0, count, request.method.n_vectors)
-        ]
-        passes: list[Pass] = [
-            (scores[:, part.start], [torch.cat([answer.start(like, t) for t in part], 1) for like in likes]) for part in parts
-        ]
+        count, step = scores.shape[1], request.method.n_vectors
+        for first in range(0, count, step):
+            tokens = range(first, min(first + step, count))
+            passes.append((scores[:, first], [torch.cat([answer.start(like, token) for token in tokens], 1) for like in likes]))
     else:
         scores = scores.sum(1)
-        passes = [(scores, [answer.start(like, None) for like in likes])]
-    return Question(scores, passes, None, {tower.name: answer.start_positions for tower in rows}, answer)
+        passes.append((scores, [answer.start(like, None) for like in likes]))
+    return Question(run, scores, passes, None, {tower.name: answer.start_positions for tower in rows}, answer)
 
 
 # --- scores ---
 
 
-def choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) -> tuple[Tensor | None, list[int] | None]:
+def choose_score(prompt: Prompt, outputs: Any, batch: int) -> tuple[Tensor | None, list[int] | None]:
     """Scores (B,) and the index each belongs to (text, class, token or object query; None for a callable); no scores for a method
     without a gradient if the outputs have no logits."""
-    adapter, target = request.adapter, request.target
+    request, adapter, target, of = prompt.request, prompt.request.adapter, prompt.request.target, prompt.request.method.of
     if callable(target):
-        if request.method.of is not None:
-            raise ValueError(f"of must be left out if target is a callable, which gives the score; got {request.method.of!r}")
+        if of is not None:
+            raise ValueError(f"of must be left out if target is a callable, which gives the score; got {of!r}")
         scores = call_on("target", target, outputs, packed(prompt.arguments, request.packs))
         if not isinstance(scores, Tensor):
             raise TypeError(f"target must return a tensor of scores; got {type(scores).__name__}")
@@ -139,25 +137,25 @@ def choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) -> 
     if not request.method.needs_score and target is None and adapter.scoring.logits(outputs) is None:
         return None, None
     scores, chosen = adapter.scoring.choose(outputs, target if prompt.pairs is None else prompt.pairs, prompt.arguments)
-    if request.method.of in (None, LOGIT):
+    if of in (None, LOGIT):
         return scores, chosen
     if not adapter.scoring.among_logits or chosen is None:
         raise ValueError(
-            f"of must be 'logit' if the score is not one of several logits; got {request.method.of!r} for "
-            f"{type(request.model).__name__}"
+            f"of must be 'logit' if the score is not one of several logits; got {of!r} for {type(request.model).__name__}"
         )
     logits = adapter.scoring.per_row(adapter.scoring.logits(outputs), prompt.arguments)
-    return explained_number(request.method.of, logits, torch.tensor(chosen, device=logits.device)), chosen
+    return explained_number(of, logits, torch.tensor(chosen, device=logits.device)), chosen
 
 
-def check_scores(name: str, scores: Tensor, request: Request, run: Run) -> None:
+def check_scores(name: str, scores: Tensor, run: Run) -> None:
     """UndefinedRelevancy for a score (B,) that is NaN, and ValueError for scores that do not depend on the explained layers,
     if the method takes their gradient. `name`: of the argument that gives them."""
     if bool(scores.isnan().any()):
         samples = scores.isnan().nonzero()[:, 0].tolist()
         raise UndefinedRelevancy(f"{name} must give scores that are numbers; got nan for samples {samples} of the batch")
-    edges = [edge for tower in run.carrying for edge in request.method.edges(tower)]
-    if request.method.needs_score and torch.is_grad_enabled() and not _depends_on(scores, edges):
+    method = run.request.method
+    edges = [edge for tower in run.carrying for edge in method.edges(tower)]
+    if method.needs_score and torch.is_grad_enabled() and not _depends_on(scores, edges):
         raise ValueError(
             f"{name} must give scores that depend on the explained layers; got scores without a gradient there{_why(run)}"
         )
@@ -183,17 +181,15 @@ def _depends_on(scores: Tensor, edges: Sequence[GradientEdge]) -> bool:
 # --- explained positions ---
 
 
-def backward_pass(
-    request: Request, run: Run, scores: Tensor | None, starts: list[Tensor], arguments: Mapping[str, Any], **options: Any
-) -> BackwardPass:
+def backward_pass(run: Run, scores: Tensor | None, starts: list[Tensor], **options: Any) -> BackwardPass:
     """The backward pass of `scores` (B,) from the positions `starts`; `options` are further fields of it."""
     return BackwardPass(
         towers=run.carrying,
         attended=run.attended,
         calls=run.trace.calls,
         starts=starts,
-        scores=scores if request.method.needs_score else None,
-        arguments=arguments,
+        scores=scores if run.request.method.needs_score else None,
+        arguments=run.prompt.masked,
         **options,
     )
 
@@ -205,11 +201,10 @@ def _single_position(start: Tensor) -> Tensor | None:
     return weights.argmax(-1).cpu() if single else None
 
 
-def check_relevancy(
-    request: Request, question: Question, run: Run, relevancy: list[Tensor], contribution: Mapping[TowerTrace, Tensor]
-) -> None:
+def check_relevancy(question: Question, relevancy: list[Tensor], contribution: Mapping[TowerTrace, Tensor]) -> None:
     """UndefinedRelevancy if no relevancy vector (B, T, N) has an entry besides the explained position, which may be the wrong
     one. `contribution`: the part that comes from attention, if the method knows."""
+    run, request = question.run, question.run.request
     # A decoder's logits are at the explained position itself: if it only attends to itself, nothing else counts for it.
     predicts = request.adapter.scoring.predicts and request.position is None and not callable(request.target)
     if predicts or not request.method.holds_start:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -114,13 +115,23 @@ class Request:
 class Prompt:
     """The model's arguments."""
 
+    request: Request
     arguments: dict[str, Any]
-    pairs: list[int] | None  # if images are compared with texts, the text of each sample
-    answer: Answer | None  # the answer among the tokens; None if a target is explained
+    pairs: list[int] | None = None  # if images are compared with texts, the text of each sample
+    answer: Answer | None = None  # the answer among the tokens; None if a target is explained
 
-    @property
+    @cached_property
     def empty(self) -> bool:
         return is_empty(self.arguments)
+
+    @property
+    def masked(self) -> Mapping[str, Any]:
+        """The arguments, with a mask of padding among the tokens of an answer."""
+        return self.arguments if self.answer is None else self.answer.masked(self.arguments)
+
+    def about(self, target: Target) -> Prompt:
+        """The same with another target."""
+        return replace(self, request=replace(self.request, target=target))
 
     def repeated(self, copies: int, batch: int) -> Prompt:
         """The same of `copies` of the batch, which has `batch` samples, one after the other."""
@@ -152,7 +163,7 @@ def lay_out(request: Request) -> Prompt:
             inputs = {**inputs, adapter.answers: start_tokens(request.model, inputs)}
     positions = None if answer is None else answer.answer_positions
     whole = request.method.takes_logits
-    return Prompt(*prepare_inputs(request.model, inputs, adapter, request.target, positions, whole), answer)
+    return Prompt(request, *prepare_inputs(request.model, inputs, adapter, request.target, positions, whole), answer)
 
 
 # --- what the call takes ---

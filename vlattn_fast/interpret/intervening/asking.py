@@ -25,7 +25,6 @@ from vlattn_fast.interpret.relevancy.methods.input_gradient import InputGradient
 class Asked:
     """A score of a model, its inputs and the attention calls of these."""
 
-    request: Request
     prompt: Prompt
     traced: TracedModel
     outputs: Any = None  # of the model, whose calls were noted by a method of the caller's
@@ -59,7 +58,11 @@ class Asked:
         run = request.model, request.adapter, prompt.arguments, [tower], prompt.answer
         with packing(request.model, request.packs):
             traced = (trace_arguments(*run),) if notes is None else run_traced(notes, *run)
-            return cls(request, prompt, *traced)
+            return cls(prompt, *traced)
+
+    @property
+    def request(self) -> Request:
+        return self.prompt.request
 
     @property
     def batch(self) -> int:
@@ -77,7 +80,7 @@ class Asked:
         """The scores (B,), and their target."""
         request, prompt = self.request, self.prompt
         if prompt.answer is None:
-            scores, target = choose_score(request, prompt, outputs, self.batch)
+            scores, target = choose_score(prompt, outputs, self.batch)
             if scores is None:
                 raise ValueError("target must be a callable if the outputs have no logits; got None")
             return scores, request.target if target is None else target
@@ -112,10 +115,10 @@ class Asked:
 
     def repeated(self, copies: int, target: Any) -> Asked:
         """The same for `copies` of the batch, one after the other, with the target that a first run has chosen."""
-        prompt, request = self.prompt, self.request
+        prompt = self.prompt.repeated(copies, self.batch)
         if isinstance(target, Sequence) and not isinstance(target, str):
-            request = replace(request, target=list(target) * copies)
-        return Asked(request, prompt.repeated(copies, self.batch), self.traced)
+            prompt = prompt.about(list(target) * copies)
+        return Asked(prompt, self.traced)
 
 
 def repeated_set(tokens: TokenSet, copies: int) -> TokenSet:
