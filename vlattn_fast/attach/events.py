@@ -59,6 +59,12 @@ class AttentionEvent:
     sink: Tensor | None = None  # the logit of its sink, which is applied afterwards
     lse: Tensor | None = None  # its log-sum-exp, which the sink joins
     written: Any = None  # for attention that is written out by hand: the `WrittenProduct`
+    # What `TokenKinds` adds.
+    kinds: int = 0  # the inputs that the tokens of the queries come from, as bits (TEXT, IMAGE)
+    key_kinds: int = 0  # and those of the keys
+    score: str = "dot"  # the core score
+    again: bool = False  # the module has called attention with these kinds before in this run, e.g. for one image after another
+    image: Tensor | None = None  # bool (N) or (B, N), which tokens of a joint sequence are of the image; None = not known
 
     @property
     def is_one_head(self) -> bool:

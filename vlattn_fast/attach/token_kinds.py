@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -31,21 +31,6 @@ _SCATTERS = (torch.masked_scatter, Tensor.masked_scatter)
 _JOINS = (torch.cat, torch.concat, *_SCATTERS)
 
 
-@dataclass(frozen=True)
-class AttentionCall:
-    """One call of attention, and the kinds of its tokens."""
-
-    kinds: int  # the inputs that the tokens of the queries come from, as bits (TEXT, IMAGE)
-    key_kinds: int  # and those of the keys
-    query: Tensor  # (B, H, N, D)
-    key: Tensor  # (B, H, M, D)
-    # Options of `attention_statistics`; None if hand-written attention does more than scale and mask its scores.
-    masks: Mapping[str, Any] | None = None
-    score: str = "dot"  # the core score
-    again: bool = False  # the module has called attention with these kinds before in this run, e.g. for one image after another
-    image: Tensor | None = None  # bool (N) or (B, N), which tokens of a joint sequence are of the image; None = not known
-
-
 @dataclass
 class _Module:
     """What is known of a module that runs."""
@@ -62,7 +47,8 @@ class TokenKinds(Subscriber):
     Args:
         modality: input name -> "text" or "image", for inputs without the usual names.
         finish: called after a forward pass with its attention calls.
-        sees: called with each attention call's number and the call; then the calls are not stored, and `finish` gets none.
+        sees: called with each attention call's number and the call, with options of `attention_statistics` and without values;
+            then the calls are not stored, and `finish` gets none.
         leaves: called with the number of a call and the result of the layer around it.
         outputs: called with the number of a call and the output (B, H, N, Dv) of its heads; not for nn.MultiheadAttention, which
             does not show it.
@@ -73,8 +59,8 @@ class TokenKinds(Subscriber):
         self,
         model: nn.Module,
         modality: Mapping[str, str],
-        finish: Callable[[Sequence[AttentionCall]], None] | None = None,
-        sees: Callable[[int, AttentionCall], None] | None = None,
+        finish: Callable[[Sequence[AttentionEvent]], None] | None = None,
+        sees: Callable[[int, AttentionEvent], None] | None = None,
         leaves: Callable[[int, Any], None] | None = None,
         outputs: Callable[[int, Tensor], None] | None = None,
         needs_graph: bool = True,
@@ -88,7 +74,7 @@ class TokenKinds(Subscriber):
         self._number = 0
         self._mark = new_mark("kinds")
         self._modules: dict[ModuleRun, _Module] = {}  # those that run, the outermost first
-        self._calls: list[AttentionCall] = []
+        self._calls: list[AttentionEvent] = []
         self._marked: list[Tensor] = []
 
     def observer(self, parts: Iterable[nn.Module] = (), keeps_order: bool = False) -> Observer:
@@ -172,9 +158,8 @@ class TokenKinds(Subscriber):
         kinds = self._kinds(event.given[:1]), self._kinds(event.given[1:2])
         module = self._modules[event.run]
         image = self._image.get(event.query.shape[2]) if kinds == (TEXT | IMAGE, TEXT | IMAGE) else None
-        masks, score = options_of(event)
         again = len(self._modules) > 1 and kinds in module.called
-        call = AttentionCall(*kinds, event.query, event.key, masks, score, again, image)
+        call = replace(_for_statistics(event), kinds=kinds[0], key_kinds=kinds[1], again=again, image=image)
         module.called.add(kinds)
         if event.written is not None:
             module.written |= kinds[0]
@@ -246,25 +231,25 @@ def kind_of(name: str, modality: Mapping[str, str]) -> int:
     return IMAGE if name in _IMAGE_INPUTS or name.startswith("pixel_values") else 0
 
 
-def options_of(event: AttentionEvent) -> tuple[Mapping[str, Any] | None, str]:
-    """The options of a call for `attention_statistics`, and its core score."""
-    if event.inputs is None:
-        masks = event.masks
-        if masks is not None and "group_bias" in masks:  # of edited edges
-            groups = {name: masks[name] for name in ("query_groups", "key_groups", "group_bias")}
-            mask = joined(masks["attn_mask"], mask_of_groups(event.query, **groups))
-            masks = {**{name: value for name, value in masks.items() if name not in groups}, "attn_mask": mask}
-        return masks, "dot"
-    x, sink = event.inputs.attention, event.inputs.sink
-    options = {name: getattr(x, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")}
-    options["enable_gqa"] = x.key.shape[1] != x.query.shape[1]
-    score = x.score
-    if score == "dot_softcap":
-        score, options["scale"], options["softcap"] = "dot", x.parameter * x.scale, x.scale
-    if sink is not None and sink.ndim == 2:  # (H, 1)
-        options["sink"] = sink[:, 0]
-    elif sink is not None:
-        score = f"{score} with an offset and a sink"
-    if x.row_bias is not None:
-        score = f"{score} with a group_bias"
-    return options, score
+def _for_statistics(event: AttentionEvent) -> AttentionEvent:
+    """The call with options of `attention_statistics` and its core score, without values."""
+    masks, score = event.masks, "dot"
+    if event.inputs is None and masks is not None and "group_bias" in masks:  # of edited edges
+        groups = {name: masks[name] for name in ("query_groups", "key_groups", "group_bias")}
+        mask = joined(masks["attn_mask"], mask_of_groups(event.query, **groups))
+        masks = {**{name: value for name, value in masks.items() if name not in groups}, "attn_mask": mask}
+    elif event.inputs is not None:
+        x, sink = event.inputs.attention, event.inputs.sink
+        options: dict[str, Any] = {name: getattr(x, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")}
+        options["enable_gqa"] = x.key.shape[1] != x.query.shape[1]
+        score = x.score
+        if score == "dot_softcap":
+            score, options["scale"], options["softcap"] = "dot", x.parameter * x.scale, x.scale
+        if sink is not None and sink.ndim == 2:  # (H, 1)
+            options["sink"] = sink[:, 0]
+        elif sink is not None:
+            score = f"{score} with an offset and a sink"
+        if x.row_bias is not None:
+            score = f"{score} with a group_bias"
+        masks = options
+    return replace(event, value=None, masks=masks, given=(None, None, None), inputs=None, sink=None, lse=None, score=score)

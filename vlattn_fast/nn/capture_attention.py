@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlattn_fast._ground.tensors import expand_heads
+from vlattn_fast.attach.events import AttentionEvent
 from vlattn_fast.attach.session import uncompiled, unwrapped
-from vlattn_fast.attach.token_kinds import IMAGE, TEXT, AttentionCall, TokenKinds, check_modality
+from vlattn_fast.attach.token_kinds import IMAGE, TEXT, TokenKinds, check_modality
 from vlattn_fast.nn.captured_layer import CapturedLayer, Positions, QueryKey, pair_of
 
 
@@ -130,7 +131,7 @@ class AttentionCapture:
         """Splits one sequence into (text, image, cross); see `CapturedLayer.split`."""
         return self.layer.split(num_text_tokens, text=text, image=image)
 
-    def _finish(self, calls: Sequence[AttentionCall]) -> None:
+    def _finish(self, calls: Sequence[AttentionEvent]) -> None:
         within = {kinds: _in_order(c for c in calls if c.kinds == c.key_kinds == kinds) for kinds in (TEXT, IMAGE, TEXT | IMAGE)}
         is_image = next((call.image for call in calls if call.image is not None), None)
         across = {
@@ -168,7 +169,7 @@ def _both(forth: Sequence[QueryKey], back: Sequence[QueryKey], index: int) -> tu
     return (forth[last], back[last]) if fits else None
 
 
-def _in_order(calls: Iterable[AttentionCall]) -> list[QueryKey]:
+def _in_order(calls: Iterable[AttentionEvent]) -> list[QueryKey]:
     """Returns the layers' queries and keys; none if a layer attends part by part, e.g. Qwen-VL's vision tower, image by image."""
     calls = list(calls)
     if any(call.again for call in calls):

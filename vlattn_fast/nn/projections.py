@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.token_kinds import AttentionCall
+from vlattn_fast.attach.events import AttentionEvent
 
 # children that project the query and the key, by the names that models give them
 PAIRS = (("q_proj", "k_proj"), ("query", "key"), ("q_lin", "k_lin"), ("to_q", "to_k"), ("wq", "wk"), ("q", "k"))
@@ -99,7 +99,7 @@ class Projections:
             )
         return trained == {False}
 
-    def check(self, path: str, call: AttentionCall, outputs: dict[nn.Module, Tensor]) -> None:
+    def check(self, path: str, call: AttentionEvent, outputs: dict[nn.Module, Tensor]) -> None:
         """Raises ValueError, at the first call, if a factor of the projections is not a factor of the logits. Zeros do not tell,
         and need no factor."""
         if self._counts is not None or not call.query.any() or not call.key.any():
@@ -114,7 +114,7 @@ class Projections:
                 return
         raise misfit(path)
 
-    def fit(self, call: AttentionCall, outputs: dict[nn.Module, Tensor]) -> Tensor:
+    def fit(self, call: AttentionEvent, outputs: dict[nn.Module, Tensor]) -> Tensor:
         """Returns whether a factor of the projections is a factor of a later call's logits: a bool on the call's device, without
         waiting."""
         assert self._counts is not None  # since the first call was checked

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from vlattn_fast._ground.attachments import add_hook, add_pre_hook
 from vlattn_fast._ground.checks import check_number, is_distributed
 from vlattn_fast._ground.tensors import resolve_scale, scaled_dot_default
+from vlattn_fast.attach.events import AttentionEvent
 from vlattn_fast.attach.session import uncompiled, unwrapped
-from vlattn_fast.attach.token_kinds import AttentionCall, TokenKinds
+from vlattn_fast.attach.token_kinds import TokenKinds
 from vlattn_fast.attach.training import TrainingContext
 from vlattn_fast.nn.projections import FUSED, PAIRS, Projections, faults_of, misfit, projections_of
 from vlattn_fast.ops.attention_statistics import attention_statistics
@@ -200,7 +201,7 @@ class QKClip(TrainingContext):
         if self._running:
             self._outputs[projection] = output.detach()
 
-    def _see(self, number: int, call: AttentionCall) -> None:
+    def _see(self, number: int, call: AttentionEvent) -> None:
         """Records the largest logits of one call of attention. One of several processes leaves an error to `step`."""
         try:
             self._take_up(call)
@@ -209,7 +210,7 @@ class QKClip(TrainingContext):
                 raise
             self._current.error = self._current.error or error
 
-    def _take_up(self, call: AttentionCall) -> None:
+    def _take_up(self, call: AttentionEvent) -> None:
         if not self._running:
             raise ValueError(
                 "QKClip found no projections around a call of attention; it supports modules with children "
@@ -232,7 +233,7 @@ class QKClip(TrainingContext):
             recorded.largest[module] = largest if before is None else torch.maximum(before, largest)
             recorded.misfits[module] = misses if before is None else recorded.misfits[module] | misses
 
-    def _max_logits(self, module: nn.Module, call: AttentionCall) -> Tensor | None:
+    def _max_logits(self, module: nn.Module, call: AttentionEvent) -> Tensor | None:
         """Returns (H,); None if no logit can reach the threshold."""
         if call.masks is None or call.score != "dot":
             raise ValueError(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.attachments import add_pre_hook
 from vlattn_fast._ground.checks import check_callable, check_tensor, check_token_mask, describe
+from vlattn_fast.attach.events import AttentionEvent
 from vlattn_fast.attach.session import uncompiled
-from vlattn_fast.attach.token_kinds import IMAGE, TEXT, AttentionCall, TokenKinds, check_modality
+from vlattn_fast.attach.token_kinds import IMAGE, TEXT, TokenKinds, check_modality
 from vlattn_fast.attach.written import is_masked
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.train.attached import Attached, Mean
@@ -99,7 +100,7 @@ class AttentionLog(Attached):
         self._layers, self._batch = {}, kwargs
 
     @torch.no_grad()
-    def _see(self, number: int, call: AttentionCall) -> None:
+    def _see(self, number: int, call: AttentionEvent) -> None:
         if not self.model.training:  # an evaluation
             return
         kind = _KINDS.get(call.kinds, "other")
@@ -119,7 +120,7 @@ class AttentionLog(Attached):
         for i, name in enumerate(names):
             self._add(f"attention/{kind}/{layer}/mass_{name}", statistics.mass[..., i], weight)
 
-    def _groups_of(self, call: AttentionCall) -> tuple[list[str], Tensor | None]:
+    def _groups_of(self, call: AttentionEvent) -> tuple[list[str], Tensor | None]:
         """Returns names of groups of keys, and the group (M) or (B, M) of each key."""
         num_keys, device = call.key.shape[2], call.key.device
         if self.groups is None:

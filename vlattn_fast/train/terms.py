@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.attachments import add_hook, add_pre_hook
 from vlattn_fast._ground.checks import check_callable, check_number, describe
-from vlattn_fast.attach.events import RUNNING
-from vlattn_fast.attach.token_kinds import AttentionCall
+from vlattn_fast.attach.events import RUNNING, AttentionEvent
 from vlattn_fast.nn.capture_attention import AttentionCapture
 from vlattn_fast.nn.capture_relevancy import capture_relevancy
 from vlattn_fast.nn.congruence_loss import CongruenceLoss
@@ -186,7 +185,7 @@ class CongruenceTerm(Term):
 class _TrainingCapture(AttentionCapture):
     """Captures only the passes of a training: `generate` in an evaluation has no layers to show."""
 
-    def _finish(self, calls: Sequence[AttentionCall]) -> None:
+    def _finish(self, calls: Sequence[AttentionEvent]) -> None:
         if torch.is_grad_enabled() and self.model.training:
             super()._finish(calls)
 

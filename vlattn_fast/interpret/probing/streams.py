@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.attach.events import AttentionEvent
 from vlattn_fast.attach.session import dispatched
 from vlattn_fast.attach.token_kinds import IMAGE as FROM_IMAGE
 from vlattn_fast.attach.token_kinds import TEXT as FROM_TEXT
-from vlattn_fast.attach.token_kinds import AttentionCall, TokenKinds, kind_of
+from vlattn_fast.attach.token_kinds import TokenKinds, kind_of
 from vlattn_fast.interpret.adapters import derived_grids
 from vlattn_fast.interpret.probing.layout import TEXT, Layout, Layouts
 from vlattn_fast.interpret.probing.visibility import sees_both
@@ -68,7 +69,7 @@ class OneStream:
         numbers, others = list[int](), list[int]()
         mass, crossing, maxima = list[Tensor](), list[Tensor](), list[list[Tensor]]()
 
-        def on_call(number: int, call: AttentionCall) -> None:
+        def on_call(number: int, call: AttentionEvent) -> None:
             nonlocal layout
             if call.kinds != call.key_kinds or call.kinds not in stream:
                 others.append(number)  # of a tower before the one stream, or cross-attention
@@ -117,7 +118,7 @@ class OneStream:
         learned = tower is not None and tower.kind.image_ids and tower.grid in (None, derived_grids.derived)
         return {kinds, FROM_TEXT} if learned else {kinds}
 
-    def _of_kinds(self, call: AttentionCall, masks: Mapping[str, Any], layout: Layout) -> tuple[Tensor, Tensor]:
+    def _of_kinds(self, call: AttentionEvent, masks: Mapping[str, Any], layout: Layout) -> tuple[Tensor, Tensor]:
         """`mass` (B, H, 3) and `crossing` (B, H) of a layer."""
         device = call.query.device
         groups = layout.groups(self.special).to(device)
@@ -128,14 +129,14 @@ class OneStream:
         return masses[explained].double().cpu(), on_text.where(on_text.isfinite(), torch.nan).cpu()
 
     def forward(
-        self, inputs: Mapping[str, Any], on_call: Callable[[int, AttentionCall], None], on_output: Callable[[int, Tensor], None]
+        self, inputs: Mapping[str, Any], on_call: Callable[[int, AttentionEvent], None], on_output: Callable[[int, Tensor], None]
     ) -> dict[int, Tensor]:
         """Runs one pass, which hands each call to `on_call`, and the output of its heads to `on_output`; returns the state after
         each call's layer: of several, the first one of the kind of the call's queries."""
         states: dict[int, Tensor] = {}
         queries: dict[int, int] = {}  # the kinds of each call's queries
 
-        def sees(number: int, call: AttentionCall) -> None:
+        def sees(number: int, call: AttentionEvent) -> None:
             queries[number] = call.kinds
             on_call(number, call)
 
@@ -174,7 +175,7 @@ class TwoStreams(OneStream):
         calls: dict[tuple[int, int], list[int]] = {kinds: [] for kinds in (_WORDS, *_ACROSS)}
         maxima = _Maxima(sets, words) if statistics and sets is not None else None
 
-        def on_call(number: int, call: AttentionCall) -> None:
+        def on_call(number: int, call: AttentionEvent) -> None:
             nonlocal layout
             kinds = call.kinds, call.key_kinds
             if kinds in calls:
@@ -214,11 +215,11 @@ class _Maxima:
     def __init__(self, sets: Callable[[Layout], list[list[Sets]]], words: int) -> None:
         self.sets, self.words = sets, words
         self.asked: list[list[Sets]] = []
-        self.waiting: list[AttentionCall] = []
+        self.waiting: list[AttentionEvent] = []
         # by the kinds of a call, for each sample and number of a pair: the maxima of each layer
         self.layers: dict[tuple[int, int], dict[tuple[int, int], list[Tensor]]] = {kinds: {} for kinds in _KINDS}
 
-    def add(self, call: AttentionCall, layout: Layout | None) -> None:
+    def add(self, call: AttentionEvent, layout: Layout | None) -> None:
         """Adds those of a call. It waits for the layout, which is None until it is known how many image tokens there are."""
         self.waiting.append(call)
         if layout is not None:
@@ -227,7 +228,7 @@ class _Maxima:
                 self._add(one)
             self.waiting.clear()
 
-    def _add(self, call: AttentionCall) -> None:
+    def _add(self, call: AttentionEvent) -> None:
         """Adds those of the pairs of which one set is among the call's queries and the other among its keys."""
         kinds = call.kinds, call.key_kinds
         ordered = _ACROSS[0] if (across := kinds in _ACROSS) else kinds  # a phrase comes first, and then its region
@@ -259,7 +260,7 @@ class _Maxima:
         return torch.stack(both) if both else torch.zeros(0, 0, 2, dtype=torch.float64)
 
 
-def checked(call: AttentionCall) -> Mapping[str, Any]:
+def checked(call: AttentionEvent) -> Mapping[str, Any]:
     """The masks of a call. ValueError for attention without statistics."""
     if call.masks is None or call.score != "dot":
         what = "attention that is written out by hand" if call.masks is None else f"the score {call.score!r}"
@@ -294,13 +295,13 @@ def states_after(model: nn.Module, numbers: Sequence[int], states: Mapping[int, 
     return whole
 
 
-def both_ways(call: AttentionCall, sets: Sequence[Sequence[Sets]]) -> list[Tensor]:
+def both_ways(call: AttentionEvent, sets: Sequence[Sequence[Sets]]) -> list[Tensor]:
     """(H, sets, 2) for each sample: both directions."""
     there, back = one_way(call, sets), one_way(call, [[(two, one) for one, two in pairs] for pairs in sets])
     return [torch.stack(both, -1) for both in zip(there, back, strict=True)]
 
 
-def one_way(call: AttentionCall, sets: Sequence[Sequence[Sets]]) -> list[Tensor]:
+def one_way(call: AttentionEvent, sets: Sequence[Sequence[Sets]]) -> list[Tensor]:
     """(H, sets) for each sample: the largest attention of the first set to the second.
 
     A group of one key has its attention weight as mass: this gives single weights without a map.
