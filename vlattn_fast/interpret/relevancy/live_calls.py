@@ -21,8 +21,7 @@ from vlattn_fast.attach.transformers_interface import ADDITIVE_NAME, CONFIG_NAME
 from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, Method
 from vlattn_fast.interpret.relevancy.sink_detection import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
-from vlattn_fast.interpret.relevancy.traced_call import TracedCall, as_factor
-from vlattn_fast.interpret.relevancy.tracking.token_positions import TokenPositions
+from vlattn_fast.interpret.relevancy.traced_call import TracedCall, weighted
 from vlattn_fast.ops.score_attention import score_attention
 
 
@@ -147,32 +146,29 @@ class LiveCalls(Method):
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         calls = {tower: self._calls(tower) for tower in backward.towers}
-        terms = {call: each[call.number] for tower, of in calls.items() if (each := self.formula.terms(tower)) for call in of}
+        terms = {tower: self.formula.terms(tower) for tower in backward.towers}
         attended = [call for of in calls.values() for call in of] + [self.pools[t] for t in backward.towers if t in self.pools]
-        tensors = [call.output for call in attended] + [added for *_, added in terms.values()]
-        grads = backward.gradients(tensors) if self.needs_score else [None] * len(tensors)
-        call_grads = dict(zip(attended, grads[: len(attended)], strict=True))
-        term_grads = dict(zip(terms, grads[len(attended) :], strict=True))
-        rows = []
+        tensors = [call.output for call in attended]
+        tensors += [terms[tower][call.number][2] for tower in backward.towers if terms[tower] for call in calls[tower]]
+        grads = dict(zip(map(id, tensors), backward.gradients(tensors), strict=True)) if self.needs_score else {}
+        rows, recursion = [], self.formula.recursion
         for tower, row in zip(backward.towers, backward.starts, strict=True):
-            positions = tower.positions
+            positions, last_share, added = tower.positions, 1.0, None  # by a mixer parallel to the call
             if (pool := self.pools.get(tower)) is not None:
-                row = self._step(row, pool, call_grads[pool])
+                row = pool.added(row, grads.get(id(pool.output)), recursion)
                 if positions.reorders:
-                    at = positions.call(pool.token_positions)
-                    row = at.spread(row, at.keys)
-            last_share, added = 1.0, None  # by a mixer parallel to the call
+                    tokens = positions.call(pool.token_positions)
+                    row = tokens.spread(row, tokens.keys)
             for call in reversed(calls[tower]):
-                grad = call_grads[call]
+                grad, term = grads.get(id(call.output)), terms[tower].get(call.number)
                 if call.parallel:
-                    last_share, this_share = self.formula.recursion.parallel
-                    added = this_share * self._step(row, call, grad).to(row)
+                    last_share, this_share = recursion.parallel
+                    added = call.added(row * this_share, grad, recursion)
                     continue
-                a, b = self.formula.weights(call, terms.get(call), term_grads.get(call))
-                if positions.reorders:
-                    row = self._moved(row, a, b, call, grad, positions, terms.get(call))
-                    continue
-                row = row * as_factor(a, row) + self._step(row * as_factor(b, row), call, grad).to(row)
+                a, b = self.formula.weights(call, term, None if term is None else grads[id(term[2])])
+                at = positions.call(call.token_positions) if positions.reorders else None
+                places = None if at is None or term is None else positions.locate_states(term[0])  # of the tokens of a sum
+                row = weighted(row, a, at, places) + call.added(weighted(row, b, at, places), grad, recursion, at)
                 if added is not None:
                     row, added = row * last_share + added, None
             rows.append(row)
@@ -189,22 +185,6 @@ class LiveCalls(Method):
         """The calls of layer `start_layer` and later ones."""
         first = tower.first_layer(self.start_layer)
         return [call for call in self.cached[tower] if call.layer >= first]
-
-    def _moved(
-        self, row: Tensor, a: Any, b: Any, call: TracedCall, grad: Tensor | None, positions: TokenPositions, term: Any
-    ) -> Tensor:
-        """The flat vector before a call, whose tokens are elsewhere. Weights of a sum are of the tokens of its stream."""
-        at = positions.call(call.token_positions)
-        sum_places = None if term is None else positions.locate_states(term[0])
-        carried = at.pick(at.scaled(row, b, sum_places), at.queries)
-        return at.scaled(row, a, sum_places) + at.spread(self._step(carried, call, grad).to(row), at.keys)
-
-    def _step(self, row: Tensor, call: TracedCall, grad: Tensor | None) -> Tensor:
-        """row (B, T, N) times Abar: zeros if the score does not depend on the call."""
-        row = row.to(call.query.device)
-        if self.needs_score and grad is None:
-            return row.new_zeros(*row.shape[:2], call.tokens)
-        return call.step(row, None if grad is None else grad.to(call.value.dtype), self.formula.recursion)
 
 
 def _drops_out(module: nn.Module) -> bool:

@@ -57,7 +57,12 @@ class Carriers:
                 self.entering.append([] if self._before is None else [self._before])
                 self._layers.append(call.layer)
         if call.token_positions is not None:
-            output, carrier = self._through_moved(call, recursion)
+            parts = [self._of_tokens(call.query)] if self._before is None and not self.after else [self._before]
+            before = torch.cat([part for part in parts if part is not None] or self.entering[0], 2)
+            # The keys of a further part of the sequence are as they were before the module.
+            both = (flat_rows(x.to(call.query.device)) for x in (before, self.after[-1] if self.after else before))
+            output, carrier = Through.apply(call.computed(), *both, call, recursion)
+            self.after = []
         else:
             output, carrier = call.through(self._of_tokens(call.query), recursion)
         carrier = carrier.to(self.dtype)
@@ -78,29 +83,14 @@ class Carriers:
         self.after = [last + carrier.to(last)]
         return output
 
-    def _through_moved(self, call: TracedCall, recursion: Recursion) -> tuple[Tensor, Tensor]:
-        """The output, and the flat carrier after a call that has the tokens in other positions, or not all of them. The keys of
-        a further part of the sequence are as they were before the module."""
-        assert call.token_positions is not None
-        parts = [self._of_tokens(call.query)] if self._before is None and not self.after else [self._before]
-        before = torch.cat([part for part in parts if part is not None] or self.entering[0], 2)
-        keys, now = (flat_rows(x.to(call.query.device)) for x in (before, self.after[-1] if self.after else before))
-        self.after = []
-        with torch.no_grad():
-            a, b = call.weights(recursion)
-        carrier = call.token_positions.pick(keys, call.token_positions.keys).to(compute_dtype(call.query))
-        how = recursion._replace(residual_weight=0.0, attention_weight=b)
-        output, part = Through.apply(call.computed(), carrier, call, how)
-        added = call.token_positions.spread(part.to(self.dtype), call.token_positions.queries)
-        return output, call.token_positions.scaled(now, a) + added
-
     def into_probes(self, call: TracedCall, output: Tensor, recursion: Recursion) -> Tensor:
         """`output` of a pooling head's call. The carrier is that of its queries, which are learned: there is no residual term."""
         before = self.after[-1].to(call.query.device, compute_dtype(call.query))
         before = (
             before if call.token_positions is None else call.token_positions.pick(flat_rows(before), call.token_positions.keys)
         )
-        output, carrier = Through.apply(output, before, call, recursion._replace(residual_weight=0.0, attention_weight=1.0))
+        how = recursion._replace(residual_weight=0.0, attention_weight=1.0)
+        output, carrier = Through.apply(output, before, None, call, how)
         self.after = [carrier]
         return output
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.attach.events import attention
 from vlattn_fast.attach.tensor_parallel import local, mean_over, on_mesh
 from vlattn_fast.interpret.relevancy.tracking.token_positions import Moved
@@ -125,10 +126,10 @@ class TracedCall:
         # The operator gives a mask no gradient, and takes as many keys as queries.
         has_rest = self.columns is not None or self.left_out is not None
         if self.ran is not None or has_rest or (mask is not None and mask.requires_grad):
-            return Through.apply(self.computed(), carrier, self, recursion)
+            return Through.apply(self.computed(), carrier, carrier, self, recursion)
         with torch.no_grad():
             a, b = self.weights(recursion)
-        both, kept = carrier.unflatten(1, (2, -1)).sum(1), carrier * as_factor(a, carrier)
+        both, kept = carrier.unflatten(1, (2, -1)).sum(1), weighted(carrier, a)
         if self.mesh is not None:
             (query, key, value), masks, both, b = on_mesh(self.mesh, (query, key, value), masks, both, b)
         options = recursion._replace(residual_weight=0.0, attention_weight=b)._asdict()
@@ -218,6 +219,17 @@ class TracedCall:
         """relevancy @ Abar, (B, T, N) -> (B, T, M), for the keys that are tokens. Sums of rows go over all keys."""
         return self.at_tokens(self._step(relevancy, grad_output, recursion))
 
+    def added(self, relevancy: Tensor, grad_output: Tensor | None, recursion: Recursion, at: Moved | None = None) -> Tensor:
+        """The last term of r <- a r + (b r) Abar, for b r; zeros if the score does not depend on the call. Flat vectors with the
+        positions `at` of its tokens."""
+        rows = relevancy if at is None else at.pick(relevancy, at.queries)
+        if grad_output is None and recursion.rule == "gradient":
+            step = rows.new_zeros(*rows.shape[:2], self.tokens)
+        else:
+            grad = None if grad_output is None else grad_output.to(self.value.dtype)
+            step = self.step(rows.to(self.query.device, compute_dtype(self.query)), grad, recursion).to(relevancy)
+        return step if at is None else at.spread(step, at.keys)
+
     def share_of_others(self) -> Tensor:
         """The share of the attention that keys take which are not tokens, a mean over the batch, heads and queries."""
         with torch.no_grad():
@@ -286,25 +298,38 @@ def as_factor(weight: Any, rows: Tensor) -> Any:
     return weight[:, None].to(rows) if isinstance(weight, Tensor) else weight
 
 
+def weighted(rows: Tensor, weight: Any, at: Moved | None = None, places: Tensor | None = None) -> Tensor:
+    """Relevancy vectors (B, T, N) times a or b, a number or (B, N); flat ones with the positions `at` of a call are so at those
+    of its queries, or at `places`."""
+    if at is not None:
+        return at.scaled(rows, weight, places)
+    return rows * as_factor(weight, rows)
+
+
 class Through(torch.autograd.Function):
     """The identity on the output of an attention call that ran. Its backward pass turns the relevancy of the queries into that of
-    the keys, as `TracedCall.through` does; a is 0 if they are different tokens."""
+    the keys, whose carrier is `before`, and leaves a part where it is, in the carrier `now` of the queries; None = they are
+    no tokens. The carriers are flat if the call has its tokens at other positions."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, carrier: Tensor, call: TracedCall, recursion: Recursion) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, output: Tensor, before: Tensor, now: Tensor | None, call: TracedCall, recursion: Recursion
+    ) -> tuple[Tensor, Tensor]:
         tensors, ctx.together = call.apart()
         ctx.save_for_backward(*tensors)
-        ctx.recursion = recursion
+        ctx.recursion, ctx.sizes = recursion, (before.shape[2], None if now is None else now.shape[2])
+        at = call.token_positions
+        shape = *before.shape[:2], call.query.shape[2] if now is None or at is None else at.count
         # A copy, since the model may write into it.
-        return output.clone(), carrier.new_zeros(carrier.shape[0], carrier.shape[1], call.query.shape[2])
+        return output.clone(), before.new_zeros(shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, relevancy: Tensor) -> tuple[Tensor | None, ...]:
         call: TracedCall = ctx.together(*ctx.saved_tensors)
         recursion: Recursion = ctx.recursion
+        (a, b), (keys, queries) = call.weights(recursion), ctx.sizes
+        at = None if queries is None else call.token_positions
         grad_output = grad if recursion.rule == "gradient" else None
-        a, b = (as_factor(weight, relevancy) for weight in call.weights(recursion))
-        carried = call.step(relevancy.chunk(2, 1)[0] * b, grad_output, recursion).repeat(1, 2, 1)
-        if recursion.residual_weight:
-            carried = carried + relevancy * a
-        return grad, carried, None, None
+        added = call.added(weighted(relevancy.chunk(2, 1)[0], b, at), grad_output, recursion, at).repeat(1, 2, 1)
+        kept = None if queries is None else weighted(relevancy, a, at)[..., :queries]
+        return grad, added[..., :keys], kept, None, None
