@@ -147,11 +147,11 @@ class Observer(TorchFunctionMode):
             yield from subscriber.begins(self)
 
     def _end(self) -> None:
-        if RUNNING.get() is self:  # not in a finalizer, which may come in another run and another thread
+        self.is_over = True  # first: Ctrl-C may come in each of the calls below
+        if RUNNING.last_set.get() == (threading.get_ident(), self):  # not in a finalizer, which may come in another run
             RUNNING.set(self._around)
         if self in _WATCHING:
             _WATCHING.remove(self)
-        self.is_over = True
         self.runs.clear()
         for subscriber in self._subscribers:
             subscriber.on_end()

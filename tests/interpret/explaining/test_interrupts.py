@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import transformers
 from torch import nn
 
 from tests.helpers.interpret.cases import lively
+from vlattn_fast.attach.events import RUNNING
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import _overridden, overridden
 from vlattn_fast.interpret import explain, probe
@@ -98,6 +100,23 @@ def test_ctrl_c_while_torch_hands_a_call_to_the_trace():
     handle.remove()
     assert all(module.training for module in model.modules())
     assert all(not module._forward_pre_hooks and not module._forward_hooks for module in model.modules())
+    assert torch.equal(explain(model, INPUTS).relevancy["text"], expected)
+
+
+def test_ctrl_c_while_a_run_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that could not put back what was there before it takes no calls."""
+    model, put = bert(), RUNNING.set
+    expected = explain(model, INPUTS).relevancy["text"]
+
+    def interrupt(run: Any) -> Any:
+        if run is None:
+            raise KeyboardInterrupt
+        return put(run)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RUNNING, "set", interrupt)
+        explain(model, INPUTS)
+    assert RUNNING.get() is None
     assert torch.equal(explain(model, INPUTS).relevancy["text"], expected)
 
 
