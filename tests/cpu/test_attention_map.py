@@ -53,17 +53,6 @@ def test_masks_of_few_and_of_many_queries(mask: str, rule: str, size: tuple[int,
         check_map("cpu", tensors, rule=rule, head_reduction=reduction, row_normalize=mask == "key", **masks[mask])
 
 
-@pytest.mark.parametrize("mask", ("key", "causal"))
-@pytest.mark.parametrize("n", (3, 20))
-def test_nan_at_padding(n: int, mask: str) -> None:
-    tensors = as_dtype(map_inputs("gradient", n, 70), torch.float32)
-    options = {"rule": "gradient", "key_mask": torch.arange(70).expand(2, -1) % 3 > 0, "is_causal": mask == "causal"}
-    clean = va.attention_map(**tensors, **options, backend="cpu")
-    for name in ("key", "value"):
-        tensors[name] = tensors[name].masked_fill(~options["key_mask"][:, None, :, None], torch.nan)
-    assert torch.equal(va.attention_map(**tensors, **options, backend="cpu"), clean)
-
-
 @pytest.mark.parametrize("d, dv", [(1, 1), (15, 17), (64, 128), (257, 255)])
 def test_head_sizes(d: int, dv: int) -> None:
     for reduction in HEAD_REDUCTIONS:

@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     tests of their kernels run."""
     if not INTERPRET:
         here = Path(__file__).parent
-        items[:] = [item for item in items if item.path.parent != here or _of_device(item)]
+        items[:] = [item for item in items if here not in item.path.parents or _of_device(item)]
 
 
 def _of_device(item: pytest.Item) -> bool:

@@ -95,28 +95,6 @@ def test_the_mean_of_heads_is_that_of_their_weights(backend: str, kind: str) -> 
 # ------------------------------------------------------------------ every backend against the formula
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "causal": {"is_causal": True},
-    "bool mask": {"attn_mask": mask()},
-    "mask of each head": {"attn_mask": mask(4)},
-    "float mask": {"attn_mask": torch.where(mask(), torch.randn(2, 1, 7, 9), -torch.inf)},
-    "a finite mask over rows": {"attn_mask": torch.where(mask(), 0.0, torch.finfo(torch.float32).min)},
-    "padding": {"key_mask": torch.arange(9) < torch.tensor([[6], [0]])},
-    "scales": {"scale": 0.0, "other_scale": -0.7},
-    "means": {"head_mean": True, "attn_mask": mask(4)},
-}
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("kind", KINDS)
-@on(*FAST)
-def test_masks_and_options(backend: str, kind: str, name: str) -> None:
-    got = check(backend, as_dtype(tensors(), finest(backend)), kind=kind, beta=0.3, **OPTIONS[name])
-    if name == "padding":
-        assert not got["out0"][1].any() and not got["grad key"][1].any()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @each("dtype", **{name: core(name) for name in FAST})
 def test_dtypes(backend: str, dtype: torch.dtype, kind: str) -> None:
@@ -136,15 +114,6 @@ def test_other_heads_and_shared_keys(backend: str, kind: str) -> None:
 @on(*FAST)
 def test_strides(backend: str, layout: str) -> None:
     check(backend, {name: lay_out(x, layout) for name, x in as_dtype(tensors(), finest(backend)).items()}, is_causal=True)
-
-
-@on(*FAST)
-def test_padding_may_be_nan(backend: str) -> None:
-    x, key_mask = tensors(), torch.arange(9) < torch.tensor([[6], [3]])
-    for name in ("key", "other_key"):
-        x[name] = torch.where(key_mask[:, None, :, None], x[name], torch.nan)
-    got = check(backend, as_dtype(x, finest(backend)), key_mask=key_mask)
-    assert all(value.isfinite().all() for value in got.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)

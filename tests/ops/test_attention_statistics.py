@@ -117,12 +117,6 @@ def test_dtypes(backend: str, dtype: torch.dtype, mask: str) -> None:
 
 
 @on(*FAST)
-@pytest.mark.parametrize("mask", [name for name in MASKS if name not in CORE_MASKS])
-def test_masks(mask: str, backend: str) -> None:
-    check_statistics(backend, as_dtype(statistics_inputs(), finest(backend)), **MASKS[mask](), **groups())
-
-
-@on(*FAST)
 @pytest.mark.parametrize("only", STATISTICS)
 def test_the_gradient_of_each_statistic(only: str, backend: str) -> None:
     inputs = as_dtype(statistics_inputs(), finest(backend))
@@ -201,35 +195,6 @@ def test_sharp_attention_far_from_zero(backend: str) -> None:
 def test_a_sharp_row_has_the_entropy_of_its_small_weights(backend: str) -> None:
     key = torch.tensor([20.0, 0.0, 0.0]).view(1, 1, 3, 1)
     check_statistics(backend, {"query": torch.ones(1, 1, 1, 1), "key": key}, only="entropy", scale=1.0)
-
-
-@on("reference", *FAST)
-def test_what_stands_in_padding_reaches_nothing(backend: str) -> None:
-    clean, mask = as_dtype(statistics_inputs(), finest(backend)), key_mask()
-    padding = ~mask[:, None, :, None].expand_as(clean["key"])
-    dirty = clean | {"key": clean["key"].clone().masked_fill_(padding, torch.nan)}
-    dirty["key"][0, 0] = torch.where(padding[0, 0], torch.inf, dirty["key"][0, 0])
-    fixed = {"key_mask": mask, "backend": backend, **groups()}
-    found = attention_statistics(**dirty, **fixed)
-    assert torch.equal(found.argmax, attention_statistics(**clean, **fixed).argmax)
-    want, got = (outputs_and_grads(but_argmax(attention_statistics, **fixed), x) for x in (clean, dirty))
-    assert all(torch.equal(got[name], x) and x.isfinite().all() for name, x in want.items())
-    assert (got["grad key"][padding] == 0).all() and (got["grad key"] != 0).any()
-    # the second sample is masked throughout
-    assert (found.argmax[1] == -1).all() and all((getattr(found, name)[1] == 0).all() for name in STATISTICS)
-    assert (got["grad query"][1] == 0).all() and (got["grad query"][0] != 0).any()
-
-
-@on("reference", *FAST)
-def test_a_query_that_is_masked_throughout(backend: str) -> None:
-    mask = bool_mask()
-    fixed, inputs = {"attn_mask": mask, "backend": backend, **groups()}, as_dtype(statistics_inputs(), finest(backend))
-    masked = (0, slice(None), N // 2)
-    found = attention_statistics(**inputs, **fixed)
-    assert all((getattr(found, name)[masked] == 0).all() for name in ("mass", "entropy", "maximum"))
-    assert (found.argmax[masked] == -1).all() and (found.argmax >= 0).any()
-    grads = outputs_and_grads(but_argmax(attention_statistics, **fixed), inputs)
-    assert (grads["grad query"][masked] == 0).all() and (grads["grad query"] != 0).any()
 
 
 @on(*FAST)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.helpers.compare import LargestAllocation, as_dtype, outputs_and_grads
 from tests.helpers.ops.backends import F64, LOW, core, each, finest, on
-from tests.helpers.ops.congruence_loss_cases import CROSS, NAMES, call, check, cotangent_of, make, masks, prefix
+from tests.helpers.ops.congruence_loss_cases import CROSS, NAMES, call, check, make, masks, prefix
 from tests.helpers.ops.score_cases import LAYOUTS, lay_out
 from tests.helpers.ops.tile_edges import covering
 from vlattn_fast.backends.streaming import _tiles
@@ -65,42 +65,6 @@ def test_one_token(kind: str, backend: str) -> None:
 def test_scale(kind: str, backend: str) -> None:
     for scale in (-0.7, 0.0) if kind == "cacr" else (0.0 if kind == "iais_singular" else -0.7,):
         check(backend, as_dtype(make(6, 9, cross=True), finest(backend)), kind=kind, scale=scale)
-
-
-MASKED = [(kind, name) for kind in KINDS for name in ("ragged", "scattered", "empty samples", "text only")]
-FEW = [("cacr", "text only"), ("cacr", "empty samples"), ("iais_singular", "ragged"), ("iais_distributed", "scattered")]
-
-
-@each("case", streaming=MASKED, cpu=MASKED, triton=FEW, cuda=[case for case in MASKED if case[0] in KINDS_OF["cuda"]])
-def test_padding_reaches_nothing(backend: str, case: tuple[str, str]) -> None:
-    """Gradients there are 0, too; a sample without text or without image tokens has no loss and no gradients."""
-    kind, name = case
-    sizes = {"b": 3, "h": 1 if backend == "triton" else 2, "d": 4}
-    x, options = as_dtype(make(6, 9, **sizes, cross=name == "scattered"), finest(backend)), {"kind": kind, **masks(name)}
-    clean, dirty = check(backend, x, **options), dict(x)
-    for key in x:
-        mask = options.get("text_mask" if "text" in key else "image_mask")
-        if mask is not None:
-            dirty[key] = x[key].clone().masked_fill_(~mask[:, None, :, None], torch.inf if "key" in key else torch.nan)
-            assert (clean[f"grad {key}"].transpose(1, 2)[~mask] == 0).all()
-    run = call(congruence_loss, backend=backend, **options)
-    for key, got in outputs_and_grads(run, dirty, [cotangent_of(x)]).items():
-        assert torch.equal(got, clean[key]), key
-    if name == "empty samples":
-        assert (clean["out0"][:2] == 0).all() and clean["out0"][2] > 0
-        assert all((clean[f"grad {key}"][:2] == 0).all() for key in x)
-
-
-@on("reference")
-@pytest.mark.parametrize("kind", KINDS)
-def test_padding_reaches_nothing_in_the_formula(kind: str, backend: str) -> None:
-    x, options = make(6, 9, b=3, cross=True), masks("scattered")
-    run = call(congruence_loss, kind=kind, backend=backend, **options)
-    masked = {key: ~options["text_mask" if "text" in key else "image_mask"][:, None, :, None] for key in x}
-    clean = outputs_and_grads(run, x)
-    dirty = outputs_and_grads(run, {key: x[key].clone().masked_fill_(masked[key], torch.nan) for key in x})
-    assert all(torch.equal(dirty[name], clean[name]) for name in clean)
-    assert all((clean[f"grad {key}"].masked_select(masked[key]) == 0).all() for key in x)
 
 
 @each("kind", **KINDS_OF)

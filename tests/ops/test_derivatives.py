@@ -126,25 +126,6 @@ def test_masks(backend: str, mask: str) -> None:
     check(MASKS[mask](), backend, ("forward", "forward_over_reverse", "reverse_over_forward"))
 
 
-@on("streaming", "cpu", "reference")
-def test_padding_of_nan(backend: str) -> None:
-    """Neither it nor its tangents reach a derivative, and its gradients are zero."""
-    example, real = attended(), torch.arange(7)[None] % 3 != torch.arange(2)[:, None]
-    example = Example(va.score_attention, "", example.tensors, {"key_mask": real, "return_lse": True})
-    dtype, found = finest(backend), []
-    for fill in (0.0, torch.nan):
-        x = {name: y.to(dtype) for name, y in example.tensors.items()}
-        u = {name: y.cos() for name, y in x.items()}
-        for side in (x, u):
-            side |= {name: side[name].masked_fill(~real[:, None, :, None], fill) for name in ("key", "value")}
-        names = ("forward", "forward_over_reverse", "reverse_over_reverse")
-        f = Function(example, backend)
-        found.append([tree_leaves(PRODUCTS[name](f, tuple(x.values()), tuple(u.values()))) for name in names])
-    for zeros, nans in zip(*found, strict=True):
-        for expected, got in zip(zeros, nans, strict=True):
-            torch.testing.assert_close(got, expected)
-
-
 @on("streaming", "cpu")
 def test_a_row_without_a_key(backend: str) -> None:
     """Its tangents are zero, and NaN in their cotangents reaches no gradient."""

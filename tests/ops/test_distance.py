@@ -90,23 +90,6 @@ def test_gradients_beside_a_sink_that_has_nearly_all(score: str) -> None:
         assert (x - y).abs().max() < 1e-5 * y.abs().max()
 
 
-@pytest.mark.parametrize("enable_gqa", (False, True))
-def test_distance_with_padding_of_any_value(enable_gqa: bool) -> None:
-    query, key, value = inputs()
-    key, value = (x.detach()[:, : 1 if enable_gqa else 3].clone() for x in (key, value))
-    key_mask = torch.ones(2, 7, dtype=torch.bool)
-    key_mask[:, 5:] = False
-    key[:, :, 5], key[:, :, 6], value[:, :, 5:] = math.nan, math.inf, math.nan
-    sigma = torch.tensor([0.5, 1.0, 2.0], dtype=F64, requires_grad=True)
-    leaves = query, key.requires_grad_(), value.requires_grad_(), sigma
-    options = {"score": S.Distance(sigma), "enable_gqa": enable_gqa, "key_mask": key_mask, "return_lse": True}
-    (ours, formula) = (operator(query, key, value, **options) for operator in (va.score_attention, va.reference.score_attention))
-    torch.testing.assert_close(ours, formula)
-    grads = [torch.autograd.grad(out.sin().sum() + lse.sum(), leaves) for out, lse in (ours, formula)]
-    torch.testing.assert_close(*grads)
-    assert not grads[0][1][:, :, 5:].any()
-
-
 def test_distance_has_second_derivatives() -> None:
     query, key, value = (x.detach()[:1, :1, :3].requires_grad_() for x in inputs())
     sigma = torch.tensor(1.5, dtype=F64, requires_grad=True)

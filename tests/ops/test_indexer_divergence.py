@@ -166,15 +166,6 @@ def test_strides(backend: str, layout: str) -> None:
 
 
 @on(*FAST)
-def test_padding_may_be_nan(backend: str) -> None:
-    x, key_mask = tensors(), torch.arange(9) < torch.tensor([[6], [3]])
-    x["key"] = torch.where(key_mask[:, None, :, None], x["key"], torch.nan)
-    x["index_key"] = torch.where(key_mask[..., None], x["index_key"], torch.nan)
-    got = check(backend, as_dtype(x, finest(backend)), key_mask=key_mask)
-    assert all(value.isfinite().all() for value in got.values())
-
-
-@on(*FAST)
 def test_weights_below_the_least_float(backend: str) -> None:
     x = {name: 60 * value.float() for name, value in tensors().items()}
     for value in outputs_and_grads(partial(va.indexer_divergence, backend=backend), x).values():

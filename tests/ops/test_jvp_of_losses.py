@@ -201,40 +201,6 @@ def test_rounding(name: str, dtype: torch.dtype) -> None:
         assert_close_to(x, exact[key], formula[key], what=key)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.endswith(("scattered", "samples", "ragged", "masked"))])
-def test_padding_has_no_influence(name: str) -> None:
-    """NaN in padding, and in its tangents; of the operators that write zeros there too."""
-    at = point(name)
-    options = at.case.options
-    real = {key: _real(key, x, options) for key, x in at.case.tensors.items()}
-
-    def filled(tensors: dict[str, Tensor], value: float) -> dict[str, Tensor]:
-        return {key: x if real[key] is None else torch.where(real[key], x, value) for key, x in tensors.items()}
-
-    got = []
-    for value in (0.0, torch.nan):
-        case = at.case._replace(tensors=filled(at.case.tensors, value))
-        got.append(at._replace(case=case, tangents=filled(at.tangents, value)).of_backend())
-    for key, x in got[0].items():
-        assert torch.equal(got[1][key], x), key
-        if key in real and real[key] is not None:
-            assert not torch.where(real[key], 0.0, x).any(), key
-
-
-def _real(name: str, x: Tensor, options: dict[str, Any]) -> Tensor | None:
-    """Where a tensor holds real tokens."""
-    if x.dim() == 4:
-        mask = options["text_mask" if "text" in name else "image_mask"]
-        return None if mask is None else mask[:, None, :, None]
-    if name in ("images", "captions"):
-        return (torch.arange(x.shape[1]) < options[f"{name[:-1]}_lengths"][:, None])[..., None]
-    places = options["places"]  # (A, B, N)
-    if name == "queries":
-        return (places >= 0).any(1)[..., None]
-    used = [torch.isin(torch.arange(x.shape[1]), places[:, b]) for b in range(x.shape[0])]
-    return torch.stack(used)[..., None]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_map_of_each_head(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 1000)

@@ -86,17 +86,6 @@ def test_rules_and_weights(backend: str, case: tuple[str, str, bool]) -> None:
     check(backend, inputs, rule=rule, row_normalize=row_normalize, **WEIGHTS[weights](9))
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's, in the interpreter: finfo.min log2(e)
-@each("mask", **{backend: MASKS for backend in BACKENDS})
-@pytest.mark.usefixtures("small_tiles")
-def test_masks(backend: str, mask: str) -> None:
-    n = 9 if backend == "streaming" else 34  # more than one tile
-    for rule, row_normalize in (("gradient", True), ("attention", backend == "triton")):
-        inputs = tensors(n, b=2, rows=1 if row_normalize else 2, dtype=finest(backend))
-        found = check(backend, inputs, rule=rule, row_normalize=row_normalize, **MASKS[mask](n))
-        assert all(torch.isfinite(x).all() for x in found.values())
-
-
 @each(
     "case",
     streaming=itertools.product(LOW, RULES, (2,)),
@@ -292,22 +281,6 @@ def test_small_relevancy_does_not_underflow(backend: str, dtype: torch.dtype) ->
         formula = call(va.reference.relevancy_attention, **options)
         exact = outputs_and_grads(formula, as_dtype(inputs, F64), [x.double() for x in grads])
         torch.testing.assert_close(found["grad carrier"].double(), exact["grad carrier"], rtol=1e-3, atol=0.0)
-
-
-@on(*BACKENDS)
-@pytest.mark.slow("triton")
-def test_garbage_in_padding_stays_there(backend: str) -> None:
-    inputs, mask = tensors(20, b=2, dtype=finest(backend)), padding(20)
-    grads = cotangents(inputs)
-    there = ~mask[:, None, :, None]
-    dirty = inputs | {name: inputs[name].clone().masked_fill_(there, torch.nan) for name in ("key", "value")}
-    for more in ({}, {"is_causal": True}, {"attn_mask": torch.randn(20, 20)}):
-        run = call(va.relevancy_attention, key_mask=mask, row_normalize=True, backend=backend, **more)
-        clean, got = outputs_and_grads(run, inputs, grads), outputs_and_grads(run, dirty, grads)
-        for name, x in clean.items():
-            assert torch.equal(x, got[name]), f"{list(more)} {name}"
-        for name in ("grad key", "grad value"):
-            assert not clean[name].masked_select(there).any() and clean[name].any()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, in the interpreter

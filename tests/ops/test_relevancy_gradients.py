@@ -165,18 +165,6 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
     torch.testing.assert_close(grad, torch.ones_like(result) @ abar.mT)
 
 
-def test_padding_of_nan_has_no_influence():
-    tensors = inputs()
-    keys = torch.ones(B, M, dtype=torch.bool)
-    keys[:, -2:] = False
-    for x in tensors[2:4]:
-        x.data[:, :, -2:] = torch.nan
-    for backend in ("streaming", "auto"):
-        grads = gradients(va.relevancy_step, tensors, step_weights(), key_mask=keys, backend=backend)
-        assert all(x.isfinite().all() for x in grads)
-        assert not grads[2][:, :, -2:].any() and not grads[3][:, :, -2:].any()
-
-
 def test_compiled_and_checked_by_torch():
     tensors = inputs(dtype=torch.float32)
     expected = gradients(va.relevancy_step, tensors, step_weights())

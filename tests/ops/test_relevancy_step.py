@@ -146,20 +146,6 @@ def test_a_refusal_names_the_call() -> None:
         va.relevancy_step(relevancy, query, query, query, query, backend="sdpa")
 
 
-@on(*BACKENDS)
-def test_garbage_in_padding_stays_there(backend: str) -> None:
-    r, query, key, value, grad = step_tensors(9, 20, dtype=finest(backend))
-    mask = padding(20)[:1]
-    there = ~mask[:, None, :, None]
-    for rule, row_normalize in RULES:
-        rest = (value, grad) if rule == "gradient" else (None, None)
-        fixed = {"rule": rule, "row_normalize": row_normalize, "key_mask": mask, "backend": backend}
-        clean = va.relevancy_step(r, query, key, *rest, **fixed)
-        dirty = None if rest[0] is None else rest[0].clone().masked_fill_(there, torch.inf)
-        got = va.relevancy_step(r, query, key.clone().masked_fill_(there, torch.nan), dirty, rest[1], **fixed)
-        assert torch.equal(got, clean) and not got.masked_fill(mask[:, None], 0.0).any() and got.any()
-
-
 @each("empty", **{backend: ("h", "n", "m", "d", "dv", "rows") for backend in BACKENDS})
 def test_empty_sizes(backend: str, empty: str) -> None:
     sizes = {"n": 3, "m": 4, "rows": 2, empty: 0} | ({"kv": 0} if empty == "h" else {})

@@ -242,24 +242,6 @@ def test_any_smooth(smooth: float, aggregation: str, backend: str) -> None:
     check(backend, tensors((2, 3), 5, 6, dtype=finest(backend)), smooth=smooth, aggregation=aggregation, first_norm="clipped")
 
 
-@on("reference", *FAST)
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_what_stands_in_padding_reaches_nothing(direction: str, backend: str) -> None:
-    clean = tensors(dtype=finest(backend))
-    dirty = {name: x.clone() for name, x in clean.items()}
-    for side, poison in (("image", math.inf), ("caption", NAN)):
-        for row, length in zip(dirty[f"{side}s"], RAGGED[f"{side}_lengths"], strict=True):
-            row[length:] = poison
-    run = partial(stacked_cross_attention, direction=direction, backend=backend, **LENGTHS)
-    want, got = outputs_and_grads(run, clean), outputs_and_grads(run, dirty)
-    assert all(torch.equal(got[name], x) for name, x in want.items())
-    assert (got["out0"][1] == 0).all() and (got["out0"][:, 2] == 0).all()  # the sets of length 0
-    for side in ("image", "caption"):
-        grad = got[f"grad {side}s"]
-        assert grad.isfinite().all() and (grad != 0).any()
-        assert all((grad[i, length:] == 0).all() for i, length in enumerate(RAGGED[f"{side}_lengths"]))
-
-
 @each("layout", streaming=LAYOUTS, cpu=LAYOUTS, triton=LAYOUTS)
 def test_layouts(backend: str, layout: str) -> None:
     sizes = ((2, 3), 5, 4) if backend == "triton" else ()

@@ -34,7 +34,7 @@ def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     for kind in KINDS:
         yield Example(attention_divergence, kind, sides, {"kind": kind, "key_mask": without_second_sample(key_mask)})
     more = {"other_query": randn(b, 2 * h, sizes.queries, 8), "other_key": randn(b, h, sizes.keys, 8)}
-    means = {"kind": "js", "beta": 0.3, "head_mean": True, "enable_gqa": True}
+    means = {"kind": "js", "beta": 0.3, "head_mean": True, "enable_gqa": True, "scale": 0.3, "other_scale": -0.7}
     yield Example(attention_divergence, "means of other heads", sides | more, means)
 
 

@@ -57,7 +57,7 @@ def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     lengths, counts = (sizes.queries, sizes.keys, sizes.keys - 1, 0), (sizes.queries, 1, sizes.queries // 2, 0)
     tensors, options = _verified(generator, sizes, lengths, counts)
     yield Example(paged_attention_statistics, "requests", tensors, options, differentiable=False)
-    options = {**options, "softcap": 1.5, "window": sizes.queries // 2}
+    options = {**options, "softcap": 1.5, "window": max(1, sizes.queries // 2)}
     yield Example(paged_attention_statistics, "softcap and window", tensors, options, differentiable=False)
     tensors, options = _verified(generator, sizes, (4 * sizes.keys, sizes.keys, 3, 0), (1, 3, 2, 0))
     yield Example(paged_attention_statistics, "new tokens", tensors, options, differentiable=False)
