@@ -1,5 +1,5 @@
-"""What a run attaches to a model: marks on tensors, names of attributes with bits that a result takes over from what it was
-computed from; and hooks of modules, which come and go while other threads call the modules."""
+"""What a run attaches to a model: records of tensors; and hooks of modules, which come and go while other threads call the
+modules."""
 
 from __future__ import annotations
 
@@ -7,40 +7,61 @@ import functools
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-# --- marks on tensors ---
+# --- records of tensors ---
 
 _numbers = itertools.count()
 
 
-def new_mark(name: str) -> str:
-    """A new name for the marks of a run on tensors; an id() would not do: models may keep tensors that earlier runs marked."""
-    return f"_vlattn_{name}_{next(_numbers)}"
+class Record:
+    """What a run knows of a tensor: bits, which a subclass adds to."""
+
+    maps = 0  # the attention map, written out by hand, that it holds
+    kinds = 0  # of the inputs that it was computed from, see `TokenKinds`
 
 
-def read_mark(values: Iterable[Any], mark: str) -> int:
-    """The union of the bits that the tensors in `values`, also in nested tuples and lists, have as `mark`."""
-    bits = 0
-    for value in values:
-        if isinstance(value, Tensor):
-            bits |= getattr(value, mark, 0)
-        elif isinstance(value, (tuple, list)):
-            bits |= read_mark(value, mark)
-    return bits
+class Records:
+    """The records of one run, each of the class `kind`, as an attribute of its tensor: no tensor has two of a run."""
 
+    def __init__(self, kind: type[Record] = Record) -> None:
+        # A number, not an id(): models may keep tensors that earlier runs marked.
+        self.name, self._kind = f"_vlattn_record_{next(_numbers)}", kind
+        self.nothing: Any = kind()
 
-def add_mark(value: Any, mark: str, bits: int, keep: bool = True) -> None:
-    """Marks a tensor, or each in a tuple, list or mapping, with `bits`, in addition to those that it has if they are to stay."""
-    if isinstance(value, Tensor):
-        setattr(value, mark, bits | (getattr(value, mark, 0) if keep else 0))
-    elif isinstance(value, (tuple, list, Mapping)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            add_mark(part, mark, bits, keep)
+    def of(self, tensor: Any) -> Any:
+        """The record of a tensor, to read."""
+        return getattr(tensor, self.name, None) or self.nothing
+
+    def at(self, tensor: Tensor) -> Any:
+        """The record of a tensor, to change."""
+        record = getattr(tensor, self.name, None)
+        if record is None:
+            record = self._kind()
+            setattr(tensor, self.name, record)
+        return record
+
+    def among(self, values: Iterable[Any]) -> list[tuple[Tensor, Any]]:
+        """The tensors with a record among values, also in tuples and lists."""
+        recorded, ahead = [], [*values]
+        for value in ahead:
+            if isinstance(value, Tensor):
+                if (record := getattr(value, self.name, None)) is not None:
+                    recorded.append((value, record))
+            elif isinstance(value, (tuple, list)):
+                ahead += value
+        return recorded
+
+    def bits(self, values: Iterable[Any], field: str) -> int:
+        """The union of the bits of a field among values."""
+        bits = 0
+        for _, record in self.among(values):
+            bits |= getattr(record, field)
+        return bits
 
 
 # --- hooks of modules ---

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from vlattn_fast._ground.attachments import add_hook, add_pre_hook
+from vlattn_fast._ground.attachments import Records, add_hook, add_pre_hook
 from vlattn_fast.attach.events import (
     RUNNING,
     SCORE_ATTENTION,
@@ -71,6 +71,7 @@ class Observer(TorchFunctionMode):
         keeps_sdpa: configs of `parts` that name SDPA stay, since a mode of torch sees its calls.
         keeps_order: the patches of an image keep their order, which ViLT shuffles; in runs with `parts` they do in any case.
         further: (object, attribute, value) to set in the context, too.
+        records: of the tensors of a run that `explains`; None = its own ones, of each pass.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Observer(TorchFunctionMode):
         keeps_sdpa: bool = False,
         keeps_order: bool = False,
         further: Iterable[tuple[Any, str, Any]] = (),
+        records: Records | None = None,
     ) -> None:
         super().__init__()
         self.model, self._subscribers, self._parts = model, tuple(subscribers), parts
@@ -96,7 +98,7 @@ class Observer(TorchFunctionMode):
         self._changes, self._keeps_order = (keeps_sdpa, further), keeps_order or parts is not None
         self._all, self._seeing_all = _Told(subscribers), _Told([each for each in subscribers if each.sees_all])
         self._told = self._all  # of functions of torch
-        self.maps = WrittenMaps(keeps_graph=self.trains)
+        self.maps = WrittenMaps(records or Records(), keeps_graph=self.trains)
         self.runs: list[ModuleRun] = []  # under way, the outermost first
         self._count = 0  # of the runs so far
         self._before_sink: ScoreAttentionInputs | None = None  # of the operator that ran last, if a sink counts next
@@ -179,7 +181,7 @@ class Observer(TorchFunctionMode):
         begins_anew = module is self.model and not self.explains and not _runs_within_itself(module)
         if begins_anew:  # Ctrl-C may have left the pass before
             self.runs[:] = self.runs[:1] if self._starts is None else []
-            self.maps = WrittenMaps(keeps_graph=self.trains)  # those of a run before have been multiplied
+            self.maps = WrittenMaps(Records(), keeps_graph=self.trains)  # those of a run before have been multiplied
         around = self.runs[-1] if self.runs else None
         if around is not None:
             around.has_parts = True

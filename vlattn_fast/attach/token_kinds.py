@@ -1,7 +1,7 @@
 """The attention calls of a model while it runs, and whether their tokens come from text or from an image.
 
-Every tensor has a mark: whether it was computed from an input with text or with an image. The kind of a query's tokens is that of
-their residual stream; the output of cross-attention does not change the kind.
+The record of a tensor says whether it was computed from an input with text or with an image. The kind of a query's tokens is that
+of their residual stream; the output of cross-attention does not change the kind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.attachments import add_mark, new_mark, read_mark
+from vlattn_fast._ground.attachments import Records
 from vlattn_fast._ground.groups import mask_of_groups
 from vlattn_fast._ground.tensors import joined
 from vlattn_fast.attach.events import Attend, AttentionEvent, ModuleRun, Subscriber
@@ -72,7 +72,7 @@ class TokenKinds(Subscriber):
         lists = (module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential)))
         self._listed = {part for parts in lists for part in parts}
         self._number = 0
-        self._mark = new_mark("kinds")
+        self._records = Records()
         self._modules: dict[ModuleRun, _Module] = {}  # those that run, the outermost first
         self._calls: list[AttentionEvent] = []
         self._marked: list[Tensor] = []
@@ -84,8 +84,7 @@ class TokenKinds(Subscriber):
 
     def on_end(self) -> None:
         for tensor in self._marked:
-            if hasattr(tensor, self._mark):
-                delattr(tensor, self._mark)
+            vars(tensor).pop(self._records.name, None)
         self._modules, self._calls, self._marked = {}, [], []
 
     # --- modules ---
@@ -100,7 +99,7 @@ class TokenKinds(Subscriber):
     def on_leave(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         module = self._modules.pop(run)
         if module.written:
-            add_mark(output, self._mark, module.written, keep=False)
+            self._give(output, module.written)
         if self._leaves is not None and output is not None:
             for number in module.calls:
                 self._leaves(number, output)
@@ -127,7 +126,7 @@ class TokenKinds(Subscriber):
         for name, value in named:
             kind = kind_of(name, self._modality)
             if kind and isinstance(value, Tensor):
-                setattr(value, self._mark, kind)
+                self._records.at(value).kinds = kind
                 self._marked.append(value)
 
     # --- tensors ---
@@ -137,7 +136,7 @@ class TokenKinds(Subscriber):
             self._join(func, args, kwargs, result)
         kinds = self._kinds(args) | self._kinds(kwargs.values())
         if kinds:
-            add_mark(args[0] if result is None and args else result, self._mark, kinds)
+            self._give(args[0] if result is None and args else result, kinds, keep=True)
         if self._outputs is not None and func in PRODUCTS and run in self._modules:
             module = self._modules[run]
             # In eval mode, all that a map meets on its way to the values leaves its shape as it is.
@@ -146,7 +145,7 @@ class TokenKinds(Subscriber):
                 module.map = None
 
     def on_output(self, event: AttentionEvent, output: Any, result: Any) -> None:
-        add_mark(result, self._mark, self._kinds(event.given[:1]), keep=False)
+        self._give(result, self._kinds(event.given[:1]))
 
     def on_attention(self, event: AttentionEvent, attend: Attend) -> Any:
         """Stores the call."""
@@ -200,7 +199,16 @@ class TokenKinds(Subscriber):
         return self._kinds((value,))
 
     def _kinds(self, values: Iterable[Any]) -> int:
-        return read_mark(values, self._mark)
+        return self._records.bits(values, "kinds")
+
+    def _give(self, value: Any, kinds: int, keep: bool = False) -> None:
+        """Notes the kinds of a tensor, or of each in a tuple, list or mapping; `keep`: those that it has stay."""
+        if isinstance(value, Tensor):
+            record = self._records.at(value)
+            record.kinds = kinds | record.kinds if keep else kinds
+        elif isinstance(value, (tuple, list, Mapping)):
+            for part in value.values() if isinstance(value, Mapping) else value:
+                self._give(part, kinds, keep)
 
 
 def check_modality(modality: Mapping[str, str] | None) -> dict[str, str]:

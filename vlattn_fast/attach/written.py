@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlattn_fast._ground.attachments import add_mark, new_mark, read_mark
+from vlattn_fast._ground.attachments import Records
 from vlattn_fast._ground.tensors import joined
 
 PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
@@ -134,12 +134,11 @@ class WrittenProduct:
 
 
 class WrittenMaps:
-    """The maps (B, H, N, M) that modules computed themselves in a run. `keeps_graph`: the calls have gradients with respect to
-    the maps."""
+    """The maps (B, H, N, M) that modules computed themselves in a run, in its `records`. `keeps_graph`: the calls have gradients
+    with respect to the maps."""
 
-    def __init__(self, keeps_graph: bool) -> None:
-        self._keeps_graph = keeps_graph
-        self._mark = new_mark("maps")  # of a tensor: the map that it holds, as a bit
+    def __init__(self, records: Records, keeps_graph: bool) -> None:
+        self._records, self._keeps_graph = records, keeps_graph
         self._maps: list[tuple[str, Tensor | None]] = []  # with the module's path; None = multiplied with its values
         self._changed: set[str] = set()  # modules that use a map otherwise
         self.are_open = False  # there is one
@@ -147,7 +146,7 @@ class WrittenMaps:
     def take(self, path: str, result: Tensor, heads: int | None = None) -> int:
         """Notes a map of the module at `path`, (B, H, N, M), or (B * H, N, M) of a module with `heads`; returns its number."""
         self.are_open = True
-        add_mark(result, self._mark, 1 << len(self._maps))
+        self._records.at(result).maps |= 1 << len(self._maps)
         self._maps.append((path, result if heads is None else result.view(-1, heads, *result.shape[-2:])))
         return len(self._maps) - 1
 
@@ -158,7 +157,7 @@ class WrittenMaps:
 
     def holds(self, value: Any) -> bool:
         """Whether this is one of the maps, unchanged."""
-        return isinstance(value, Tensor) and bool(read_mark((value,), self._mark))
+        return isinstance(value, Tensor) and bool(self._records.of(value).maps)
 
     def leave_out(self, path: str) -> None:
         """Notes that the module at `path` has another map, which is not followed."""
@@ -200,22 +199,22 @@ class WrittenMaps:
     def product(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> WrittenProduct | None:
         """The product of a map with values that a function of torch computed, if any."""
         equation, args = _einsum(func, args)
-        bits = read_mark((*args, *kwargs.values()), self._mark)
+        bits = self._records.bits((*args, *kwargs.values()), "maps")
         if not bits or not isinstance(result, (Tensor, tuple, list)) or isinstance(result, torch.Size):
             return None
         number = bits.bit_length() - 1
         path, stored = self._maps[number]
-        single = bits == 1 << number and bool(args) and bool(read_mark(args[:1], self._mark))
+        single = bits == 1 << number and bool(args) and bool(self._records.bits(args[:1], "maps"))
         if single and func in _KEEPING and isinstance(result, Tensor) and stored is not None:
             if result.numel() == stored.numel() and result.shape[-2:] == stored.shape[-2:]:
-                add_mark(result, self._mark, bits)
+                self._records.at(result).maps |= bits
                 return None
         if single and stored is not None and isinstance(result, Tensor) and _alike(result, stored):
             self._maps[number] = path, result.view(stored.shape)
-            add_mark(result, self._mark, bits)
+            self._records.at(result).maps |= bits
             return None
         parts = None
-        if single and stored is not None and len(args) > 1 and not read_mark(args[1:], self._mark):
+        if single and stored is not None and len(args) > 1 and not self._records.bits(args[1:], "maps"):
             parts = _by_equation(equation, args, result) if equation else _by_matmul(func, stored, args[1], result)
         if parts is None or stored is None:
             self._changed.add(path)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlattn_fast._ground.attachments import add_hook, add_pre_hook, new_mark
+from vlattn_fast._ground.attachments import add_hook, add_pre_hook
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.attach.events import ModuleRun, Subscriber, edits_of
 from vlattn_fast.attach.observer import Observer
@@ -74,14 +74,14 @@ class EmbeddingTrace(Subscriber):
 
     def __init__(self, model: nn.Module, adapter: Adapter, method: Method) -> None:
         self.model, self.adapter, self.method = model, adapter, method
-        self._moves = TokenMoves(TensorRecords(model))  # none
+        self._records = TensorRecords(model)
+        self._moves = TokenMoves(self._records)  # none
         self.towers = [TowerTrace(entry, model, self._moves) for entry in adapter.towers]
         self.calls: list[Link] = []  # none is traced
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._names = {module: path for path, module in model.named_modules()}
         self._ids: dict[str, tuple[int, ...]] = {}  # the inputs that hold integers, where no adapter names towers: their shapes
         self._dims: dict[str, int | None] = {}  # of the features of each input, as an earlier run found them
-        self._mark = new_mark("input")  # of a tensor: the input that it is from, and which entry of it each position holds
         # Attention is frozen at its calls of torch's and this package's functions.
         frozen = method.freezing()
         self._observer = Observer(model, [self, *frozen], parts=[model] if any(each.attention for each in frozen) else [])
@@ -130,7 +130,7 @@ class EmbeddingTrace(Subscriber):
                     prepared[name] = value.detach()  # one tensor may be several inputs
                 if value.ndim == 3 or name in self._ids:
                     numbers = torch.arange(value.numel(), device=value.device).view(value.shape)
-                    setattr(prepared[name], self._mark, (name, numbers))
+                    self._records.at(prepared[name]).input = (name, numbers)
         return prepared
 
     # --- embeddings ---
@@ -152,7 +152,7 @@ class EmbeddingTrace(Subscriber):
     def _source(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The argument of a function that holds an input, if any."""
         several = func in (torch.where, Tensor.__setitem__)
-        return next((x for x in (args if several else (*args, kwargs.get("input"))[:1]) if hasattr(x, self._mark)), None)
+        return next((x for x in (args if several else (*args, kwargs.get("input"))[:1]) if self._records.of(x).input), None)
 
     def takes_function(self, func: Any) -> bool:
         return func is functional.embedding
@@ -162,7 +162,7 @@ class EmbeddingTrace(Subscriber):
         source = self._source(func, args, kwargs)
         if source is None:
             return NotImplemented
-        of, numbers = getattr(source, self._mark)
+        of, numbers = self._records.at(source).input
         return self._looked_up(of, numbers, func(*args, **kwargs))
 
     def on_result(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -170,7 +170,7 @@ class EmbeddingTrace(Subscriber):
         source = self._source(func, args, kwargs)
         if source is None or func is functional.embedding:
             return
-        of, numbers = getattr(source, self._mark)
+        of, numbers = self._records.at(source).input
         if func is functional.conv1d:
             self._note_convolution(of, numbers)
         into = args[0] if func is Tensor.__setitem__ else result
@@ -180,18 +180,18 @@ class EmbeddingTrace(Subscriber):
             moved = None
         for part, part_numbers in zip(into, moved, strict=True) if isinstance(moved, (tuple, list)) else [(into, moved)]:
             if part_numbers is not None:
-                setattr(part, self._mark, (of, part_numbers))
+                self._records.at(part).input = (of, part_numbers)
             elif part is source:
-                delattr(part, self._mark)
+                self._records.at(part).input = None
 
     def _numbers_after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], source: Tensor, result: Any) -> Any:
         """The numbers of the result of a function; None = it does not hold the input any more."""
-        (of, numbers), name = getattr(source, self._mark), name_of(func)
+        (of, numbers), name = self._records.at(source).input, name_of(func)
         numbers = numbers.to(source.device)
         if func is Tensor.__setitem__:
             base, index, value = args
             after = numbers.clone() if base is source else torch.full(base.shape, NONE, device=base.device)
-            owner, written = getattr(value, self._mark, (None, numbers))
+            owner, written = self._records.of(value).input or (None, numbers)
             after[index] = written if owner == of else NONE
             return after
         if name == "pad":

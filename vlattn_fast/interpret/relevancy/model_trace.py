@@ -76,7 +76,8 @@ class Trace(Subscriber):
         edits = None if self.trains else edits_of(model)
         mixers = itertools.chain.from_iterable(map(replacements, roots))
         subscribers = [*method.freezing(), *(() if edits is None else [edits.for_explained_run()]), self]
-        self.observer = Observer(model, subscribers, parts=roots, within=adapter.within, keeps_sdpa=self.trains, further=mixers)
+        how: dict[str, Any] = {"within": adapter.within, "keeps_sdpa": self.trains, "further": mixers}
+        self.observer = Observer(model, subscribers, parts=roots, records=self._records, **how)
 
     def __enter__(self) -> Self:
         self.observer.__enter__()

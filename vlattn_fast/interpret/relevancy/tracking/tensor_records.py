@@ -1,4 +1,4 @@
-"""What a run knows of each tensor: a `Record` that is an attribute of it.
+"""What a run knows of each tensor: a `TracedTensor` that is an attribute of it.
 
 A result takes over from the tensors that it was computed from where they came from (here), which token each of its positions
 holds (`token_moves`), and how it was joined (`joined_keys`).
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlattn_fast._ground.attachments import add_hook, add_pre_hook, new_mark
+from vlattn_fast._ground.attachments import Record, Records, add_hook, add_pre_hook
 from vlattn_fast._ground.checks import is_distributed, is_dtensor
 from vlattn_fast.interpret.relevancy.tracking.token_numbers import Numbers
 
@@ -24,8 +24,8 @@ _READING = {"tensor", "as_tensor", "asarray", "from_numpy"}  # take numbers from
 _FILLED = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}  # nor numbers from the first
 
 
-class Record:
-    """What is known of a tensor."""
+class TracedTensor(Record):
+    """What a trace knows of a tensor."""
 
     calls = 0  # the attention calls that it came through, as bits, 1 << 0 the first
     origin = 0  # where it is from, as bits
@@ -35,6 +35,7 @@ class Record:
     numbers: Numbers | None = None  # of its tokens; None = it has none, or they are lost
     is_followed = False  # its numbers are known
     is_constant = False  # it is made of the model's own tensors, or out of nothing
+    input: tuple[str, Tensor] | None = None  # the input that it is from, and which entry of it each position holds
 
     @property
     def entered(self) -> int:
@@ -42,32 +43,21 @@ class Record:
         return self.origin & ~_FROM & ~_MADE
 
 
-_NOTHING = Record()
-
-
-class TensorRecords:
+class TensorRecords(Records):
     """The records of one run of `model`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.name = new_mark("record")
+        super().__init__(TracedTensor)
         self.constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._outside: list[Tensor] = []  # tensors with a record that functions of the run did not make
-        self._ended: dict[int, Record] = {}  # their records after the run
+        self._ended: dict[int, TracedTensor] = {}  # their records after the run
         self._inputs, self._entered = 0, 0
 
-    def of(self, tensor: Any) -> Record:
-        """The record of a tensor, to read."""
-        return getattr(tensor, self.name, None) or self._ended.get(id(tensor), _NOTHING)
+    def of(self, tensor: Any) -> TracedTensor:
+        record: TracedTensor | None = getattr(tensor, self.name, None)
+        return record or self._ended.get(id(tensor), self.nothing)
 
-    def at(self, tensor: Tensor) -> Record:
-        """The record of a tensor, to change."""
-        record: Record | None = getattr(tensor, self.name, None)
-        if record is None:
-            record = Record()
-            setattr(tensor, self.name, record)
-        return record
-
-    def outside(self, tensor: Tensor) -> Record:
+    def outside(self, tensor: Tensor) -> TracedTensor:
         """The record of a tensor that functions of the run did not make, until the run ends."""
         self._outside.append(tensor)
         return self.at(tensor)
@@ -97,10 +87,10 @@ class TensorRecords:
     def across_processes(self, model: nn.Module, within_run: Callable[..., Any]) -> Iterator[Callable[[], None]]:
         """Hooks by which modules whose parameters several processes share pass records on: they exchange tensors outside of
         any mode. Yields a function that removes each hook."""
-        entering: list[list[tuple[Tensor, Record]]] = []
+        entering: list[list[tuple[Tensor, TracedTensor]]] = []
 
         def enters(module: nn.Module, args: Sequence[Any]) -> None:
-            entering.append(self._among(args))
+            entering.append(self.among(args))
 
         def leaves(module: nn.Module, args: Any, output: Any) -> None:
             taken = entering.pop()
@@ -114,22 +104,11 @@ class TensorRecords:
 
     # --- functions of torch ---
 
-    def _among(self, values: Sequence[Any]) -> list[tuple[Tensor, Record]]:
-        """The tensors with a record among values, also in tuples and lists."""
-        recorded, ahead = [], [*values]
-        for value in ahead:
-            if isinstance(value, Tensor):
-                if (record := getattr(value, self.name, None)) is not None:
-                    recorded.append((value, record))
-            elif isinstance(value, (tuple, list)):
-                ahead += value
-        return recorded
-
     def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> tuple[int, Tensor | None]:
         """After a function of torch: its results come from where its arguments do. Returns the calls that they come through, and
         the first argument that was joined."""
         name = getattr(func, "__name__", "")
-        recorded = self._among([*args, *kwargs.values()])
+        recorded = self.among([*args, *kwargs.values()])
         first, joined = args[0] if args else None, None
         for value, record in recorded:
             if record.join is not None:
@@ -148,9 +127,7 @@ class TensorRecords:
         ahead = [first if result is None else result]  # a tensor keeps what is written into it in place
         for each in ahead:
             if isinstance(each, Tensor):
-                if (made := getattr(each, self.name, None)) is None:
-                    made = Record()
-                    setattr(each, self.name, made)
+                made = self.at(each)
                 made.calls |= calls
                 made.origin |= origin
             elif isinstance(each, (tuple, list)):
