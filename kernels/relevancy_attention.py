@@ -55,10 +55,9 @@ from vlattn_fast.kernels._tiles import (
 )
 
 
-def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N)."""
-    out, lse = score_attention.forward(inputs.without_carrier())
-    return out, inputs.carrier.clone(), lse
+def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor]:
+    """out (B, H, N, Dv), lse (B, H, N)."""
+    return score_attention.forward(inputs.without_carrier())
 
 
 @on_device

@@ -141,5 +141,8 @@ static Size score_attention_forward(const Forward& c) {
 OPERATOR(score_attention_forward, Forward)
 OPERATOR(score_attention_backward, Backward)
 
+// Whether r @ Abar alone is computed by attention_map, which sums the heads' maps before r passes them, and not head by head
+EXPORT int64_t SYMBOL(ISA, carries_by_map)(int64_t rows, int64_t queries) { return rows > 2 || queries <= ISA::FEW_QUERIES; }
+
 // The names of the scores' kinds, for those who fill a Score
 EXPORT void SYMBOL(ISA, score_kinds)(char* text, int64_t size) { snprintf(text, size, "%s", ISA::SCORE_KINDS); }

@@ -9,6 +9,7 @@ B batch, H query heads, Hkv heads of key and value, N queries, M keys, D head_di
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
@@ -39,7 +40,8 @@ _TENSORS = Attention._fields.index("score")  # how many of its fields are tensor
 
 class Schema:
     """The inputs of a kind as the arguments of an operator: first the tensors, then the options, each in the order of the fields.
-    The fields of an `Attention` stand in its place. `types`: by argument."""
+    The fields of an `Attention` stand in its place. `types`: by argument. `inputs` is the inverse of `flat`; `tensors` gives only
+    those."""
 
     def __init__(self, kind: Any) -> None:
         fields = get_type_hints(kind)
@@ -48,22 +50,28 @@ class Schema:
             types |= get_type_hints(Attention) if each is Attention else {field: each}
         tensors = {name: each for name, each in types.items() if each in (Tensor, Tensor | None)}
         self.types, self.num_tensors = tensors | types, len(tensors)
+        end, floats = self.num_tensors, [place for place, each in enumerate(self.types.values()) if each is float]
         self.flat: Any = lambda inputs: inputs
+        self.tensors: Any = lambda inputs: inputs[:end]
+        self.first_float: Any = operator.itemgetter(floats[0]) if floats else None
         self.inputs: Any = kind._make
         if Attention in fields.values():  # by slices, which torch.compile traces
-            place, end = list(fields).index("attention"), self.num_tensors
+            place = list(fields).index("attention")
             after, rest, own = place + 1, place + _TENSORS, end - _TENSORS + 1
             options = end + len(Attention._fields) - _TENSORS
 
             def flat(inputs: Any) -> tuple[Any, ...]:
-                x = inputs.attention
-                return inputs[:place] + x[:_TENSORS] + inputs[after:own] + x[_TENSORS:] + inputs[own:]
+                return tensors(inputs) + inputs.attention[_TENSORS:] + inputs[own:]
+
+            def tensors(inputs: Any) -> tuple[Any, ...]:
+                return inputs[:place] + inputs.attention[:_TENSORS] + inputs[after:own]
 
             def nested(args: tuple[Any, ...]) -> Any:
                 attention = Attention(*args[place:rest], *args[end:options])
                 return kind(*args[:place], attention, *args[rest:end], *args[options:])
 
-            self.flat, self.inputs = flat, nested
+            self.flat, self.tensors, self.inputs = flat, tensors, nested
+            self.first_float = operator.attrgetter("attention.parameter")
 
     def named(self, inputs: Any) -> dict[str, Any]:
         """The arguments by name."""

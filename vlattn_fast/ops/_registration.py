@@ -66,7 +66,7 @@ def define(
     instead of them, which compiled code calls if a float varies.
     """
     schema = schema_of(inputs_type)
-    flat, num_tensors = schema.flat, schema.num_tensors
+    flat, tensors_of, first_float = schema.flat, schema.tensors, schema.first_float
     types = {argument: _TYPES[kind] for argument, kind in schema.types.items()}
     floats = [argument for argument, kind in types.items() if kind == "float"]
     by_library = implementation is None
@@ -74,7 +74,6 @@ def define(
     kernel = _below_autograd(implementation)
     apply = _autograd_function(name, kernel, schema)
     dispatched = _register(name, schema, types, None if by_library else returns, implementation, fake, apply)
-    first_float = list(types).index(floats[0]) if floats else -1
     twin: Any = None
 
     def with_floats(inputs: Any) -> Any:
@@ -85,23 +84,22 @@ def define(
         twin = _register(name + _SYMBOLIC, schema, tensors_for_floats, returns, with_floats, fake, apply)
 
     def call(inputs: Any) -> Any:
-        arguments = flat(inputs)
-        if twin is not None and isinstance(arguments[first_float], Tensor):  # the backward pass of the twin
-            return twin(*arguments)
         if torch.compiler.is_compiling():
-            pairs = list(zip(types, arguments, strict=True))
-            if any([varies(x) for argument, x in pairs if argument in floats]):
+            pairs = list(zip(types, flat(inputs), strict=True))
+            if any([isinstance(x, Tensor) or varies(x) for argument, x in pairs if argument in floats]):
                 one = torch.ones((), dtype=torch.float64, device="cpu")  # times it: torch.compile makes a tensor of a product
                 return twin(*[one * x if argument in floats else x for argument, x in pairs])
-            return dispatched(*arguments)
-        tensors = arguments[:num_tensors]
+            return dispatched(*flat(inputs))
+        if twin is not None and isinstance(first_float(inputs), Tensor):  # the backward pass of the twin
+            return twin(*flat(inputs))
+        tensors = tensors_of(inputs)
         records = _records(tensors) if _HAS_FAST_PATH else None
         if records is None:
-            return dispatched(*arguments)
+            return dispatched(*flat(inputs))
         if not records:
             return kernel(inputs)
         if _C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD:
-            return dispatched(*arguments)  # an autograd.Function runs even if autograd is excluded
+            return dispatched(*flat(inputs))  # an autograd.Function runs even if autograd is excluded
         return apply(*tensors, inputs, None)
 
     return call

@@ -80,9 +80,9 @@ def without_padding(x: AttentionArguments, plan: DotPlan, *values: Tensor | None
     return x._replace(key=key), *masked
 
 
-def attention_of(x: AttentionArguments, plan: DotPlan) -> Attention:
-    """Returns the attention as backends take it."""
-    row_bias = key_groups = None
+def attention_of(x: AttentionArguments, plan: DotPlan, key_groups: Tensor | None = None) -> Attention:
+    """Returns the attention as backends take it. `key_groups`: those of a call without a bias."""
+    row_bias = None
     if x.group_bias is not None:
         row_bias, key_groups = group_bias_inputs(x.query, x.query_groups, x.key_groups, x.group_bias)
     return Attention(x.query, x.key, None, x.attn_mask, x.key_mask, row_bias, key_groups, *plan.core, x.is_causal)

@@ -213,9 +213,8 @@ def _features(x: AttentionArguments, num_groups: int, weight: Tensor | None, pla
     logit = None if x.sink is None else x.sink[:, None]
     share = None if logit is None or not set(plan.asked) & set(DEFAULT) else share_of_keys(attention_lse(x, plan.dot), logit)
     (x,) = cast(*without_padding(x, plan.dot))
-    attention = attention_of(x, plan.dot)
-    if x.key_groups is not None and attention.row_bias is None:
-        attention = attention._replace(key_groups=x.key_groups.expand(x.key.shape[0], -1))
+    groups = None if x.key_groups is None else x.key_groups.expand(x.key.shape[0], -1)
+    attention = attention_of(x, plan.dot, groups)
     if weight is not None:
         weight = weight.to(compute_dtype(x.query)).expand(x.query.shape[0], -1)[:, None].expand(x.query.shape[:3])
     if share is not None:

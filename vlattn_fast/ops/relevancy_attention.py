@@ -280,8 +280,8 @@ def _finish(rows: Rows, sink: Tensor | None, gate: Tensor | None) -> tuple[Tenso
 
 
 def _forward(inputs: RelevancyAttentionInputs) -> Rows:
-    out, carrier, lse = load(BACKENDS, inputs.backend).forward(inputs)
-    return out, carrier.contiguous(), lse, _behind_sink(inputs)
+    out, lse = load(BACKENDS, inputs.backend).forward(inputs)
+    return out, inputs.carrier.clone(memory_format=torch.contiguous_format), lse, _behind_sink(inputs)
 
 
 def _forward_fake(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:

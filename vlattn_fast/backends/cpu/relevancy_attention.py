@@ -3,12 +3,15 @@ rows of r are many or queries few by csrc/cpu/attention_map.cpp; the gradients o
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, unit_stride, weigh_rows
+from vlattn_fast.backends import native
 from vlattn_fast.backends.cpu import score_attention
 from vlattn_fast.backends.cpu._abar import gradients
 from vlattn_fast.backends.cpu._attention import attention, empty_row_bias, float32, readable
@@ -23,14 +26,16 @@ from vlattn_fast.backends.inputs import (
 from vlattn_fast.backends.native import address, strided
 
 _OWN_LSE, _CALLER_LSE, _NO_LSE = 0, 1, 2  # LseSource of csrc/cpu/backward_tile.h
-_FEW_ROWS = 2  # up to so many rows of r pass each head's map; more pass the map of all heads,
-_FEW_QUERIES = 8  # and so do any rows with up to so many queries (csrc/cpu/few_rows.h)
 
 
-def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N) float64."""
-    out, lse = score_attention.forward(inputs.without_carrier())
-    return out, inputs.carrier.clone(), lse
+@functools.lru_cache
+def _by_map(rows: int, queries: int) -> bool:
+    return bool(native.library.function(native.chosen("carries_by_map"), *[ctypes.c_int64] * 3)(rows, queries))
+
+
+def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor]:
+    """out (B, H, N, Dv), lse (B, H, N) float64."""
+    return score_attention.attend(inputs.attention, inputs.value)
 
 
 def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
@@ -69,9 +74,9 @@ def step(inputs: RelevancyStepInputs) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M), of any core score."""
     grad_out = None if inputs.rule == "attention" else inputs.grad_output
     lse_source = _NO_LSE if inputs.lse is None else _CALLER_LSE
-    attended = _run(inputs, grad_out, inputs.lse, inputs.relevancy, None, lse_source=lse_source)
+    attended = _run(inputs, grad_out, inputs.lse, as_dtype(inputs.relevancy, torch.float32), None, lse_source=lse_source)
     assert attended is not None
-    return attended
+    return as_dtype(attended, inputs.relevancy.dtype)
 
 
 def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, ...]:
@@ -96,8 +101,8 @@ def _run(
     direct: Tensor | None,
     **row_members: Any,
 ) -> Tensor | None:
-    """Returns direct + relevancy @ Abar if there is `relevancy`; computes gradients if `row_members`, members of Backward, has
-    them."""
+    """Returns direct + relevancy @ Abar if there is `relevancy`, in float32; computes gradients if `row_members`, members of
+    Backward, has them."""
     x, value = readable(inputs.attention, None if grad_out is None else inputs.value)
     (a, _kept), query, score = attention(x, value), x.query, core_score(x)
     grad_out = None if grad_out is None else unit_stride(grad_out)
@@ -106,14 +111,14 @@ def _run(
         run_backward(a=a, score=score, grad_out=strided(grad_out), lse=address(lse), **row_members)
         return None
     batch, carried_rows, _ = relevancy.shape
-    r, direct = as_dtype(relevancy, torch.float32).contiguous(), float32(direct)
+    r, direct = relevancy.contiguous(), None if direct is None else direct.contiguous()
     result = r.new_empty(batch, carried_rows, x.key.shape[2])
     if not (query.shape[1] and query.shape[2]):  # without heads or queries there is no work
         result = result.zero_() if direct is None else direct.clone()
     sums = {"rows": r.data_ptr(), "direct": address(direct), "result": result.data_ptr()}
     carried = {"T": carried_rows, "row_normalize": inputs.row_normalize, **sums}
     is_gradient = inputs.rule == "gradient"
-    if (carried_rows > _FEW_ROWS or query.shape[2] <= _FEW_QUERIES) and "grad_query" not in row_members:
+    if "grad_query" not in row_members and _by_map(carried_rows, query.shape[2]):
         lse = None if row_members.get("lse_source") == _OWN_LSE else lse
         map_members = {"grad_output": strided(grad_out), "gradient": is_gradient, "lse": address(lse)}
         run_map(a=a, score=score, **map_members, **carried)
@@ -121,4 +126,4 @@ def _run(
         head_members = {"grad_out": strided(grad_out), "lse": address(lse)}
         relevancy_members = relevancy_struct()(is_gradient=is_gradient, **carried)
         run_backward(a=a, score=score, **head_members, relevancy=relevancy_members, **row_members)
-    return as_dtype(result, relevancy.dtype)
+    return result

@@ -23,13 +23,18 @@ relevancy_struct = part("score_attention_backward", "relevancy")
 
 
 def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
+    x, value = inputs.attention, inputs.value
+    return attend(x, value) if inputs.seed is None else attend(x, value, **_dropout(inputs))
+
+
+def attend(x: Attention, value: Tensor, **dropout: Any) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv), in memory (B, N, H, Dv) as SDPA's, and lse (B, H, N) float64."""
-    x, value = readable(inputs.attention, inputs.value)
+    x, value = readable(x, value)
     a, _kept = attention(x, value)
     batch, heads, queries, _ = x.query.shape
     out = empty_rows_first(x.query, heads, queries, value.shape[3])
     lse = x.query.new_empty(batch, heads, queries, dtype=torch.float64)
-    _forward(a=a, score=core_score(x), dropout=_dropout(inputs), out=strided(out), lse=lse.data_ptr())
+    _forward(a=a, score=core_score(x), out=strided(out), lse=lse.data_ptr(), **dropout)
     return out, lse
 
 
@@ -45,7 +50,6 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     run_backward(
         a=a,
         score=core_score(x),
-        dropout=_dropout(inputs),
         grad_out=strided(grad_out),
         out=strided(out),
         lse=lse.data_ptr(),
@@ -55,6 +59,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
         grad_value=strided(grad_value),
         grad_vector=address(grad_vector),
         grad_row_bias=address(grad_row_bias),
+        **_dropout(inputs),
     )
     if given.vector is not None and grad_vector is not None:
         grad_vector = as_dtype(grad_vector, given.vector.dtype)
@@ -72,7 +77,6 @@ def jvp(inputs: Any) -> tuple[Tensor, Tensor]:
     _jvp(
         a=a,
         score=core_score(x),
-        dropout=_dropout(inputs),
         out=strided(out),
         by_query=strided(tangents.query),
         by_key=strided(tangents.key),
@@ -81,6 +85,7 @@ def jvp(inputs: Any) -> tuple[Tensor, Tensor]:
         by_row_bias=address(by_row_bias),
         to_out=strided(to_out),
         to_lse=to_lse.data_ptr(),
+        **_dropout(inputs),
     )
     return to_out, to_lse
 
@@ -104,7 +109,6 @@ def second(inputs: Any) -> tuple[Tensor | None, ...]:
     _second(
         a=a,
         score=core_score(x),
-        dropout=_dropout(inputs),
         grad_out=strided(grad_out),
         by_query=strided(tangents.query),
         by_key=strided(tangents.key),
@@ -119,6 +123,7 @@ def second(inputs: Any) -> tuple[Tensor | None, ...]:
         to_lse=to_lse.data_ptr(),
         by_row_bias=address(by_row_bias),
         to_row_bias=address(to_row_bias),
+        **_dropout(inputs),
     )
     folded = fold_heads(to_key, inputs.attention.key.shape[1]), fold_heads(to_value, inputs.value.shape[1])
     rows = (to_out, to_lse) if inputs.with_jvp else (None, None)
@@ -146,15 +151,9 @@ def _numbers_of_kinds() -> dict[str, int]:
     return numbers
 
 
-def _dropout(inputs: Any) -> Any:
-    if inputs.seed is None:
-        return _no_dropout()
-    return _dropout_struct()(seed=int(inputs.seed), probability=inputs.dropout_p)
-
-
-@functools.cache
-def _no_dropout() -> Any:
-    return _dropout_struct()()
+def _dropout(inputs: Any) -> dict[str, Any]:
+    """The member of a kernel with dropout."""
+    return {} if inputs.seed is None else {"dropout": _dropout_struct()(seed=int(inputs.seed), probability=inputs.dropout_p)}
 
 
 def new_gradients(x: Attention, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,8 +33,8 @@ _long = kernel("relevancy_attention_long")
 _row_weight = part("relevancy_attention", "residual_weight")
 
 
-def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N)."""
+def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor]:
+    """out (B, H, N, Dv), lse (B, H, N)."""
     x = inputs.attention
     query, key, value = unit_strides(x.query, x.key, inputs.value)
     batch, heads, queries, _ = query.shape
@@ -42,13 +42,13 @@ def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         aten, shared = torch.ops.aten, (expand_heads(key, heads), expand_heads(value, heads))
         attend = aten._scaled_dot_product_flash_attention if query.is_cuda else aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = attend(query, *shared, 0.0, x.is_causal, scale=x.scale)[:2]
-        return rows_first(out), inputs.carrier.clone(), lse.contiguous()
+        return rows_first(out), lse.contiguous()
     masks, _kept = masks_of(x)
     out = empty_rows_first(query, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     rows = {"scale": x.scale, "out": strided(out), "lse": address(lse)}
     _forward(query, **_attention(query, key, value), masks=masks, **rows)
-    return out, inputs.carrier.clone(), lse
+    return out, lse
 
 
 def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:

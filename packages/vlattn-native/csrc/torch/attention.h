@@ -205,7 +205,6 @@ void check_gradients(bool by_gradient, const Tensor& query, const Maybe& value, 
 }
 
 const Size OWN_LSE = 0, CALLER_LSE = 1, NO_LSE = 2;  // LseSource of csrc/cpu/backward_tile.h
-const Size FEW_ROWS = 2, FEW_QUERIES = 8;  // as vlattn_fast/backends/cpu/relevancy_attention.py chooses between two kernels
 
 // Mean over the heads of relu(A * dA), or of A. Value and the gradient of the output are null where it does without dA.
 struct Abar {
@@ -245,7 +244,8 @@ struct Abar {
     }
     // r @ Abar + direct by one of two kernels; `lse` in float64
     Tensor carry(const Tensor& relevancy, const Maybe& direct, const Maybe& lse, Size lse_source) const {
-        const bool by_map = relevancy.size(1) > FEW_ROWS || query.size(2) <= FEW_QUERIES;
+        const auto carries_by_map = (int64_t (*)(int64_t, int64_t))Library::opened().kernel("carries_by_map");
+        const bool by_map = carries_by_map(relevancy.size(1), query.size(2));
         Call one = by_map ? call("attention_map", "grad_output") : call("score_attention_backward", "grad_out");
         one.number(by_map ? "gradient" : "relevancy.is_gradient", by_gradient);
         if (!by_map || lse_source == CALLER_LSE) one.pointer("lse", lse);  // a map computes its own
@@ -313,19 +313,6 @@ Maybe weighed(Text name, const Maybe& carried, const Maybe& weight) {
     return aten("aten::mul", "Tensor", *carried, torch::stable::unsqueeze(*weight, weight->dim() - 1));
 }
 
-// log(e^lse + e^sink) as vlattn_fast/ops/_sinks.py computes it
-Tensor lse_with_sink(const Tensor& lse, const Tensor& logit) {
-    const auto where = [](const Tensor& x, const Tensor& y, const Tensor& z) { return aten("aten::where", "self", x, y, z); };
-    const auto log_sigmoid = [](const Tensor& x) { return aten("aten::log_sigmoid", "", x); };
-    const auto hidden = [](const Tensor& x) { return aten("aten::isneginf", "", x); };
-    const Tensor sink = torch::stable::to(logit, lse.scalar_type()), zero = zeros(lse, {});
-    Tensor none = empty(lse, {});
-    torch::stable::fill_(none, -INFINITY);
-    const Tensor x = where(hidden(lse), none, torch::stable::subtract(lse, sink));
-    const Tensor below = where(hidden(sink), none, torch::stable::subtract(sink, log_sigmoid(aten("aten::neg", "", x))));
-    return where(aten("aten::gt", "Tensor", x, zero), torch::stable::subtract(lse, log_sigmoid(x)), below);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relevancy_attention_backward(
     Maybe g, Maybe grad_carrier, Maybe grad_lse, Maybe grad_behind_sink, Tensor q, Tensor k, Maybe vector, Maybe attn_mask,
     Maybe key_mask, Maybe row_bias, Maybe key_groups, Tensor v, Tensor out, Tensor lse, Maybe residual_weight,
@@ -369,7 +356,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relevancy_attention_backward(
     if (through_sink) {
         const Tensor step =
             relevancy_step(*weighted, q, k, vector, attn_mask, key_mask, row_bias, key_groups, v, grad_behind_sink,
-                           lse_with_sink(lse, *sink), score, parameter, scale, is_causal, rule, row_normalize, backend);
+                           aten("aten::logaddexp", "", lse, torch::stable::to(*sink, lse.scalar_type())), score, parameter, scale,
+                           is_causal, rule, row_normalize, backend);
         carrier = torch::stable::subtract(*direct, step, -1.0);  // their sum
     }
     const auto of = [&](const Tensor Gradients::* x) { return grads ? (*grads).*x : empty(q, {0}); };

@@ -45,8 +45,8 @@ def _forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
 
 
 def _relevancy_forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor | None, ...]:
-    out, carrier, lse = _relevancy.forward(inputs)
-    return rows_first(out), carrier, lse, None
+    out, lse = _relevancy.forward(inputs)
+    return rows_first(out), inputs.carrier.clone(memory_format=torch.contiguous_format), lse, None
 
 
 def _laid_out(inputs: Any, grads: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
