@@ -48,8 +48,8 @@ class Schema:
         types = dict[str, Any]()
         for field, each in fields.items():
             types |= get_type_hints(Attention) if each is Attention else {field: each}
-        tensors = {name: each for name, each in types.items() if each in (Tensor, Tensor | None)}
-        self.types, self.num_tensors = tensors | types, len(tensors)
+        first = {name: each for name, each in types.items() if each in (Tensor, Tensor | None)}
+        self.types, self.num_tensors = first | types, len(first)
         end, floats = self.num_tensors, [place for place, each in enumerate(self.types.values()) if each is float]
         self.flat: Any = lambda inputs: inputs
         self.tensors: Any = lambda inputs: inputs[:end]
