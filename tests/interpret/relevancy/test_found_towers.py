@@ -396,7 +396,7 @@ def test_states_that_a_model_keeps_bear_no_marks_of_the_next_run(monkeypatch):
     unmarked.last = model.last.clone()
     again, first = (explain(one, inputs, position="cls", target=second).relevancy for one in (model, unmarked))
     torch.testing.assert_close(again, first)
-    marks = {token_kinds.TokenKinds(model, {})._mark for _ in range(2)}
+    marks = {token_kinds.TokenKinds(model, {})._records.name for _ in range(2)}
     assert len(marks) == 2
 
 
