@@ -302,7 +302,7 @@ __device__ void key_rows(const Relevancy& call, bool gradients, bool summed, int
             };
             __syncthreads();
             shared.copy_columns(call, b, h);
-            copy_step(0);
+            if (N > 0) copy_step(0);
 #pragma unroll 1
             for (int q = 0; q < N; q += STEP) {
                 wait_for_copies();

@@ -34,6 +34,8 @@ def backward(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor | None, ..
         grad_keys=(strided(key), strided(_of_a_head(index_key))),
         grad_weights=strided(_in_columns(index_weights)),
     )
+    if index_weights is not None and inputs.index_query.shape[3] == 0:  # the kernel has nothing of this side to go through
+        index_weights.zero_()
     return query, key, index_query, index_key, index_weights
 
 
