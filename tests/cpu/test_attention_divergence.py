@@ -46,15 +46,6 @@ def check(inputs: dict[str, Tensor], **options: Any) -> None:
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("n, m", tile_edges.CPU)
-def test_sizes_either_side_of_a_tile(n: int, m: int, operator: str) -> None:
-    kind = {"kind": "js"} if operator == "attention_divergence" else {}
-    check(as_dtype(tensors(n, m, operator=operator), torch.float32))
-    masked = as_dtype(tensors(n, m, 17, 16, operator=operator), torch.float32)
-    check(masked, **kind, is_causal=True, key_mask=torch.rand(1, m) > 0.3)
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("dtype, n", tile_edges.covering(LOW, tile_edges.CPU_COPIED))
 def test_keys_that_are_copied(dtype: torch.dtype, n: int, operator: str) -> None:
     """Halves and padding, under the causal mask, in means: each head has the tile's keys anew."""

@@ -16,14 +16,6 @@ from tests.helpers.ops.map_cases import bool_mask, check_map, finite_rows, float
 from vlattn_fast.ops.attention_map import HEAD_REDUCTIONS, RULES
 
 
-@pytest.mark.parametrize("n, m", tile_edges.CPU)
-def test_sizes_either_side_of_a_tile(n: int, m: int) -> None:
-    check_map("cpu", as_dtype(map_inputs("attention", n, m, b=1), torch.float32))
-    tensors = as_dtype(map_inputs("gradient", n, m, 17, 5, b=1), torch.float32)
-    found = check_map("cpu", tensors, rule="gradient", is_causal=True, row_normalize=True, head_reduction="max")
-    assert (found[0].triu(1) == 0).all()
-
-
 @pytest.mark.parametrize("rule, dtype, n", tile_edges.covering(RULES, LOW, tile_edges.CPU_COPIED))
 def test_keys_that_are_copied(rule: str, dtype: torch.dtype, n: int) -> None:
     """Halves and padding, under the causal mask: each tile of a head sees more keys than the one before."""

@@ -13,14 +13,7 @@ import vlattn_fast as va
 from tests.helpers.compare import as_dtype, outputs_and_grads
 from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import LOW, assert_refused
-from tests.helpers.ops.map_cases import but_argmax, check_statistics, float_mask, groups, key_mask, statistics_inputs
-
-
-@pytest.mark.parametrize("n, m", tile_edges.CPU)
-def test_sizes_either_side_of_a_tile(n: int, m: int) -> None:
-    check_statistics("cpu", as_dtype(statistics_inputs(n, m, b=1), torch.float32), **groups(m))
-    inputs = as_dtype(statistics_inputs(n, m, 17), torch.float32)
-    check_statistics("cpu", inputs, is_causal=True, attn_mask=float_mask(m), key_mask=key_mask(m), **groups(m))
+from tests.helpers.ops.map_cases import but_argmax, check_statistics, groups, key_mask, statistics_inputs
 
 
 @pytest.mark.parametrize("dtype, n", tile_edges.covering(LOW, tile_edges.CPU_COPIED))

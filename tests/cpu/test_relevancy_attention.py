@@ -15,12 +15,6 @@ from tests.helpers.ops.backends import LOW
 from tests.helpers.ops.relevancy_cases import MASKS, RULES, check, cotangents, padding, tensors
 
 
-@pytest.mark.parametrize("n", tile_edges.CPU_SQUARES)
-@pytest.mark.parametrize("rule, row_normalize", RULES)
-def test_sizes_either_side_of_a_tile(rule: str, row_normalize: bool, n: int) -> None:
-    check("cpu", tensors(n), rule=rule, row_normalize=row_normalize)
-
-
 @pytest.mark.parametrize("rule, mask, n", tile_edges.covering(RULES, tuple(MASKS), (60, 800)))
 def test_masks_across_tiles_and_blocks(rule: tuple[str, bool], mask: str, n: int) -> None:
     check("cpu", tensors(n, b=2), rule=rule[0], row_normalize=rule[1], **MASKS[mask](n))

@@ -17,12 +17,6 @@ from tests.helpers.ops.score_cases import MASKS, SCORES, attention_inputs, call,
 KINDS = ("dot", "cosine-eps=5", "general-tanh-key", "additive", "hadamard-sigmoid-key")
 
 
-@pytest.mark.parametrize("n, m", tile_edges.CPU)
-@pytest.mark.parametrize("score", KINDS)
-def test_sizes_either_side_of_a_tile(score: str, n: int, m: int) -> None:
-    check("cpu", *tensors("cpu", score, b=1, n=n, m=m), cancels=True)
-
-
 @pytest.mark.parametrize("score, mask, size", tile_edges.covering(KINDS, tuple(MASKS), tile_edges.CPU_SEVERAL))
 def test_masks_across_tiles_and_blocks(score: str, mask: str, size: tuple[int, int]) -> None:
     n, m = size

@@ -47,15 +47,6 @@ def test_head_dims(d: int, index_d: int, dtype: torch.dtype) -> None:
     check(x | {"index_weights": x["index_weights"] / index_d**0.5}, scale=0.1)
 
 
-@pytest.mark.parametrize("empty", ["n", "m", "index_heads", "index_d"])
-def test_empty_sizes(empty: str) -> None:
-    x = as_dtype(make(**{"n": 3, "m": 4, "d": 8, "index_d": 5, "index_heads": 2, empty: 0}), F32)
-    got = outputs_and_grads(partial(va.indexer_divergence, enable_gqa=True, backend="triton"), x)
-    want = outputs_and_grads(partial(va.reference.indexer_divergence, enable_gqa=True), x)
-    for name, value in want.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
-
-
 def test_rows_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 64, 64 and 12 rows, whose gradients of keys are added."""
     divergence = importlib.import_module("vlattn_fast.kernels.attention_divergence")

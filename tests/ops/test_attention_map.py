@@ -12,25 +12,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of
-from tests.helpers.ops.backends import DEVICE, F64, arguments_of, core, each, finest, on
-from tests.helpers.ops.map_cases import (
-    CORE_MASKS,
-    DV,
-    MASKS,
-    SMALL_TILE,
-    B,
-    D,
-    H,
-    M,
-    N,
-    bool_mask,
-    check_map,
-    key_mask,
-    map_inputs,
-    sharp,
-)
-from tests.helpers.ops.score_cases import LAYOUTS, lay_out
-from tests.helpers.ops.tile_edges import covering
+from tests.helpers.ops.backends import DEVICE, F64, arguments_of, finest, on
+from tests.helpers.ops.map_cases import DV, MASKS, SMALL_TILE, B, D, H, M, N, bool_mask, check_map, key_mask, map_inputs, sharp
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import attention_map as formula
@@ -101,13 +84,6 @@ def test_gradient_rule_is_the_published_procedure() -> None:
 # ------------------------------------------------------------------ every backend against the formula
 
 
-@each("case", **{name: covering(core(name), CORE_MASKS, RULES) for name in FAST})
-def test_dtypes(backend: str, case: tuple[torch.dtype, str, str]) -> None:
-    dtype, mask, rule = case
-    found = check_map(backend, as_dtype(map_inputs(rule), dtype), rule=rule, **MASKS[mask]())
-    assert found.dtype == (F64 if dtype == F64 else torch.float32)
-
-
 @on(*FAST)
 @pytest.mark.parametrize("row_normalize", (False, True))
 @pytest.mark.parametrize("head_reduction", HEAD_REDUCTIONS)
@@ -118,26 +94,9 @@ def test_head_reductions_and_row_normalize(head_reduction: str, row_normalize: b
         check_map(backend, tensors, rule=rule, head_reduction=head_reduction, row_normalize=row_normalize, attn_mask=mask)
 
 
-@pytest.mark.parametrize("tile", [1, 2 * N * M, 1 << 19])  # a row of a head, all rows of two heads, everything
-@pytest.mark.parametrize("rule", RULES)
-def test_tiles_of_streaming(rule: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", tile)
-    for head_reduction in HEAD_REDUCTIONS:
-        check_map("streaming", map_inputs(rule, h=4, kv=4), rule=rule, head_reduction=head_reduction, attn_mask=bool_mask())
-
-
 @on(*FAST)
 def test_scale_0(backend: str) -> None:
     check_map(backend, as_dtype(map_inputs("gradient"), finest(backend)), rule="gradient", scale=0.0)
-
-
-@on(*FAST)
-@pytest.mark.parametrize("kv", [1, 2])
-def test_grouped_heads(kv: int, backend: str) -> None:
-    tensors = as_dtype(map_inputs("gradient", h=4, kv=kv), finest(backend))
-    check_map(backend, tensors, rule="gradient", head_reduction="max", enable_gqa=True)
-    repeated = {name: x.repeat_interleave(4 // x.shape[1], 1) for name, x in tensors.items()}
-    assert torch.equal(formula(**tensors, rule="gradient", enable_gqa=True), formula(**repeated, rule="gradient"))
 
 
 @on(*FAST)
@@ -220,24 +179,6 @@ def test_rows_that_see_keys_elsewhere_alone(name: str, size: float, backend: str
     found = attention_map(**tensors, rule="attention", lse=lse, backend=backend, **masks)
     assert found.isfinite().all() and not found[~seen.any(-1)[:, 0]].any()
     assert size > 1 or found[seen.any(-1)[:, 0]].any(-1).all()
-
-
-@on(*FAST)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str, backend: str) -> None:
-    dtype = finest(backend)
-    tensors = {name: lay_out(x.to(dtype), layout) for name, x in map_inputs("gradient").items()}
-    mask = lay_out(torch.rand(B, H, N, M), layout) > 0.3
-    check_map(backend, tensors, rule="gradient", attn_mask=mask, key_mask=key_mask())
-    check_map(backend, tensors, rule="gradient", attn_mask=lay_out(torch.randn(B, H, N, M), layout))
-
-
-@on(*FAST)
-@pytest.mark.parametrize("empty", ("b", "n", "m", "d", "dv"))
-def test_empty_sizes(empty: str, backend: str) -> None:
-    for rule in RULES:
-        found = check_map(backend, as_dtype(map_inputs(rule, **{empty: 0}), finest(backend)), rule=rule, scale=1.0)
-        assert found.shape == (0 if empty == "b" else B, 0 if empty == "n" else N, 0 if empty == "m" else M)
 
 
 @on(*FAST)

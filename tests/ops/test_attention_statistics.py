@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of, outputs_and_grads
-from tests.helpers.ops.backends import F64, arguments_of, core, each, finest, on
+from tests.helpers.compare import LargestAllocation, as_dtype, bytes_of, outputs_and_grads
+from tests.helpers.ops.backends import F64, arguments_of, finest, on
 from tests.helpers.ops.map_cases import (
-    CORE_MASKS,
-    MASKS,
     SMALL_TILE,
     STATISTICS,
     B,
@@ -32,7 +30,6 @@ from tests.helpers.ops.map_cases import (
     sharp,
     statistics_inputs,
 )
-from tests.helpers.ops.score_cases import LAYOUTS, lay_out
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.reference.attention_statistics import attention_statistics as formulas
 from vlattn_fast.backends.streaming import _tiles
@@ -109,27 +106,11 @@ def test_gradients_by_hand(backend: str) -> None:
 # ------------------------------------------------------------------ every backend against the formulas
 
 
-@pytest.mark.parametrize("mask", CORE_MASKS)
-@each("dtype", **{name: core(name) for name in FAST})
-def test_dtypes(backend: str, dtype: torch.dtype, mask: str) -> None:
-    got = check_statistics(backend, as_dtype(statistics_inputs(), dtype), **MASKS[mask](), **groups())
-    assert got["out0"].dtype == (F64 if dtype == F64 else torch.float32) and got["grad key"].dtype == dtype
-
-
 @on(*FAST)
 @pytest.mark.parametrize("only", STATISTICS)
 def test_the_gradient_of_each_statistic(only: str, backend: str) -> None:
     inputs = as_dtype(statistics_inputs(), finest(backend))
     check_statistics(backend, inputs, only=only, attn_mask=bool_mask(), **groups())
-
-
-@pytest.mark.parametrize("tile", [1, 4 * M, 1 << 19])  # a row of a head, some rows, everything
-def test_tiles_of_streaming(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", tile)
-    for mask in CORE_MASKS:
-        check_statistics(
-            "streaming", statistics_inputs(h=4, kv=4) if mask == "none" else statistics_inputs(), **MASKS[mask](), **groups()
-        )
 
 
 GROUPS: dict[str, Any] = {
@@ -161,16 +142,6 @@ def test_row_weight_of_every_sample_alike_and_none(backend: str) -> None:
 
 
 @on(*FAST)
-@pytest.mark.parametrize("kv", [1, 2])
-def test_grouped_heads(kv: int, backend: str) -> None:
-    inputs = as_dtype(statistics_inputs(h=4, kv=kv), finest(backend))
-    fixed = {"is_causal": True, **groups()}
-    check_statistics(backend, inputs, enable_gqa=True, **fixed)
-    repeated = inputs | {"key": inputs["key"].repeat_interleave(4 // kv, 1)}
-    assert torch.equal(formulas(**inputs, **fixed, enable_gqa=True).mass, formulas(**repeated, **fixed).mass)
-
-
-@on(*FAST)
 def test_first_of_equal_keys_is_the_maximum_and_takes_its_gradient(backend: str) -> None:
     """Small integers: every order of summation gives the same logits. Keys tie within a tile and across tiles."""
     query, key = torch.randint(-1, 2, (1, 1, N, 8)).to(F64), torch.randint(-1, 2, (1, 1, M, 8)).to(F64)
@@ -195,34 +166,6 @@ def test_sharp_attention_far_from_zero(backend: str) -> None:
 def test_a_sharp_row_has_the_entropy_of_its_small_weights(backend: str) -> None:
     key = torch.tensor([20.0, 0.0, 0.0]).view(1, 1, 3, 1)
     check_statistics(backend, {"query": torch.ones(1, 1, 1, 1), "key": key}, only="entropy", scale=1.0)
-
-
-@on(*FAST)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str, backend: str) -> None:
-    dtype = finest(backend)
-    inputs = as_dtype(statistics_inputs(), dtype)
-    inputs |= {name: lay_out(inputs[name], layout) for name in ("query", "key")}
-    inputs["row_weight"] = lay_out(inputs["row_weight"][None, None], layout)[0, 0]
-    fixed: dict[str, Any] = {"attn_mask": lay_out(torch.rand(B, H, N, M), layout) > 0.3}
-    if layout not in ("sliced", "strided", "offset"):  # which put NaN between the elements
-        fixed |= {"key_groups": lay_out(torch.randint(-1, G, (1, 1, B, M)), layout)[0, 0], "num_groups": G}
-    check_statistics(backend, inputs, **fixed)
-
-
-@on(*FAST)
-def test_cotangents_of_stride_0(backend: str) -> None:
-    fixed, inputs = groups(), as_dtype(statistics_inputs(), finest(backend))
-    run, plain = but_argmax(attention_statistics, **fixed, backend=backend), but_argmax(formulas, **fixed)
-    assert_all_close_to(run, plain, inputs, scales={"grad query": 1.0, "grad key": 1.0})  # each output is summed
-
-
-@on(*FAST)
-@pytest.mark.parametrize("empty", ("b", "h", "n", "m", "d"))
-def test_empty_sizes(empty: str, backend: str) -> None:
-    inputs = as_dtype(statistics_inputs(**{empty: 0} | ({"kv": 0} if empty == "h" else {})), finest(backend))
-    index = torch.zeros(inputs["key"].shape[2], dtype=torch.int64)
-    check_statistics(backend, inputs, scale=1.0, key_groups=index, num_groups=2)
 
 
 @on(*FAST)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.helpers.compare import LargestAllocation, as_dtype, outputs_and_grads
-from tests.helpers.ops.backends import F64, LOW, core, each, finest, on
+from tests.helpers.ops.backends import F64, LOW, each, finest, on
 from tests.helpers.ops.congruence_loss_cases import CROSS, NAMES, call, check, make, masks, prefix
-from tests.helpers.ops.score_cases import LAYOUTS, lay_out
 from tests.helpers.ops.tile_edges import covering
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.ops.congruence_loss import DIRECTIONS, KINDS, congruence_loss
@@ -37,20 +36,6 @@ def test_kinds_and_directions(backend: str, case: tuple[torch.dtype, str, str]) 
     dtype, kind, direction = case
     got = check(backend, as_dtype(make(6, 18, cross=direction == "both"), dtype), kind=kind, direction=direction)
     assert got["out0"].dtype == (F64 if dtype == F64 else torch.float32) and got["grad text_key"].dtype == dtype
-
-
-OTHER_DTYPES = {"streaming": LOW, "cpu": LOW[2:], "triton": set(core("triton")) - set(LOW[:2]), "cuda": LOW[2:]}
-
-
-@each("case", **{name: list(itertools.product(dtypes, KINDS_OF[name])) for name, dtypes in OTHER_DTYPES.items()})
-def test_other_dtypes(backend: str, case: tuple[torch.dtype, str]) -> None:
-    dtype, kind = case
-    check(backend, as_dtype(make(6, 9), dtype), kind=kind)
-
-
-@on(*FAST)
-def test_samples_and_heads(backend: str) -> None:
-    check(backend, as_dtype(make(6, 9, b=3, h=3), finest(backend)), kind="cacr")
 
 
 ONE_TOKEN = {"cacr": (1, 1), "iais_singular": (1, 6), "iais_distributed": (6, 1)}
@@ -110,42 +95,6 @@ def test_gradients_of_scores_beyond_float16(kind: str, backend: str, monkeypatch
     """They are small where there are many tokens, and large with the cotangent of a loss that is scaled up."""
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 1 << 10)
     check(backend, as_dtype(make(40, 36, d=16), torch.float16), torch.full((1,), 2.0**10), kind=kind)
-
-
-EVERY = range(len(LAYOUTS))
-
-
-@each("first", streaming=EVERY, cpu=EVERY, triton=EVERY[::2], cuda=EVERY)
-def test_layouts(backend: str, first: int) -> None:
-    """Each tensor has another one than its neighbour; Triton's kernels treat all tensors alike, and have each layout of four."""
-    made = as_dtype(make(5, 7, b=2, cross=True), finest(backend)).items()
-    x = {name: lay_out(value, LAYOUTS[(first + n) % len(LAYOUTS)]) for n, (name, value) in enumerate(made)}
-    check(backend, x, kind="iais_distributed")
-
-
-@on(*FAST)
-@pytest.mark.parametrize("empty", ("b", "h", "L", "V", "d"))
-@pytest.mark.parametrize("kind", ("cacr", "iais_distributed"))
-def test_empty_sizes(kind: str, empty: str, backend: str) -> None:
-    sizes = {"L": 3, "V": 4, "b": 2, "h": 2, "d": 4, empty: 0}
-    x = as_dtype(make(**sizes), finest(backend))
-    got = outputs_and_grads(call(congruence_loss, kind=kind, scale=0.5, backend=backend), x)
-    assert got["out0"].shape == (sizes["b"],) and float(got["out0"].abs().sum()) < 1e-4  # IAIS takes 2e-6 a key off
-    assert all(got[f"grad {name}"].shape == x[name].shape and (got[f"grad {name}"] == 0).all() for name in x)
-
-
-@each("kind", streaming=KINDS[:1], cpu=KINDS, triton=KINDS[2:], cuda=KINDS_OF["cuda"])
-def test_repeats_are_bit_equal(backend: str, kind: str) -> None:
-    x, run = as_dtype(make(6, 18, cross=True), torch.float32), call(congruence_loss, kind=kind, backend=backend)
-    first, second = outputs_and_grads(run, x), outputs_and_grads(run, x)  # emulated launches draw another order of threads each
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("tile, dtype", [(1, F64), (1 << 19, torch.float32)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_tiles_of_streaming(kind: str, tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", tile)
-    check("streaming", as_dtype(make(6, 9, b=3, cross=True), dtype), kind=kind, **masks("scattered"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -97,17 +97,6 @@ def test_distance_has_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(call, (query, key, value, sigma))
 
 
-@pytest.mark.parametrize("sizes", ((0, 5, 4), (3, 0, 4), (3, 5, 0)), ids=str)
-def test_distance_of_empty_sizes(sizes: tuple[int, int, int]) -> None:
-    n, m, d = sizes
-    query, key, value = torch.randn(1, 2, n, d), torch.randn(1, 2, m, d), torch.randn(1, 2, m, 3)
-    ours, formula = (
-        operator(query, key, value, score=S.Distance(2.0), return_lse=True)
-        for operator in (va.score_attention, va.reference.score_attention)
-    )
-    torch.testing.assert_close(ours, formula)
-
-
 @pytest.mark.parametrize("backend", ("streaming", "reference"))
 @pytest.mark.parametrize(
     ("sigma", "error", "words"),

@@ -1,10 +1,8 @@
-"""Every backend gives the formula, with all masks and grouped heads at once, and the same of tensors of any strides."""
+"""Every backend gives the formula with all masks and grouped heads at once, and a key that a float mask hides may be infinite."""
 
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +12,9 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.ops.backends import each, finest
-from tests.helpers.ops.every_call import WITH_CPU, every_call, gradients, outputs_of, small
+from tests.helpers.ops.every_call import gradients, outputs_of, small
 from vlattn_fast import scores as S
-from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.checking.cases import Example, cases_of
-from vlattn_fast.checking.cases._dice import VECTOR_LAYOUTS, lay_out
 from vlattn_fast.ops import OPERATORS
 
 
@@ -47,35 +43,6 @@ def results(example: Example, tensors: dict[str, Tensor], backend: str) -> dict[
     return {str(n): x.detach() for n, x in enumerate(outputs)} | {f"gradient of {name}": x for name, x in grads.items()}
 
 
-def with_masks(operator: str) -> Iterator[Example]:
-    """What `vlattn verify` calls, and the same with the masks that it leaves out."""
-    masks = torch.rand(5, 5) < 0.8, torch.randn(2, 1, 5, 5)
-    for example in cases_of(operator).verify(torch.Generator().manual_seed(0), small(5)):
-        yield example
-        if "attn_mask" in inspect.signature(example.call).parameters:
-            yield from (replace(example, options={**example.options, "attn_mask": mask}) for mask in masks)
-
-
-# no set, whose order would differ from process to process
-@each(
-    "operator",
-    streaming=OPERATORS,
-    cpu=dict.fromkeys(name for title in WITH_CPU if (name := every_call(title, 2).operator) in OPERATORS),
-)
-def test_strides_change_nothing(backend: str, operator: str) -> None:
-    """Neither those of inputs nor those of masks, groups, biases, lengths and parameters; NaN lies between their numbers."""
-    for example, layout in itertools.product(with_masks(operator), ("features first", "every second number", "fused")):
-
-        def placed(x: Any, layout: str = layout) -> Any:
-            return lay_out(x, layout if x.dim() > 1 else VECTOR_LAYOUTS[0]) if isinstance(x, Tensor) and x.dim() else x
-
-        tensors = example.in_dtype(finest(backend))
-        expected = results(example, tensors, backend)
-        strided = replace(example, options={name: placed(x) for name, x in example.options.items()})
-        for name, x in results(strided, {name: placed(x) for name, x in tensors.items()}, backend).items():
-            assert torch.allclose(x, expected[name], rtol=1e-4, atol=1e-5), (example.title, layout, name)
-
-
 WITH_MASKS = [name for name, each in OPERATORS.items() if "attn_mask" in inspect.signature(each.call).parameters]
 
 
@@ -91,17 +58,3 @@ def test_a_key_that_a_float_mask_hides_may_be_infinite(backend: str, operator: s
         found.append(results(example, tensors, backend))
     for name, x in found[0].items():
         assert torch.allclose(x, found[1][name], rtol=1e-4, atol=1e-5, equal_nan=False), name
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_tiles_of_a_row_change_nothing(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of `streaming`, whose tiles hold a few rows of one head: each has the masks of its own rows."""
-    for example in with_masks(operator):
-        causal = {"is_causal": True} if "is_causal" in inspect.signature(example.call).parameters else {}
-        example = replace(example, options={**example.options, **causal})
-        tensors = example.in_dtype(torch.float64)
-        whole = results(example, tensors, "streaming")
-        with monkeypatch.context() as patch:
-            patch.setattr(_tiles, "TILE_ELEMENTS", 5)
-            for name, x in results(example, tensors, "streaming").items():
-                assert torch.allclose(x, whole[name], rtol=1e-9, atol=1e-12, equal_nan=True), (example.title, name)

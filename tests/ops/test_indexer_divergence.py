@@ -12,8 +12,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of, outputs_and_grads
-from tests.helpers.ops.backends import F64, HALVES, core, each, finest, on
-from tests.helpers.ops.score_cases import LAYOUTS, lay_out
+from tests.helpers.ops.backends import F64, each, finest, on
 from vlattn_fast.backends.streaming import _tiles
 
 FAST = ("streaming", "cpu", "triton")
@@ -146,23 +145,6 @@ def test_masks_and_options(backend: str, name: str) -> None:
     assert got["out0"].any() == (name != "no keys chosen")
     if name == "padding":
         assert not got["out0"][1].any() and not got["grad key"][1].any() and not got["grad index_key"][1].any()
-
-
-@each("dtype", **{name: core(name) for name in FAST})
-def test_dtypes(backend: str, dtype: torch.dtype) -> None:
-    got = check(backend, as_dtype(tensors(), dtype), is_causal=True)
-    assert got["out0"].dtype == (torch.float32 if dtype in HALVES else dtype) and got["grad index_weights"].dtype == dtype
-
-
-@on(*FAST)
-def test_shared_keys(backend: str) -> None:
-    check(backend, as_dtype(tensors(shared=2, index_heads=1), finest(backend)), enable_gqa=True, attn_mask=mask())
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@on(*FAST)
-def test_strides(backend: str, layout: str) -> None:
-    check(backend, {name: lay_out(x, layout) for name, x in as_dtype(tensors(), finest(backend)).items()}, is_causal=True)
 
 
 @on(*FAST)

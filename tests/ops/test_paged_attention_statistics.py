@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import vlattn_fast as va
 from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of
-from tests.helpers.ops.backends import DEVICE, F64, core, each, finest, on
+from tests.helpers.ops.backends import DEVICE, F64, finest, on
 from tests.helpers.ops.score_cases import lay_out
 from vlattn_fast.backends.reference.paged_attention_statistics import STATISTICS
 from vlattn_fast.backends.streaming import _tiles
@@ -136,13 +136,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "negative scale": {"scale": -0.6},
     "scale 0": {"scale": 0.0},
 }
-
-
-@each("dtype", **{name: core(name) for name in FAST})
-def test_dtypes(backend: str, dtype: torch.dtype) -> None:
-    of = requests()
-    got = check(backend, as_dtype(tensors(of), dtype), {**of, **groups(of)})
-    assert all(x.dtype == (F64 if dtype == F64 else torch.float32) for x in got.values())
 
 
 @on(*FAST)

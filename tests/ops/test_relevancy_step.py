@@ -144,14 +144,3 @@ def test_a_refusal_names_the_call() -> None:
     relevancy, query = torch.ones(1, 1, 3), torch.ones(1, 1, 3, 4)
     with pytest.raises(ValueError, match=r"cannot run relevancy_step\("):
         va.relevancy_step(relevancy, query, query, query, query, backend="sdpa")
-
-
-@each("empty", **{backend: ("h", "n", "m", "d", "dv", "rows") for backend in BACKENDS})
-def test_empty_sizes(backend: str, empty: str) -> None:
-    sizes = {"n": 3, "m": 4, "rows": 2, empty: 0} | ({"kv": 0} if empty == "h" else {})
-    for rule, row_normalize in RULES:
-        inputs = step_tensors(**sizes, dtype=finest(backend))
-        got = va.relevancy_step(*inputs, rule=rule, row_normalize=row_normalize, backend=backend)
-        assert got.shape == (1, sizes["rows"], sizes["m"]) and torch.isfinite(got).all()
-        if empty in ("h", "n") or (rule == "gradient" and empty == "dv"):
-            assert not got.any()

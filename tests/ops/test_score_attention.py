@@ -21,10 +21,7 @@ from tests.helpers.ops.score_cases import (
     ADDITIVE,
     DOT_PRODUCTS,
     DV,
-    FEW,
     KINDS,
-    LAYOUTS,
-    PLAIN,
     PRODUCTS,
     PUBLIC,
     SCORES,
@@ -35,15 +32,12 @@ from tests.helpers.ops.score_cases import (
     N,
     call,
     check,
-    float_mask,
-    lay_out,
     leaf,
     padding,
     sizes_of,
     tensors,
 )
 from vlattn_fast import scores as S
-from vlattn_fast.backends.streaming import _tiles
 
 
 @each("score", streaming=SCORES, sdpa=DOT_PRODUCTS, cpu=SCORES, triton=PUBLIC, cuda=ADDITIVE)
@@ -114,23 +108,6 @@ def test_grouped_heads_map_one_to_one(backend: str) -> None:
 # ------------------------------------------------------------------------------------------------- layouts and sizes
 
 
-@each("layout", streaming=LAYOUTS, sdpa=LAYOUTS, cpu=LAYOUTS, triton=LAYOUTS, cuda=LAYOUTS)
-def test_layouts(backend: str, layout: str) -> None:
-    """Queries, keys, values, mask and cotangent in each layout, and once cotangents of stride 0."""
-    score, lse = PLAIN[backend], backend != "sdpa"
-    inputs, make = tensors(backend, score)
-    inputs |= {name: lay_out(inputs[name], layout) for name in ("query", "key", "value")}
-    mask = lay_out(torch.randn(B, H, N, M), layout)
-    options = {"attn_mask": mask if lse else None, "return_lse": lse}
-    ours = call(va.score_attention, make, backend=backend, **options)
-    formula = call(va.reference.score_attention, make, **options)
-    cotangents = [lay_out(torch.randn(B, H, N, DV), layout), torch.randn(B, H, N)]
-    cancels = {f"grad {name}": 1.0 for name in inputs}
-    assert_all_close_to(ours, formula, inputs, cotangents[: 1 + lse], scales=cancels)
-    if layout == "contiguous":
-        assert_all_close_to(ours, formula, inputs, scales=cancels)
-
-
 EMPTY = ("B", "H", "N", "M", "D", "Dv", "A")
 EMPTY_SCORES = {
     "streaming": ("dot", "scaled", "cosine", "tanh", "additive", "hadamard", "series"),
@@ -182,14 +159,6 @@ def test_sizes_of_real_sequences(n: int) -> None:
     for score in ("scaled_dot", "general-tanh-key", "additive-weights=none") if n < 577 else ("scaled_dot", "general-tanh-key"):
         inputs, make = tensors("streaming", score, torch.float32, b=1, n=n, m=n, dv=8)
         check("streaming", inputs, make, cancels=n == 1)
-
-
-@pytest.mark.parametrize("elements", (1, 8, 64, 10**6))
-def test_tiling_changes_nothing(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", elements)
-    for score in ("cosine-eps=5", "general-tanh-key", "additive", "hadamard-sigmoid-key"):
-        options = {"attn_mask": float_mask(B, H, N, M), "is_causal": True}
-        check("streaming", *tensors("streaming", score), cancels=True, what=score, **options)
 
 
 # ------------------------------------------------------------------------------------------------- values
@@ -343,23 +312,6 @@ def test_the_cosine_of_an_infinite_vector_is_nan(backend: str) -> None:
             assert lost[0].tolist() == [False, True, False, False], eps
         for x in run(query, bad_key, key):
             assert x.isnan().all(), eps
-
-
-@each("score", **FEW)
-def test_runs_are_bit_equal_and_write_no_input(backend: str, score: str) -> None:
-    sizes, few = sizes_of(backend, score), samples(backend)
-    inputs, make = tensors(backend, score, **sizes, **few)
-    options: dict[str, Any] = {"key_mask": padding(sizes["m"])[: few.get("b")], "attn_mask": float_mask(sizes["n"], sizes["m"])}
-    if backend == "sdpa":
-        del options["attn_mask"]
-    watched = {**inputs, **options}
-    before = {name: (x.clone(), x._version) for name, x in watched.items()}
-    run = call(va.score_attention, make, return_lse=backend != "sdpa", backend=backend, **options)
-    first, second = (outputs_and_grads(run, inputs) for _ in range(2))
-    for name, x in first.items():
-        assert torch.equal(x, second[name]), name
-    for name, (copy, version) in before.items():
-        assert watched[name]._version == version and torch.equal(watched[name], copy), name
 
 
 # ------------------------------------------------------------------------------------------------- refusals

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from tests.helpers.ops import every_call
-from tests.ops import test_edited_outputs, test_empty_sizes, test_foreign_tensors, test_host_cost, test_saved_tensors
+from tests.helpers.ops.properties import Turn
+from tests.ops import test_edited_outputs, test_foreign_tensors, test_host_cost, test_saved_tensors
+from tests.ops.properties import test_empty_sizes, test_options_and_sizes
 from vlattn_fast.backends import reference
 from vlattn_fast.benchmarks import cliffs, host
 from vlattn_fast.checking import fuzz, info, verify
@@ -200,8 +202,14 @@ def test_cliffs(monkeypatch: pytest.MonkeyPatch) -> None:
         run()
 
 
+def of_streaming(test: Callable[..., None], **options: Any) -> Callable[[str], None]:
+    return lambda operator: test("streaming", operator, **options)
+
+
 TESTS: dict[str, Callable[[str], None]] = {
-    **{f"empty {empty}": partial(test_empty_sizes.test_as_the_formula, empty=empty) for empty in test_empty_sizes.EMPTY},
+    "empty": of_streaming(test_empty_sizes.test_as_the_formula, turn=Turn(test_empty_sizes.EMPTY, None)),
+    "layouts": of_streaming(test_options_and_sizes.test_layouts, turn=Turn(("fused", "heads last"), None)),
+    "bits": of_streaming(test_options_and_sizes.test_equal_bits),
     "edited outputs": partial(test_edited_outputs.test_outputs_are_edited_in_place, backend="streaming"),
     "saved tensors": partial(test_saved_tensors.test_in_another_layout, backend="streaming"),
     "meta": partial(test_foreign_tensors.test_meta_tensors, backend="streaming"),

@@ -54,7 +54,6 @@ MASKS: dict[str, Callable[[], dict[str, Any]]] = {
     "causal": lambda: {"is_causal": True},
     "joined": lambda: {"attn_mask": float_mask(), "key_mask": key_mask(), "is_causal": True, "scale": -0.6},
 }
-CORE_MASKS = ("none", "float", "joined")  # of the tests that run in every dtype
 
 
 def sharp(inputs: dict[str, Tensor], m: int = M) -> tuple[dict[str, Tensor], Tensor]:

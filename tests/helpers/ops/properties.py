@@ -98,7 +98,10 @@ def calls(operator: str, backend: str, sizes: Sizes | None = None, dtype: torch.
 def supported(made: Sequence[Example], backend: str, dtype: torch.dtype | None = None) -> list[Example]:
     """The calls that the backend supports: at least one, or the test would ask nothing."""
     dtype = finest(backend) if dtype is None else dtype
-    refusals = [OPERATORS[call.operator].refusals(backend, call.arguments(call.in_dtype(dtype))) for call in made]
+    refusals = [
+        [] if (of := OPERATORS.get(call.operator)) is None else of.refusals(backend, call.arguments(call.in_dtype(dtype)))
+        for call in made  # without a table, it is made of operators
+    ]
     found = [call for call, reasons in zip(made, refusals, strict=True) if not reasons]
     assert found, (
         f"{backend!r} supports none of {[call.title for call in made]}: {refusals}; add a call that it supports to "
@@ -108,9 +111,14 @@ def supported(made: Sequence[Example], backend: str, dtype: torch.dtype | None =
 
 
 def check(
-    call: Example, backend: str, dtype: torch.dtype | None = None, place: Callable[[str, Tensor], Tensor] = lambda _, x: x
+    call: Example,
+    backend: str,
+    dtype: torch.dtype | None = None,
+    place: Callable[[str, Tensor], Tensor] = lambda _, x: x,
+    scale: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Outputs and gradients against the formula; nothing that goes in is written to. `place(name, tensor)` lays it out."""
+    """Outputs and gradients against the formula; nothing that goes in is written to. `place(name, tensor)` lays it out.
+    `scale`: the least that numbers are taken for, where they cancel."""
     dtype = finest(backend) if dtype is None else dtype
     tensors = call.in_dtype(dtype, torch.get_default_device())
     tensors = {name: place(name, x) for name, x in tensors.items()}
@@ -129,7 +137,9 @@ def check(
     expected = outputs_of(OPERATORS[call.operator].formula(**call.arguments(tensors)))
     cotangents = [place("cotangent", torch.randn_like(x, dtype=torch.float32)) for x in floating(expected)]
     cancel = list(tensors) if dtype == torch.float64 else ["bias", "vector", "offset"]
-    scales = {f"grad {name}": 1.0 for name in cancel}  # where a gradient cancels, what is summed is about 1
+    scales = {f"grad {name}": scale for name in tensors} | {
+        f"grad {name}": 1.0 for name in cancel
+    }  # where a gradient cancels, what is summed is about 1
     what = f"{backend} {call.title}"
     for got, index in zip(outputs_of(call.run(tensors, backend=backend)), expected, strict=True):
         if not index.is_floating_point() and dtype.itemsize > 2:  # in 16 bits many numbers tie

@@ -19,7 +19,6 @@ CPU_GROUPS: Pairs = [(15, 17), (16, 16), (17, 15)]
 CPU_TILES: Pairs = [(47, 48), (48, 49), (49, 47), (63, 64), (65, 63), (96, 97), (97, 96), (128, 129)]
 CPU_BLOCKS: Pairs = [(3, 767), (17, 768), (2, 769), (1, 1024), (5, 1025), (20, 1300), (49, 800), (65, 769)]
 CPU = CPU_FEW + CPU_GROUPS + CPU_TILES + CPU_BLOCKS
-CPU_SQUARES = (1, 15, 16, 17, 47, 48, 49, 63, 64, 65, 97, 129, 768, 769, 1100)  # of self-attention
 CPU_SEVERAL = ((60, 70), (2, 70), (20, 800), (2, 800))  # several tiles, few queries, several blocks, both
 CPU_COPIED = (100, 800)  # tiles, and blocks, of keys that are copied: halves, padding
 
