@@ -12,7 +12,7 @@ import inspect
 import threading
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,16 +33,16 @@ from vlattn_fast.interpret.explaining.question import (
     backward_pass,
     check_relevancy,
     check_scores,
-    warn_of_lost_gradients,
-    warn_of_missed_norms,
-    warn_of_other_keys,
+    lost_gradients,
+    missed_norms,
+    other_keys,
+    warn_of,
 )
 from vlattn_fast.interpret.explaining.request import Position, Prompt, Request, check_position
 from vlattn_fast.interpret.relevancy.live_calls import LiveCalls
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import method_of
 from vlattn_fast.interpret.relevancy.model_trace import Trace
-from vlattn_fast.interpret.relevancy.tower_trace import find_positions
 
 
 def capture_relevancy(model: nn.Module, *, method: str | Method = "gradient", higher_order: bool = False) -> RelevancyCapture:
@@ -83,15 +83,6 @@ def capture_relevancy(model: nn.Module, *, method: str | Method = "gradient", hi
     return RelevancyCapture(model, method, higher_order)
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """A traced forward pass."""
-
-    trace: Trace
-    method: LiveCalls
-    arguments: dict[str, Any]  # of the model
-
-
 class RelevancyCapture:
     """Holds the result of `capture_relevancy`: a context, then `relevancy`."""
 
@@ -103,8 +94,8 @@ class RelevancyCapture:
             raise ValueError("model must run in this thread; got DataParallel over several devices. Use DistributedDataParallel")
         if higher_order and is_sharded(model):
             raise ValueError("higher_order must be False under FSDP, whose first backward pass frees the weights; got True")
-        self._higher_order, self._formula = higher_order, method_of(method)
-        if self._formula.needs_score and any(isinstance(x, DistributedDataParallel) and x.static_graph for x in model.modules()):
+        self._higher_order, chosen = higher_order, LiveCalls(method_of(method), higher_order)
+        if chosen.needs_score and any(isinstance(x, DistributedDataParallel) and x.static_graph for x in model.modules()):
             raise ValueError(
                 "model must support several backward passes per step; got DistributedDataParallel(static_graph=True), which "
                 "treats the relevancy's as the loss's, and then does not reduce the loss's gradients. Pass static_graph=False"
@@ -112,16 +103,12 @@ class RelevancyCapture:
         adapter = (
             find_adapter(self._inner) or (encoder_decoder(self._inner) if generates(self._inner) else None) or WITHOUT_ADAPTER
         )
-        chosen = self._new_method()
         chosen.formula.check_adapter(adapter, type(self._inner).__name__)
         if adapter.bimodal:
             chosen.check_between(adapter.towers)
-        self._request = Request(self._inner, adapter, chosen)
-        self._passes: list[_Pass] = []
+        self._request = Request(self._inner, adapter, chosen, target=_given)
+        self._passes: list[tuple[Trace, Prompt]] = []
         self._stack: contextlib.ExitStack | None = None
-
-    def _new_method(self) -> LiveCalls:
-        return LiveCalls(self._formula, self._higher_order)
 
     # --- the context ---
 
@@ -160,14 +147,12 @@ class RelevancyCapture:
         """Runs the model's forward pass, and traces it if it has gradients and no other run traces it."""
         if RUNNING.get() is not None or not torch.is_grad_enabled() or threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
-        method = self._new_method()
         arguments = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs}
-        with Trace(self._inner, self._request.adapter, method) as trace:
+        with Trace(self._inner, self._request.adapter, self._request.method, finds_position=True) as trace:
             trace.prepare(arguments)
-            find_positions(trace.towers)
             outputs = forward(*args, **kwargs)
         trace.check()
-        self._passes.append(_Pass(trace, method, arguments))
+        self._passes.append((trace, Prompt(self._request, arguments)))
         return outputs
 
     # --- afterwards ---
@@ -192,27 +177,23 @@ class RelevancyCapture:
                 the context; if the score is NaN, or does not depend on the layers or on the explained token.
             RuntimeError: for a score inside torch.func.jvp or vmap; or the graph of the forward pass is freed.
         """
-        traced = self._single_pass()
+        trace, prompt = self._single_pass()
         check_position(position)
         scores = self._checked(score)
-        request = replace(self._request, method=traced.method, position=position, target=_given)
-        run = run_of_trace(Prompt(request, traced.arguments), traced.trace, None)
+        run = run_of_trace(replace(prompt, request=replace(self._request, position=position)), trace, None)
         if scores is not None:
             check_scores("score", scores, run)
         how = {"keep": True, "differentiable": self._higher_order}
-        assert traced.method.frozen is not None
-        with _naming_a_freed_graph(), traced.method.frozen.holding():
+        with _naming_a_freed_graph(), trace.frozen.holding():
             starts = start_vectors(run, position, scores, "score")
             backward = backward_pass(run, scores, starts, **how)
-            rows = traced.method.carried(backward)
+            rows = run.request.method.carried(backward)
         check_relevancy(Question(run, scores, [(scores, starts)]), rows, backward.contribution)
-        warn_of_lost_gradients(run)
-        warn_of_missed_norms(traced.method)
-        warn_of_other_keys(run)
+        warn_of([*lost_gradients(run), *missed_norms(run), *other_keys(run)])
         by_tower = {tower.name: row[:, 0] for tower, row in zip(run.towers, rows, strict=True)}
         return by_tower if len(by_tower) > 1 or isinstance(position, Mapping) else next(iter(by_tower.values()))
 
-    def _single_pass(self) -> _Pass:
+    def _single_pass(self) -> tuple[Trace, Prompt]:
         if not self._passes:
             raise ValueError(
                 "capture_relevancy traced no forward pass with gradients. Run the model itself within the `with` block, outside "

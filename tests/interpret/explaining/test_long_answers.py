@@ -10,7 +10,7 @@ import torch
 import vlattn_fast as va
 from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.decoder_cases import DECODERS
-from vlattn_fast.interpret.explaining import forward_pass as run
+from vlattn_fast.interpret.explaining import request
 
 LENGTHS = 35, 12  # a whole chunk of rows and a part of one; the second answer ends within the first chunk
 
@@ -60,7 +60,7 @@ def test_a_method_without_a_score_carries_several_rows_in_a_backward_pass(monkey
     answer = [list(range(5, 40)), list(range(7, 20))]
     several = va.explain(model, inputs, answer=answer, method="rollout").relevancy["language"]
     assert len(passes) == 2
-    monkeypatch.setattr(run, "_MOST_VECTORS", 1)
+    monkeypatch.setattr(request, "_MOST_VECTORS", 1)
     single = va.explain(model, inputs, answer=answer, method="rollout").relevancy["language"]
     assert len(passes) == 2 + 35
     torch.testing.assert_close(several, single, rtol=1e-12, atol=0)

@@ -38,4 +38,3 @@ def test_options_are_keywords_that_the_label_shows(name: str) -> None:
             method = with_options(name, **{option: others[option], **beside})
             shown = "attention" if option == "freeze" else others[option]
             assert method.options[option] == others[option] and f"{option}={shown}" in method.label
-            assert method.for_call().label == method.label

@@ -24,7 +24,6 @@ from tests.interpret.adapters.test_derived import gpt_oss
 from tests.interpret.relevancy.test_moved_tokens import SIZE, WIDTH, Moving, flip, leave, on
 from vlattn_fast.interpret import LayerExplanation, explain, explain_layers, find_sinks
 from vlattn_fast.interpret.dataset.pieces import pack, unpack
-from vlattn_fast.interpret.explaining.named_sinks import FindsSinks
 from vlattn_fast.interpret.relevancy import sink_detection as sinks
 from vlattn_fast.interpret.relevancy.last_attention import attention_rows
 from vlattn_fast.interpret.relevancy.methods.registry import with_options
@@ -381,6 +380,6 @@ def test_tokens_that_move(some_sinks):
 
 def test_attention_in_chunks_is_refused():
     call = replace(next(masked_calls())[1], chunk=True)
-    for method, words in ((va.methods.Rollout(sinks="remove"), "sinks must be 'keep'"), (FindsSinks(), "find_sinks does not")):
+    for asked, words in (("remove", "sinks must be 'keep'"), (sinks.REPORT, "find_sinks does not")):
         with pytest.raises(ValueError, match=f"{words}.* in which a module attends in chunks; got attention 'layers.0'"):
-            method.judged(None, None, call)
+            sinks.without_sinks(asked, None, call)

@@ -31,7 +31,9 @@ def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     yield Example(attention_map, "gradient", for_gradient, gradient)
     with_sink = {**for_gradient, "sink": randn(sizes.heads)}
     yield Example(attention_map, "softcap and sink", with_sink, {**gradient, "softcap": 1.5})
-    yield Example(attention_map, "gradient of the largest head", for_gradient, {**gradient, "head_reduction": "max", "row_normalize": True})
+    yield Example(
+        attention_map, "gradient of the largest head", for_gradient, {**gradient, "head_reduction": "max", "row_normalize": True}
+    )
     bias, groups = grouped(generator, sizes)
     yield Example(attention_map, "groups", {**for_gradient, **bias}, {**gradient, **groups})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +20,14 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep
 _BLUR = 1 / 20  # of the shorter side: the standard deviation
 
 
-def run_baseline(prompt: Prompt, method: BaselineMethod) -> None:
-    """Gives the method the embeddings of its baseline, from a run without gradients if that is an input."""
-    changed = _changed(prompt, method)
-    if changed:
-        method.is_baseline = True
+def with_baseline(prompt: Prompt, method: BaselineMethod) -> Prompt:
+    """The prompt with the embeddings of the method's baseline, from a run without gradients if that is an input."""
+    origins = None
+    if changed := _changed(prompt, method):
         with torch.no_grad():
-            run_traced(replace(prompt, arguments={**prompt.arguments, **changed}))
-        method.is_baseline = False
+            towers = run_traced(replace(prompt, arguments={**prompt.arguments, **changed})).trace.towers
+        origins = {tower.name: [part.values.detach() for part in tower.cached] for tower in towers}
+    return replace(prompt, origin=partial(method.origin, origins))
 
 
 def _changed(prompt: Prompt, method: BaselineMethod) -> dict[str, Tensor]:

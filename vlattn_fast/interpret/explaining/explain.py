@@ -8,7 +8,8 @@ forward_pass.py, `ask` in question.py, `carry_back` and `assemble` here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest, never_compiled
 from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
-from vlattn_fast.interpret.explaining.baseline import run_baseline
+from vlattn_fast.interpret.explaining.baseline import with_baseline
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps, why_no_map
 from vlattn_fast.interpret.explaining.forward_pass import run_traced
 from vlattn_fast.interpret.explaining.inputs import packing
@@ -28,13 +29,13 @@ from vlattn_fast.interpret.explaining.question import (
     ask,
     backward_pass,
     check_relevancy,
-    warn_of_lost_gradients,
-    warn_of_missed_norms,
-    warn_of_other_keys,
-    warn_of_remarks,
+    lost_gradients,
+    missed_norms,
+    other_keys,
+    warn_of,
 )
 from vlattn_fast.interpret.explaining.request import Position, Prompt, Request, Target, lay_out
-from vlattn_fast.interpret.relevancy.embedding_method import BaselineMethod
+from vlattn_fast.interpret.relevancy.embedding_method import BaselineMethod, scaled
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, BackwardPass, Method
 from vlattn_fast.interpret.relevancy.methods.registry import lists_methods, method_of
@@ -50,13 +51,15 @@ from vlattn_fast.interpret.result.numbers.sink_tokens import Sinks
 _LARGEST_GAP = 0.1  # of the score's gain: what entries may miss without a remark
 
 
-class Vectors(NamedTuple):
+@dataclass(frozen=True)
+class Vectors:
     """The relevancy vector (B, N) of each tower, by its name; (B, T, N) with one for each token of an answer, or each layer or
     head."""
 
     question: Question
     relevancy: dict[str, Tensor]
-    contribution: dict[str, Tensor]  # the part of it that comes from attention, if the method knows
+    contribution: dict[str, Tensor] = field(default_factory=dict)  # the part of it from attention, if the method knows
+    remarks: list[str] = field(default_factory=list)  # caveats
     gap: Tensor | None = None  # the sum of all entries less the score's gain, of a method whose entries add up
 
 
@@ -237,7 +240,7 @@ def _explained(
     with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model), packing(request.model, request.packs):
         prompt = lay_out(request)
         if isinstance(request.method, BaselineMethod) and not prompt.empty:
-            run_baseline(prompt, request.method)
+            prompt = with_baseline(prompt, request.method)
         once = not (request.method.n_runs or request.method.reads_score)  # else only further runs have gradients, or none
         with torch.set_grad_enabled(once):
             question = ask(run_traced(prompt))
@@ -249,32 +252,31 @@ def carry_back(question: Question) -> Vectors:
     """The relevancy vectors of all towers: for a method with several runs of the model, their mean."""
     prompt, method = question.run.prompt, question.run.request.method
     if isinstance(method, OccludingMethod) and not prompt.empty:
-        return Vectors(question, occluded(question, method), {})
+        return Vectors(question, occluded(question, method))
     if not method.n_runs or prompt.empty:
         return _vectors_of_run(question)
     if question.target is not None:  # changed inputs may have another
         prompt = prompt.about(question.target)
-    mean = Vectors(question, {}, {})
-    for number in with_progress(range(method.n_runs), "explaining", unit="pass"):
-        method.at_run(number + 0.5)
-        vectors = _vectors_of_run(ask(run_traced(prompt)))
+    mean = Vectors(question, {})
+    for enter in with_progress(method.changes(), "explaining", unit="pass"):
+        vectors = _vectors_of_run(ask(run_traced(prompt, enter)))
+        mean.remarks.extend(vectors.remarks)
         for total, rows in ((mean.relevancy, vectors.relevancy), (mean.contribution, vectors.contribution)):
             for name, row in rows.items():
                 share = row / method.n_runs
                 total[name] = total[name] + share if name in total else share
     if method.completes and not method.freeze:
-        return mean._replace(gap=_gap(prompt, question, mean))
+        return replace(mean, gap=_gap(prompt, mean))
     return mean
 
 
 @torch.no_grad()
-def _gap(prompt: Prompt, question: Question, vectors: Vectors) -> Tensor | None:
+def _gap(prompt: Prompt, vectors: Vectors) -> Tensor | None:
     """The sum of all entries less the score's gain over the baseline, with a remark if it is large; None if the baseline
     has no score."""
-    method = prompt.request.method
-    method.at_run(0)
+    question = vectors.question
     try:
-        before = ask(run_traced(prompt)).scores
+        before = ask(run_traced(prompt, scaled(0.0))).scores
     except UndefinedRelevancy:  # it is not a number
         return None
     if before is None or question.scores is None:
@@ -282,9 +284,9 @@ def _gap(prompt: Prompt, question: Question, vectors: Vectors) -> Tensor | None:
     gain = (question.scores - before).detach()
     gap = torch.stack([row.to(gain).sum(-1) for row in vectors.relevancy.values()]).sum(0) - gain
     if bool(gap.abs().sum() > _LARGEST_GAP * gain.abs().sum()):
-        method.remarks.append(
+        vectors.remarks.append(
             f"The entries do not add up to the score's gain over the baseline: more than a tenth is missing, or too much. Pass "
-            f"n_steps above {method.n_runs}, or another baseline; `explanation.gap` has the difference"
+            f"n_steps above {prompt.request.method.n_runs}, or another baseline; `explanation.gap` has the difference"
         )
     return gap
 
@@ -295,10 +297,11 @@ def _vectors_of_run(question: Question) -> Vectors:
     contribution: dict[TowerTrace, Tensor] = {}
     joined: list[Tensor] = []
     filled = [0] * len(run.towers)
-    shows = count > 1 and not request.method.n_runs
+    shows, remarks = count > 1 and not request.method.n_runs, [*missed_norms(run)]
     for number in with_progress(range(count), "explaining", unit="pass") if shows else range(count):
         backward = _pass_back(question, number)
         rows = request.method.carried(backward)
+        remarks += backward.remarks
         # Kept apart, a small tensor of each pass would fragment the memory that the next pass reuses.
         joined = joined or [row.new_empty(len(row), row.shape[1] * count, row.shape[2]) for row in rows]
         for tower, row in enumerate(rows):
@@ -315,7 +318,7 @@ def _vectors_of_run(question: Question) -> Vectors:
     has_rows = (question.answer is not None and request.per_token) or request.selection is not None
     read = (row if has_rows else row[:, 0] for row in joined)
     relevancy = {tower.name: row for tower, row in zip(run.towers, read, strict=True)}
-    return Vectors(question, relevancy, {tower.name: row.detach()[:, 0] for tower, row in contribution.items()})
+    return Vectors(question, relevancy, {tower.name: row.detach()[:, 0] for tower, row in contribution.items()}, remarks)
 
 
 def _pass_back(question: Question, number: int) -> BackwardPass:
@@ -331,7 +334,7 @@ def _pass_back(question: Question, number: int) -> BackwardPass:
 def _of_towers(vectors: Vectors) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any], dict[str, str]]:
     """The relevancy of each tower and the part that comes from attention, including the vision tower before a connector; the
     fields of their tokens, and their towers."""
-    question, relevancy, contribution, gap = vectors
+    question, relevancy, contribution = vectors.question, vectors.relevancy, vectors.contribution
     run, request, arguments = question.run, question.run.request, question.run.prompt.arguments
     positions = question.start_positions or {}
     contribution = {name: row for name, row in contribution.items() if name not in positions}
@@ -342,7 +345,7 @@ def _of_towers(vectors: Vectors) -> tuple[dict[str, Tensor], dict[str, Tensor], 
     fields, owners = parts(
         [*run.explained, *run.attended], arguments, without_self, question.answer, request.patches, request.special
     )
-    fields["gap"] = gap
+    fields["gap"] = vectors.gap
     if run.vision is not None:
         name = run.vision.name
         layouts = run.towers[0].tokens_in(arguments).layouts
@@ -359,10 +362,7 @@ def _of_towers(vectors: Vectors) -> tuple[dict[str, Tensor], dict[str, Tensor], 
 def assemble(vectors: Vectors) -> Explanation:
     question, run = vectors.question, vectors.question.run
     request, method = run.request, run.request.method
-    warn_of_lost_gradients(run)
-    warn_of_missed_norms(method)
-    warn_of_other_keys(run)
-    warn_of_remarks(method)
+    warn_of([*lost_gradients(run), *other_keys(run), *vectors.remarks])
     relevancy, contribution, fields, owners = _of_towers(vectors)
     fields |= {
         "position": question.start_positions,

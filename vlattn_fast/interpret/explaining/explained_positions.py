@@ -147,7 +147,7 @@ def _depends(scores: Tensor, edge: Any) -> bool:
 def _check_last_layer(run: Run, found: Sequence[ScoreTokens], pooled: bool, scores: Tensor, name: str) -> None:
     """ValueError if a method without gradients would go through layers after those that the scores depend on. `pooled`: they
     depend on a pooling head."""
-    method = run.trace.method
+    method = run.request.method
     last = pooled or any(not one.later for one in found)
     if not method.needs_score and (any(one.later for one in found) or (scores.requires_grad and not last)):
         raise ValueError(

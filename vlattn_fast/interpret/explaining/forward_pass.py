@@ -14,12 +14,10 @@ from vlattn_fast.interpret.adapters.image_grids import image_tokens
 from vlattn_fast.interpret.adapters.registry import rewrites_forward
 from vlattn_fast.interpret.explaining.inputs import with_one_row
 from vlattn_fast.interpret.explaining.request import Prompt, Request
-from vlattn_fast.interpret.relevancy.embedding_trace import EmbeddingTrace
+from vlattn_fast.interpret.relevancy.embedding_trace import EmbeddingTrace, unchanged
+from vlattn_fast.interpret.relevancy.method import Enter
 from vlattn_fast.interpret.relevancy.model_trace import Trace
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, find_positions
-
-_MOST_VECTORS = 32  # so that the carriers of a long answer stay small compared with queries, keys and values
-_TRACES: dict[str, type[Trace] | type[EmbeddingTrace]] = {"attention": Trace, "embeddings": EmbeddingTrace}  # by `Method.needs`
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 
 @dataclass(frozen=True)
@@ -48,17 +46,22 @@ class Run:
         return [*self.carrying, *self.attended]
 
 
-def run_traced(prompt: Prompt) -> Run:
+def run_traced(prompt: Prompt, enter: Enter = unchanged) -> Run:
+    """The run of a prompt. `enter`: what becomes of embeddings that enter, of a method that needs these."""
     request, arguments = prompt.request, prompt.arguments
     model, adapter, method = request.model, request.adapter, request.method
     vision_tower = None if prompt.empty else request.vision
     if vision_tower is not None:
         _check_images(model.config, arguments)
         adapter = replace(adapter, towers=(*adapter.towers, vision_tower))
-    method.finds_position, method.n_vectors = request.position is None, _n_vectors(prompt)
-    with _TRACES[method.needs](model, adapter, method) as trace:
-        if callable(request.target) or rewrites_forward(model):
-            find_positions(trace.towers)
+    trace: Trace | EmbeddingTrace
+    if method.needs == "embeddings":
+        trace = EmbeddingTrace(model, adapter, method, prompt.origin, enter)
+    else:  # an adapter only knows the position of the model's own score
+        of_other_score = callable(request.target) or rewrites_forward(model)
+        finds = False if request.position is not None else True if of_other_score else None
+        trace = Trace(model, adapter, method, finds, prompt.n_vectors)
+    with trace:
         vision = None if vision_tower is None else trace.towers[-1]
         if vision is not None:
             _connect(vision, trace.towers[0], adapter.connector, model.config, arguments)
@@ -68,14 +71,6 @@ def run_traced(prompt: Prompt) -> Run:
         for tower in run.towers:
             tower.batch = 0
     return run
-
-
-def _n_vectors(prompt: Prompt) -> int:
-    """The number of tokens of an answer that a backward pass explains."""
-    request = prompt.request
-    if prompt.answer is None or not (request.method.carries_several and request.per_token and request.adapter.towers):
-        return 1
-    return max(1, min(_MOST_VECTORS, prompt.answer.answer_positions.shape[1]))
 
 
 def run_of_trace(prompt: Prompt, trace: Trace | EmbeddingTrace, outputs: Any, vision: TowerTrace | None = None) -> Run:

@@ -36,7 +36,7 @@ def named_sinks(run: Run, image_samples: Sequence[int] | None = None) -> Sinks:
     method, count = run.request.method, run.towers[0].batch or 0
     samples: list[list[Sink]] = [[] for _ in range(count)]
     by_towers: dict[tuple[TowerTrace, TowerTrace], list[Findings]] = {}
-    for reader, source, found in method.findings:
+    for reader, source, found in run.trace.findings:
         if source in run.towers:
             by_towers.setdefault((reader, source), []).append(found)
     names = _Names(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,12 +13,15 @@ from vlattn_fast.interpret.explaining.fields import grid_of_pixels, parts, token
 from vlattn_fast.interpret.explaining.forward_pass import run_traced
 from vlattn_fast.interpret.explaining.question import Question, ask
 from vlattn_fast.interpret.explaining.request import Prompt
+from vlattn_fast.interpret.relevancy.embedding_trace import Embeddings, unchanged, without_origin
+from vlattn_fast.interpret.relevancy.method import Enter
 from vlattn_fast.interpret.relevancy.occluding_method import OccludingMethod
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 _ALIKE = 0.05  # of the largest score: copies of an input in one batch have its score, but for rounding
 
 Window = tuple[str, Tensor]  # a tower, and tokens of it
+Fills = dict[str, list[tuple[Embeddings, Tensor]]]  # of each tower: its embeddings, and what may replace them
 
 
 def occluded(question: Question, method: OccludingMethod) -> dict[str, Tensor]:
@@ -33,11 +37,12 @@ def occluded(question: Question, method: OccludingMethod) -> dict[str, Tensor]:
             raise ValueError(
                 f"model must embed whole inputs in tower '{tower.name}'; got a batch of {tower.batch} for {len(whole)} scores"
             )
-    windows = _windows(question, method)
+    windows, fills = _windows(question, method)
     if question.target is not None:  # changed inputs may have another
         prompt = prompt.about(question.target)
+    prompt = replace(prompt, origin=without_origin)
     copies = max(1, min(method.batch_size, max(map(len, windows))))
-    if copies > 1 and not _runs_copies(prompt, method, whole):
+    if copies > 1 and not _runs_copies(prompt, whole):
         copies = 1
     dtype = torch.promote_types(whole.dtype, torch.float32)
     rows = {tower.name: torch.zeros(*whole.shape, tower.size, dtype=dtype, device=whole.device) for tower in run.towers}
@@ -49,7 +54,7 @@ def occluded(question: Question, method: OccludingMethod) -> dict[str, Tensor]:
         for sample, sample_windows in enumerate(part):
             for number, (name, tokens) in enumerate(sample_windows):
                 masks[name][number * len(whole) + sample, tokens] = True
-        drops = whole.detach() - _scores(prompt, method, masks, count, len(whole))
+        drops = whole.detach() - _scores(prompt, count, len(whole), _replaced(fills, masks))
         for sample, sample_windows in enumerate(part):
             for number, (name, tokens) in enumerate(sample_windows):
                 tokens = tokens.to(whole.device)
@@ -59,17 +64,36 @@ def occluded(question: Question, method: OccludingMethod) -> dict[str, Tensor]:
     return {name: row / over[name] for name, row in rows.items()}
 
 
-def _windows(question: Question, method: OccludingMethod) -> list[list[Window]]:
-    """The windows of each sample: over maps of patches, and over the other tokens, without special tokens and padding."""
+def _windows(question: Question, method: OccludingMethod) -> tuple[list[list[Window]], Fills]:
+    """The windows of each sample, over maps of patches, and over the other tokens, without special tokens and padding; and what
+    replaces each tower's embeddings."""
     windows: list[list[Window]] = [[] for _ in range(len(question.scores))]  # type: ignore[arg-type]
     masks = {tower: torch.zeros(tower.shape, dtype=torch.bool) for tower in question.run.towers}
     for tower, sample, tokens, is_map in _groups(question):
         if is_map:
             masks[tower][sample, tokens.flatten()] = True
         windows[sample] += [(tower.name, window) for window in method.windows(tokens)]
-    for tower, mask in masks.items():
-        method.note_fills(tower, mask.to(tower.device))
-    return windows
+    return windows, {t.name: [(part, _fill(part, mask.to(t.device))) for part in t.cached] for t, mask in masks.items()}
+
+
+def _fill(part: Embeddings, patches: Tensor) -> Tensor:
+    """What may replace embeddings. `patches` (B, N): tokens that are patches of an image."""
+    if part.origin is None:
+        return torch.zeros_like(part.values)
+    changes = part.per_token(lambda x, dim: x.any(dim), part.values.detach() != part.origin)
+    stands = patches | (changes & ~patches).any()
+    return torch.where(part.over_features(stands), part.origin, torch.zeros_like(part.values))
+
+
+def _replaced(fills: Fills, masks: Mapping[str, Tensor]) -> Enter:
+    """The embeddings with `fills` in place of the tokens of `masks`, bool (copies * B, N) by tower."""
+
+    def enter(tower: TowerTrace, values: Tensor, origin: Tensor | None) -> Tensor:
+        part, fill = fills[tower.name][len(tower.cached)]
+        fill = torch.cat([fill] * (len(values) // len(fill)))
+        return torch.where(part.over_features(masks[tower.name].to(values.device)), fill.to(values), values)
+
+    return enter
 
 
 def _groups(question: Question) -> list[tuple[TowerTrace, int, Tensor, bool]]:
@@ -133,24 +157,20 @@ def _is_real(real: Tensor | None, sample: int, token: int) -> bool:
 # --- runs on several windows at once ---
 
 
-def _scores(prompt: Prompt, method: OccludingMethod, masks: Mapping[str, Tensor], copies: int, batch: int) -> Tensor:
-    """(copies, B), or (copies, B, T): the scores of copies of the inputs, of `batch` samples, under `masks`."""
-    method.masks = masks
-    try:
-        if copies > 1:
-            target = prompt.request.target
-            prompt = prompt.repeated(copies, batch).about(target * copies if isinstance(target, list) else target)
-        scores = ask(run_traced(prompt)).scores
-    finally:
-        method.masks = {}
+def _scores(prompt: Prompt, copies: int, batch: int, enter: Enter = unchanged) -> Tensor:
+    """(copies, B), or (copies, B, T): the scores of copies of the inputs, of `batch` samples."""
+    if copies > 1:
+        target = prompt.request.target
+        prompt = prompt.repeated(copies, batch).about(target * copies if isinstance(target, list) else target)
+    scores = ask(run_traced(prompt, enter)).scores
     assert scores is not None
     return scores.detach().unflatten(0, (copies, -1))
 
 
-def _runs_copies(prompt: Prompt, method: OccludingMethod, whole: Tensor) -> bool:
+def _runs_copies(prompt: Prompt, whole: Tensor) -> bool:
     """Whether the model takes a batch of copies of the inputs, and gives each copy the score of the inputs."""
     try:
-        scores = _scores(prompt, method, {}, 2, len(whole))
+        scores = _scores(prompt, 2, len(whole))
     except (IndexError, RuntimeError, TypeError, ValueError):
         return False
     if scores.shape[1:] != whole.shape:

@@ -6,7 +6,7 @@ A question is about a target, about an answer, or about nothing, if the batch is
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from vlattn_fast.interpret.explaining.explained_positions import start_vectors
 from vlattn_fast.interpret.explaining.forward_pass import Run
 from vlattn_fast.interpret.explaining.inputs import packed
 from vlattn_fast.interpret.explaining.request import Prompt
-from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT, BackwardPass, Method, PredictedTokens, single_tokens
+from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT, BackwardPass, PredictedTokens, single_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 # Of one backward pass: the score (B,), and the weights (B, T, N) of the explained positions in each tower.
@@ -108,7 +108,7 @@ def _about_answer(run: Run, answer: Answer) -> Question:
     likes = [torch.zeros(*tower.shape, dtype=tower.dtype, device=tower.device)[:, None] for tower in rows]
     passes: list[Pass] = []
     if request.per_token:
-        count, step = scores.shape[1], request.method.n_vectors
+        count, step = scores.shape[1], run.prompt.n_vectors
         for first in range(0, count, step):
             tokens = range(first, min(first + step, count))
             passes.append((scores[:, first], [torch.cat([answer.start(like, token) for token in tokens], 1) for like in likes]))
@@ -224,29 +224,28 @@ def check_relevancy(question: Question, relevancy: list[Tensor], contribution: M
     )
 
 
-def warn_of_lost_gradients(run: Run) -> None:
-    """A warning if gradients end in modules of the explained layers: relevancy leaves out what goes through them."""
-    layers = tuple(f"{path}." for tower in run.carrying for path in tower.calls.lists)
-    if lost := [path for path in run.trace.without_gradient if path.startswith(layers)]:
-        warnings.warn(f"The relevancy leaves out what goes through {_names(run, lost)}", stacklevel=2)
-
-
-def warn_of_missed_norms(method: Method) -> None:
-    """A warning if modules divide by a norm of their input that is not held fixed."""
-    if method.frozen is not None and (missed := method.frozen.missed):
-        more = f" and {len(missed) - 3} more modules" if len(missed) > 3 else ""
-        some = f"{', '.join(missed[:3])}{more}"
-        warnings.warn(f"The norm in {some} is not held fixed: it keeps its derivative", stacklevel=2)
-
-
-def warn_of_remarks(method: Method) -> None:
-    """A warning for each remark of the method."""
-    for remark in dict.fromkeys(method.remarks):
+def warn_of(remarks: Iterable[str]) -> None:
+    """A warning for each remark, once."""
+    for remark in dict.fromkeys(remarks):
         warnings.warn(remark, stacklevel=2)
 
 
-def warn_of_other_keys(run: Run) -> None:
-    """A warning if towers attend to keys that are not their tokens: relevancy has no entries for them."""
+def lost_gradients(run: Run) -> Iterator[str]:
+    """A remark if gradients end in modules of the explained layers: relevancy leaves out what goes through them."""
+    layers = tuple(f"{path}." for tower in run.carrying for path in tower.calls.lists)
+    if lost := [path for path in run.trace.without_gradient if path.startswith(layers)]:
+        yield f"The relevancy leaves out what goes through {_names(run, lost)}"
+
+
+def missed_norms(run: Run) -> Iterator[str]:
+    """A remark if modules divide by a norm of their input that is not held fixed."""
+    if missed := run.trace.frozen.missed:
+        more = f" and {len(missed) - 3} more modules" if len(missed) > 3 else ""
+        yield f"The norm in {', '.join(missed[:3])}{more} is not held fixed: it keeps its derivative"
+
+
+def other_keys(run: Run) -> Iterator[str]:
+    """A remark for towers that attend to keys that are not their tokens: relevancy has no entries for them."""
     for tower in run.towers:
         if not tower.others:
             continue
@@ -254,9 +253,8 @@ def warn_of_other_keys(run: Run) -> None:
         where = f"{count} in '{path}'" + (f", and in {more} more modules" if more else "")
         shares = [float(share) for _, share in tower.others.values() if share is not None]
         taken = f"; they take {sum(shares) / len(shares):.1%} of the attention there" if shares else ""
-        warnings.warn(
-            f"Tower '{tower.name}' attends to keys that are not its tokens ({where}{taken}). Its relevancy leaves their part out",
-            stacklevel=2,
+        yield (
+            f"Tower '{tower.name}' attends to keys that are not its tokens ({where}{taken}). Its relevancy leaves their part out"
         )
 
 

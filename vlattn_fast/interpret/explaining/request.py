@@ -30,6 +30,7 @@ from vlattn_fast.interpret.explaining.answer import (
 )
 from vlattn_fast.interpret.explaining.inputs import Packs, check_inputs, is_empty, opened, packing, prepare_inputs
 from vlattn_fast.interpret.explaining.similarity import NAMED_POSITIONS, SIMILARITY, Similarity
+from vlattn_fast.interpret.relevancy.embedding_trace import Origin, without_origin
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.attention import Attention
@@ -37,6 +38,7 @@ from vlattn_fast.interpret.relevancy.methods.registry import method_of
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 
 _OF_NO_SAMPLE = ("logits_to_keep", "cache_position")  # tensors without an entry for each sample
+_MOST_VECTORS = 32  # so that the carriers of a long answer stay small compared with queries, keys and values
 _OF_IMAGES = ("image_processor", "image_mean", "preprocess")  # what a tokenizer does not have
 Target = None | int | str | Tensor | Sequence[int] | Sequence[str] | Action | Callable[..., Tensor]
 Position = str | int | Tensor | Sequence[float]
@@ -48,7 +50,7 @@ class Request:
 
     model: nn.Module  # without its wrappers
     adapter: Adapter  # the model's, or one without towers if they are found
-    method: Method  # a copy for this call, with its options
+    method: Method
     inputs: Mapping[str, Any] = field(default_factory=dict)  # with the entries of each dict of tensors instead of the dict
     packs: Packs = field(default_factory=dict)  # these dicts
     target: Target = None
@@ -119,10 +121,19 @@ class Prompt:
     arguments: dict[str, Any]
     pairs: list[int] | None = None  # if images are compared with texts, the text of each sample
     answer: Answer | None = None  # the answer among the tokens; None if a target is explained
+    origin: Origin = without_origin  # gives the embeddings of a baseline
 
     @cached_property
     def empty(self) -> bool:
         return is_empty(self.arguments)
+
+    @property
+    def n_vectors(self) -> int:
+        """The number of tokens of an answer that a backward pass explains."""
+        request = self.request
+        if self.answer is None or not (request.method.carries_several and request.per_token and request.adapter.towers):
+            return 1
+        return max(1, min(_MOST_VECTORS, self.answer.answer_positions.shape[1]))
 
     @property
     def masked(self) -> Mapping[str, Any]:

@@ -21,9 +21,6 @@ class CachedCalls(Method):
     """A method that caches the self-attention calls of each tower, and that of its pooling head. A subclass defines `combine` or
     `carry`."""
 
-    cached: dict[TowerTrace, list[TracedCall]]
-    pools: dict[TowerTrace, TracedCall]
-
     def __init__(self, *, start_layer: int = 0, freeze: Sequence[str] | None = None, of: str | None = None) -> None:
         """
         Args:
@@ -39,13 +36,13 @@ class CachedCalls(Method):
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         self._check(call)
         output = self.watched(tower, call.computed())
-        self.cached.setdefault(tower, []).append(replace(call.detached(), output=output))
+        tower.cached.append(replace(call.detached(), output=output))
         return output
 
     def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         self._check(call)
         output = self.watched(tower, call.computed())
-        self.pools = {**getattr(self, "pools", {}), tower: replace(call.detached(), output=output)}
+        tower.pool = replace(call.detached(), output=output)
         return output
 
     def cross(self, tower: TowerTrace, call: TracedCall) -> Tensor:
@@ -96,7 +93,7 @@ class CachedCalls(Method):
     def rows_of_towers(self, backward: BackwardPass, blocks: Sequence[Sequence[Sequence[TracedCall]]]) -> list[list[Tensor]]:
         """The explained token's rows (B, H, M) of the maps of `blocks`, of one call each or of several, for each of
         `backward.towers`. For a pooling head they are first multiplied by the head's own map."""
-        pools = [[self.pools[tower]] if tower.pooled else [] for tower in backward.towers]
+        pools = [[] if tower.pool is None else [tower.pool] for tower in backward.towers]
         in_order = [
             call for tower_blocks, pool in zip(blocks, pools, strict=True) for block in (*tower_blocks, pool) for call in block
         ]
@@ -138,14 +135,14 @@ class CachedCalls(Method):
     def from_layer(self, tower: TowerTrace) -> list[TracedCall]:
         """The calls of layer `start_layer` (-1 = the last) and later ones."""
         first = tower.first_layer(self.start_layer)
-        return [call for call in self.cached[tower] if call.layer >= first]
+        return [call for call in tower.cached if call.layer >= first]
 
     def _in_positions(self, tower: TowerTrace, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
         """`rows_of_call`; if the tower's tokens move, from flat weights to flat vectors (1, H, positions)."""
         if not tower.positions.reorders:
             return self.rows_of_call(call, start, grad)
         at = tower.positions.call(call.token_positions)
-        part = start if call is getattr(self, "pools", {}).get(tower) else at.pick(start, at.queries)
+        part = start if call is tower.pool else at.pick(start, at.queries)
         return at.spread(self.rows_of_call(call, part, grad), at.keys)
 
 

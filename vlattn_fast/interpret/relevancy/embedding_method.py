@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import describe
 from vlattn_fast.interpret.relevancy.embedding_trace import Embeddings
-from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
+from vlattn_fast.interpret.relevancy.method import BackwardPass, Enter, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 IMAGE_BASELINES = BLACK, WHITE, BLUR, MEAN = ("black", "white", "blur", "mean")  # baselines that are images
@@ -23,8 +23,6 @@ class BaselineMethod(Method):
 
     Attributes:
         baseline: the option, see `__init__`.
-        is_baseline: the next forward pass is that of the baseline, whose embeddings are `origins`.
-        origins: the embeddings of the baseline, in the order in which they enter; None = zeros.
     """
 
     needs = "embeddings"
@@ -32,7 +30,6 @@ class BaselineMethod(Method):
     option: ClassVar[str] = "baseline"  # its name
     lenient: ClassVar[bool] = False  # inputs without images are compared with embeddings of zero, for baselines that are images
     default_baseline: ClassVar[Baseline] = None
-    cached: dict[TowerTrace, list[Embeddings]]  # several if an input is embedded several times
 
     def __init__(self, baseline: Baseline = None, *, freeze: Sequence[str] | None = None, of: str | None = None) -> None:
         """
@@ -63,16 +60,11 @@ class BaselineMethod(Method):
         self.baseline = baseline
         super().__init__(freeze=freeze, of=of)
 
-    def begin(self) -> None:
-        super().begin()
-        self.is_baseline = False
-        self.origins: list[Tensor] | None = None
-
-    # --- the forward pass ---
-
-    def origin(self, tower: TowerTrace, values: Tensor) -> Tensor | None:
-        """The baseline's embeddings for those that enter next."""
-        if isinstance(self.baseline, Tensor) and self.origins is None and not self.is_baseline:
+    def origin(self, origins: Mapping[str, Sequence[Tensor]] | None, tower: TowerTrace, values: Tensor) -> Tensor | None:
+        """The baseline's embeddings for those that enter next. `origins`: those of its run, by tower, if it is an input."""
+        if origins is None:
+            if not isinstance(self.baseline, Tensor):
+                return None
             try:
                 return self.baseline.detach().to(values).expand_as(values)
             except RuntimeError:
@@ -80,17 +72,22 @@ class BaselineMethod(Method):
                     f"{self.option} must broadcast to the images in inputs, or to the embeddings of each tower; got "
                     f"{tuple(self.baseline.shape)} for {tuple(values.shape)} of '{tower.name}'"
                 ) from None
-        if self.is_baseline:
-            self.origins = [*(self.origins or []), values.detach()]
-        if self.origins is None:
-            return None
-        number = sum(map(len, self.cached.values()))
-        if number >= len(self.origins) or self.origins[number].shape != values.shape:
+        found = [origin for origin in origins.get(tower.name, ())[len(tower.cached) :][:1] if origin.shape == values.shape]
+        if not found:
             raise ValueError(
                 f"{self.option} must give embeddings of the same number and shapes as the input; got others in tower "
                 f"'{tower.name}'"
             )
-        return self.origins[number]
+        return found[0]
+
+
+def scaled(share: float) -> Enter:
+    """A share of the way from the baseline's embeddings to those of the input."""
+
+    def enter(tower: TowerTrace, values: Tensor, origin: Tensor | None) -> Tensor:
+        return values * share if origin is None else origin + (values - origin) * share
+
+    return enter
 
 
 class EmbeddingMethod(BaselineMethod):
@@ -101,11 +98,12 @@ class EmbeddingMethod(BaselineMethod):
         return products.sum(dim)
 
     def carried(self, backward: BackwardPass) -> list[Tensor]:
-        parts = [self.cached[tower] for tower in (*backward.towers, *backward.attended)]
+        towers = [*backward.towers, *backward.attended]
+        parts = [tower.cached for tower in towers]
         every = [part for tower_parts in parts for part in tower_parts]
         if every and all(part.origin is not None and torch.equal(part.origin, part.values) for part in every):
             raise ValueError(
-                f"{self.option} must change the embeddings of the towers {', '.join(tower.name for tower in self.cached)}; got "
+                f"{self.option} must change the embeddings of the towers {', '.join(tower.name for tower in towers)}; got "
                 "those of the input. Pass another one, or a dict that names further inputs"
             )
         grads = iter(backward.gradients([part.passed for part in every]))

@@ -26,7 +26,7 @@ from vlattn_fast.attach.session import Steps
 from vlattn_fast.interpret.adapters.adapter import Adapter
 from vlattn_fast.interpret.adapters.image_grids import square_patches
 from vlattn_fast.interpret.adapters.pixels import Shape
-from vlattn_fast.interpret.relevancy.method import Link, Method
+from vlattn_fast.interpret.relevancy.method import Enter, Link, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, note_lost_gradient
 from vlattn_fast.interpret.relevancy.tracking.tensor_records import TensorRecords
 from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
@@ -38,15 +38,17 @@ _ELEMENTWISE = {
     *"clamp clip add radd sub mul remainder masked_fill where".split(),
 }
 
+Origin = Callable[[TowerTrace, Tensor], Tensor | None]
+
 
 @dataclass(frozen=True, eq=False)
 class Embeddings:
     """Embeddings that entered a tower, whose tokens lie along all dimensions but the first and that of the features."""
 
     values: Tensor
-    passed: Tensor  # what the model went on with: what the method makes of the values
+    passed: Tensor  # what the model went on with
     dim: int | None  # of the features; None = each number is a token
-    origin: Tensor | None = None  # the embeddings of the method's baseline; None = zeros
+    origin: Tensor | None  # the embeddings of the method's baseline; None = zeros
 
     def per_token(self, combine: Callable[[Tensor, int], Tensor], values: Tensor) -> Tensor:
         """`values` like the embeddings, combined over the features: (B, N)."""
@@ -61,30 +63,45 @@ class Embeddings:
         return rows.reshape(-1, *sizes).unsqueeze(self.dim)
 
 
+def without_origin(tower: TowerTrace, values: Tensor) -> Tensor | None:
+    """No embeddings of a baseline: it is zero."""
+    return None
+
+
+def unchanged(tower: TowerTrace, values: Tensor, origin: Tensor | None) -> Tensor:
+    return values * 1
+
+
 class EmbeddingTrace(Subscriber):
     """The embeddings of one run of a model. It is a context, and observes the run.
 
     Args:
         model: the model, without wrappers.
         adapter: it names the towers; if it names none, each input is a tower.
-        method: keeps the embeddings of each tower, and says what becomes of them.
+        method: says whether the embeddings have a gradient, and what is constant in its pass.
+        origin: gives the embeddings of a baseline for those that enter a tower.
+        enter: gives those with which the model continues, see `Method.changes`.
     """
 
     explains, trains = True, False
 
-    def __init__(self, model: nn.Module, adapter: Adapter, method: Method) -> None:
-        self.model, self.adapter, self.method = model, adapter, method
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, method: Method, origin: Origin = without_origin, enter: Enter = unchanged
+    ) -> None:
+        self.model, self.adapter, self._needs_score = model, adapter, method.needs_score
+        self._origin, self._change = origin, enter
         self._records = TensorRecords(model)
         self._moves = TokenMoves(self._records)  # none
         self.towers = [TowerTrace(entry, model, self._moves) for entry in adapter.towers]
         self.calls: list[Link] = []  # none is traced
+        self.findings: list[Any] = []
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._names = {module: path for path, module in model.named_modules()}
         self._ids: dict[str, tuple[int, ...]] = {}  # the inputs that hold integers, where no adapter names towers: their shapes
-        self._dims: dict[str, int | None] = {}  # of the features of each input, as an earlier run found them
         # Attention is frozen at its calls of torch's and this package's functions.
-        frozen = method.freezing()
-        self._observer = Observer(model, [self, *frozen], parts=[model] if any(each.attention for each in frozen) else [])
+        self.frozen = method.constants()
+        subscribers = [self, *([self.frozen] if method.freeze else [])]
+        self._observer = Observer(model, subscribers, parts=[model] if self.frozen.attention else [])
 
     def __enter__(self) -> Self:
         self._observer.__enter__()
@@ -107,8 +124,6 @@ class EmbeddingTrace(Subscriber):
 
     def before_run(self) -> None:
         edits_of(None)
-        self._dims = {tower.name: parts[0].dim for tower, parts in self.method.cached.items()}
-        self.method.cached.clear()  # of an earlier step
 
     def begins(self, observer: Observer) -> Steps:
         for tower in self.towers:
@@ -124,7 +139,7 @@ class EmbeddingTrace(Subscriber):
         for name, value in () if self.adapter.towers else arguments.items():
             if isinstance(value, Tensor) and value.ndim > 1 and not name.endswith("mask"):
                 if value.is_floating_point():
-                    prepared[name] = self._enter_input(name, value, self._dims.get(name, {3: 2, 4: 1}.get(value.ndim)))
+                    prepared[name] = self._enter_input(name, value, {3: 2, 4: 1}.get(value.ndim))
                 else:
                     self._ids[name] = tuple(value.shape)
                     prepared[name] = value.detach()  # one tensor may be several inputs
@@ -218,10 +233,10 @@ class EmbeddingTrace(Subscriber):
         """Notes along which dimension of features a convolution goes: their tokens lie along it."""
         places = numbers.flatten(0, -2)[0]  # of one channel
         tower = next(tower for tower in self.towers if tower.name == name)
-        columns = places[places != NONE] % self.method.cached[tower][0].values.shape[2]
+        columns = places[places != NONE] % tower.cached[0].values.shape[2]
         if len(columns.unique()) > 1:
-            parts = self.method.cached[tower] = [replace(part, dim=1) for part in self.method.cached[tower]]
-            tower.size = parts[0].values.shape[2]
+            tower.cached = [replace(part, dim=1) for part in tower.cached]
+            tower.size = tower.cached[0].values.shape[2]
 
     def _enter_input(self, name: str, values: Tensor, dim: int | None) -> Tensor:
         tower = next((tower for tower in self.towers if tower.name == name), None)
@@ -233,15 +248,15 @@ class EmbeddingTrace(Subscriber):
 
     def _enter(self, tower: TowerTrace, path: str, values: Tensor, dim: int | None) -> Tensor:
         """Take embeddings in; returns those that the model goes on with."""
-        values = values if values.requires_grad or not self.method.needs_score else values.detach().requires_grad_()
-        origin = self.method.origin(tower, values)
-        passed = self.method.entering(tower, values, origin, dim)
+        values = values if values.requires_grad or not self._needs_score else values.detach().requires_grad_()
+        origin = self._origin(tower, values)
+        passed = self._change(tower, values, origin)
         embeddings = Embeddings(values, passed, dim, origin)
         tower.batch, tower.size = embeddings.per_token(torch.sum, values.detach()).shape
         tower.dtype, tower.device, tower.numbers.last = compute_dtype(values), values.device, 0
         tower.calls.paths.append(path)
         tower.enters_gradient(passed)
-        self.method.cached.setdefault(tower, []).append(embeddings)
+        tower.cached.append(embeddings)
         return passed
 
     def _at_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -17,13 +17,12 @@ from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 from vlattn_fast.interpret.relevancy.two_modalities import last_between, vectors_between
 
+Keys = tuple[TowerTrace, TracedCall]  # the tower whose tokens keys of a call are, with the call's columns
 Real = Callable[[], tuple[Tensor | None, Tensor | None]]
 
 
 class LastAttentionMethod(Method):
     """A method that uses the last attention of a tower to itself, and to each tower that it attends to."""
-
-    cached: dict[TowerTrace, TracedCall]  # the last attention of each tower to itself
 
     def vector(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
         """The relevancy vector (B, 1, M) of a call, from the weights `start` (B, 1, N) of the explained positions, and the
@@ -34,7 +33,7 @@ class LastAttentionMethod(Method):
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         output, (layers, index) = call.computed(), split_path(call.path)
         last = not in_layers(call.path) or index == len(tower.model.get_submodule(layers)._modules) - 1
-        last = last or tower in self.cached  # layers may run again
+        last = last or bool(tower.cached)  # layers may run again
         if last and tower.pooling_path is None:
             return self._leaf(tower, call, output)
         return output if self.needs_score else self._cut(tower, output)
@@ -45,7 +44,7 @@ class LastAttentionMethod(Method):
     def _leaf(self, tower: TowerTrace, call: TracedCall, output: Tensor) -> Tensor:
         """`output`, where the graph starts, unless the gradients of several calls are used."""
         output = (output if tower.keeps else output.detach()).requires_grad_()
-        self.cached[tower] = replace(call.detached(), output=output)
+        tower.cached = [replace(call.detached(), output=output)]
         tower.enters_gradient(output)
         return output
 
@@ -54,9 +53,9 @@ class LastAttentionMethod(Method):
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         for tower in backward.towers:
-            if tower not in self.cached:
+            if not tower.cached:
                 raise ValueError(f"model must call the last attention of tower '{tower.name}'; got no call")
-        last = [self.cached[tower] for tower in backward.towers]
+        last = [tower.cached[0] for tower in backward.towers]
         ends = zip(backward.towers, backward.starts, last, self._gradients(backward, last), strict=True)
         return [self._vector(backward, tower, [(tower, call)], start, grad) for tower, start, call, grad in ends]
 
@@ -85,15 +84,9 @@ class LastAttentionMethod(Method):
 
     @torch.no_grad()
     def _vector(
-        self,
-        backward: BackwardPass,
-        tower: TowerTrace,
-        keys: Sequence[tuple[TowerTrace, TracedCall]],
-        start: Tensor,
-        grad: Tensor | None,
+        self, backward: BackwardPass, tower: TowerTrace, keys: Sequence[Keys], start: Tensor, grad: Tensor | None
     ) -> Tensor:
-        """The relevancy vector over the first of `keys`: the towers whose tokens the keys of one call are, with the call's
-        columns."""
+        """The relevancy vector over the first of `keys`, those of one call."""
         (source, call), at = keys[0], None
         if tower.positions.reorders and tower is source:
             at = tower.positions.call(call.token_positions)

@@ -72,7 +72,6 @@ class LayerMaps(CachedCalls):
         self.name, self.needs_score = method.name, method.needs_score
         self.freeze, self.of = method.freeze, method.of
         self.sinks = method.sinks
-        self.links: dict[TowerTrace, list[Link]] = {}  # by the tower of the keys, where towers attend to one another
 
     @property
     def options(self) -> dict[str, Any]:
@@ -87,7 +86,7 @@ class LayerMaps(CachedCalls):
     def ran(self, explained: Sequence[TowerTrace], attended: Sequence[TowerTrace], calls: Sequence[Link]) -> None:
         for tower in (*explained, *attended) if attended else ():
             queries = [tower] if tower in explained else explained
-            self.links[tower] = [call for call in calls if call.source is tower and call.tower in queries]
+            tower.links = [call for call in calls if call.source is tower and call.tower in queries]
 
     def counts(self, tower: TowerTrace) -> tuple[list[int], list[int]]:
         """The numbers of the layers and of the heads of a tower that are asked for."""
@@ -113,7 +112,7 @@ class LayerMaps(CachedCalls):
     def _blocks(self, tower: TowerTrace) -> dict[int, list[TracedCall]]:
         """The calls of each layer, by its number."""
         blocks: dict[int, list[TracedCall]] = {}
-        for call in [link.attention for link in self.links[tower]] if self.links else self.cached[tower]:
+        for call in [link.attention for link in tower.links] or tower.cached:
             blocks.setdefault(call.layer, []).append(call)
         return blocks
 
@@ -129,20 +128,21 @@ class LayerMaps(CachedCalls):
         return [self._joined(rows, heads) for rows, (_, heads) in zip(by_tower, numbers, strict=True)]
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
-        calls = [call for tower_links in self.links.values() for call in tower_links]
+        towers = [*backward.towers, *backward.attended]
+        calls = [call for tower in towers for call in tower.links]
         grads = dict(zip(calls, self.gradients(backward, [call.attention for call in calls]), strict=True))
         starts = dict(zip(backward.towers, backward.starts, strict=True))
 
         def layer_rows(tower: TowerTrace, layer: int, like: Tensor) -> Tensor:
             """The rows (B, H, M) of a layer that gives `tower` relevancy."""
-            links = [link for link in self.links[tower] if link.attention.layer == layer]
+            links = [link for link in tower.links if link.attention.layer == layer]
             if all(link.tower is tower for link in links):
                 return self._of_block(tower, [(link.attention, grads[link]) for link in links], starts[tower])
             rows = [self.rows_of_call(link.attention, starts[link.tower], grads[link]).to(like) for link in links]
             return rows[0] if len(rows) == 1 else torch.stack([row.mean(1, keepdim=True) for row in rows]).sum(0)
 
         joined = []
-        for tower in (*backward.towers, *backward.attended):
+        for tower in towers:
             layers, heads = self.counts(tower)
             like = starts.get(tower, backward.starts[0])
             rows = [layer_rows(tower, layer, like) for layer in layers]

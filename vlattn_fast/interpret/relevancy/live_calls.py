@@ -31,7 +31,6 @@ class LiveCalls(Method):
     trains = True
     adds_parallel: bool
     holds_start: bool
-    cached: dict[TowerTrace, list[TracedCall]]
 
     def __init__(self, formula: Method, higher_order: bool) -> None:
         super().__init__()
@@ -44,12 +43,10 @@ class LiveCalls(Method):
             raise ValueError(
                 f"method must have neither sinks= nor through_connector= in capture_relevancy; got {formula.label!r}"
             )
-        self.formula, self.higher_order, self.freeze = formula.for_call(), higher_order, formula.freeze
-        self.formula.trains = True
+        self.formula, self.higher_order, self.freeze = formula, higher_order, formula.freeze
         self.name, self.needs_score, self.holds_start = formula.name, formula.needs_score, formula.holds_start
         self.adds_parallel, self.start_layer = formula.adds_parallel, formula.start_layer
         self.weighs_sums = formula.weighs_sums
-        self.pools: dict[TowerTrace, TracedCall] = {}
         if self.higher_order and not self.needs_score:
             raise ValueError(f"higher_order must be False for method {self.name!r}, which takes no gradient; got True")
 
@@ -59,10 +56,9 @@ class LiveCalls(Method):
 
     # --- the forward pass ---
 
-    def freezing(self) -> list[Frozen]:
-        frozen = super().freezing()
-        for each in frozen:
-            each.differentiable = self.higher_order
+    def constants(self) -> Frozen:
+        frozen = super().constants()
+        frozen.differentiable = self.higher_order
         return frozen
 
     def follow(
@@ -73,12 +69,12 @@ class LiveCalls(Method):
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         self.formula.begins(tower, call.chunk)
         output = self._computed(tower, call)
-        self.cached.setdefault(tower, []).append(replace(call, output=output).for_training(self.higher_order))
+        tower.cached.append(replace(call, output=output).for_training(self.higher_order))
         return output
 
     def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         output = self._computed(tower, call)
-        self.pools[tower] = replace(call, output=output).for_training(self.higher_order)
+        tower.pool = replace(call, output=output).for_training(self.higher_order)
         return output
 
     def cross(self, tower: TowerTrace, call: TracedCall) -> Tensor:
@@ -147,14 +143,14 @@ class LiveCalls(Method):
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         calls = {tower: self._calls(tower) for tower in backward.towers}
         terms = {tower: self.formula.terms(tower) for tower in backward.towers}
-        attended = [call for of in calls.values() for call in of] + [self.pools[t] for t in backward.towers if t in self.pools]
+        attended = [call for of in calls.values() for call in of] + [t.pool for t in backward.towers if t.pool is not None]
         tensors = [call.output for call in attended]
         tensors += [terms[tower][call.number][2] for tower in backward.towers if terms[tower] for call in calls[tower]]
         grads = dict(zip(map(id, tensors), backward.gradients(tensors), strict=True)) if self.needs_score else {}
         rows, recursion = [], self.formula.recursion
         for tower, row in zip(backward.towers, backward.starts, strict=True):
             positions, last_share, added = tower.positions, 1.0, None  # by a mixer parallel to the call
-            if (pool := self.pools.get(tower)) is not None:
+            if (pool := tower.pool) is not None:
                 row = pool.added(row, grads.get(id(pool.output)), recursion)
                 if positions.reorders:
                     tokens = positions.call(pool.token_positions)
@@ -184,7 +180,7 @@ class LiveCalls(Method):
     def _calls(self, tower: TowerTrace) -> list[TracedCall]:
         """The calls of layer `start_layer` and later ones."""
         first = tower.first_layer(self.start_layer)
-        return [call for call in self.cached[tower] if call.layer >= first]
+        return [call for call in tower.cached if call.layer >= first]
 
 
 def _drops_out(module: nn.Module) -> bool:

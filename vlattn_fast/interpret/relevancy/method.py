@@ -3,11 +3,10 @@ one method, and no other file names it."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,13 @@ from vlattn_fast._ground.checks import check_choice, check_names
 from vlattn_fast.attach.frozen import Frozen
 from vlattn_fast.interpret.adapters.adapter import Adapter, Tower
 from vlattn_fast.interpret.adapters.tokens import decoder_inputs
-from vlattn_fast.interpret.relevancy.sink_detection import CHOICES, KEEP, REMOVE, Findings, judge
+from vlattn_fast.interpret.relevancy.sink_detection import CHOICES, KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 
 NORMS, ATTENTION = FREEZABLE = ("norms", "attention")
 LOGIT, LOG_PROBABILITY, MARGIN = EXPLAINED = ("logit", "log_probability", "margin")
+Enter = Callable[[TowerTrace, Tensor, Tensor | None], Tensor]  # see `Method.changes`
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,7 @@ class BackwardPass:
     # The part of each tower's relevancy vector (B, 1, N) that comes from attention, without what the residual connections leave
     # at the explained positions. Methods without residual connections note nothing.
     contribution: dict[TowerTrace, Tensor] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)  # caveats of the result; `explain` warns of each once
 
     def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradient of the score at each tensor; None if it does not depend on it."""
@@ -98,7 +99,7 @@ def single_tokens(start: Tensor) -> Tensor:
 
 
 class Method:
-    """Computes the relevancy of `explain`: the base class of all methods. Each call takes a copy (`for_call`).
+    """Computes the relevancy of `explain`: the base class of all methods. It has the options; a run's state is with its towers.
 
     During the forward pass it gets every attention call of the towers (`attend`, `pool`, `cross`), and returns the output of the
     call. Afterwards `carry` or `between` makes the relevancy vectors, once for each score.
@@ -126,10 +127,7 @@ class Method:
             equals these weights at the end, the score does not depend on the explained position, and `explain` raises an error.
         weighs_sums: `follow` gets the calls of torch's functions.
         trains: the model runs as it is, in train mode or not, and the calls keep their graph.
-        cached: for each tower, what the method caches for the backward pass.
         start_layer, sinks, through_connector: options of some methods, with the values for all others.
-        findings: unless `sinks` is "keep", for each call: the tower that attends, the tower of the keys, and what was found.
-        remarks: caveats of the result; `explain` warns of each once.
     """
 
     name: str = ""
@@ -174,27 +172,10 @@ class Method:
             freeze = check_names("freeze", freeze, FREEZABLE, "a sequence of names, or ()")
         self.freeze = self.default_freeze if freeze is None else tuple(freeze)
         self.of = of
-        self.begin()
 
-    def begin(self) -> None:
-        """The state of one call of `explain`, as it is before it."""
-        self.n_vectors = 1  # relevancy vectors of a tower in one backward pass
-        self.finds_position = False  # the caller does not pass the explained position
-        self.cached: dict[TowerTrace, Any] = {}
-        self.findings: list[tuple[TowerTrace, TowerTrace, Findings]] = []
-        self.frozen: Frozen | None = None  # the constants of the backward pass
-        self.remarks: list[str] = []
-
-    def freezing(self) -> list[Frozen]:
-        """What holds the constants of a run's backward pass, if `freeze` names any."""
-        self.frozen = Frozen(NORMS in self.freeze, ATTENTION in self.freeze, self.trains)
-        return [self.frozen] if self.freeze else []
-
-    def for_call(self) -> Self:
-        """The method for one call of `explain`, with the same options."""
-        copied = copy.copy(self)
-        copied.begin()
-        return copied
+    def constants(self) -> Frozen:
+        """What holds the constants of a run's backward pass."""
+        return Frozen(NORMS in self.freeze, ATTENTION in self.freeze, self.trains)
 
     @property
     def n_runs(self) -> int:
@@ -240,45 +221,10 @@ class Method:
 
     # --- the forward pass ---
 
-    def judged(self, tower: TowerTrace, source: TowerTrace, call: TracedCall) -> TracedCall:
-        """A call from the tokens of `tower` to those of `source`, without the keys that `sinks` says to remove."""
-        if self.sinks == KEEP or call.is_mixing:  # a recurrence has no softmax whose rest a token takes
-            return call
-        if call.part:
-            raise ValueError(f"{self._of_sinks} in which {call.part}; got attention '{call.path}'")
-        queries = (call.query.shape[0], call.query.shape[2])
-        real = tower.attended
-        real = real if real is not None and tuple(real.shape) == queries and call.token_positions is None else None
-        found = judge(call, real, tower.layer + tower.pooled)
-        self.findings.append((tower, source, found))
-        removes = self.sinks == REMOVE and bool(found.sinks.any())
-        return replace(call, left_out=call.over_keys(found.sinks, False)) if removes else call
-
-    @property
-    def _of_sinks(self) -> str:
-        return f"sinks must be {KEEP!r} for models" if self.sinks == REMOVE else "find_sinks does not support models"
-
-    def at_run(self, number: float) -> None:
-        """Called before each of `n_runs` runs with its number."""
-
-    def origin(self, tower: TowerTrace, values: Tensor) -> Tensor | None:
-        """The embeddings of a baseline for those that enter a tower; None = zeros."""
-        return None
-
-    def entering(self, tower: TowerTrace, values: Tensor, origin: Tensor | None, dim: int | None) -> Tensor:
-        """The new tensor with which the model continues; see `Embeddings`."""
-        return values * 1
-
-    def attended(self, tower: TowerTrace, source: TowerTrace, call: TracedCall) -> tuple[TracedCall, Tensor]:
-        """A call from the tokens of `tower` to those of `source`, as `judged` gives it, and its output."""
-        call = self.judged(tower, source, call)
-        return call, self.attend(tower, call) if tower is source else self.cross(tower, call)
-
-    def attended_jointly(self, tower: TowerTrace, call: TracedCall) -> Tensor:
-        """The output of a call from the tokens of `tower` to those of several towers."""
-        if self.sinks != KEEP:
-            raise ValueError(f"{self._of_sinks} in which a call attends to tokens of several towers; got attention '{call.path}'")
-        return self.cross(tower, call)
+    def changes(self) -> Sequence[Enter]:
+        """For each of `n_runs` runs, the new tensor with which the model continues, made of embeddings that enter a tower, and of
+        those of the baseline (None = zeros)."""
+        return ()
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         """The output (B, H, N, Dv) of self-attention."""
@@ -302,7 +248,7 @@ class Method:
 
     def _cut(self, tower: TowerTrace, output: Tensor) -> Tensor:
         """`output` without the graph that made it. A gradient at it may name the explained position."""
-        return output.detach().requires_grad_(self.finds_position and tower.gradients.finds_position)
+        return output.detach().requires_grad_(tower.gradients.finds_position)
 
     def follow(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], last_tower: Callable[..., tuple[TowerTrace | None, bool]]
@@ -413,7 +359,6 @@ class CarriedMethod(Method):
         super().__init__(freeze=freeze, of=of)
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
-        tower.carriers.n_vectors = self.n_vectors
         return self._of_carrier(tower, tower.carriers.through(call, self.recursion))
 
     def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
@@ -432,8 +377,8 @@ class CarriedMethod(Method):
         carriers = [tower.carriers for tower in backward.towers]
         outputs = [one.leaving() for one in carriers]
         counts = [start.shape[1] for start in backward.starts]
-        starts = [nn.functional.pad(start, (0, 0, 0, 2 * self.n_vectors - start.shape[1])) for start in backward.starts]
-        carried = [start.to(output.device) for start, output in zip(starts, outputs, strict=True)]
+        starts = zip(backward.starts, counts, carriers, outputs, strict=True)
+        carried = [nn.functional.pad(x, (0, 0, 0, 2 * of.n_vectors - n)).to(output.device) for x, n, of, output in starts]
         if backward.scores is not None:
             score = backward.scores.sum()
             outputs, carried = [score, *outputs], [torch.ones_like(score), *carried]

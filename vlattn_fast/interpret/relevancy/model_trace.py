@@ -34,6 +34,7 @@ from vlattn_fast.interpret.relevancy.recurrent_calls import (
     run_call,
     unseen_convolution,
 )
+from vlattn_fast.interpret.relevancy.sink_detection import KEEP, Findings, refused, without_sinks
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, begun, note_lost_gradient, submodule
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 from vlattn_fast.interpret.relevancy.tracking.tensor_records import TensorRecords
@@ -48,17 +49,30 @@ class Trace(Subscriber):
         model: the model, without wrappers.
         adapter: it names the towers; if it names none, every tower is found.
         method: says what is made of each attention call of a tower.
+        finds_position: the score's gradient names the explained position, in all towers or in none; None = as adapters say.
+        n_vectors: the number of relevancy vectors of a tower in one backward pass.
     """
 
     explains = True
 
-    def __init__(self, model: nn.Module, adapter: Adapter, method: Method) -> None:
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, method: Method, finds_position: bool | None = None, n_vectors: int = 1
+    ) -> None:
         self.model, self.method, self.trains = model, method, method.trains
         self.finds_towers = not adapter.towers or adapter.bimodal  # towers that no adapter names, and cross-attention
         self._ran: set[str] = set()
         self._records = TensorRecords(model)
         self.moves = TokenMoves(self._records)
-        self._make_tower = functools.partial(TowerTrace, model=model, moves=self.moves, keeps=self.finds_towers, ran=self._ran)
+        self._make_tower = functools.partial(
+            TowerTrace,
+            model=model,
+            moves=self.moves,
+            keeps=self.finds_towers,
+            ran=self._ran,
+            finds_position=finds_position,
+            n_vectors=n_vectors,
+            trains=self.trains,
+        )
         self.towers = [self._make_tower(entry) for entry in adapter.towers]
         self.calls: list[Link] = []  # in the order in which they ran, if rules for several towers may need them
         self.by_hand: dict[str, set[torch.Size]] = {}  # by module that computed a softmax: the shapes of maps
@@ -66,6 +80,9 @@ class Trace(Subscriber):
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._joined = JoinedKeys(self._records, strict=self.finds_towers)
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
+        self.frozen = method.constants()  # of the backward pass
+        # Of each call, unless the method keeps sinks: the tower that attends, that of the keys, and what was found about them.
+        self.findings: list[tuple[TowerTrace, TowerTrace, Findings]] = []
         self._convolutions: dict[int, tuple[Reading, Tensor]] = {}  # by the module's run: the last one, and its output
         self._convolved = set[int]()  # the runs of modules that called torch's convolution themselves
         roots = [submodule(model, tower.path, tower) for tower in adapter.towers]
@@ -75,7 +92,7 @@ class Trace(Subscriber):
         check_rules(model, within, mixers=method.needs_mixer_rules)
         edits = None if self.trains else edits_of(model)
         mixers = itertools.chain.from_iterable(map(replacements, roots))
-        subscribers = [*method.freezing(), *(() if edits is None else [edits.for_explained_run()]), self]
+        subscribers = [*((self.frozen,) if method.freeze else ()), *(() if edits is None else [edits.for_explained_run()]), self]
         how: dict[str, Any] = {"within": adapter.within, "keeps_sdpa": self.trains, "further": mixers}
         self.observer = Observer(model, subscribers, parts=roots, records=self._records, **how)
 
@@ -111,8 +128,7 @@ class Trace(Subscriber):
     def on_leave(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._convolutions.pop(run.number, None)
         first = output[0] if isinstance(output, tuple) else output
-        frozen = self.method.frozen
-        is_constant = frozen is not None and frozen.attention and self.observer.maps.holds(first)  # a map, held fixed
+        is_constant = self.frozen.attention and self.observer.maps.holds(first)  # a map, held fixed
         if run.path and self.method.needs_score and not is_constant:
             note_lost_gradient(self.without_gradient, run.path, args, output)
         attended = [
@@ -194,10 +210,9 @@ class Trace(Subscriber):
 
     def _frozen(self, tensor: Any) -> Any:
         """A tensor from which attention weights are computed, as a constant of the backward pass if the method freezes them."""
-        frozen = self.method.frozen
-        if frozen is None or not frozen.attention or not isinstance(tensor, Tensor) or not tensor.requires_grad:
+        if not self.frozen.attention or not isinstance(tensor, Tensor) or not tensor.requires_grad:
             return tensor
-        return self._marked_as(frozen.constant(tensor), tensor)
+        return self._marked_as(self.frozen.constant(tensor), tensor)
 
     def _marked_as(self, view: Tensor, tensor: Tensor, dim: int | None = None) -> Tensor:
         """A view of `tensor` with its marks, copied by hand: the trace does not follow its own functions. `dim`: one that it
@@ -308,7 +323,8 @@ class Trace(Subscriber):
         pooling = next((tower for tower in self.towers if tower.pooling_path == call.path), None)
         if pooling is not None:
             into = pooling.enter_pooling(self._joined.with_columns(call, [pooling.size]))
-            return pooling.gradients.leaves_pooling(self.method.pool(pooling, self.method.judged(pooling, pooling, into))), None
+            output = self.method.pool(pooling, self._without_sinks(pooling, pooling, into))
+            return pooling.gradients.leaves_pooling(output), None
         call, owner, is_same = self._linked(run, replace(call, calls=calls, key_calls=self._records.of(call.key).calls))
         joins = self.finds_towers and not is_same
         joint = joint_keys(self._joined, call, owner, self.towers, self._reached) if joins else []
@@ -364,7 +380,9 @@ class Trace(Subscriber):
         """To the tower's own tokens and to those of others in one softmax."""
         number = len(self._owners)
         call = tower.enter(replace(call, columns=joint[0].columns), number, source=True)
-        output = self.method.attended_jointly(tower, call)
+        if self.method.sinks != KEEP:
+            raise refused(self.method.sinks, call, "a call attends to tokens of several towers")
+        output = self.method.cross(tower, call)
         for keys in joint:
             source_call = replace(call, columns=keys.columns, key_calls=keys.calls)
             self._keep(tower, keys.tower or tower, source_call, output, joint=keys.tower is not None)
@@ -379,7 +397,8 @@ class Trace(Subscriber):
         tower.calls.came_through, tower.calls.mixes = call.calls, call.is_mixing
         self._records.at(call.key).keys |= 1 << self.towers.index(tower)
         tower.note_others(call, measures=not self.trains)
-        call, output = self.method.attended(tower, tower, call)
+        call = self._without_sinks(tower, tower, call)
+        output = self.method.attend(tower, call)
         self._keep(tower, tower, call, output)
         return output
 
@@ -388,9 +407,17 @@ class Trace(Subscriber):
         tower.note_others(call, measures=not self.trains)
         call = tower.enter(call, len(self._owners), source=True)  # before `_source_of`, if it is new
         source = self._source_of(call)
-        call, output = self.method.attended(tower, source, call)
+        call = self._without_sinks(tower, source, call)
+        output = self.method.cross(tower, call)
         self._keep(tower, source, call, output)
         return output
+
+    def _without_sinks(self, tower: TowerTrace, source: TowerTrace, call: TracedCall) -> TracedCall:
+        if self.method.sinks == KEEP or call.is_mixing:  # a recurrence has no softmax whose rest a token takes
+            return call
+        call, found = without_sinks(self.method.sinks, tower, call)
+        self.findings.append((tower, source, found))
+        return call
 
     def _repeats(self, run: ModuleRun, tower: TowerTrace, call: TracedCall) -> bool:
         """Whether a run of a module attends from the tokens of its last call again, as DiffLlama does to other values."""

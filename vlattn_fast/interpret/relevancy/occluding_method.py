@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer
 from vlattn_fast.interpret.relevancy.embedding_method import MEAN, Baseline, BaselineMethod
-from vlattn_fast.interpret.relevancy.embedding_trace import Embeddings
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 
 class OccludingMethod(BaselineMethod):
@@ -44,11 +39,6 @@ class OccludingMethod(BaselineMethod):
         self.window, self.stride, self.batch_size = window, stride, batch_size
         super().__init__(fill, of=of)
 
-    def begin(self) -> None:
-        super().begin()
-        self.fills: dict[tuple[str, int], Tensor] = {}  # by tower and number in it: what may replace the embeddings
-        self.masks: Mapping[str, Tensor] = {}  # bool (copies * B, N), by tower: which tokens are replaced
-
     @property
     def fill(self) -> Baseline:
         return self.baseline
@@ -61,27 +51,3 @@ class OccludingMethod(BaselineMethod):
     def _starts(self, size: int) -> list[int]:
         last = max(0, size - self.window)
         return [*range(0, last, self.stride), last]
-
-    # --- the forward pass ---
-
-    def origin(self, tower: TowerTrace, values: Tensor) -> Tensor | None:
-        return None if self.fills else super().origin(tower, values)
-
-    def entering(self, tower: TowerTrace, values: Tensor, origin: Tensor | None, dim: int | None) -> Tensor:
-        mask = self.masks.get(tower.name)
-        if mask is None:
-            return values * 1
-        fill = self.fills[tower.name, len(self.cached.get(tower, []))]
-        fill = torch.cat([fill] * (len(values) // len(fill)))
-        return torch.where(Embeddings(values, values, dim).over_features(mask.to(values.device)), fill.to(values), values)
-
-    def note_fills(self, tower: TowerTrace, patches: Tensor) -> None:
-        """Notes what may replace the embeddings of `tower`, which have just entered. `patches` (B, N): tokens that are patches of
-        an image."""
-        for number, part in enumerate(self.cached[tower]):
-            values, fill = part.values.detach(), torch.zeros_like(part.values)
-            if part.origin is not None:
-                changes = part.per_token(lambda x, dim: x.any(dim), values != part.origin)
-                stands = patches | (changes & ~patches).any()
-                fill = torch.where(part.over_features(stands), part.origin, fill)
-            self.fills[tower.name, number] = fill

@@ -17,6 +17,7 @@ and O(N) memory.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlattn_fast._ground.tensors import compute_dtype
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.token_positions import Moved
 
@@ -40,6 +42,24 @@ class Findings(NamedTuple):
     norms: Tensor  # (B, N), of the values, over their median
     sinks: Tensor  # bool (B, N)
     token_positions: Moved | None  # the positions of the keys, unless they are all of the tower's, in order
+
+
+def without_sinks(sinks: str, tower: TowerTrace, call: TracedCall) -> tuple[TracedCall, Findings]:
+    """A call from the tokens of `tower` without the keys that `sinks` says to remove, and what was found about its keys."""
+    if call.part:
+        raise refused(sinks, call, call.part)
+    real = tower.attended
+    if real is not None and (real.shape != (call.query.shape[0], call.query.shape[2]) or call.token_positions is not None):
+        real = None
+    found = judge(call, real, tower.layer + tower.pooled)
+    removes = sinks == REMOVE and bool(found.sinks.any())
+    return replace(call, left_out=call.over_keys(found.sinks, False)) if removes else call, found
+
+
+def refused(sinks: str, call: TracedCall, why: str) -> ValueError:
+    """The error for models in which a call is not of whole maps."""
+    asked = f"sinks must be {KEEP!r} for models" if sinks == REMOVE else "find_sinks does not support models"
+    return ValueError(f"{asked} in which {why}; got attention '{call.path}'")
 
 
 @torch.no_grad()

@@ -36,12 +36,12 @@ class Carriers:
     of both would lose its digits next to the larger entries.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, n_vectors: int) -> None:
+        self.n_vectors = n_vectors  # T
         self.entering: list[list[Tensor]] = []  # before each layer; one tensor a chunk before the first
         self._layers: list[int] = []  # their numbers
         self.after: list[Tensor] = []  # after the last call, one a chunk
         self._before: Tensor | None = None  # before the call that runs; None = the first
-        self.n_vectors = 1  # T
         self.dtype = torch.float32
         self.without_gradients: str | None = None  # the first module that called attention in a part that turns gradients off
         self.below: Callable[[Tensor], Tensor] | None = None  # what a vision tower brings into the first carrier
@@ -159,14 +159,40 @@ class ScoreGradients:
         return [edge for layer, edge in self._edges if layer >= first]
 
 
+@dataclasses.dataclass
+class ResidualSums:
+    """The residual sums of one tower, for methods that weight their terms."""
+
+    waits: bool = False  # an attention has yet to be added to the stream
+    carries: bool = False  # that attention is of the tower to itself, through which the carrier goes
+    unsummed: str | None = None  # the first module whose attention was never added to the stream
+    branch: Tensor | None = None  # o, if something else was added to it already,
+    partial: Tensor | None = None  # and their sum
+    # By the number of a call: the stream and the branch (B, N, C), and the tensor that the model adds.
+    terms: dict[int, tuple[Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+
+
 class TowerTrace:
     """The state of one tower during a run of `model`, of whose modules `ran` has the paths."""
 
     def __init__(
-        self, entry: Tower | None, model: nn.Module, moves: TokenMoves, keeps: bool = False, ran: Collection[str] = ()
+        self,
+        entry: Tower | None,
+        model: nn.Module,
+        moves: TokenMoves,
+        keeps: bool = False,
+        ran: Collection[str] = (),
+        finds_position: bool | None = None,
+        n_vectors: int = 1,
+        trains: bool = False,
     ) -> None:
         self.entry, self.model = entry, model  # no entry: a tower that is found
         self.keeps = keeps  # every call is cached, for rules that use them after the backward pass
+        self.trains = trains  # the model trains on the same graph
+        self.cached: list[Any] = []  # what the method caches for the backward pass: calls, or embeddings
+        self.pool: TracedCall | None = None  # and that of the pooling head
+        self.links: list[Any] = []  # the calls that give it relevancy, if towers attend to one another and each is a map
+        self.sums = ResidualSums()
         self.name = "" if entry is None else entry.name
         self.batch: int | None = None
         self.size = 0
@@ -180,8 +206,9 @@ class TowerTrace:
         self.others: dict[str, tuple[int, Tensor | None]] = {}
         self.probes: int | None = None  # queries of the pooling head; None before it ran
         self.calls, self.positions = CallOrder(), TokenPositions(moves)
-        self.gradients = ScoreGradients(finds_position=entry is None or entry.rule.by_gradient)
-        self.carriers = Carriers()  # of methods that carry relevancy through the layers
+        named_by_gradient = entry is None or entry.rule.by_gradient
+        self.gradients = ScoreGradients(named_by_gradient if finds_position is None else finds_position)
+        self.carriers = Carriers(n_vectors)  # of methods that carry relevancy through the layers
         self._has_dtensors = is_distributed() and has_dtensors(model)
         self.pooling_path: str | None = None
         if entry is not None:
@@ -369,12 +396,6 @@ def _ends_gradient(inputs: tuple[Any, ...], output: Any) -> bool:
         return False
     tokens = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad and x.shape[:-1] == output.shape[:-1]]
     return any(node is None or x.grad_fn is not node for x in tokens)  # the same node: a module that hands its input on
-
-
-def find_positions(towers: Iterable[TowerTrace]) -> None:
-    """Let the score's gradient name the position in all towers: an adapter only knows that of the model's own score."""
-    for tower in towers:
-        tower.gradients.finds_position = True
 
 
 def begun(tower: TowerTrace, path: str, ids: Tensor | None, before: Iterable[TowerTrace]) -> TowerTrace:

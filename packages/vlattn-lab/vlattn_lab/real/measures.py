@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,7 @@ def methods() -> Methods:
 
 def explain(model: nn.Module, inputs: Any, method: str | va.methods.Method, position: str | Tensor, **options: Any) -> Any:
     """`va.explain`, with `position` where the method reads a row, and with SCALED steps of integrated gradients."""
-    made = method_of(method)
+    made = copy.copy(method_of(method))
     if made.uses_position:
         options["position"] = position
     if isinstance(made, va.methods.IntegratedGradients):

@@ -64,7 +64,7 @@ class Glimpse(CachedCalls):
                     "its tokens in another order or number. Pass another method="
                 )
         calls = [self.from_layer(tower) for tower in backward.towers]
-        pools = [[self.pools[tower]] if tower.pooled else [] for tower in backward.towers]
+        pools = [[] if tower.pool is None else [tower.pool] for tower in backward.towers]
         grads = iter(self.gradients(backward, [call for part in zip(calls, pools, strict=True) for call in (*part[0], *part[1])]))
         rows = []
         for tower, start, tower_calls, pool in zip(backward.towers, backward.starts, calls, pools, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import expand_heads
 from vlattn_fast.attach.tensor_parallel import mean_over
-from vlattn_fast.interpret.relevancy.last_attention import LastAttentionMethod, Real, times_map
-from vlattn_fast.interpret.relevancy.method import NORMS
+from vlattn_fast.interpret.relevancy.last_attention import Keys, LastAttentionMethod, Real, times_map
+from vlattn_fast.interpret.relevancy.method import NORMS, BackwardPass
 from vlattn_fast.interpret.relevancy.mixing_call import check_softmax
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
@@ -51,9 +53,14 @@ class GradCam(LastAttentionMethod):
             mean = torch.einsum("bh,bhnm->bnm", weights, attention).div(heads)
             return mean_over(call.mesh, mean).relu()
 
-        row = times_map(start, replace(call, query=call.query.to(dtype), key=key), combine)
-        if bool(((row == 0).all(-1) & (start != 0).any(-1)).any()):
-            self.remarks.append(
+        return times_map(start, replace(call, query=call.query.to(dtype), key=key), combine)
+
+    def _vector(
+        self, backward: BackwardPass, tower: TowerTrace, keys: Sequence[Keys], start: Tensor, grad: Tensor | None
+    ) -> Tensor:
+        row = super()._vector(backward, tower, keys, start, grad)
+        if bool(((row == 0).all(-1) & (start != 0).any(-1).to(row.device)).any()):
+            backward.remarks.append(
                 "A map of 'gradcam' is all zeros: the mean of its heads, weighted with their mean gradients, is not above 0 "
                 "anywhere. Pass another method, such as 'gradient'"
             )

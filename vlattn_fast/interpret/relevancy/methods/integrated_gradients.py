@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from vlattn_fast._ground.checks import check_integer
-from vlattn_fast.interpret.relevancy.embedding_method import Baseline, EmbeddingMethod
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.embedding_method import Baseline, EmbeddingMethod, scaled
+from vlattn_fast.interpret.relevancy.method import Enter
 
 
 class IntegratedGradients(EmbeddingMethod):
@@ -49,14 +47,5 @@ class IntegratedGradients(EmbeddingMethod):
     def n_runs(self) -> int:
         return self.n_steps
 
-    def begin(self) -> None:
-        super().begin()
-        self.alpha = 1.0
-
-    def at_run(self, number: float) -> None:
-        self.alpha = number / self.n_steps
-
-    def entering(self, tower: TowerTrace, values: Tensor, origin: Tensor | None, dim: int | None) -> Tensor:
-        if self.alpha == 1.0:
-            return values * 1
-        return values * self.alpha if origin is None else origin + (values - origin) * self.alpha
+    def changes(self) -> Sequence[Enter]:
+        return [scaled((number + 0.5) / self.n_steps) for number in range(self.n_steps)]

@@ -42,10 +42,10 @@ def find_method(name: str) -> type[Method]:
 
 
 def method_of(method: str | Method) -> Method:
-    """A method by its name, with its defaults, or an object, for one call. TypeError if it is neither."""
+    """A method by its name, with its defaults, or an object. TypeError if it is neither."""
     if isinstance(method, type) and issubclass(method, Method):
         raise TypeError(f"method must be a name or an object, such as va.methods.{method.__name__}(); got the class")
-    return method.for_call() if isinstance(method, Method) else find_method(method)()
+    return method if isinstance(method, Method) else find_method(method)()
 
 
 def with_options(name: str, **options: Any) -> Method:

@@ -74,7 +74,7 @@ class Rollout(CarriedMethod):
         if (real := backward.real(tower)) is not None:
             column = column.masked_fill(~real[:, None].to(column.device), 0.0)
         if bool((_later(start) & (column != 0) & (_rolled(calls, tower, start)[0] == 0)).any()):
-            self.remarks.append(
+            backward.remarks.append(
                 f"A part of the map belongs to later tokens: the tokens of '{tower.name}' do not attend to later ones, and "
                 "column t of its rollout, which method 'rollout' takes as published, is what later tokens take from t. Pass "
                 "method='rollout:one_hot' for only the attention of t"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer, check_number
 from vlattn_fast.interpret.relevancy.embedding_method import Baseline, EmbeddingMethod
+from vlattn_fast.interpret.relevancy.method import Enter
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 NOISE = 0.1
@@ -61,17 +63,10 @@ class SmoothGrad(EmbeddingMethod):
     def n_runs(self) -> int:
         return self.n_samples
 
-    def begin(self) -> None:
-        super().begin()
-        self.noisy = False  # the first run is on the input itself
-        self.generator = torch.Generator().manual_seed(self.seed)
+    def changes(self) -> Sequence[Enter]:
+        return [partial(self._noisy, torch.Generator().manual_seed(self.seed))] * self.n_samples
 
-    def at_run(self, number: float) -> None:
-        self.noisy = True
-
-    def entering(self, tower: TowerTrace, values: Tensor, origin: Tensor | None, dim: int | None) -> Tensor:
-        if not self.noisy:
-            return values * 1
+    def _noisy(self, generator: torch.Generator, tower: TowerTrace, values: Tensor, origin: Tensor | None) -> Tensor:
         rows = values.detach().flatten(1)
         scale = (rows.amax(1) - rows.amin(1)).view(-1, *[1] * (values.ndim - 1)) * self.noise
-        return values + scale * torch.randn(values.shape, generator=self.generator, dtype=torch.float64).to(values)
+        return values + scale * torch.randn(values.shape, generator=generator, dtype=torch.float64).to(values)

@@ -10,7 +10,6 @@ entered a module before it. So x is the residual stream, while the output of an 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,18 +29,6 @@ from vlattn_fast.ops.relevancy_residual import relevancy_residual
 _SUMS = ("add", "radd", "iadd")  # names of torch's functions, without underscores
 
 
-@dataclass
-class _Sums:
-    """The residual sums of one tower."""
-
-    waits: bool = False  # an attention has yet to be added to the stream
-    carries: bool = False  # that attention is of the tower to itself, through which the carrier goes
-    unsummed: str | None = None  # the first module whose attention was never added to the stream
-    branch: Tensor | None = None  # o, if something else was added to it already,
-    partial: Tensor | None = None  # and their sum
-    terms: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # by call: x, o, and what was added to x
-
-
 class Weighted(GradientMethod):
     """Weights both terms of each residual sum: r <- r * a + (r * b) Abar, a and b their shares (after Huang et al. 2023).
 
@@ -58,8 +45,6 @@ class Weighted(GradientMethod):
     name = "weighted"
     adds_parallel, weighs_sums = False, True
     recursion = Recursion("gradient", row_normalize=True, residual_weight=0.0)
-
-    cached: dict[TowerTrace, _Sums]
 
     def __init__(
         self,
@@ -98,7 +83,7 @@ class Weighted(GradientMethod):
         return super().cross(tower, call)
 
     def begins(self, tower: TowerTrace, chunk: bool = False, carries: bool = True) -> None:
-        sums = self.cached.setdefault(tower, _Sums())
+        sums = tower.sums
         if sums.waits and not chunk and sums.unsummed is None:
             sums.unsummed = tower.calls.paths[-2]
         sums.waits, sums.carries, sums.branch, sums.partial = True, carries, None, None
@@ -112,28 +97,24 @@ class Weighted(GradientMethod):
             return NotImplemented
         for added, stream in (terms, terms[::-1]):
             tower, enters_before = last_tower(added, stream)
-            sums = None if tower is None else self.cached.get(tower)
-            if tower is None or sums is None or not sums.waits or added.shape != stream.shape or added.ndim != 3:
+            if tower is None or not tower.sums.waits or added.shape != stream.shape or added.ndim != 3:
                 continue
+            sums, moves = tower.sums, tower.positions.reorders and tower.sums.carries and not tower.trains
             branch = sums.branch if sums.branch is not None and added is sums.partial else added
             if not enters_before:  # such as of an MLP parallel to the attention
                 sums.branch, sums.partial = branch, func(*args)
                 return sums.partial
             if func is Tensor.add_ and added is args[0]:  # the model goes on with this tensor
                 return NotImplemented
-            positions = (
-                tower.positions.locate_states(stream) if tower.positions.reorders and sums.carries and not self.trains else None
-            )
+            positions = tower.positions.locate_states(stream) if moves else None
             with torch._C.DisableTorchFunction():
-                if not self.trains:
+                if not tower.trains:
                     stream, branch = stream.detach(), branch.detach()
-                weighed = self._weigh(tower, sums, stream, branch, added, positions)
+                weighed = self._weigh(tower, stream, branch, added, positions)
             return func(*(weighed if arg is added else arg for arg in args))
         return NotImplemented
 
-    def _weigh(
-        self, tower: TowerTrace, sums: _Sums, stream: Tensor, branch: Tensor, added: Tensor, positions: Tensor | None
-    ) -> Tensor:
+    def _weigh(self, tower: TowerTrace, stream: Tensor, branch: Tensor, added: Tensor, positions: Tensor | None) -> Tensor:
         """`added` with the same values, for a residual sum y = stream + added that the model computes itself. `positions` (B, N):
         those of the stream's tokens, if they move.
 
@@ -141,9 +122,9 @@ class Weighted(GradientMethod):
         y's gradient and computes a and b from it. The carrier goes through the same node of the graph, so autograd runs the
         attention's backward pass only after the weights are known.
         """
-        carriers = tower.carriers
+        carriers, sums = tower.carriers, tower.sums
         sums.waits = False
-        if sums.carries and not self.trains:
+        if sums.carries and not tower.trains:
             after, before = carriers.leaving(), carriers.before
             if positions is not None:  # tokens outside of the sum keep their carrier
                 at = tower.positions.call(None)
@@ -157,7 +138,7 @@ class Weighted(GradientMethod):
                 total, carrier = relevancy_residual(stream, branch, before.to(after), after, weighting=self.weighting)
                 carriers.after = [carrier]
             added = added + (total - total.detach()).to(added.dtype)
-        if (tower.keeps or self.trains) and tower.calls.last is not None:
+        if (tower.keeps or tower.trains) and tower.calls.last is not None:
             sums.terms[tower.calls.last] = stream, branch, added
         return added
 
@@ -166,8 +147,7 @@ class Weighted(GradientMethod):
     def _check(self, towers: Sequence[TowerTrace]) -> None:
         """ValueError if an attention of these towers is not added to their stream."""
         for tower in towers:
-            sums = self.cached.get(tower, _Sums())
-            unsummed = sums.unsummed or (tower.calls.path if sums.waits else None)
+            unsummed = tower.sums.unsummed or (tower.calls.path if tower.sums.waits else None)
             if unsummed is not None:
                 raise ValueError(
                     f"model must add the output of each attention of tower '{tower.name}' to its residual stream for method "
@@ -180,7 +160,7 @@ class Weighted(GradientMethod):
 
     def terms(self, tower: TowerTrace) -> Mapping[int, tuple[Tensor, Tensor, Tensor]]:
         self._check([tower])
-        return self.cached.get(tower, _Sums()).terms
+        return tower.sums.terms
 
     def weights(self, call: TracedCall, term: tuple[Tensor, Tensor, Tensor] | None, grad: Tensor | None) -> tuple[Any, Any]:
         assert term is not None
@@ -191,7 +171,7 @@ class Weighted(GradientMethod):
         """An addition to R becomes diag(a) R + diag(b) (what is added), our reading of weighted relevancy between towers."""
         calls = backward.reaching_calls()
         self._check(list(dict.fromkeys(call.tower for call in calls)))
-        terms = [self.cached[call.tower].terms[call.number] for call in calls]
+        terms = [call.tower.sums.terms[call.number] for call in calls]
         grads = backward.gradients([*(call.attention.output for call in calls), *(added for *_, added in terms)])
         weights: dict[int, tuple[Tensor, Tensor]] = {}  # none if the score does not depend on the sum
         for call, (stream, branch, _), grad in zip(calls, terms, grads[len(calls) :], strict=True):
