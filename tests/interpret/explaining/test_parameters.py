@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import pytest
+import torch
 
 import vlattn_fast as va
+from tests.helpers.interpret.decoder_cases import DECODERS
 from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS, with_options
 
 EXPLAIN = ["model", "inputs", "target", "answer", "per_token", "method", "position", "processor", "patches"]
@@ -38,3 +41,20 @@ def test_options_are_keywords_that_the_label_shows(name: str) -> None:
             method = with_options(name, **{option: others[option], **beside})
             shown = "attention" if option == "freeze" else others[option]
             assert method.options[option] == others[option] and f"{option}={shown}" in method.label
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_call_changes_nothing_in_its_method(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several calls, and several threads, may share one object."""
+    torch.manual_seed(0)
+    decoder = DECODERS["LlavaForConditionalGeneration"]()
+    options = {"n_steps": 2} if name == "integrated_gradients" else {}
+    model, inputs, method = decoder.model.eval(), decoder.inputs(), METHODS[name](**options)
+
+    def refuse(changed: va.methods.Method, name: str, value: object) -> None:
+        raise AssertionError(f"{name} of {changed} is set during a call")
+
+    before = copy.deepcopy(vars(method))
+    monkeypatch.setattr(va.methods.Method, "__setattr__", refuse)
+    va.explain(model, inputs, method=method)
+    assert vars(method) == before

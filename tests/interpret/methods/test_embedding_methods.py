@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from tests.helpers.interpret.cases import CASES, lively, vit
-from tests.helpers.interpret.decoder_cases import DECODERS, LLAMA, next_logits
+from tests.helpers.interpret.decoder_cases import DECODERS, LLAMA, mllama, next_logits
 from tests.helpers.interpret.encoder_cases import vilt
 from tests.helpers.interpret.stored_maps import with_floats
 from tools.tiny_models.inputs import inputs_of
@@ -571,3 +571,10 @@ def test_a_model_that_embeds_nothing():
 
     with pytest.raises(ValueError, match="model must embed an input: ids with nn.Embedding, .*; got Counts, which embeds none"):
         explain(Counts(), {"ids": IDS}, target=0, method="input_gradient")
+
+
+def test_a_tower_without_layers_is_refused():
+    """Mllama's cross-attention takes what the vision model ends with, which its adapter does not go into."""
+    decoder = mllama()
+    with pytest.raises(ValueError, match="method must use attention if an adapter names no layers of a tower.* tower 'vision'"):
+        explain(decoder.model.eval(), decoder.inputs(), method="input_gradient")
