@@ -272,7 +272,7 @@ class EmbeddingTrace(Subscriber):
     def check(self) -> None:
         """ValueError that names the tower, if no embeddings were traced."""
         for tower in self.towers:
-            if not tower.calls.lists:
+            if not tower.calls.paths and not tower.calls.lists:
                 raise ValueError(
                     f"method must use attention if an adapter names no layers of a tower, where its embeddings enter; got "
                     f"tower '{tower.name}' of {type(self.model).__name__}. Pass method='gradient'"
