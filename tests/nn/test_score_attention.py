@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm
 
+from tests.helpers.ops.score_formulas import of_layer
 from vlattn_fast import scores
 from vlattn_fast.nn import ScoreAttention
 from vlattn_fast.nn.score_attention import LearnedScore
@@ -25,45 +26,17 @@ CASES = [
 
 
 def written_out(layer: ScoreAttention, query, key, value, visible, is_causal):
-    """The layer head by head and pair by pair, with nothing of the package but the layer's weights."""
-    batch, size = query.shape[0], layer.embed_dim // layer.num_heads
-    rows = []
-    for b in range(batch):
-        heads = []
-        for h in range(layer.num_heads):
-            part = slice(h * size, (h + 1) * size)
-            q, k, v = (
-                (x[b] @ p.weight.mT + p.bias)[:, part]
-                for x, p in ((query, layer.q_proj), (key, layer.k_proj), (value, layer.v_proj))
-            )
-            s = torch.stack([torch.stack([pair_score(layer, h, q_i, k_j) for k_j in k]) for q_i in q])
-            masked = ~visible[b].expand_as(s)
-            if is_causal:
-                masked = masked | torch.ones_like(s, dtype=torch.bool).triu(1)
-            heads.append(s.masked_fill(masked, -torch.inf).softmax(-1) @ v)
-        rows.append(torch.cat(heads, -1) @ layer.out_proj.weight.mT + layer.out_proj.bias)
-    return torch.stack(rows)
-
-
-def pair_score(layer: ScoreAttention, head: int, q, k):
-    if isinstance(layer.score, str):
-        dot = q @ k
-        return {"dot": dot, "scaled_dot": dot / len(q) ** 0.5, "cosine": dot / (q.norm() * k.norm())}[layer.score]
-    p = {name: x[head] if x.dim() > layer.score.make.parameters[name].rank else x for name, x in layer.score.named_parameters()}
-    options = layer.score.options
-    if layer.score.make is scores.Distance:
-        return -(q - k) @ (q - k) / (2 * p["sigma"] ** 2)
-    if layer.score.make is scores.Additive:
-        return p["vector"] @ torch.tanh(p["query_weight"] @ q + p["key_weight"] @ k + p["bias"])
-    act = {
-        None: lambda x: x,
-        "sigmoid": torch.sigmoid,
-        "tanh": torch.tanh,
-        "leaky_relu": lambda x: nn.functional.leaky_relu(x, 0.01),
-    }[options.get("activation")]
-    moved, other = (q, k) if options.get("projects") == "query" else (k, q)
-    moved = p["weight"] @ moved + p.get("bias", 0.0)
-    return p["vector"] @ act(other * moved) if layer.score.make is scores.Hadamard else act(other @ moved)
+    """The layer with nothing of the package but its weights."""
+    q, k, v = (
+        (x @ p.weight.mT + p.bias).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
+        for x, p in ((query, layer.q_proj), (key, layer.k_proj), (value, layer.v_proj))
+    )
+    s = of_layer(layer, q, k)
+    masked = ~visible[:, None, None].expand_as(s)
+    if is_causal:
+        masked = masked | torch.ones_like(s, dtype=torch.bool).triu(1)
+    heads = s.masked_fill(masked, -torch.inf).softmax(-1) @ v
+    return heads.transpose(1, 2).flatten(2) @ layer.out_proj.weight.mT + layer.out_proj.bias
 
 
 @pytest.mark.parametrize(("name", "per_head", "options"), CASES)

@@ -18,7 +18,6 @@ import vlattn_fast as va
 from tests.helpers.compare import LargestAllocation, bytes_of
 from tests.helpers.ops.backends import each, finest, on
 from tests.helpers.ops.derivative_cases import PRODUCTS, Function
-from tests.helpers.ops.derivative_formulas import FORMULAS
 from tests.helpers.ops.every_call import CALLS, WITH_CPU, every_call, small
 from tests.helpers.ops.score_cases import TORCH_JIT
 from vlattn_fast.backends.streaming import _tiles
@@ -29,7 +28,7 @@ from vlattn_fast.ops import OPERATORS
 pytestmark = TORCH_JIT  # torch.func uses torch.jit
 
 
-TITLES = [title for title in CALLS if every_call(title, 2).operator in FORMULAS]
+TITLES = [title for title in CALLS if every_call(title, 2).differentiable]
 OF_OPERATORS = [title for title in TITLES if title != "relevancy_residual"]
 OF_CPU = [title for title in TITLES if title in WITH_CPU]
 

@@ -14,9 +14,10 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.ops.backends import assert_refused
+from tests.helpers.ops.score_formulas import pair_scores
 from vlattn_fast import scores
 from vlattn_fast.checking import fuzz, verify
-from vlattn_fast.checking.cases import _dice, cases_of
+from vlattn_fast.checking.cases import Sizes, _dice, cases_of
 from vlattn_fast.nn import ScoreAttention
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,6 +109,17 @@ def test_the_operators_page_names_each_score(kind: type[scores.Score]) -> None:
 @pytest.mark.parametrize("name", scores.layers())
 def test_the_layer_names_each_score(name: str) -> None:
     assert f'"{name}"' in inspect.getdoc(ScoreAttention), f'"{name}" in the docstring of vlattn_fast/nn/score_attention.py'
+
+
+@pytest.mark.parametrize("name", scores.SCORES)
+def test_verify_and_the_second_formulas_have_each_score(name: str) -> None:
+    query, key = torch.randn(2, 1, 2, 3, 4).unbind(0)  # of as many heads as the parameters
+    calls = cases_of("score_attention").verify(torch.Generator().manual_seed(0), Sizes(3, 5, 4))
+    made = [scores.resolve(call.arguments(call.tensors).get("score", "scaled_dot")) for call in calls]
+    assert name in {score.name for score in made} | {"dot"}, f"vlattn_fast/checking/cases/score_attention.py has no {name}"
+    for score in made:
+        if score.name == name:
+            pair_scores(score, *(x.double() for x in (query, key)))
 
 
 def test_a_limit_of_features_counts_those_that_a_score_adds() -> None:

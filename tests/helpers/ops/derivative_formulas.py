@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.helpers.ops.score_formulas import pair_scores
+
 Outputs = tuple[Tensor, ...]
 
 
@@ -24,40 +26,6 @@ def without_padding(x: Tensor, key_mask: Tensor | None) -> Tensor:
     return x if key_mask is None else torch.where(key_mask[:, None, :, None], x, torch.zeros_like(x))
 
 
-def score_of(score: Any, q: Tensor, k: Tensor) -> Tensor:
-    """Of the names and classes of vlattn_fast.scores, without its code."""
-    kind = score if isinstance(score, str) else score.name
-    if kind in ("dot", "scaled_dot"):
-        return torch.einsum("bhnd,bhmd->bhnm", q, k)
-    if kind == "cosine":
-        return torch.einsum("bhnd,bhmd->bhnm", *(x / x.square().sum(-1, keepdim=True).sqrt() for x in (q, k)))
-    if kind == "distance":
-        square = (q[..., :, None, :] - k[..., None, :, :]).square().sum(-1)
-        return -square / (2 * torch.as_tensor(score.sigma, dtype=q.dtype).square()[..., None, None])
-    if kind == "additive":
-        q = q if score.query_weight is None else q @ score.query_weight.mT
-        k = k if score.key_weight is None else k @ score.key_weight.mT
-        units = q[..., :, None, :] + k[..., None, :, :]
-        units = units if score.bias is None else units + score.bias[..., None, None, :]
-        return torch.einsum("bhnma,ha->bhnm", torch.tanh(units), score.vector.expand(q.shape[1], -1))
-    q, k = (affine(score, x) if score.projects == side else x for side, x in (("query", q), ("key", k)))
-    if kind == "general":
-        return activated(score, torch.einsum("bhnd,bhmd->bhnm", q, k))
-    units = activated(score, q[..., :, None, :] * k[..., None, :, :])
-    return torch.einsum("bhnma,ha->bhnm", units, score.vector.expand(q.shape[1], -1)) + score.offset
-
-
-def affine(score: Any, x: Tensor) -> Tensor:
-    x = x if score.weight is None else x @ score.weight.mT
-    return x if score.bias is None else x + score.bias[..., None, :]
-
-
-def activated(score: Any, x: Tensor) -> Tensor:
-    functions = {"relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
-    functions["leaky_relu"] = lambda x: torch.where(x > 0, x, score.negative_slope * x)
-    return x if score.activation is None else functions[score.activation](x)
-
-
 def attention(
     query: Tensor, key: Tensor, score: Any = "scaled_dot", scale: float | None = None, **o: Any
 ) -> tuple[Tensor, Tensor]:
@@ -65,7 +33,7 @@ def attention(
     key = heads_as(without_padding(key, o.get("key_mask")), query)
     scaled = score == "scaled_dot" or getattr(score, "name", "") == "scaled_dot"
     scale = (query.shape[-1] ** -0.5 if scaled else 1.0) if scale is None else scale
-    logits = scale * score_of(score, query, key)
+    logits = scale * pair_scores(score, query, key)
     if o.get("softcap") is not None:
         logits = o["softcap"] * torch.tanh(logits / o["softcap"])
     visible = torch.ones(logits.shape, dtype=torch.bool, device=logits.device)
@@ -304,7 +272,7 @@ def stacked_cross_attention(
 
     def similarity(image: Tensor, caption: Tensor) -> Tensor:
         q, c = (caption, image) if direction == "t2i" else (image, caption)
-        s = score_of(score, q[None, None], c[None, None])[0, 0]
+        s = pair_scores(score, q[None, None], c[None, None])[0, 0]
         if first_norm == "softmax":
             s = softmax(s.mT).mT
         else:
@@ -420,8 +388,16 @@ def one_direction(kind: str, own: list[Tensor], other: list[Tensor]) -> Tensor:
     return terms.sum() / p.shape[0]
 
 
-FORMULAS: dict[str, Callable[..., Outputs]] = {
-    each.__name__: each
+class Formulas(dict[str, Callable[..., Outputs]]):
+    def __missing__(self, operator: str) -> Callable[..., Outputs]:
+        raise AssertionError(
+            f"operator {operator!r} has no second formula: write `def {operator}(...)` with the arguments of the public call in "
+            "tests/helpers/ops/derivative_formulas.py in plain torch, without the package's code, and name it in FORMULAS there"
+        )
+
+
+FORMULAS = Formulas(
+    (each.__name__, each)
     for each in (
         score_attention,
         relevancy_attention,
@@ -438,4 +414,4 @@ FORMULAS: dict[str, Callable[..., Outputs]] = {
         damsm_similarity,
         congruence_loss,
     )
-}
+)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlattn_fast as va
@@ -16,49 +15,12 @@ from tests.helpers.interpret import linked_maps
 from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.stored_maps import Kept, Place, assert_rows, check, layer_sums, rows_of
 from tests.helpers.interpret.tower_cases import METHODS, Stack, first_rows, second, sequences, stack
+from tests.helpers.ops.score_formulas import of_layer
 from tests.nn.test_score_attention import CASES
 from vlattn_fast.interpret import ADAPTERS, Adapter, Tower, explain
 from vlattn_fast.interpret.relevancy import traced_call
 from vlattn_fast.nn import ScoreAttention
 from vlattn_fast.ops.core_scores import core_lse, core_step
-
-ACTIVATIONS = {
-    None: lambda x: x,
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "leaky_relu": lambda x: functional.leaky_relu(x, 0.01),
-}
-
-
-def pairs(layer: ScoreAttention, q: Tensor, k: Tensor) -> Tensor:
-    """The scores (B, H, N, M) of all pairs, from q (B, H, N, 1, D) and k (B, H, 1, M, D), by Cao et al.'s table."""
-    if isinstance(layer.score, str):
-        dot = (q * k).sum(-1)
-        return {"dot": dot, "scaled_dot": dot / q.shape[-1] ** 0.5, "cosine": functional.cosine_similarity(q, k, -1)}[layer.score]
-
-    def part(name: str) -> Any:  # one per head, or one for all
-        value = dict(layer.score.named_parameters()).get(name)
-        if value is None:
-            return 0.0
-        per_head = value.dim() > layer.score.make.parameters[name].rank
-        shape = value.shape[1:] if per_head else value.shape
-        return value.reshape(-1, 1, 1, *shape)
-
-    def times(name: str, x: Tensor) -> Tensor:
-        return (part(name) @ x[..., None])[..., 0]
-
-    if layer.score.make is va.scores.Distance:
-        return -(q - k).square().sum(-1) / (2 * part("sigma") ** 2)
-    if layer.score.make is va.scores.Additive:
-        units = torch.tanh(times("query_weight", q) + times("key_weight", k) + part("bias"))
-        return (part("vector") * units).sum(-1)
-    act = ACTIVATIONS[layer.score.options.get("activation")]
-    if layer.score.options.get("projects") == "query":
-        q = times("weight", q) + part("bias")
-    else:
-        k = times("weight", k) + part("bias")
-    return (part("vector") * act(q * k)).sum(-1) if layer.score.make is va.scores.Hadamard else act((q * k).sum(-1))
 
 
 class Written(nn.Module):
@@ -74,7 +36,7 @@ class Written(nn.Module):
         layer, key = self.layer, query if key is None else key
         projected = zip((query, key, key), (layer.q_proj, layer.k_proj, layer.v_proj), strict=True)
         q, k, v = (project(x).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for x, project in projected)
-        scores = pairs(layer, q[:, :, :, None], k[:, :, None]) * (1.0 if layer.scale is None else layer.scale)
+        scores = of_layer(layer, q, k) * (1.0 if layer.scale is None else layer.scale)
         if layer.softcap is not None:
             scores = layer.softcap * torch.tanh(scores / layer.softcap)
         if attn_mask is not None:

@@ -55,7 +55,7 @@ def examples(sizes: Sizes) -> Iterator[Example]:
 def _verified_scores(generator: torch.Generator, sizes: Sizes, qkv: Tensors, options: dict[str, Any]) -> Iterator[Example]:
     randn, size = normal(generator), sizes.head_dim
     for kind in scores.SCORES.values():
-        for name, fixed in kind.examples().items() if kind.parameters else ():
+        for name, fixed in () if kind.is_plain else kind.examples().items():
             parameters = {  # one for all heads if it is a matrix, otherwise one for each
                 key: each.random(randn(*each.shape(size, () if each.rank == 2 else (sizes.heads,))), size)
                 for key, each in kind.parameters.items()
@@ -63,6 +63,8 @@ def _verified_scores(generator: torch.Generator, sizes: Sizes, qkv: Tensors, opt
             make = partial(kind, **fixed)
             returns_lse = make(**parameters).is_dot_product and name != "general"  # SDPA returns none: so it is checked, too
             chosen, attended = {**options, "return_lse": returns_lse}, qkv
+            if not kind.parameters:
+                chosen["scale"] = 4.0  # such as a cosine's, which is at most 1
             if fixed.get("activation") == "sigmoid":
                 # scores are at most 1, and many are near it: keys that grow with their index have larger ones in the last tile
                 chosen["scale"] = 4.0
@@ -75,7 +77,6 @@ def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     # as many queries as keys: only the last ones attend to the keys beyond a tile
     square = {**qkv, "query": qkv["key"].flip(2)}
     yield Example(score_attention, "scaled_dot causal", square, {"is_causal": True})
-    yield Example(score_attention, "cosine", qkv, {"score": "cosine", "scale": 4.0})
     yield from _verified_scores(generator, sizes, qkv, {"key_mask": without_second_sample(key_mask)})
     with_sink = {**qkv, "sink": normal(generator)(sizes.heads)}
     yield Example(score_attention, "softcap and sink", with_sink, {"softcap": 1.5, "return_lse": True})
