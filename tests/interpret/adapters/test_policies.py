@@ -17,7 +17,7 @@ TEXT = dict(
     **dict(model_type="gemma", hidden_size=32, num_hidden_layers=3, intermediate_size=48, head_dim=8, vocab_size=60),
     **dict(num_attention_heads=4, num_key_value_heads=1),
 )
-VISION = dict(model_type="siglip_vision_model", hidden_size=32, num_hidden_layers=1, intermediate_size=48, patch_size=4)
+VISION = dict(model_type="siglip_vision_model", hidden_size=32, num_hidden_layers=2, intermediate_size=48, patch_size=4)
 CHUNK, JOINTS, DIMENSIONS, CAMERA = 3, 5, 4, 59
 
 
@@ -74,6 +74,13 @@ def test_an_action_beside_stored_maps(method):
     assert list(got.relevancy) == ["actions", "language"] and got.position["actions"].tolist() == [2, 2]
     assert_rows(got.relevancy["actions"], want[:, 12:], what=method)
     assert_rows(got.relevancy["language"], want[:, :12], what=method)
+
+
+def test_frozen_keys_of_the_first_layer_are_its_towers():
+    """They came through the vision tower, whose calls are not those of the language's tokens."""
+    freeze = va.methods.Gradient(freeze=("norms", "attention"))
+    got = va.explain(policy(), seen(), target=va.Action(dimension=2, step=1, time=0.5), method=freeze)
+    assert list(got.relevancy) == ["actions", "language"]
 
 
 def test_a_sum_over_the_steps_reads_their_mean():

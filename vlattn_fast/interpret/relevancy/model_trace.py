@@ -23,7 +23,7 @@ from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Re
 from vlattn_fast.attach.session import in_layers, is_checkpointed, layers_of, named
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.adapters.adapter import Adapter
-from vlattn_fast.interpret.relevancy.joined_keys import JOINING, JoinedKeys, Joint, check_cross, joint_keys
+from vlattn_fast.interpret.relevancy.joined_keys import Joint, check_cross, joint_keys, with_columns
 from vlattn_fast.interpret.relevancy.method import Link, Method
 from vlattn_fast.interpret.relevancy.recurrent_calls import (
     check_recurrences,
@@ -78,7 +78,6 @@ class Trace(Subscriber):
         self.by_hand: dict[str, set[torch.Size]] = {}  # by module that computed a softmax: the shapes of maps
         self._chunks: dict[int, int] = {}  # of the runs that attended in chunks: their queries, over the whole batch
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
-        self._joined = JoinedKeys(self._records, strict=self.finds_towers)
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self.frozen = method.constants()  # of the backward pass
         # Of each call, unless the method keeps sinks: the tower that attends, that of the keys, and what was found about them.
@@ -177,14 +176,12 @@ class Trace(Subscriber):
         return heads if probabilities.ndim == 4 or (heads and len(probabilities) % heads == 0) else 0
 
     def on_result(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        calls, joined = self._records.follow(func, args, kwargs, result)
+        calls = self._records.follow(func, args, kwargs, result)
         if run.path is not None:
             self.moves.follow(func, args, kwargs, result, run.path)
         if calls and isinstance(result, Tensor) and result.ndim == 3:
             if (owner := self._owners[calls.bit_length() - 1]) is not None:
                 owner.goes_through(result)
-        if joined is not None or func in JOINING:
-            self._joined.follow(func, args, kwargs, result, joined)
 
     def _around_of(self, path: str) -> TowerTrace | None:
         """The listed tower that the module at `path` lies in, if any."""
@@ -218,7 +215,6 @@ class Trace(Subscriber):
         """A view of `tensor` with its marks, copied by hand: the trace does not follow its own functions. `dim`: one that it
         adds, or -1."""
         self._records.copy(view, tensor)
-        self._joined.copy(view, tensor)
         self.moves.hand_on(view, tensor, dim)
         return view
 
@@ -322,12 +318,12 @@ class Trace(Subscriber):
             )
         pooling = next((tower for tower in self.towers if tower.pooling_path == call.path), None)
         if pooling is not None:
-            into = pooling.enter_pooling(self._joined.with_columns(call, [pooling.size]))
+            into = pooling.enter_pooling(self._with_columns(call, [pooling.size]))
             output = self.method.pool(pooling, self._without_sinks(pooling, pooling, into))
             return pooling.gradients.leaves_pooling(output), None
         call, owner, is_same = self._linked(run, replace(call, calls=calls, key_calls=self._records.of(call.key).calls))
         joins = self.finds_towers and not is_same
-        joint = joint_keys(self._joined, call, owner, self.towers, self._reached) if joins else []
+        joint = joint_keys(self.moves, call, owner, self.towers) if joins else []
         if owner is None and (not self.finds_towers or not (is_same or in_layers(call.path))):
             self._check_left_out(call, is_same)
             return call.computed(), None
@@ -346,6 +342,9 @@ class Trace(Subscriber):
         """The numbers (B, N) of the tokens of queries or keys, if they are known."""
         return ids_of(self.moves.of(tensor), tensor)
 
+    def _with_columns(self, call: TracedCall, sizes: Sequence[int]) -> TracedCall:
+        return with_columns(self.moves, call, sizes, strict=self.finds_towers)
+
     def _linked(self, run: ModuleRun, call: TracedCall) -> tuple[TracedCall, TowerTrace | None, bool]:
         """The call with the columns of its tokens, the tower that it continues, and whether its keys are the tokens of its
         queries."""
@@ -356,7 +355,7 @@ class Trace(Subscriber):
         held = owner is not None and owner.positions.holds(key_ids, all_of=True)  # also where they are others than the queries'
         same = call.is_mixing or held or shared or self._same_tokens(call)
         if not held and not call.is_mixing:
-            call = self._joined.with_columns(call, [queries] if same else [tower.size for tower in self._reached(key.calls)])
+            call = self._with_columns(call, [queries] if same else [tower.size for tower in self._reached(key.calls)])
             same = same and queries == call.tokens
         return call, owner, same
 
@@ -384,7 +383,7 @@ class Trace(Subscriber):
             raise refused(self.method.sinks, call, "a call attends to tokens of several towers")
         output = self.method.cross(tower, call)
         for keys in joint:
-            source_call = replace(call, columns=keys.columns, key_calls=keys.calls)
+            source_call = replace(call, columns=keys.columns)
             self._keep(tower, keys.tower or tower, source_call, output, joint=keys.tower is not None)
         return output
 

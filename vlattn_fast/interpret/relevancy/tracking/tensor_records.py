@@ -1,7 +1,7 @@
 """What a run knows of each tensor: a `TracedTensor` that is an attribute of it.
 
-A result takes over from the tensors that it was computed from where they came from (here), which token each of its positions
-holds (`token_moves`), and how it was joined (`joined_keys`).
+A result takes over from the tensors that it was computed from where they came from (here), and which token each of its positions
+holds (`token_moves`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ class TracedTensor(Record):
     calls = 0  # the attention calls that it came through, as bits, 1 << 0 the first
     origin = 0  # where it is from, as bits
     keys = 0  # the towers whose self-attention took it for its keys, as bits
-    join: Any = None  # the `Join` of its parts
     entry: int | None = None  # how many attention calls were before it entered a module, where that is noted
     numbers: Numbers | None = None  # of its tokens; None = it has none, or they are lost
     is_followed = False  # its numbers are known
@@ -104,16 +103,11 @@ class TensorRecords(Records):
 
     # --- functions of torch ---
 
-    def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> tuple[int, Tensor | None]:
-        """After a function of torch: its results come from where its arguments do. Returns the calls that they come through, and
-        the first argument that was joined."""
+    def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
+        """After a function of torch: its results come from where its arguments do. Returns the calls that they come through."""
         name = getattr(func, "__name__", "")
         recorded = self.among([*args, *kwargs.values()])
-        first, joined = args[0] if args else None, None
-        for value, record in recorded:
-            if record.join is not None:
-                joined = value
-                break
+        first = args[0] if args else None
         if name in _FILLED or name in _SHAPED:
             recorded = [(value, record) for value, record in recorded if value is first and name in _SHAPED]
         calls = origin = 0
@@ -132,7 +126,7 @@ class TensorRecords(Records):
                 made.origin |= origin
             elif isinstance(each, (tuple, list)):
                 ahead += each
-        return calls, joined
+        return calls
 
     # --- attention calls ---
 
@@ -150,7 +144,7 @@ class TensorRecords(Records):
         return bool(first & second) or not (first or second)
 
     def where_from(self, tensor: Tensor) -> str:
-        """Where a part of the keys is from, as `JoinedKeys` takes it."""
+        """Where a tensor is from: "tokens"; "model" = learned or constant; "elsewhere", such as from a cache."""
         record = self.of(tensor)
         if record.calls or record.origin & _FROM:
             return "tokens"

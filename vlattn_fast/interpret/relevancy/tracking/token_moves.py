@@ -7,7 +7,7 @@ All else leaves a token in its position, or loses the numbers if the result has 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -57,7 +57,8 @@ class TokenMoves:
         self._same: dict[Hashable, Numbers] = {}
         self._next = 0
         self._renamed: list[tuple[Tensor, Tensor]] = []  # new numbers, and those that their positions had
-        self._begins: list[tuple[int, tuple[int, ...]]] = []  # of each tensor of new tokens: its first number, and its sizes
+        self._begins: list[tuple[int, tuple[int, ...], str]] = []  # of each tensor of new tokens: first number, sizes, origin
+        self._parts: list[tuple[int, Tensor]] = []  # of those that were joined: the first number, and the numbers of the parts
 
     # --- numbers of tensors ---
 
@@ -85,10 +86,13 @@ class TokenMoves:
             numbers = self._once(("dim", id(numbers), dim), numbers, make)
         self.give(view, numbers)
 
-    def new(self, shape: Sequence[int]) -> Numbers:
-        """Numbers of new tokens, along all dimensions of `shape` that are larger than 1."""
+    def new(self, shape: Sequence[int], origin: str = "tokens", parts: Numbers | None = None) -> Numbers:
+        """Numbers of new tokens, along all dimensions of `shape` that are larger than 1. `origin`: see `where_from`; `parts`: the
+        numbers of what they were joined of."""
         numbers = Numbers(tuple(shape), self._next)
-        self._begins.append((self._next, numbers.shape))
+        self._begins.append((self._next, numbers.shape, origin))
+        if parts is not None:
+            self._parts.append((self._next, parts.ids[..., :1].expand(shape).flatten()))
         self._next += prod(shape)
         return numbers
 
@@ -106,8 +110,24 @@ class TokenMoves:
             ids = torch.where(new[at] == ids, old[at], ids)
         return ids
 
-    def beginning(self, number: int) -> tuple[int, tuple[int, ...]]:
-        """The first number and the sizes of the tensor in which a token appeared."""
+    def levels(self, tensor: Tensor) -> Iterator[list[int]]:
+        """The numbers of the first sample's keys (B, H, M, D), then of what they were joined of, and so on; none if lost."""
+        numbers = self.of(tensor)
+        ids = None if numbers is None or len(numbers.shape) != 4 else numbers.ids[0].expand(-1, tensor.shape[2], -1)[0, :, 0]
+        while ids is not None:
+            yield ids.tolist()
+            before = ids
+            for begin, parts in self._parts:  # the parts of one have lower numbers
+                at = ids - begin
+                ids = torch.where((at >= 0) & (at < len(parts)), parts[at.clamp(0, len(parts) - 1)], ids)
+            ids = None if torch.equal(ids, before) else ids
+
+    def origin(self, number: int) -> str:
+        """Where a position with this number is from, as `where_from` says."""
+        return self.beginning(number)[2] if number >= 0 else "model" if number == NONE else "tokens"
+
+    def beginning(self, number: int) -> tuple[int, tuple[int, ...], str]:
+        """The first number, the sizes and the origin of the tensor in which a token appeared."""
         return self._begins[bisect.bisect_right(self._begins, number, key=lambda begin: begin[0]) - 1]
 
     # --- functions of torch ---
@@ -123,7 +143,8 @@ class TokenMoves:
         several = isinstance(result, (tuple, list))
         if not several and not (isinstance(result, Tensor) and result.is_floating_point()):
             return
-        if name in MADE or (name in LAYOUTS and self._is_constant(first)):
+        is_made = name in MADE and self._records.where_from(result) != "tokens"  # which a list of numbers may be
+        if is_made or (name in LAYOUTS and self._is_constant(first)):
             self.give(result, None, is_constant=True)
             return
         if name in JOINS and args:
@@ -165,7 +186,8 @@ class TokenMoves:
         if tensor.ndim < 2 or not tensor.is_floating_point():
             return None
         record = self._records.outside(tensor)
-        record.numbers, record.is_followed = self.new((*tensor.shape[:-1], 1)), True
+        record.numbers = self.new((*tensor.shape[:-1], 1), self._records.where_from(tensor))
+        record.is_followed = True
         return record.numbers
 
     def _is_constant(self, tensor: Any) -> bool:
@@ -181,9 +203,10 @@ class TokenMoves:
         shape = (*call.result.shape[:-1], 1)
         parts = call.args[0] if call.name in JOINS and call.args else call.args
         numbers = [self.of(x) for x in parts] if isinstance(parts, (tuple, list)) else []
-        if sum(n is not None for n in numbers) < 2 and call.name not in JOINS:
-            return self.new(shape)
-        return self._once(("new", call.name, shape, *map(id, numbers)), numbers, lambda: self.new(shape))
+        make = lambda: self.new(shape, self._records.where_from(call.result), call.parts)  # noqa: E731
+        if sum(n is not None for n in numbers) < 2 and call.name not in JOINS and call.parts is None:
+            return make()
+        return self._once(("new", call.name, shape, *map(id, numbers), id(call.parts)), (numbers, call.parts), make)
 
     def _once(self, key: Hashable, held: Any, make: Callable[[], Any]) -> Any:
         """The result of `make`, cached for the next time; None is the key of no other call. `held` outlives the key's ids."""
@@ -295,15 +318,16 @@ class TokenMoves:
         kwargs = {name: value for name, value in call.kwargs.items() if name != "tensors"}
         numbers = [self.of(x) for x in tensors]
         known = [n for n in numbers if n is not None]
-        if not known or (len(known) < len(numbers) and not any(map(self._is_after_attention, tensors))):
-            return None  # before the first attention they are new tokens
+        if not known:
+            return None
+        are_new = len(known) < len(numbers) and not any(map(self._is_after_attention, tensors))
         shapes = [tuple(x.shape) for x in tensors]
         if call.name in CONCATENATIONS:
             dim: int = (rest[0] if rest else kwargs.get("dim", 0)) % len(shapes[0])
             if all(n.shape[dim] == 1 for n in known) and min(shape[dim] for shape in shapes) > 1:  # features side by side
                 both = zip(tensors, numbers, strict=True)
                 after = [n for x, n in both if n is not None and self._is_after_attention(x)] or known
-                return after[0] if all(are_equal(n, after[0]) for n in after) else None
+                return after[0] if not are_new and all(are_equal(n, after[0]) for n in after) else None
             if dim < len(shapes[0]) - 1 and all(n.shape[-1] == 1 for n in known):  # the same for all features
                 shapes = [(*shape[:-1], min(shape[-1], 1)) for shape in shapes]
 
@@ -313,7 +337,9 @@ class TokenMoves:
             return self._numbers(narrowed(call.func(parts, *rest, **kwargs)), call, known)
 
         key = key_of(rest, tuple(kwargs.items()))
-        return self._once(key and (call.func, key, *map(id, numbers), *shapes), numbers, join)
+        joined: Numbers = self._once(key and (call.func, key, *map(id, numbers), *shapes), numbers, join)
+        call.parts = joined if are_new else None  # before the first attention they are new tokens
+        return None if are_new else joined
 
     def _pad(self, call: TorchCall) -> Numbers | None:
         if not call.numbered:
@@ -327,10 +353,10 @@ class TokenMoves:
         kept = [0 if numbers.shape[-1 - i // 2] == 1 and source.shape[-1 - i // 2] > 1 else x for i, x in enumerate(amounts)]
         if not any(kept):
             return numbers
-        if not self._is_after_attention(source):
-            return None
         key = ("pad", id(numbers), tuple(source.shape), tuple(kept))
-        return self._once(key, numbers, lambda: self._numbers(functional.pad(numbers.ids, kept, value=NONE), call, [numbers]))
+        make = lambda: self._numbers(functional.pad(numbers.ids, kept, value=NONE), call, [numbers])  # noqa: E731
+        call.parts = self._once(key, numbers, make)
+        return call.parts if self._is_after_attention(source) else None
 
     def _write(self, call: TorchCall) -> Numbers | None:
         """A function that puts numbered values at some positions of a tensor."""

@@ -67,6 +67,7 @@ class TorchCall:
     result: Any
     path: str
     numbered: list[tuple[Tensor, Numbers]] = field(default_factory=list)
+    parts: Numbers | None = None  # of what its result joins, if that has new tokens
 
 
 def name_of(func: Any) -> str:

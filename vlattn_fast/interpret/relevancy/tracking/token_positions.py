@@ -253,7 +253,7 @@ class TokenPositions:
         ids, positions = self._numbered.ids[in_first], self._numbered.positions[in_first]
         if not len(ids) or self._size == 0:
             return None
-        begin, shape = self.moves.beginning(int(ids[0]))
+        begin, shape, _ = self.moves.beginning(int(ids[0]))
         sizes = [size for size in shape if size > 1]
         first = (ids >= begin) & (ids < begin + math.prod(shape))
         ids, positions = ids[first], positions[first]  # sorted
