@@ -2,7 +2,7 @@
 
 In: tensors, or a model whose attention is replaced or captured.
 Out: modules and context managers.
-Imports: interpret.explaining, interpret.relevancy, interpret.adapters, attach, ops, backends.reference, scores, _ground.
+Imports: interpret.explaining, interpret.relevancy, attach, ops, backends.reference, scores, _ground.
 """
 
 from vlattn_fast.nn.attention_divergence import AttentionDivergence

@@ -22,10 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vlattn_fast._ground.checks import check_bool, describe, is_wrapped
 from vlattn_fast.attach.events import RUNNING
 from vlattn_fast.attach.session import check_has_gradients, is_sharded, never_compiled, uncompiled, unwrapped
-from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER
-from vlattn_fast.interpret.adapters.derived import generates
-from vlattn_fast.interpret.adapters.registry import find_adapter
-from vlattn_fast.interpret.explaining.answer import encoder_decoder
+from vlattn_fast.interpret.explaining.answer import adapter_of
 from vlattn_fast.interpret.explaining.explained_positions import start_vectors
 from vlattn_fast.interpret.explaining.forward_pass import run_of_trace
 from vlattn_fast.interpret.explaining.question import (
@@ -100,9 +97,7 @@ class RelevancyCapture:
                 "model must support several backward passes per step; got DistributedDataParallel(static_graph=True), which "
                 "treats the relevancy's as the loss's, and then does not reduce the loss's gradients. Pass static_graph=False"
             )
-        adapter = (
-            find_adapter(self._inner) or (encoder_decoder(self._inner) if generates(self._inner) else None) or WITHOUT_ADAPTER
-        )
+        adapter = adapter_of(self._inner)
         chosen.formula.check_adapter(adapter, type(self._inner).__name__)
         if adapter.bimodal:
             chosen.check_between(adapter.towers)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.adapters.adapter import Adapter
-from vlattn_fast.interpret.adapters.derived import drafts
+from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER, Adapter
+from vlattn_fast.interpret.adapters.derived import drafts, generates
 from vlattn_fast.interpret.adapters.image_grids import is_ids
+from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.adapters.tokens import Text
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT
 
@@ -248,6 +249,11 @@ def encoder_decoder(model: nn.Module) -> Adapter | None:
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
         return Adapter((), "token", answers="decoder_input_ids")
     return None
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """A model's adapter, or that of a generating encoder-decoder; WITHOUT_ADAPTER for other models, whose towers are found."""
+    return find_adapter(model) or (encoder_decoder(model) if generates(model) else None) or WITHOUT_ADAPTER
 
 
 def custom_decoder(model: nn.Module, inputs: Mapping[str, Any], answers: bool = False) -> Adapter | None:

@@ -136,7 +136,8 @@ def explain(
     For towers that attend to one another, the rules for two modalities apply (Chefer, Gur, Wolf, ICCV 2021, equations 5 to 11,
     and its baselines).
     """
-    return _explained(model, inputs, method, target, answer, per_token, position, processor, patches)
+    asked = {"target": target, "answer": answer, "per_token": per_token, "position": position}
+    return _explained(Request.check(model, inputs, method=method, processor=processor, patches=patches, **asked))
 
 
 @never_compiled
@@ -185,7 +186,8 @@ def explain_layers(
             layer; and what `explain` raises.
     """
     maps = LayerMaps(method_of(method), Selection.check(per, layers, heads))
-    found = _explained(model, inputs, maps, target, answer, answer is None, position, processor, patches)
+    asked = {"target": target, "answer": answer, "per_token": answer is None, "position": position}
+    found = _explained(Request.check(model, inputs, method=maps, processor=processor, patches=patches, **asked))
     assert isinstance(found, LayerExplanation)
     return found
 
@@ -221,22 +223,8 @@ def find_sinks(model: nn.Module, inputs: Mapping[str, Any], *, processor: Any = 
         return named_sinks(run_traced(lay_out(request)))
 
 
-def _explained(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    method: str | Method,
-    target: Target,
-    answer: Any,
-    per_token: bool,
-    position: None | Position | Mapping[str, Position],
-    processor: Any,
-    patches: PatchGrid | None,
-) -> Explanation:
+def _explained(request: Request) -> Explanation:
     """The stages, one after the other."""
-    request = Request.check(
-        model, inputs, method=method, target=target, answer=answer, per_token=per_token, position=position, processor=processor,
-        patches=patches,
-    )  # fmt: skip
     with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model), packing(request.model, request.packs):
         prompt = lay_out(request)
         if isinstance(request.method, BaselineMethod) and not prompt.empty:

@@ -17,11 +17,9 @@ from vlattn_fast.attach.events import edits_of
 from vlattn_fast.attach.handwritten import defining_class
 from vlattn_fast.attach.session import at_rest, named, unwrapped
 from vlattn_fast.attach.tensor_parallel import HeadShare
-from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER, Adapter
-from vlattn_fast.interpret.adapters.derived import generates
-from vlattn_fast.interpret.adapters.registry import find_adapter
+from vlattn_fast.interpret.adapters.adapter import Adapter
 from vlattn_fast.interpret.adapters.tokens import Text, Tokens, decoder_inputs
-from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, start_tokens
+from vlattn_fast.interpret.explaining.answer import Answer, adapter_of, start_tokens
 from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.model_trace import Trace
@@ -148,21 +146,17 @@ def trace_model(model: Any, inputs: Mapping[str, Any], towers: Iterable[TowerNam
     """
     module = unwrapped(model)
     check_inputs(module, inputs)
-    adapter = _adapter_of(module)
+    adapter = adapter_of(module)
     arguments, _ = prepare_inputs(module, with_start(module, inputs), adapter, _all_of_it)
     return trace_arguments(module, adapter, arguments, towers)
 
 
 def with_start(module: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """The inputs, with the first token of an encoder-decoder's decoder if they have none for it."""
-    answers = _adapter_of(module).answers
+    answers = adapter_of(module).answers
     if answers in inputs or answers == "input_ids" or inputs.get("labels") is not None:
         return inputs
     return {**inputs, answers: start_tokens(module, inputs)}
-
-
-def _adapter_of(module: nn.Module) -> Adapter:
-    return find_adapter(module) or (encoder_decoder(module) if generates(module) else None) or WITHOUT_ADAPTER
 
 
 def _all_of_it(outputs: Any) -> Any:

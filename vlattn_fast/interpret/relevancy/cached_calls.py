@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.checks import check_integer
 from vlattn_fast._ground.tensors import expand_heads
 from vlattn_fast.interpret.relevancy.last_attention import attention_rows, weighted_queries
-from vlattn_fast.interpret.relevancy.method import BackwardPass, Method, check_start_layer
+from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
 from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
@@ -30,7 +31,8 @@ class CachedCalls(Method):
         Raises:
             TypeError, ValueError: an option has a wrong type or value.
         """
-        self.start_layer = check_start_layer(start_layer)
+        check_integer("start_layer", start_layer)
+        self.start_layer = start_layer
         super().__init__(freeze=freeze, of=of)
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from vlattn_fast._ground.checks import check_choice, check_names
+from vlattn_fast._ground.checks import check_choice, check_integer, check_names
 from vlattn_fast.attach.frozen import Frozen
 from vlattn_fast.interpret.adapters.adapter import Adapter, Tower
 from vlattn_fast.interpret.adapters.tokens import decoder_inputs
@@ -282,26 +282,25 @@ class Method:
 
     def carried(self, backward: BackwardPass) -> list[Tensor]:
         """The relevancy vectors (B, 1, N) of `backward.towers` and of `backward.attended`."""
-        for tower in (*backward.towers, *backward.attended):
+        towers, contribution = [*backward.towers, *backward.attended], backward.contribution
+        for tower in towers:
             tower.positions.check()
-        if not backward.attended:
-            rows = self.carry(
-                replace(backward, starts=[_flat(*pair) for pair in zip(backward.towers, backward.starts, strict=True)])
-            )
-            flat = [tower for tower in backward.towers if tower.positions.is_flat]
-            backward.contribution.update(
-                {t: t.positions.reported(backward.contribution[t]) for t in flat if t in backward.contribution}
-            )
-            return [t.positions.reported(row) if t in flat else row for t, row in zip(backward.towers, rows, strict=True)]
-        for tower in (*backward.towers, *backward.attended):
-            if tower.positions.is_flat:
+            if tower.positions.is_flat and backward.attended:
                 raise ValueError(
                     "model must keep the order and the number of its tokens if towers attend to one another; got tower "
                     f"'{tower.name}', whose layers change them. Call va.relevancy_step there"
                 )
-        self.check_between([tower.entry for tower in [*backward.towers, *backward.attended]])
-        with torch.set_grad_enabled(self.trains):
-            return self.between(backward)
+        if backward.attended:
+            self.check_between([tower.entry for tower in towers])
+            with torch.set_grad_enabled(self.trains):
+                return self.between(backward)
+        rows = [*self.carry(replace(backward, starts=list(map(_flat, towers, backward.starts))))]
+        for number, tower in enumerate(towers):
+            if tower.positions.is_flat:
+                rows[number] = tower.positions.reported(rows[number])
+                if tower in contribution:
+                    contribution[tower] = tower.positions.reported(contribution[tower])
+        return rows
 
 
 def _shown(value: Any) -> str:
@@ -313,13 +312,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, (Tensor, Mapping)):
         return "tensor" if isinstance(value, Tensor) else "dict"
     return "callable" if callable(value) else str(value)
-
-
-def check_start_layer(start_layer: Any) -> int:
-    """The option of this name; TypeError unless it is an int."""
-    if not isinstance(start_layer, int) or isinstance(start_layer, bool):
-        raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
-    return start_layer
 
 
 def check_sinks(sinks: Any) -> str:
@@ -355,7 +347,8 @@ class CarriedMethod(Method):
         Raises:
             TypeError, ValueError: an option has a wrong type or value.
         """
-        self.start_layer, self.sinks = check_start_layer(start_layer), check_sinks(sinks)
+        check_integer("start_layer", start_layer)
+        self.start_layer, self.sinks = start_layer, check_sinks(sinks)
         super().__init__(freeze=freeze, of=of)
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
