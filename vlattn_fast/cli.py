@@ -237,6 +237,9 @@ def verify(
     fuzz: Annotated[
         int | None, typer.Option(min=1, help="Number of random calls, of all dtypes, on the CPU. Default: fixed calls.")
     ] = None,
+    score: Annotated[
+        str | None, typer.Option(help="Score function of all calls of --fuzz, then of score_attention. Default: random.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File for the counts and the worst error of --fuzz, .json. Default: none.")
     ] = None,
@@ -256,9 +259,9 @@ def verify(
             raise typer.BadParameter(
                 "--dtype and --device must be left out with --fuzz, which draws dtypes and runs on the CPU; got one"
             )
-        return _fuzz(fuzz, seed, operator, backend, out)
-    if out is not None:
-        raise typer.BadParameter("--out must be given with --fuzz; got it alone")
+        return _fuzz(fuzz, seed, operator, backend, score, out)
+    if alone := [name for name, x in (("--score", score), ("--out", out)) if x is not None]:
+        raise typer.BadParameter(f"{alone[0]} must be given with --fuzz; got it alone")
     _check_known("OPERATOR", operator, OPERATORS)
     _check_known("--backend", backend, BACKENDS)
     _check_known("--dtype", dtype, DTYPES)
@@ -289,14 +292,21 @@ def verify(
         raise typer.Exit(1)
 
 
-def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str] | None, out: Path | None) -> None:
+def _fuzz(
+    count: int, seed: int, operators: list[str] | None, backends: list[str] | None, score: str | None, out: Path | None
+) -> None:
     from vlattn_fast.benchmarks._records import provenance
     from vlattn_fast.checking import fuzz as fuzzer
+    from vlattn_fast.scores import SCORES
 
     _check_known("OPERATOR", operators, OPERATORS)
+    _check_known("--score", score and [score], SCORES)
+    if score and operators not in (None, [], ["score_attention"]):
+        raise typer.BadParameter(f"OPERATOR must be score_attention with --score; got {', '.join(operators or [])}")
     _check_known("--backend", backends, BACKEND_NAMES)
     _check_file(out)
-    outcomes = fuzzer.fuzz(count, seed, operators=operators or None, backends=tuple(backends or fuzzer.BACKENDS))
+    drawn_from = tuple(backends or fuzzer.BACKENDS)
+    outcomes = fuzzer.fuzz(count, seed, operators=operators or None, backends=drawn_from, score=score)
     summary = fuzzer.Summary()
     for outcome in with_progress(outcomes, "fuzzing", total=count, unit="call"):
         summary.add(outcome)

@@ -263,6 +263,9 @@ def test_verify_fails_on_a_wrong_backend(monkeypatch):
         (["softmax"], "OPERATOR must be one of score_attention"),
         (["--device", "meta"], "--device meta"),
         (["--seed", str(2**64)], "--seed must be a number of 64 bits"),
+        (["--score", "distance"], "--score must be given with --fuzz"),
+        (["--fuzz", "1", "--score", "nonsense"], "--score must be one of dot"),
+        (["maxsim", "--fuzz", "1", "--score", "distance"], "OPERATOR must be score_attention with --score"),
     ],
 )
 def test_verify_refuses(options, words):

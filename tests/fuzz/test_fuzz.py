@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle, product
@@ -25,6 +27,17 @@ from vlattn_fast.ops import OPERATORS
 CONFIGURATIONS, PART = 500, 50
 
 
+def first_number() -> int:
+    """0; in CI others with each commit, the same again for the same one. Names of tests and failures show it."""
+    if "CI" not in os.environ:
+        return 0
+    command = ["git", "rev-list", "--count", "HEAD"]
+    return CONFIGURATIONS * int(subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True).stdout)
+
+
+FIRST = first_number()
+
+
 @pytest.fixture
 def every_backend(cuda_library: Path) -> Iterator[None]:  # noqa: F811
     with ready("triton"), ready("cuda", cuda_library):
@@ -32,7 +45,7 @@ def every_backend(cuda_library: Path) -> Iterator[None]:  # noqa: F811
 
 
 @pytest.mark.usefixtures("every_backend")
-@pytest.mark.parametrize("first", range(0, CONFIGURATIONS, PART))
+@pytest.mark.parametrize("first", range(FIRST, FIRST + CONFIGURATIONS, PART))
 @pytest.mark.slow
 def test_right_or_refused(first: int) -> None:
     summary = fuzz.Summary()
@@ -58,6 +71,12 @@ def test_every_operator_and_backend_is_drawn() -> None:
     assert {operator for operator, _, _ in drawn} == set(OPERATORS)
     assert {backend for _, backend, _ in drawn} == set(fuzz.BACKENDS)
     assert {dtype for _, _, dtype in drawn} == set(fuzz.DTYPES)
+
+
+def test_one_score_is_drawn_in_every_call() -> None:
+    (outcome,) = fuzz.fuzz(1, 7, backends=("streaming",), score="distance")
+    assert outcome.passed and outcome.operator == "score_attention" and "score=distance" in outcome.drawn
+    assert outcome.repro().endswith("--fuzz 1 --seed 7 --score distance")
 
 
 def test_a_configuration_is_emulated_alone_as_it_is_among_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Any]]:
     del sys.modules["vlattn_fast.scores.toy"]
 
 
-def test_a_class_in_a_file_is_all_that_a_score_needs(toy: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_in_a_file_is_all_that_a_score_needs(toy: type[Any]) -> None:
     made = toy(torch.randn(4))
     assert scores.resolve(made) is made
     with pytest.raises(ValueError, match=r"got 'toy'. It has parameters: pass va.scores.Toy\(...\)"):
@@ -80,10 +80,7 @@ def test_a_class_in_a_file_is_all_that_a_score_needs(toy: type[Any], monkeypatch
 
     assert [case.name for case in verify.cases() if case.name == "toy"] == ["toy"]
     assert "toy" in {drawn_score(seed) for seed in range(100)}
-    pick = _dice.Dice.pick
-    only_toys = lambda dice, name, options: pick(dice, name, ("toy",) if name == "score" else options)  # noqa: E731
-    monkeypatch.setattr(_dice.Dice, "pick", only_toys)
-    for outcome in fuzz.fuzz(10, operators=("score_attention",), backends=("streaming",)):
+    for outcome in fuzz.fuzz(10, backends=("streaming",), score="toy"):
         assert outcome.passed and "score=toy" in outcome.drawn, outcome
 
 

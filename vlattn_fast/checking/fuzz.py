@@ -49,6 +49,7 @@ class Outcome:
     refused: str = ""
     failure: str = ""
     drawn: str = ""
+    score: str | None = None  # of all calls
 
     @property
     def passed(self) -> bool:
@@ -56,25 +57,34 @@ class Outcome:
 
     def repro(self) -> str:
         """Returns the command that runs only this configuration."""
-        return f"{command(self.backend)} verify {self.operator} --backend {self.backend} --fuzz 1 --seed {self.seed}"
+        score = f" --score {self.score}" if self.score else ""
+        return f"{command(self.backend)} verify {self.operator} --backend {self.backend} --fuzz 1 --seed {self.seed}{score}"
 
 
 def fuzz(
-    count: int, seed: int = 0, *, operators: Iterable[str] | None = None, backends: tuple[str, ...] = BACKENDS
+    count: int,
+    seed: int = 0,
+    *,
+    operators: Iterable[str] | None = None,
+    backends: tuple[str, ...] = BACKENDS,
+    score: str | None = None,
 ) -> Iterator[Outcome]:
-    """`count` configurations from number `seed` on, of these backends and these operators, by default all."""
+    """`count` configurations from number `seed` on, of these backends and these operators, by default all; with `score`, of
+    score_attention with this score function."""
     for number in range(seed, seed + count):
-        yield run(number, operators=operators, backends=backends)
+        yield run(number, operators=("score_attention",) if score else operators, backends=backends, score=score)
 
 
-def run(seed: int, *, operators: Iterable[str] | None = None, backends: tuple[str, ...] = BACKENDS) -> Outcome:
+def run(
+    seed: int, *, operators: Iterable[str] | None = None, backends: tuple[str, ...] = BACKENDS, score: str | None = None
+) -> Outcome:
     """Draws configuration number `seed`, runs it and compares every output and gradient with the formula in float64."""
     if calls.on_cpu:
         calls.on_cpu.reseed()  # so that the configuration by itself is what it is among others
     operator, backend, dtype = drawn(seed, operators, backends)
     # As a backend, the formula also gets these layouts, and torch's product in bfloat16 reads between rows on some CPUs.
     nan = backend != "reference" or dtype.itemsize > 2
-    dice = Dice(f"{operator} {backend} {seed}", FEW_PAIRS if backend in ("triton", "cuda") else PAIRS, nan)
+    dice = Dice(f"{operator} {backend} {seed}", FEW_PAIRS if backend in ("triton", "cuda") else PAIRS, nan, score)
     example: Example = cases_of(operator).draw(dice, dtype)
     example = _with_other_layouts(example, dice, seed)
     # which gradients are NaN depends on the order of the sums, and autograd leaves NaN out of those of a relu
@@ -90,7 +100,7 @@ def run(seed: int, *, operators: Iterable[str] | None = None, backends: tuple[st
     except Exception as error:  # of any kind: the message must name the configuration
         ratio, worst, refused, failure = float("inf"), "", "", f"{type(error).__name__}: {error}"
     choices = ", ".join(f"{name}={value}" for name, value in dice.drawn.items())
-    return Outcome(seed, operator, backend, dtype, ratio, worst, refused, failure, choices)
+    return Outcome(seed, operator, backend, dtype, ratio, worst, refused, failure, choices, score)
 
 
 def drawn(

@@ -37,15 +37,17 @@ FEW_PAIRS = 1 << 12  # if kernels are interpreted or emulated
 class Dice:
     """The random choices of one seed: Python's generator draws options, torch's draws numbers."""
 
-    def __init__(self, seed: str, pairs: int = PAIRS, nan: bool = True) -> None:
+    def __init__(self, seed: str, pairs: int = PAIRS, nan: bool = True, score: str | None = None) -> None:
         self.pairs, self.gap = pairs, torch.nan if nan else 0.0  # fills the gaps between rows, and masks of kind "float, NaN"
         self.choice = random.Random(seed)
         self.generator = torch.Generator().manual_seed(self.choice.getrandbits(60))
         self.drawn: dict[str, Any] = {}
+        self.score = score  # of every call, if it is named
 
     def pick(self, name: str, options: Any) -> Any:
         """One of the options, noted under `name`."""
-        self.drawn[name] = self.choice.choice(tuple(options))
+        drawn = self.choice.choice(tuple(options))
+        self.drawn[name] = self.score if name == "score" and self.score else drawn
         return self.drawn[name]
 
     def chance(self, p: float) -> bool:

@@ -71,7 +71,7 @@ class CachedCalls(Method):
     def combine(self, rows: Sequence[Tensor]) -> Tensor:
         """The row (B, M) of a tower, from the rows (B, H, M) of its layers' maps: relu(A * dA) of a method that takes gradients,
         else A."""
-        raise NotImplementedError(f"method {self.name!r} defines neither `combine` nor `carry`")
+        raise NotImplementedError(f"{type(self).__name__} must define `combine`, or what calls it: `carry` and `between`")
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         blocks = [[[call] for call in self.from_layer(tower)] for tower in backward.towers]
