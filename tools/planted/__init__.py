@@ -2,6 +2,7 @@
 
     python -m tools.planted                     # all calls on all architectures; writes tests/compiled/planted.json
     python -m tools.planted --limit 0           # every place of every fault, not a few drawn ones: hours
+    python -m tools.planted --core 200          # faults in the core's own source instead (core.py)
 
 A fault is noticed by an error that ends a launch, by a finding, or by a result outside the tolerance rule. It is harmless where
 several seeds give no finding and the very bits of the results without it, and where reasons.py has decided why: by the paths of

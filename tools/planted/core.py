@@ -1,0 +1,185 @@
+"""Plants faults in the core's source one at a time, and tells whether a test that reaches the place sees each.
+
+    python -m tools.planted --core --record     # which tests reach which functions: make test's choice once, twice as long
+    python -m tools.planted --core 200 --seed 1 # so many faults of all kinds; goes on where the last call ended
+    python -m tools.planted --core --equivalent NAME WHY # remembers that a fault changes nothing, and why
+
+Outcomes are stored in tests/planted.json, by place and change, and survive edits elsewhere. Faults are planted in a copy of the
+tree, build/planted/tree. One in C++ rebuilds what it touches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from tools.planted.mutants import Mutant, mutants
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "build" / "planted"
+TREE, REACHED, TABLE = FOLDER / "tree", FOLDER / "reached", ROOT / "tests" / "planted.json"
+CORE = "vlattn_fast", "kernels", "csrc/cpu"
+CPP = 5  # one in so many faults is in C++, whose library is compiled for each
+SECONDS, TESTS = 60.0, 300  # of the tests that reach a fault, the quickest: so long, and so many, at most
+STATES = "seen", "not seen", "not reached", "equivalent"
+
+
+def key_of(mutant: Mutant) -> str:
+    """The name of a fault without its line."""
+    return re.sub(r":\d+ ", f":{mutant.function} ", mutant.name, count=1)
+
+
+def copy_tree() -> None:
+    """Copies the files and the installed libraries. Folders that an editable install maps are links."""
+    built = [str(file.relative_to(ROOT)) for file in (ROOT / "vlattn_fast" / "backends").glob("*/*.so")]
+    for file in (*_files("--cached", "--others", "--exclude-standard"), *built):
+        if (ROOT / file).is_file():
+            (TREE / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / file, TREE / file)
+    for name in ("kernels", "benchmarks"):
+        if not (link := TREE / "vlattn_fast" / name).exists():
+            link.symlink_to(Path("..") / name)
+
+
+def _files(*options: str) -> list[str]:
+    listed = subprocess.run(["git", "ls-files", "-z", *options], cwd=ROOT, capture_output=True, text=True, check=True)
+    return listed.stdout.split("\0")[:-1]
+
+
+def record(workers: str) -> None:
+    shutil.rmtree(REACHED, ignore_errors=True)
+    REACHED.mkdir(parents=True)
+    options = ["-q", "-p", "tests.helpers.chosen", "-p", "tools.planted.reached", "--numprocesses", workers]
+    _run([*options, "--dist", "worksteal"], {"VLATTN_REACHED": str(REACHED)}, timeout=None)
+
+
+def tests_by_function() -> dict[str, list[tuple[float, str]]]:
+    """Time and test, the quickest first, by function and by file."""
+    found = defaultdict[str, set[tuple[float, str]]](set)
+    for file in REACHED.glob("*.jsonl"):
+        for line in file.read_text().splitlines():
+            one = json.loads(line)
+            for function in one["functions"]:
+                for name in (function, function.partition(":")[0]):
+                    found[name].add((one["seconds"], one["test"]))
+    if not found:
+        raise SystemExit("nothing is recorded: python -m tools.planted --core --record")
+    return {name: sorted(tests) for name, tests in found.items()}
+
+
+def drawn(count: int, seed: int) -> list[Mutant]:
+    """Of each kind about as many, and one of CPP in C++."""
+    groups = defaultdict[tuple[bool, str], list[Mutant]](list)
+    for file in _files(*CORE):
+        if file.endswith((".py", ".cpp", ".h")):
+            for mutant in mutants(ROOT, file):
+                groups[not file.endswith(".py"), mutant.kind].append(mutant)
+    chance, chosen = random.Random(seed), list[Mutant]()
+    for in_cpp, number in ((False, count - count // CPP), (True, count // CPP)):
+        kinds = [chance.sample(groups[kind], len(groups[kind])) for kind in sorted(groups) if kind[0] == in_cpp]
+        turns = (kind.pop() for _ in range(number) for kind in kinds if kind)
+        chosen += [mutant for mutant, _ in zip(turns, range(number), strict=False)]
+    return chosen
+
+
+def outcome(mutant: Mutant, tests: dict[str, list[tuple[float, str]]]) -> dict[str, Any]:
+    in_cpp = not mutant.file.endswith(".py")
+    if in_cpp:
+        name = f"vlattn_fast/backends/cpu/{Path(mutant.file).stem}.py"
+        reaching = tests.get(name) or tests.get("vlattn_fast/backends/cpu/_attention.py", [])
+    else:
+        reaching = tests.get(f"{mutant.file}:{mutant.function}" if mutant.function else mutant.file, [])
+    chosen, seconds = list[str](), 0.0
+    for each, test in reaching[:TESTS]:
+        if seconds < SECONDS:
+            chosen, seconds = [*chosen, test], seconds + each
+    if not chosen:
+        return {"state": "not reached"}
+    place = TREE / mutant.file
+    text = place.read_text()
+    place.write_text(mutant.planted(text))
+    try:
+        environment = _built() if in_cpp else {}
+        if environment is None:
+            return {"state": "seen", "by": "the compiler"}
+        status, said = _run(["-x", "-q", *chosen], environment, timeout=10 * seconds + 300)
+    finally:
+        place.write_text(text)
+    if status == 0:
+        return {"state": "not seen", "tests": len(chosen)}
+    first = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+    return {"state": "seen", "by": first[1] if first else f"status {status}"}
+
+
+def _built() -> dict[str, str] | None:
+    build = TREE / "build" / "cpu"
+    configure = ["cmake", "-G", "Ninja", "-S", str(TREE), "-B", str(build), "-DVLATTN_CPU=ON", "-DVLATTN_ISA=native"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for command in (configure, ["cmake", "--build", str(build)]):
+        if subprocess.run(command, capture_output=True, env={**os.environ, "PATH": path}).returncode != 0:
+            return None
+    return {"VLATTN_CPU_LIBRARY": str(build / "libvlattn_cpu.so")}
+
+
+def _run(arguments: list[str], environment: dict[str, str], timeout: float | None) -> tuple[int, str]:
+    command = [sys.executable, "-m", "tests.helpers.process", "-p", "no:cacheprovider", *arguments]
+    settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **environment}
+    try:
+        done = subprocess.run(command, cwd=TREE, env={**os.environ, **settings}, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return 124, ""
+    return done.returncode, done.stdout
+
+
+def summary(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """By folder and by kind: how many faults, and how many in each state. In Markdown."""
+    counts = defaultdict[str, Counter[str]](Counter)
+    for key, row in rows.items():
+        folder = str(Path(key.partition(":")[0]).parent)
+        for name in (folder, re.sub(r"^.*?:\w* ([a-z ]+): .*$", r"\1", key), "all"):
+            counts[name][row["state"]] += 1
+    lines = [["", "planted", *STATES]] + [["---"] + ["---:"] * (1 + len(STATES))]
+    lines += [[name, str(states.total()), *(str(states[state]) for state in STATES)] for name, states in sorted(counts.items())]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.planted")
+    parser.add_argument("--core", type=int, nargs="?", default=0, metavar="N", help="how many faults are drawn")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--workers", default="2", metavar="N", help="of --record")
+    parser.add_argument("--equivalent", nargs=2, metavar=("NAME", "WHY"))
+    options = parser.parse_args()
+    rows: dict[str, dict[str, Any]] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+
+    def store() -> None:
+        TABLE.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
+
+    if options.equivalent:
+        name, why = options.equivalent
+        if name not in rows:
+            raise SystemExit(f"NAME must be a fault of {TABLE}; got {name!r}")
+        rows[name] = {"state": "equivalent", "why": why}
+        store()
+    if options.record or options.core:
+        copy_tree()
+    if options.record:
+        record(options.workers)
+    if options.core:
+        tests = tests_by_function()
+        for mutant in drawn(options.core, options.seed):
+            if (key := key_of(mutant)) not in rows:
+                rows[key] = outcome(mutant, tests)
+                store()
+                print(rows[key]["state"], mutant.name, rows[key].get("by", ""), sep=" | ", flush=True)
+    print("\n".join(summary(rows)))
