@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
+from vlattn_fast.interpret.relevancy.tracking.tensor_records import ELSEWHERE, TOKENS
 from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
 
 
@@ -21,11 +23,11 @@ def with_columns(moves: TokenMoves, call: TracedCall, sizes: Sequence[int], stri
     """The call with the columns of its tokens, one of `sizes` many, if it has further keys that differ from them. `strict`: an
     error for keys from elsewhere, which may be tokens that ran earlier."""
     for _, origins in _levels(moves, call) if call.tokens not in sizes else ():
-        columns = [place for place, origin in enumerate(origins) if origin == "tokens"]
+        columns = (origins == TOKENS).nonzero()[:, 0]
         if len(columns) not in sizes:
             continue
-        if "elsewhere" not in origins:
-            return replace(call, columns=torch.tensor(columns, device=call.key.device))
+        if not bool((origins == ELSEWHERE).any()):
+            return replace(call, columns=columns.to(call.key.device))
         if strict:
             raise ValueError(
                 f"inputs must give the whole sequence in one forward pass; got {call.tokens - len(columns)} keys in attention "
@@ -35,12 +37,12 @@ def with_columns(moves: TokenMoves, call: TracedCall, sizes: Sequence[int], stri
     return call
 
 
-def _levels(moves: TokenMoves, call: TracedCall) -> Iterator[tuple[list[int], list[str]]]:
+def _levels(moves: TokenMoves, call: TracedCall) -> Iterator[tuple[Tensor, Tensor]]:
     """The numbers of the keys and where they are from, then the same of what they were joined of, and so on, while the values are
     from there, too."""
     for keys, values in zip(moves.levels(call.key), moves.levels(call.value), strict=False):
-        origins = [moves.origin(number) for number in keys]
-        if origins != [moves.origin(number) for number in values]:
+        origins = moves.origins(keys)
+        if not torch.equal(origins, moves.origins(values)):
             return
         yield keys, origins
 
@@ -49,19 +51,19 @@ class Joint(NamedTuple):
     """Keys of one call that are tokens of a tower."""
 
     tower: TowerTrace | None  # None = that of the queries
-    columns: torch.Tensor
+    columns: Tensor
 
 
 def joint_keys(moves: TokenMoves, call: TracedCall, owner: TowerTrace | None, towers: Sequence[TowerTrace]) -> list[Joint]:
     """The keys of a call that attends to the tokens of its queries and of other towers at once, those of the queries first; none
     if its keys are not joined from such parts. `owner`: the tower that the queries continue; None = they begin one."""
     for keys, origins in _levels(moves, call):
-        if {*origins} != {"tokens"}:
+        if bool((origins != TOKENS).any()):
             continue
-        numbers, held = torch.tensor(keys), torch.full((len(keys),), -1)  # the tower of each key; -1 = that of the queries
+        held = torch.full_like(keys, -1)  # the tower of each key; -1 = that of the queries
         for place, tower in enumerate(towers):
             if tower is not owner:
-                held = torch.where((held < 0) & (numbers >= 0) & (tower.positions.locate(numbers) >= 0), place, held)
+                held = torch.where((held < 0) & (keys >= 0) & (tower.positions.locate(keys) >= 0), place, held)
         joint = [
             Joint(towers[place] if place >= 0 else None, (held == place).nonzero()[:, 0].to(call.key.device))
             for place in held.unique().tolist()

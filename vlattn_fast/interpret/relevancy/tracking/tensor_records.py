@@ -19,6 +19,7 @@ from vlattn_fast.interpret.relevancy.tracking.token_numbers import Numbers
 # (the last bit for all further ones); through the first, second, ... states that entered a layer.
 _MADE, _GIVEN, _ENTERED, _BITS = 1, 1, 16, 48
 _FROM = (1 << _ENTERED) - 2
+TOKENS, MODEL, ELSEWHERE = range(3)  # where a tensor is from
 _SHAPED = {"to", "type_as", "expand_as", "view_as", "reshape_as"}  # take nothing but a shape or a dtype from a second tensor
 _READING = {"tensor", "as_tensor", "asarray", "from_numpy"}  # take numbers from Python, as ids of a model that is given texts
 _FILLED = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}  # nor numbers from the first
@@ -143,10 +144,10 @@ class TensorRecords(Records):
         first, second = (self.of(tensor).origin & _FROM for tensor in (query, key))
         return bool(first & second) or not (first or second)
 
-    def where_from(self, tensor: Tensor) -> str:
-        """Where a tensor is from: "tokens"; "model" = learned or constant; "elsewhere", such as from a cache."""
+    def where_from(self, tensor: Tensor) -> int:
+        """TOKENS; MODEL = learned or constant; ELSEWHERE, such as from a cache."""
         record = self.of(tensor)
         if record.calls or record.origin & _FROM:
-            return "tokens"
+            return TOKENS
         is_constant = isinstance(tensor, nn.Parameter) or id(tensor) in self.constants  # offloading puts other parameters in
-        return "model" if record.origin or is_constant else "elsewhere"
+        return MODEL if record.origin or is_constant else ELSEWHERE

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlattn_fast.interpret.relevancy.tracking.tensor_records import TensorRecords
+from vlattn_fast.interpret.relevancy.tracking.tensor_records import MODEL, TOKENS, TensorRecords
 from vlattn_fast.interpret.relevancy.tracking.token_numbers import (
     ANY,
     BROADCASTS,
@@ -57,7 +57,7 @@ class TokenMoves:
         self._same: dict[Hashable, Numbers] = {}
         self._next = 0
         self._renamed: list[tuple[Tensor, Tensor]] = []  # new numbers, and those that their positions had
-        self._begins: list[tuple[int, tuple[int, ...], str]] = []  # of each tensor of new tokens: first number, sizes, origin
+        self._begins: list[tuple[int, tuple[int, ...], int]] = []  # of each tensor of new tokens: first number, sizes, origin
         self._parts: list[tuple[int, Tensor]] = []  # of those that were joined: the first number, and the numbers of the parts
 
     # --- numbers of tensors ---
@@ -86,7 +86,7 @@ class TokenMoves:
             numbers = self._once(("dim", id(numbers), dim), numbers, make)
         self.give(view, numbers)
 
-    def new(self, shape: Sequence[int], origin: str = "tokens", parts: Numbers | None = None) -> Numbers:
+    def new(self, shape: Sequence[int], origin: int = TOKENS, parts: Numbers | None = None) -> Numbers:
         """Numbers of new tokens, along all dimensions of `shape` that are larger than 1. `origin`: see `where_from`; `parts`: the
         numbers of what they were joined of."""
         numbers = Numbers(tuple(shape), self._next)
@@ -110,23 +110,25 @@ class TokenMoves:
             ids = torch.where(new[at] == ids, old[at], ids)
         return ids
 
-    def levels(self, tensor: Tensor) -> Iterator[list[int]]:
+    def levels(self, tensor: Tensor) -> Iterator[Tensor]:
         """The numbers of the first sample's keys (B, H, M, D), then of what they were joined of, and so on; none if lost."""
         numbers = self.of(tensor)
         ids = None if numbers is None or len(numbers.shape) != 4 else numbers.ids[0].expand(-1, tensor.shape[2], -1)[0, :, 0]
         while ids is not None:
-            yield ids.tolist()
+            yield ids
             before = ids
             for begin, parts in self._parts:  # the parts of one have lower numbers
                 at = ids - begin
                 ids = torch.where((at >= 0) & (at < len(parts)), parts[at.clamp(0, len(parts) - 1)], ids)
             ids = None if torch.equal(ids, before) else ids
 
-    def origin(self, number: int) -> str:
-        """Where a position with this number is from, as `where_from` says."""
-        return self.beginning(number)[2] if number >= 0 else "model" if number == NONE else "tokens"
+    def origins(self, ids: Tensor) -> Tensor:
+        """Where positions with these numbers are from, as `where_from` says."""
+        begins, _, origins = zip(*self._begins, strict=True)
+        places = torch.bucketize(ids.contiguous(), torch.tensor(begins), right=True).clamp(min=1) - 1
+        return torch.where(ids >= 0, torch.tensor(origins)[places], torch.where(ids == NONE, MODEL, TOKENS))
 
-    def beginning(self, number: int) -> tuple[int, tuple[int, ...], str]:
+    def beginning(self, number: int) -> tuple[int, tuple[int, ...], int]:
         """The first number, the sizes and the origin of the tensor in which a token appeared."""
         return self._begins[bisect.bisect_right(self._begins, number, key=lambda begin: begin[0]) - 1]
 
@@ -143,7 +145,7 @@ class TokenMoves:
         several = isinstance(result, (tuple, list))
         if not several and not (isinstance(result, Tensor) and result.is_floating_point()):
             return
-        is_made = name in MADE and self._records.where_from(result) != "tokens"  # which a list of numbers may be
+        is_made = name in MADE and self._records.where_from(result) != TOKENS  # which a list of numbers may be
         if is_made or (name in LAYOUTS and self._is_constant(first)):
             self.give(result, None, is_constant=True)
             return
