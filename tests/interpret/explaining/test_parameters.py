@@ -48,8 +48,8 @@ def test_a_call_changes_nothing_in_its_method(name: str, monkeypatch: pytest.Mon
     """Several calls, and several threads, may share one object."""
     torch.manual_seed(0)
     decoder = DECODERS["LlavaForConditionalGeneration"]()
-    options = {"n_steps": 2} if name == "integrated_gradients" else {}
-    model, inputs, method = decoder.model.eval(), decoder.inputs(), METHODS[name](**options)
+    method = with_options(name, **({"n_steps": 2} if name == "integrated_gradients" else {}))
+    model, inputs = decoder.model.eval(), decoder.inputs()
 
     def refuse(changed: va.methods.Method, name: str, value: object) -> None:
         raise AssertionError(f"{name} of {changed} is set during a call")

@@ -303,7 +303,7 @@ def _vectors_of_run(question: Question) -> Vectors:
     else:
         count_rows = request.method.n_vectors_of
         joined = [torch.zeros(0, count_rows(x), x.size, dtype=x.dtype, device=x.device) for x in run.towers]
-    has_rows = (question.answer is not None and request.per_token) or request.selection is not None
+    has_rows = (question.answer is not None and request.per_token) or isinstance(request.method, LayerMaps)
     read = (row if has_rows else row[:, 0] for row in joined)
     relevancy = {tower.name: row for tower, row in zip(run.towers, read, strict=True)}
     return Vectors(question, relevancy, {tower.name: row.detach()[:, 0] for tower, row in contribution.items()}, remarks)
@@ -325,11 +325,10 @@ def _of_towers(vectors: Vectors) -> tuple[dict[str, Tensor], dict[str, Tensor], 
     question, relevancy, contribution = vectors.question, vectors.relevancy, vectors.contribution
     run, request, arguments = question.run, question.run.request, question.run.prompt.arguments
     positions = question.start_positions or {}
+    if isinstance(request.method, LayerMaps):  # relevancy vectors are (B, K, N), one for each layer or head
+        positions = {name: position[:, None] for name, position in positions.items()}
     contribution = {name: row for name, row in contribution.items() if name not in positions}
-    without_self = {
-        name: subtract_self(row, contribution.get(name), _of_rows(request, positions.get(name)))
-        for name, row in relevancy.items()
-    }
+    without_self = {name: subtract_self(row, contribution.get(name), positions.get(name)) for name, row in relevancy.items()}
     fields, owners = parts(
         [*run.explained, *run.attended], arguments, without_self, question.answer, request.patches, request.special
     )
@@ -365,12 +364,10 @@ def assemble(vectors: Vectors) -> Explanation:
     }
     if isinstance(method, LayerMaps):
         counts = {tower.name: method.counts(tower) for tower in run.towers}
-        return _with_words(LayerExplanation.from_rows(method.selection.per, counts, owners, relevancy, fields), request)
-    explanation = Explanation(relevancy=relevancy, **fields)
-    return _with_words(with_filtered_image(explanation) if method.rank_filter else explanation, request)
-
-
-def _with_words(explanation: Explanation, request: Request) -> Explanation:
+        explanation: Explanation = LayerExplanation.from_rows(method.selection.per, counts, owners, relevancy, fields)
+    else:
+        explanation = Explanation(relevancy=relevancy, **fields)
+        explanation = with_filtered_image(explanation) if method.rank_filter else explanation
     named = explanation.token_ids is not None and hasattr(request.tokenizer, "convert_ids_to_tokens")
     return explanation.with_tokens(request.tokenizer) if named else explanation
 
@@ -386,8 +383,3 @@ def without_self_entries(backward: BackwardPass) -> dict[TowerTrace, Tensor]:
             row = row.masked_fill((start == 1) & ((start != 0).sum(-1, keepdim=True) == 1), 0.0)
         contribution[tower] = row
     return contribution
-
-
-def _of_rows(request: Request, position: Tensor | None) -> Tensor | None:
-    """The explained token (B,), or (B, 1) for relevancy vectors (B, K, N), one for each layer or head."""
-    return position if position is None or request.selection is None else position[:, None]

@@ -89,6 +89,8 @@ def _replaced(fills: Fills, masks: Mapping[str, Tensor]) -> Enter:
     """The embeddings with `fills` in place of the tokens of `masks`, bool (copies * B, N) by tower."""
 
     def enter(tower: TowerTrace, values: Tensor, origin: Tensor | None) -> Tensor:
+        if tower.name not in masks:  # it has no part in the explanation
+            return values * 1
         part, fill = fills[tower.name][len(tower.cached)]
         fill = torch.cat([fill] * (len(values) // len(fill)))
         return torch.where(part.over_features(masks[tower.name].to(values.device)), fill.to(values), values)

@@ -31,7 +31,6 @@ from vlattn_fast.interpret.explaining.answer import (
 from vlattn_fast.interpret.explaining.inputs import Packs, check_inputs, is_empty, opened, packing, prepare_inputs
 from vlattn_fast.interpret.explaining.similarity import NAMED_POSITIONS, SIMILARITY, Similarity
 from vlattn_fast.interpret.relevancy.embedding_trace import Origin, without_origin
-from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.attention import Attention
 from vlattn_fast.interpret.relevancy.methods.registry import method_of
@@ -61,11 +60,6 @@ class Request:
     tokenizer: Any = None  # the processor's, which names tokens and encodes words
     patches: PatchGrid | None = None  # the grid of the patches in towers without an adapter
     vision: Tower | None = None  # that relevancy is carried on into through the model's connector; None = it ends in the decoder
-
-    @property
-    def selection(self) -> Selection | None:
-        """The maps of layers or heads that are asked for; None = one row of all."""
-        return self.method.selection if isinstance(self.method, LayerMaps) else None
 
     @property
     def special(self) -> frozenset[int] | None:
