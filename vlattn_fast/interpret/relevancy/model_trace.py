@@ -328,7 +328,6 @@ class Trace(Subscriber):
             self._check_left_out(call, is_same)
             return call.computed(), None
         tower = owner or begun(self._new_tower(), call.path, self._ids(call.query), self._reached(calls))
-        tower.entered = tower.entered or self._records.of(call.query).entered
         if joint:
             return self._attend_jointly(tower, call, joint), tower
         if is_same:

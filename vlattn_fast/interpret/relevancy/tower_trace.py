@@ -199,7 +199,6 @@ class TowerTrace:
         self.dtype, self.device = torch.float32, torch.device("cpu")  # of the carrier
         self.grid: tuple[int, int] | None = None  # rows and columns, if the tokens are the pixels of an image
         self.patches: tuple[int, int] | None = None  # rows and columns of the patches that the model cuts these pixels into
-        self.entered = 0  # the states that entered the layer of the first call, as bits of the tensors' marks
         self.attended: Tensor | None = None  # bool (B, N), False = no query of the first softmax attends to it; None = to all
         self._has_masks = False  # a call came whose masks tell which tokens are attended to
         # By module: how many of its keys are not tokens, and the share of attention that they take; None = not measured.
