@@ -115,16 +115,5 @@ def test_heads_whose_weights_are_computed_again(kind: str) -> None:
     check("cpu", as_dtype(make(3, 700, h=3, d=4), F32), kind=kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_opcheck(kind: str) -> None:
-    x = {name: value.requires_grad_() for name, value in as_dtype(make(5, 4, b=2, h=3, d=6), F32).items()}
-    masks = prefix(5, 5, 1), None
-    torch.library.opcheck(torch.ops.vlattn.congruence_loss, op_arguments(x, kind, True, *masks))
-    detached = {name: value.detach() for name, value in x.items()}
-    *arguments, _, name = op_arguments(detached, kind, True, *masks)
-    _, gradients = torch.ops.vlattn.congruence_loss(*arguments, True, name)
-    torch.library.opcheck(torch.ops.vlattn.congruence_loss_backward, (torch.tensor([0.5, 2.0]), gradients, *arguments, name))
-
-
 def test_refusals() -> None:
     assert_refused("cpu", "float16, bfloat16 and float32", lambda: call(va.congruence_loss, backend="cpu")(**make(3, 4)))

@@ -57,16 +57,6 @@ def test_threads_change_no_bit(regions: int, direction: str, threads: None) -> N
     assert all(torch.equal(result[name], value) for result in results for name, value in results[0].items())
 
 
-def test_opcheck() -> None:
-    images, captions = tensors(dtype=F32).values()
-    options = (torch.tensor([9, 1, 0, 5]), None, 4, "t2i", "clipped_l2norm", 9.0, "logsumexp", 6.0, "cpu")
-    torch.library.opcheck(
-        torch.ops.vlattn.stacked_cross_attention, (images.requires_grad_(), captions.requires_grad_(), *options)
-    )
-    backward = torch.ops.vlattn.stacked_cross_attention_backward
-    torch.library.opcheck(backward, (torch.randn(4, 3).mT, images.detach(), captions.detach(), *options))
-
-
 def test_refusals() -> None:
     inputs = tensors()
     assert_refused("cpu", "float16, bfloat16 and float32", lambda: va.stacked_cross_attention(**inputs, backend="cpu"))

@@ -152,19 +152,6 @@ def test_memory_is_linear_in_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None
     assert largest.bytes <= 8 * bytes_of(torch.empty(_tiles.TILE_ELEMENTS)), "no map of 1500 x 1500 of two heads"
 
 
-@pytest.mark.parametrize("options", [{}, {"kind": "js", "head_mean": True}, {"kind": "hellinger", "is_causal": True}])
-@on(*FAST)
-def test_gradcheck_and_opcheck(backend: str, options: dict[str, Any]) -> None:
-    small = as_dtype(tensors(2, 2, n=2, m=3), finest(backend))
-    x = {name: value[:1, ..., :2].contiguous().requires_grad_() for name, value in small.items()}
-    call = partial(va.attention_divergence, **options, backend=backend)
-    if finest(backend) == F64:
-        assert torch.autograd.gradcheck(lambda *y: call(*y), tuple(x.values()))
-    tensors_of_op = *[value.detach().requires_grad_() for value in x.values()], None, None
-    settings = options.get("kind", "kl"), 0.5, options.get("head_mean", False), options.get("is_causal", False), 0.4, 0.3, backend
-    torch.library.opcheck(torch.ops.vlattn.attention_divergence.default, (*tensors_of_op, *settings))
-
-
 # ------------------------------------------------------------------ what it refuses
 
 

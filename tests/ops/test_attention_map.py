@@ -12,10 +12,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of
-from tests.helpers.ops.backends import DEVICE, F64, arguments_of, finest, on
+from tests.helpers.ops.backends import DEVICE, F64, finest, on
 from tests.helpers.ops.map_cases import DV, MASKS, SMALL_TILE, B, D, H, M, N, bool_mask, check_map, key_mask, map_inputs, sharp
 from vlattn_fast.backends import reference
-from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import attention_map as formula
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.ops.attention_map import HEAD_REDUCTIONS, RULES, attention_map
@@ -213,25 +212,6 @@ def test_autocast_computes_in_its_dtype() -> None:
 
 
 # ------------------------------------------------------------------ registration
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_opcheck(rule: str) -> None:
-    tensors = map_inputs(rule)
-    lse = torch.randn(tensors["query"].shape[:3], dtype=tensors["query"].dtype)
-    given: dict[str, Any] = {"query": tensors["query"], "key": tensors["key"], "rule": rule, "head_reduction": "max"}
-    given |= {"score": "dot_softcap", "parameter": 0.7, "scale": 0.5, "backend": "streaming"}
-    if rule == "gradient":
-        row_bias = torch.randn(*lse.shape, 3, dtype=lse.dtype, requires_grad=True)
-        groups = torch.randint(-1, 3, tensors["key"].shape[:3:2])
-        given |= tensors | {"lse": lse, "attn_mask": bool_mask(), "key_mask": key_mask()}
-        given |= {"row_bias": row_bias, "key_groups": groups}
-    of_rule = {"row_normalize": rule == "gradient", "is_causal": rule == "gradient"}
-    torch.library.opcheck(torch.ops.vlattn.attention_map, arguments_of(AttentionMapInputs, **given, **of_rule))
-    given |= {"grad": torch.randn(*lse.shape[::2], tensors["key"].shape[2], dtype=lse.dtype), "row_normalize": False}
-    for need_lse in {False, rule == "gradient"}:
-        arguments = arguments_of(AttentionMapBackwardInputs, **given, need_lse=need_lse)
-        torch.library.opcheck(torch.ops.vlattn.attention_map_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compiles_to_two_graphs_over_ten_lengths() -> None:

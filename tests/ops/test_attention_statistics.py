@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.helpers.compare import LargestAllocation, as_dtype, bytes_of, outputs_and_grads
-from tests.helpers.ops.backends import F64, arguments_of, finest, on
+from tests.helpers.ops.backends import F64, finest, on
 from tests.helpers.ops.map_cases import (
     SMALL_TILE,
     STATISTICS,
@@ -30,10 +30,9 @@ from tests.helpers.ops.map_cases import (
     sharp,
     statistics_inputs,
 )
-from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.reference.attention_statistics import attention_statistics as formulas
 from vlattn_fast.backends.streaming import _tiles
-from vlattn_fast.ops.attention_statistics import OUTPUTS, AttentionStatistics, attention_statistics
+from vlattn_fast.ops.attention_statistics import AttentionStatistics, attention_statistics
 
 FAST = ("streaming", "cpu", "triton")
 LOG2, LOG3 = math.log(2.0), math.log(3.0)
@@ -190,33 +189,6 @@ def test_autocast_computes_in_its_dtype() -> None:
 
 
 # ------------------------------------------------------------------ registration
-
-
-@pytest.mark.parametrize(
-    ("dtype", "without"), [(F64, ()), (torch.bfloat16, ("key_groups", "row_weight", "attn_mask", "key_mask", "row_bias"))]
-)
-def test_opcheck(dtype: torch.dtype, without: tuple[str, ...]) -> None:
-    query, key, row_weight = (x.requires_grad_() for x in as_dtype(statistics_inputs(), dtype).values())
-    given_tensors: dict[str, Any] = {
-        "query": query,
-        "key": key,
-        "key_groups": torch.randint(-1, G, (B, M)),
-        "row_weight": row_weight.detach()[:, None].expand(B, H, N).clone().requires_grad_(),
-        "attn_mask": bool_mask(),
-        "key_mask": key_mask(),
-        "row_bias": torch.randn(B, H, N, G, dtype=dtype).requires_grad_(),
-    }
-    given = given_tensors | dict.fromkeys(without)
-    given |= {"num_groups": 0 if without else G, "statistics": " ".join(AttentionStatistics._fields), "backend": "streaming"}
-    given |= {"scale": 0.5, "is_causal": True}
-    arguments = arguments_of(AttentionStatisticsInputs, **given)
-    torch.library.opcheck(torch.ops.vlattn.attention_statistics, arguments)
-    outputs = dict(zip(OUTPUTS, torch.ops.vlattn.attention_statistics(*arguments), strict=True))
-    names = ("entropy",) if without else ("mass", "entropy", "maximum", "received")
-    grads = {f"grad_{name}": outputs[name].detach() for name in names}
-    given = {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
-    arguments = arguments_of(AttentionStatisticsBackwardInputs, **grads, argmax=outputs["argmax"], **given)
-    torch.library.opcheck(torch.ops.vlattn.attention_statistics_backward, arguments)
 
 
 @pytest.mark.parametrize("heads", [1, 2])

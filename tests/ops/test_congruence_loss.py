@@ -145,25 +145,6 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert all(got[f"grad {key}"].dtype == dtype for key in x)
 
 
-def op_arguments(kind: str, masked: bool, grad: bool) -> tuple[Any, ...]:
-    x = {key: value.requires_grad_(grad) for key, value in as_dtype(make(5, 4, b=2, h=3, d=6, cross=True), torch.float32).items()}
-    tail = (prefix(5, 5, 1), prefix(4, 4, 2)) if masked else (None, None)
-    queries = [x[name] for name in ("text_query", "image_query", "cross_text_query", "cross_image_query")]
-    keys = [x[name] for name in ("text_key", "image_key", "cross_image_key", "cross_text_key")]
-    return *queries, *keys, *tail, kind, "both", 0.5, grad, "streaming"
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_opcheck(kind: str) -> None:
-    # of one kind also what is traced with symbolic sizes, which no kind changes
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")[: 3 + (kind == "cacr")]
-    torch.library.opcheck(torch.ops.vlattn.congruence_loss, op_arguments(kind, True, True), test_utils=checks)
-    torch.library.opcheck(torch.ops.vlattn.congruence_loss, op_arguments(kind, False, False), test_utils=checks)
-    *arguments, _, backend = op_arguments(kind, True, False)
-    backward = (torch.tensor([0.5, 2.0]), torch.empty(0), *arguments, backend)
-    torch.library.opcheck(torch.ops.vlattn.congruence_loss_backward, backward, test_utils=checks)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.slow
 def test_fullgraph_five_lengths_two_graphs(kind: str) -> None:

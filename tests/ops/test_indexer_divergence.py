@@ -226,26 +226,6 @@ def test_training_finds_the_keys_of_the_attention() -> None:
     assert mass() > before + 0.2
 
 
-SMALL: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "causal": {"is_causal": True},
-    "chosen keys": {"topk_indices": torch.tensor([[[0, 1], [2, -1]]])},
-}
-
-
-@each("name", **dict.fromkeys(CHOOSING, SMALL), triton=("plain", "causal"))
-def test_gradcheck_and_opcheck(backend: str, name: str) -> None:
-    options = SMALL[name]
-    small = as_dtype(tensors(1, 1, 2, n=2, m=3), finest(backend))
-    x = {name: value[:1, ..., :2].contiguous().requires_grad_() for name, value in small.items()}
-    call = partial(va.indexer_divergence, **options, backend=backend)
-    if finest(backend) == F64:
-        assert torch.autograd.gradcheck(lambda *y: call(*y), tuple(x.values()))
-    tensors_of_op = *[value.detach().requires_grad_() for value in x.values()], options.get("topk_indices"), None, None
-    settings = options.get("is_causal", False), 0.4, backend
-    torch.library.opcheck(torch.ops.vlattn.indexer_divergence.default, (*tensors_of_op, *settings))
-
-
 # ------------------------------------------------------------------ what it refuses
 
 

@@ -142,16 +142,6 @@ def test_weights_keep_more_digits_than_bfloat16_has(backend: str) -> None:
 # ------------------------------------------------------------------ autograd, compile, memory
 
 
-def test_gradcheck_and_opcheck() -> None:
-    inputs = {name: x.requires_grad_() for name, x in tensors().items()}
-    given = masks(inputs)
-    assert torch.autograd.gradcheck(partial(va.maxsim, **given), list(inputs.values()))
-    torch.library.opcheck(torch.ops.vlattn.maxsim, (*inputs.values(), *given.values(), True, "streaming"))
-    detached = [x.detach() for x in inputs.values()]
-    similarity, places = torch.ops.vlattn.maxsim(*detached, *given.values(), True, "streaming")
-    torch.library.opcheck(torch.ops.vlattn.maxsim_backward, (similarity, *detached, places, "streaming"))
-
-
 def test_places_are_kept_for_a_gradient_alone() -> None:
     arguments = *as_dtype(tensors(), torch.float32).values(), None, None
     for saves in (False, True):

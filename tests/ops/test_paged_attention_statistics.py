@@ -330,15 +330,6 @@ def test_large_logits(backend: str) -> None:
 # ------------------------------------------------------------------ torch: compile, operator, memory
 
 
-def test_opcheck() -> None:
-    of = requests()
-    inputs, of_keys = as_dtype(tensors(of), torch.float32), groups(of)
-    integers = *of.values(), of_keys["key_groups"], 3
-    for statistics in ("mass entropy maximum received max_logit lse", "lse"):
-        arguments = (*inputs.values(), *integers, statistics, 5, "dot", 1.0, 0.3, "streaming")
-        torch.library.opcheck(torch.ops.vlattn.paged_attention_statistics, arguments)
-
-
 @on(*FAST)
 @pytest.mark.slow
 def test_compiles(backend: str) -> None:

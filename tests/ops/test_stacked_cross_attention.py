@@ -308,26 +308,6 @@ def test_autocast_computes_in_float32(backend: str) -> None:
     assert inside is None or all(torch.equal(x, y) for x, y in zip(inside, grads, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("ragged", [False, True])
-def test_opcheck(ragged: bool, dtype: torch.dtype) -> None:
-    images, captions = tensors(dtype=dtype).values()
-    lengths = (LENGTHS["caption_lengths"], LENGTHS["image_lengths"]) if ragged else (None, None)
-    captions = captions.mT.contiguous().mT
-    if dtype == torch.float32:
-        images.requires_grad_(), captions.requires_grad_()
-    options = ("clipped_l2norm", 9.0, "logsumexp", 6.0, "streaming")
-    # what is traced with symbolic sizes is the same for all dtypes
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    checks = checks if ragged and dtype == torch.float32 else checks[:3]
-    forward = torch.ops.vlattn.stacked_cross_attention
-    torch.library.opcheck(forward, (images, captions, *lengths, 0, "t2i", *options), test_utils=checks)
-    grad, backward = torch.randn(4, 3).mT, torch.ops.vlattn.stacked_cross_attention_backward
-    for direction in DIRECTIONS:
-        arguments = (grad, images.detach(), captions.detach(), *lengths, 3 * (direction == "i2t"), direction, *options)
-        torch.library.opcheck(backward, arguments, test_utils=checks[: 3 + (direction == "t2i")])
-
-
 @pytest.mark.slow
 def test_fullgraph_five_lengths_two_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 1 << 19)
