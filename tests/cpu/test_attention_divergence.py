@@ -1,5 +1,5 @@
-"""attention_divergence and indexer_divergence by the CPU kernels: sizes around tiles of queries and blocks of keys, heads that
-threads share, and extreme differences. The rest stands in tests/ops/."""
+"""attention_divergence and indexer_divergence by the CPU kernels: keys that are copied, heads that threads
+share, and extreme differences. The rest stands in tests/ops/."""
 
 from __future__ import annotations
 

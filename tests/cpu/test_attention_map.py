@@ -1,4 +1,4 @@
-"""attention_map by the CPU kernels: sizes around tiles of queries and blocks of keys, threads. The rest stands in
+"""attention_map by the CPU kernels: keys that are copied, masks, threads. The rest stands in
 tests/ops/test_attention_map.py."""
 
 from __future__ import annotations

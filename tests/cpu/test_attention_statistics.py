@@ -1,4 +1,4 @@
-"""attention_statistics by the CPU kernels: sizes around tiles of queries and blocks of keys, heads that threads share. The rest
+"""attention_statistics by the CPU kernels: keys that are copied, few queries, heads that threads share. The rest
 stands in tests/ops/test_attention_statistics.py."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""congruence_loss by the CPU kernels: sizes around tiles and blocks, samples beyond a chunk, threads, and what it refuses.
+"""congruence_loss by the CPU kernels: samples beyond a chunk, threads, and what it refuses.
 
 The rest stands in tests/ops/test_congruence_loss.py.
 """

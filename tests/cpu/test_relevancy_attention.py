@@ -1,4 +1,4 @@
-"""relevancy_attention and relevancy_step by the CPU kernels: sizes around tiles of queries and blocks of keys, carried rows,
+"""relevancy_attention and relevancy_step by the CPU kernels: masks across tiles, carried rows,
 threads. The rest stands in tests/ops/test_relevancy_*.py."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""score_attention by the CPU kernels: sizes around tiles of queries and blocks of keys, threads. The rest stands in
+"""score_attention by the CPU kernels: masks across tiles and blocks, keys that are copied, threads. The rest stands in
 tests/ops/test_score_attention*.py."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""score_attention on every backend: each kind of mask, masks joined, fully masked rows, what stands under a mask."""
+"""score_attention on every backend: digits of masks, dropout beside padding, fully masked rows."""
 
 from __future__ import annotations
 
