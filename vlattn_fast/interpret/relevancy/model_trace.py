@@ -349,10 +349,9 @@ class Trace(Subscriber):
         queries."""
         queries, key, key_ids = call.query.shape[2], self._records.of(call.key), self._ids(call.key)
         owner = self._tower_of(run, call.calls, call.query.shape[0], queries, self._ids(call.query))
-        # A layer may share an earlier layer's keys, which came through fewer calls than its queries.
-        shared = owner is not None and bool(key.keys >> self.towers.index(owner) & 1)
-        held = owner is not None and owner.positions.holds(key_ids, all_of=True)  # also where they are others than the queries'
-        same = call.is_mixing or held or shared or self._same_tokens(call)
+        # Also where they are others than the queries', or an earlier layer's, which came through fewer calls.
+        held = owner is not None and owner.positions.holds(key_ids, all_of=True)
+        same = call.is_mixing or held or self._same_tokens(call)
         if not held and not call.is_mixing:
             call = self._with_columns(call, [queries] if same else [tower.size for tower in self._reached(key.calls)])
             same = same and queries == call.tokens
@@ -393,7 +392,6 @@ class Trace(Subscriber):
         is_chunk = not same_layer and self._is_chunk(run, tower, call)
         call = tower.enter(call, len(self._owners), is_chunk, same_layer=same_layer)
         tower.calls.came_through, tower.calls.mixes = call.calls, call.is_mixing
-        self._records.at(call.key).keys |= 1 << self.towers.index(tower)
         tower.note_others(call, measures=not self.trains)
         call = self._without_sinks(tower, tower, call)
         output = self.method.attend(tower, call)

@@ -30,7 +30,6 @@ class TracedTensor(Record):
 
     calls = 0  # the attention calls that it came through, as bits, 1 << 0 the first
     origin = 0  # where it is from, as bits
-    keys = 0  # the towers whose self-attention took it for its keys, as bits
     entry: int | None = None  # how many attention calls were before it entered a module, where that is noted
     numbers: Numbers | None = None  # of its tokens; None = it has none, or they are lost
     is_followed = False  # its numbers are known
