@@ -10,7 +10,7 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.interpret.decoder_cases import DECODERS
-from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS, with_options
+from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS, method_of, with_options
 
 EXPLAIN = ["model", "inputs", "target", "answer", "per_token", "method", "position", "processor", "patches"]
 
@@ -32,6 +32,7 @@ def test_options_are_keywords_that_the_label_shows(name: str) -> None:
     assert kind().label == name and kind().options == {}
     others = {"start_layer": -1, "sinks": "remove", "freeze": ("attention",), "of": "margin", "weighting": "norm"}
     others |= {"n_steps": 3, "n_samples": 3, "noise": 0.5, "seed": 1, "window": 2, "stride": 2, "baseline": 7, "fill": 7}
+    others["one_hot"] = True
     for option in kind.option_names():
         parameter = inspect.signature(kind).parameters[option]
         if option in ("start_layer", "sinks", "freeze", "of", "weighting", "through_connector", "batch_size"):
@@ -41,6 +42,20 @@ def test_options_are_keywords_that_the_label_shows(name: str) -> None:
             method = with_options(name, **{option: others[option], **beside})
             shown = "attention" if option == "freeze" else others[option]
             assert method.options[option] == others[option] and f"{option}={shown}" in method.label
+            named = method_of(method.label)  # as tables and explanations print it
+            assert type(named) is kind and named.options == method.options
+
+
+def test_a_label_names_options_as_an_object_does() -> None:
+    both = {"freeze": ("norms", "attention"), "of": "logit"}
+    for label in ("smoothgrad(freeze=norms+attention, of=logit)", "smoothgrad(of='logit', freeze=('norms', 'attention'))"):
+        assert method_of(label).options == va.methods.SmoothGrad(**both).options
+    assert method_of("gradient(freeze=())").freeze == ()
+    for label in ("gradient(", "gradient(3)", "gradient(freeze)", "gradient(of=f())"):
+        with pytest.raises(ValueError, match=r"got '.*'. Options belong to an object: method=va.methods.Gradient\(...\)"):
+            method_of(label)
+    with pytest.raises(ValueError, match="freez must be an option of method 'gradient', which has freeze"):
+        method_of("gradient(freez=())")
 
 
 @pytest.mark.parametrize("name", METHODS)

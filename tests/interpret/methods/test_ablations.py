@@ -15,6 +15,7 @@ from tests.helpers.interpret.stored_maps import assert_rows
 from tests.interpret.relevancy.test_linked import LXMERT, encoder_decoder_maps, lxmert_maps, text_encoder_decoder
 from vlattn_fast.interpret import evaluate, explain
 from vlattn_fast.interpret.relevancy.methods.registry import with_options
+from vlattn_fast.interpret.relevancy.methods.rollout import Rollout
 
 pytestmark = pytest.mark.usefixtures("published")
 
@@ -100,6 +101,8 @@ def test_one_hot_rollout_between_towers_that_see_all():
     got = explain(model, inputs, method="rollout:one_hot").relevancy.values()  # no token is hidden from another: no warning
     for row, want in zip(got, published("rollout:one_hot", maps, [0, 0]), strict=True):
         assert_rows(row, want)
+    same = explain(model, inputs, method=Rollout(one_hot=True)).relevancy.values()
+    assert all(map(torch.equal, same, got))
     with pytest.raises(
         ValueError, match="method must be 'rollout' for towers that do not attend to one another; got 'rollout:one"
     ):

@@ -104,7 +104,8 @@ def explain(
         answer: instead of `target`, a decoder's answer to the prompts of `inputs`: a text, or one for each sample, token ids
             (B, T) or (T,), lists of ids, or what `model.generate` returned (its prompts, and all from the first end token on,
             are left out).
-        method: a name, or an object with options, such as `va.methods.Weighted(weighting="norm", start_layer=2)`.
+        method: a name, or an object with options, such as `va.methods.Weighted(weighting="norm", start_layer=2)`, or its label,
+            "weighted(weighting=norm, start_layer=2)".
         processor: a processor, a tokenizer or an image processor. It names the words of the explanation and the special tokens,
             and encodes a `target` or an `answer` that is text.
         per_token: True = each token of the answer separately: relevancy (B, T, N + T) and scores (B, T), its log-probabilities.

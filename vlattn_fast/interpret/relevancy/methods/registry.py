@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -42,10 +43,31 @@ def find_method(name: str) -> type[Method]:
 
 
 def method_of(method: str | Method) -> Method:
-    """A method by its name, with its defaults, or an object. TypeError if it is neither."""
+    """A method by its name, with its defaults; by its label, such as "gradient(freeze=())"; or an object. TypeError if it is
+    none."""
     if isinstance(method, type) and issubclass(method, Method):
         raise TypeError(f"method must be a name or an object, such as va.methods.{method.__name__}(); got the class")
-    return method if isinstance(method, Method) else find_method(method)()
+    if isinstance(method, Method):
+        return method
+    name, opened, inside = str(method).partition("(")
+    if not opened:
+        return find_method(method)()
+    try:
+        call = ast.parse(f"f({inside}", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        options = {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, AssertionError):
+        return find_method(method)()  # which raises
+    if isinstance(freeze := options.get("freeze"), str):
+        options["freeze"] = (freeze,)
+    return with_options(name, **options)
+
+
+def _value(node: ast.expr) -> Any:
+    """The value of an option in a label, where texts have no quotes, and several have a plus between them."""
+    if isinstance(node, ast.BinOp) and isinstance(node.left, ast.Name) and isinstance(node.right, ast.Name):
+        return node.left.id, node.right.id
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
 def with_options(name: str, **options: Any) -> Method:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.checks import check_bool
 from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, Link
 from vlattn_fast.interpret.relevancy.sink_detection import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
@@ -20,8 +21,7 @@ class Rollout(CarriedMethod):
 
     It costs one forward pass, and one backward pass of r; up to 32 tokens of an answer share it. A + I is divided by its row sum,
     which is 2 if a row of A sums to one. Between towers R_ti is rollout(t)^T mean_h A_ti rollout(i), with the last attention from
-    t to i (Chefer et al. 2021). In a causal decoder rollout(t)^T is partly of later tokens: "rollout:one_hot" has e_t^T in its
-    place.
+    t to i (Chefer et al. 2021). In a causal decoder rollout(t)^T is partly of later tokens: `one_hot` puts e_t^T in its place.
 
     Examples:
         >>> import vlattn_fast as va
@@ -35,15 +35,27 @@ class Rollout(CarriedMethod):
     carries_several = True
     recursion = Recursion("attention", residual_weight=0.5, attention_weight=0.5)
 
-    def __init__(self, *, start_layer: int = 0, sinks: str = KEEP) -> None:
+    def __init__(self, *, one_hot: bool = False, start_layer: int = 0, sinks: str = KEEP) -> None:
         """
         Args:
+            one_hot: between towers that attend to one another, only the explained token t counts: row t of the last attention to
+                the source in place of the rows that column t of rollout(t) weighs. Also named "rollout:one_hot".
             start_layer, sinks: see `Gradient`.
 
         Raises:
             TypeError, ValueError: an option has a wrong type or value.
         """
         super().__init__(start_layer=start_layer, sinks=sinks)
+        check_bool(one_hot=one_hot)
+        self.one_hot = one_hot
+
+    def carry(self, backward: BackwardPass) -> list[Tensor]:
+        if self.one_hot:
+            raise ValueError(
+                "method must be 'rollout' for towers that do not attend to one another; "
+                f"got {self.label!r}, which is another rule for those that do"
+            )
+        return super().carry(backward)
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
         """rollout(tower)^T A rollout(source), as in the code of Chefer et al. 2021, with A = mean_h A of the last attention from
@@ -67,6 +79,8 @@ class Rollout(CarriedMethod):
     def attending(self, backward: BackwardPass, tower: TowerTrace, start: Tensor, calls: Sequence[Link]) -> Tensor:
         """The weights (B, 1, N) with which the attention after `calls` sums its rows: column t of rollout(tower), for the one-hot
         vector `start` of t."""
+        if self.one_hot:
+            return start
         column, eye = start, torch.eye(tower.size, dtype=start.dtype, device=start.device).expand(start.shape[0], -1, -1)
         for call in calls:
             if call.tower is tower and call.source is tower:
@@ -92,14 +106,8 @@ class OneHot(Rollout):
 
     name = "rollout:one_hot"
 
-    def carry(self, backward: BackwardPass) -> list[Tensor]:
-        raise ValueError(
-            f"method must be 'rollout' for towers that do not attend to one another; got {self.name!r}, which is another rule "
-            "for those that do"
-        )
-
-    def attending(self, backward: BackwardPass, tower: TowerTrace, start: Tensor, calls: Sequence[Link]) -> Tensor:
-        return start
+    def __init__(self, *, start_layer: int = 0, sinks: str = KEEP) -> None:
+        super().__init__(one_hot=True, start_layer=start_layer, sinks=sinks)
 
 
 def _later(start: Tensor) -> Tensor:
