@@ -43,7 +43,7 @@ def real(batch: int, keys: int) -> Tensor:
     return mask
 
 
-SHAPES = ("", "M", "N1", "1M", "1NM", "B11M", "B1N1", "H1M", "HN1", "HNM", "1HNM", "BHNM")  # that broadcast to (B, H, N, M)
+SHAPES = ("", "N1", "1M", "1NM", "B1N1", "H1M", "1HNM", "BHNM")  # that broadcast to (B, H, N, M)
 
 
 def shaped(shape: str, **sizes: int) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ def test_layouts(backend: str, operator: str, turn: Turn) -> None:
 
 
 @every_choice({name: DTYPES[name] for name in BACKENDS})
+@pytest.mark.slow("triton", "cuda")
 def test_dtypes(backend: str, operator: str, turn: Turn) -> None:
     for call, dtype in turn.meet(calls(operator, backend, dtype=turn.choices[0])):
         check(call, backend, dtype)
@@ -70,6 +71,7 @@ def test_tiles_of_streaming(backend: str, operator: str, turn: Turn, monkeypatch
 
 
 @every_choice({"cpu": tile_edges.CPU, "triton": tile_edges.TRITON, "cuda": tile_edges.CUDA})
+@pytest.mark.slow("triton", "cuda")  # tests/kernels/ and tests/cuda/ have quick ones
 def test_edges_of_tiles(backend: str, operator: str, turn: Turn) -> None:
     pairs = [pair for pair in turn.choices if len(turn.choices) == 1 or max(pair) < 200]  # blocks of keys each by itself
     for n, m in pairs:
@@ -90,6 +92,7 @@ def test_one_query_and_many_keys(backend: str, operator: str) -> None:
 
 
 @every()
+@pytest.mark.slow("triton", "cuda")  # tests/kernels/test_same_bits.py has a quick one
 @pytest.mark.usefixtures("small_tiles")
 def test_equal_bits(backend: str, operator: str) -> None:
     """Twice, forward and backward; emulated launches draw another order of threads each time."""
