@@ -19,6 +19,7 @@ from vlattn_fast.checking.cases._dice import LAYOUTS, VECTOR_LAYOUTS, lay_out
 
 
 @every_choice(LAYOUTS[1:])
+@pytest.mark.slow("triton")  # tests/kernels/test_unaligned_rows.py and test_wide_strides.py are quick
 @pytest.mark.usefixtures("small_tiles")
 def test_layouts(backend: str, operator: str, turn: Turn) -> None:
     """Of inputs, masks, groups, lengths, parameters and cotangents, each another one. NaN lies between their numbers."""
@@ -53,6 +54,7 @@ WITHOUT_SHARED_HEADS = {
 
 
 @every_choice((1, 2), without=WITHOUT_SHARED_HEADS)
+@pytest.mark.slow("triton")  # tests/kernels/ has quick ones
 @pytest.mark.usefixtures("small_tiles")
 def test_shared_heads(backend: str, operator: str, turn: Turn) -> None:
     """Four query heads read one or two of keys."""

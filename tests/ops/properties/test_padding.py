@@ -75,6 +75,7 @@ def test_outputs_and_gradients(backend: str, operator: str, turn: Turn) -> None:
 
 
 @every("streaming", "cpu", without=WITHOUT)
+@pytest.mark.slow("cpu")
 @TORCH_JIT
 def test_derivatives_of_gradients(backend: str, operator: str) -> None:
     """Also of NaN in tangents of padding."""
