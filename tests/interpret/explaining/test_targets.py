@@ -32,6 +32,50 @@ def bert() -> tuple[Any, dict[str, Tensor]]:
     return lively(transformers.BertModel(transformers.BertConfig(**T5))).eval(), text(last=3)
 
 
+# --- masked tokens ---
+
+
+@pytest.mark.parametrize("method", ["gradient", "rollout", "occlusion"])
+def test_a_masked_token_is_scored_at_its_place(method):
+    """By its log-probability, as a callable gives it; another place for each sample by weights."""
+    torch.manual_seed(0)
+    model, inputs = lively(transformers.BertForMaskedLM(transformers.BertConfig(**T5))).eval(), text(last=3)
+    places, tokens = torch.tensor([1, 2]), torch.tensor([5, 7])
+
+    def score(outputs):
+        return outputs.logits[torch.arange(2), places].log_softmax(-1)[torch.arange(2), tokens]
+
+    weights = torch.eye(inputs["input_ids"].shape[1])[places]
+    want = explain(model, inputs, target=score, method=method, **({} if method == "occlusion" else {"position": weights}))
+    got = explain(model, inputs, target=tokens.tolist(), position=weights, method=method)
+    assert got.target == tokens.tolist()
+    for name, row in want.relevancy.items():
+        torch.testing.assert_close(got.relevancy[name], row, rtol=1e-4, atol=1e-7)
+
+
+def test_what_a_masked_token_needs():
+    class Words:
+        unk_token, all_special_ids = None, ()
+
+        def __call__(self, words, add_special_tokens):
+            return {"input_ids": [int(word) for word in words.split()]}
+
+        def convert_ids_to_tokens(self, ids):
+            return [str(token) for token in ids]
+
+    model, inputs = lively(transformers.BertForMaskedLM(transformers.BertConfig(**T5))).eval(), text(last=3)
+    largest = model(**inputs).logits[:, -2].argmax(-1).tolist()
+    assert explain(model, inputs, position=-2).target == largest
+    assert explain(model, inputs, target="7", position=1, processor=Words()).target == [7, 7]
+    with pytest.raises(ValueError, match="target must be one token; got '7 8', which has 2$"):
+        explain(model, inputs, target="7 8", position=1, processor=Words())
+    for position in (None, "mean"):
+        with pytest.raises(ValueError, match=f"position must be the index of one token, .* got position={position!r}"):
+            explain(model, inputs, target=7, position=position)
+    with pytest.raises(ValueError, match="position must be one token of each sample if each token has logits; got weights of"):
+        explain(model, inputs, target=7, position=torch.full((inputs["input_ids"].shape[1],), 0.5))
+
+
 # --- names of classes ---
 
 

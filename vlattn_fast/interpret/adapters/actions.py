@@ -97,7 +97,7 @@ class Velocity(TargetScore, name="velocity"):
 
         return prepared, velocity
 
-    def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, None]:
+    def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any], position: Any = None) -> tuple[Tensor, None]:
         velocity, noise = self.logits(outputs), arguments["noise"]
         if velocity is None or velocity.shape[1:] != noise.shape[1:]:
             got = None if velocity is None else tuple(velocity.shape)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vlattn_fast.interpret.adapters.connector_maps import Connector, squares
 from vlattn_fast.interpret.adapters.image_grids import Grid
@@ -237,8 +238,15 @@ class TargetScore(Named):
         """The logits, by name or as the model's only output; None without logits."""
         return outputs if isinstance(outputs, Tensor) else getattr(outputs, self.field, None)
 
-    def per_row(self, logits: Any, arguments: Mapping[str, Any]) -> Tensor:
+    def at_places(self, logits: Any) -> bool:
+        """Whether each token has logits (B, N, classes) of its own, such as those of a masked language model, in which `position`
+        chooses."""
+        return self.among_logits and not self.predicts and isinstance(logits, Tensor) and logits.ndim == 3
+
+    def per_row(self, logits: Any, arguments: Mapping[str, Any], position: Any = None) -> Tensor:
         """The logits (B, classes) that a target chooses from, of a model called with `arguments`."""
+        if self.at_places(logits):
+            logits = _at_place(logits, position)
         if not isinstance(logits, Tensor):
             raise ValueError(
                 "target must be a callable(outputs) -> (B,) scores, or 'similarity' of two texts or images, if the outputs have "
@@ -260,9 +268,11 @@ class TargetScore(Named):
         """The index of each sample of logits (B, classes): `target`, by default the largest."""
         return logits.argmax(-1).tolist() if target is None else indices(target, len(logits), logits.shape[1], self.among)
 
-    def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int] | None]:
+    def choose(
+        self, outputs: Any, target: Any, arguments: Mapping[str, Any], position: Any = None
+    ) -> tuple[Tensor, list[int] | None]:
         """Scores (B,) and the index that each belongs to, if there is one."""
-        logits = self.per_row(self.logits(outputs), arguments)
+        logits = self.per_row(self.logits(outputs), arguments, position)
         chosen = self.pick(logits, target)
         return logits.gather(1, torch.tensor(chosen, device=logits.device)[:, None])[:, 0], chosen
 
@@ -277,7 +287,7 @@ class Token(TargetScore, name="token"):
     among = "tokens"
     predicts = True
 
-    def per_row(self, logits: Any, arguments: Mapping[str, Any]) -> Tensor:
+    def per_row(self, logits: Any, arguments: Mapping[str, Any], position: Any = None) -> Tensor:
         if isinstance(logits, Tensor) and logits.ndim == 3:
             # All logits have the length of the sequence, which may begin with patches, or be that of an encoder's decoder.
             kept = arguments.get("logits_to_keep")
@@ -312,7 +322,7 @@ class Pair(TargetScore, name="pair"):
         images, texts = logits.shape
         return list(range(images)) if target is None and images == texts else super().pick(logits, target)
 
-    def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
+    def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any], position: Any = None) -> tuple[Tensor, list[int]]:
         """Images and texts are paired already: a target is the text of each sample."""
         return self.logits(outputs).diagonal(), target
 
@@ -324,7 +334,7 @@ class Query(TargetScore, name="query"):
     names_position = True
     among_logits = False
 
-    def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
+    def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any], position: Any = None) -> tuple[Tensor, list[int]]:
         """By default the query that is surest of its class."""
         logits = getattr(outputs, self.field)
         objects = logits[..., :-1] if self.background else logits
@@ -332,6 +342,24 @@ class Query(TargetScore, name="query"):
         sure = logits.softmax(-1)[..., :-1] if self.background else logits
         chosen = self.pick(sure.amax(-1), target)
         return objects[torch.arange(len(chosen), device=logits.device), chosen].max(-1).values, chosen
+
+
+def _at_place(logits: Tensor, position: Any) -> Tensor:
+    """The logits (B, classes) of one token of each sample, of those (B, N, classes) of all tokens; `position` is its index, or
+    weights of which one is not 0."""
+    batch, size, _ = logits.shape
+    if isinstance(position, Mapping) and len(position) == 1:
+        (position,) = position.values()
+    if position is None or isinstance(position, (str, Mapping)):
+        raise ValueError(
+            f"position must be the index of one token, or target a callable, if each token has logits {tuple(logits.shape)}, as in "
+            f"a masked language model; got position={position!r}"
+        )
+    weights = functional.one_hot(torch.tensor(position % size), size) if isinstance(position, int) else torch.as_tensor(position)
+    weights = weights.to(logits.device).expand(batch, size)
+    if not bool(((weights != 0).sum(-1) == 1).all()):
+        raise ValueError("position must be one token of each sample if each token has logits; got weights of several, or of none")
+    return logits[torch.arange(batch, device=logits.device), (weights != 0).int().argmax(-1)]
 
 
 def prompt_shape(arguments: Mapping[str, Any]) -> tuple[int, int]:

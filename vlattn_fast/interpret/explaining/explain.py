@@ -113,7 +113,8 @@ def explain(
             tokens that is attended to has (B, T, M) or (B, M).
         position: the explained token. None = the adapter's choice, or for a callable the token that its gradient names. "cls"
             (token 0), "last" (the last real token), "mean" (of the real tokens), an index, or weights (N,) or (B, N); or a dict
-            from towers to these.
+            from towers to these. The index of a masked token makes `target` a masked language model's token there, by its
+            log-probability.
         patches: `va.PatchGrid(rows, columns, prefix=0)`, the grid of the image patches in a tower without an adapter. None =
             derived if the inputs are a single image tensor (B, C, H, W) that is cut into equal squares.
 

@@ -136,14 +136,18 @@ def choose_score(prompt: Prompt, outputs: Any, batch: int) -> tuple[Tensor | Non
         return scores, None
     if not request.method.needs_score and target is None and adapter.scoring.logits(outputs) is None:
         return None, None
-    scores, chosen = adapter.scoring.choose(outputs, target if prompt.pairs is None else prompt.pairs, prompt.arguments)
+    scoring, place = adapter.scoring, request.place
+    chosen_among = scoring.logits(outputs)
+    scores, chosen = scoring.choose(outputs, target if prompt.pairs is None else prompt.pairs, prompt.arguments, place)
+    if of is None and scoring.at_places(chosen_among):
+        of = LOG_PROBABILITY
     if of in (None, LOGIT):
         return scores, chosen
-    if not adapter.scoring.among_logits or chosen is None:
+    if not scoring.among_logits or chosen is None:
         raise ValueError(
             f"of must be 'logit' if the score is not one of several logits; got {of!r} for {type(request.model).__name__}"
         )
-    logits = adapter.scoring.per_row(adapter.scoring.logits(outputs), prompt.arguments)
+    logits = scoring.per_row(chosen_among, prompt.arguments, place)
     return explained_number(of, logits, torch.tensor(chosen, device=logits.device)), chosen
 
 

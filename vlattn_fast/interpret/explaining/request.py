@@ -60,6 +60,7 @@ class Request:
     tokenizer: Any = None  # the processor's, which names tokens and encodes words
     patches: PatchGrid | None = None  # the grid of the patches in towers without an adapter
     vision: Tower | None = None  # that relevancy is carried on into through the model's connector; None = it ends in the decoder
+    place: None | Position | Mapping[str, Position] = None  # `position`, for a score at a token: also of methods without one
 
     @property
     def special(self) -> frozenset[int] | None:
@@ -91,7 +92,8 @@ class Request:
         check_has_gradients(model)
         _check_no_derivative()
         embedded_by = "mean" if position is None or isinstance(position, Mapping) else position
-        position = _checked_position(position, chosen, target)
+        place = position
+        position = _checked_position(position, chosen, target, of_score=_has_vocabulary(model) and not generates(model))
         if answer is None:
             adapter = _adapter_of_target(model, inputs, packs, position, chosen, per_token)
         else:
@@ -103,7 +105,7 @@ class Request:
         if adapter.scoring.names_position and position is not None and not callable(target):
             raise ValueError(f"position must be None for a detector, whose explained token is the object query; got {position!r}")
         vision = _vision_of(model, adapter) if chosen.through_connector else None
-        asked = target, answer, per_token, position, processor, tokenizer, patches, vision
+        asked = target, answer, per_token, position, processor, tokenizer, patches, vision, place
         return cls(model, adapter, chosen, inputs, packs, *asked)
 
 
@@ -174,11 +176,12 @@ def lay_out(request: Request) -> Prompt:
 # --- what the call takes ---
 
 
-def _checked_position(position: Any, method: Method, target: Any) -> Any:
-    """`position` if the method has an explained position, else None, with a warning that it has no effect."""
+def _checked_position(position: Any, method: Method, target: Any, of_score: bool) -> Any:
+    """`position` if the method has an explained position, else None, with a warning that it has no effect. `of_score`: it may be
+    where the score is taken."""
     if method.uses_position and not method.takes_logits:
         return position
-    if position is not None and not (isinstance(target, str) and target == SIMILARITY):  # it names the embedding
+    if position is not None and not of_score and not (isinstance(target, str) and target == SIMILARITY):  # it names the embedding
         warnings.warn(
             f"position={position!r} has no effect on method {method.name!r}, which has no explained token", stacklevel=3
         )
@@ -258,7 +261,7 @@ def token_target(target: Any, tokenizer: Any, model: nn.Module, adapter: Adapter
 
 
 def _index(word: str, tokenizer: Any, model: nn.Module, adapter: Adapter) -> int:
-    if not adapter.scoring.predicts:
+    if not adapter.scoring.predicts and not _has_vocabulary(model):
         classes = {} if adapter.scoring.pairs else _classes(model)
         if word not in classes:
             names = list(classes)
@@ -274,10 +277,15 @@ def _index(word: str, tokenizer: Any, model: nn.Module, adapter: Adapter) -> int
     if not ids:
         raise ValueError(f"target must be one token; got {word!r}, which has none")
     if len(ids) != 1:
-        raise ValueError(
-            f"target must be one token; got {word!r}, which has {len(ids)}. Pass answer={word!r} to explain them all"
-        )
+        more = f". Pass answer={word!r} to explain them all" if adapter.scoring.predicts else ""
+        raise ValueError(f"target must be one token; got {word!r}, which has {len(ids)}{more}")
     return ids[0]
+
+
+def _has_vocabulary(model: nn.Module) -> bool:
+    """Whether its outputs are logits of tokens, as transformers says."""
+    last = getattr(model, "get_output_embeddings", None)
+    return callable(last) and last() is not None
 
 
 def _classes(model: nn.Module) -> dict[str, list[int]]:
