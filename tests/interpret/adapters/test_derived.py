@@ -142,11 +142,13 @@ def test_answers_of_an_unlisted_language_model(unlisted, side):
 
 
 def test_a_masked_language_model_is_not_read_as_a_causal_one():
-    """Its logits are no classes. A callable score names the row by its gradient."""
+    """Each token has logits of its own. A callable score names the row by its gradient."""
     torch.manual_seed(0)
     model = lively(transformers.BertForMaskedLM(transformers.BertConfig(**TEXT))).eval()
     inputs = {"input_ids": torch.tensor([[1, *words(4)]])}
-    with pytest.raises(ValueError, match=r"target must be a callable if logits are not \(B, classes\)"):
+    with pytest.raises(
+        ValueError, match="position must be the index of one token, or target a callable, if each token has logits"
+    ):
         explain(model, inputs)
     got = explain(model, inputs, target=lambda o: o.logits[:, 2, 7])
     assert got.position["tower0"].tolist() == [2]

@@ -352,8 +352,8 @@ def _at_place(logits: Tensor, position: Any) -> Tensor:
         (position,) = position.values()
     if position is None or isinstance(position, (str, Mapping)):
         raise ValueError(
-            f"position must be the index of one token, or target a callable, if each token has logits {tuple(logits.shape)}, as in "
-            f"a masked language model; got position={position!r}"
+            f"position must be the index of one token, or target a callable, if each token has logits {tuple(logits.shape)}, "
+            f"as in a masked language model; got position={position!r}"
         )
     weights = functional.one_hot(torch.tensor(position % size), size) if isinstance(position, int) else torch.as_tensor(position)
     weights = weights.to(logits.device).expand(batch, size)

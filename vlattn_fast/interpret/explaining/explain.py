@@ -303,8 +303,7 @@ def _vectors_of_run(question: Question) -> Vectors:
         joined = [x if x.shape[1] == n else x[:, :n].clone() for x, n in zip(joined, filled, strict=True)]
         check_relevancy(question, joined, contribution)
     else:
-        count_rows = request.method.n_vectors_of
-        joined = [torch.zeros(0, count_rows(x), x.size, dtype=x.dtype, device=x.device) for x in run.towers]
+        joined = [torch.zeros(0, request.method.n_vectors_of(x), x.size, dtype=x.dtype, device=x.device) for x in run.towers]
     has_rows = (question.answer is not None and request.per_token) or isinstance(request.method, LayerMaps)
     read = (row if has_rows else row[:, 0] for row in joined)
     relevancy = {tower.name: row for tower, row in zip(run.towers, read, strict=True)}
