@@ -26,8 +26,8 @@ PACKAGE = str(Path(va.__file__).parent)
 # with a sink they begin with the log-sum-exp, which is a call of score_attention
 WITH_LSE = "attention_map, softcap and sink", "attention_statistics, softcap and sink"
 CHECKING = str(Path(PACKAGE, "checking"))  # where the call is arranged
-FORWARD, BACKWARD = 54, 47  # the most of the package's functions that a pass on the CPU's kernels calls
-DIRECT = 28  # and a forward pass that gives the tensors of the call to the operator
+FORWARD, BACKWARD = 52, 45  # the most of the package's functions that a pass on the CPU's kernels calls
+DIRECT = 26  # and a forward pass that gives the tensors of the call to the operator
 
 
 def forward_and_backward(every: Example, x: dict[str, Tensor], backend: str) -> tuple[list[Tensor], list[Tensor]]:

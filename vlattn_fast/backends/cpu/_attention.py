@@ -18,11 +18,11 @@ _MASK_DTYPES = {**DTYPES, torch.float64: 4}
 
 
 def attention(x: Attention, value: Tensor | None) -> tuple[Any, tuple[Any, ...]]:
-    """The struct of an attention that is `readable`, and the copies in it, which must live until the call is over."""
-    query, key, attn_mask, key_mask = x.query, x.key, x.attn_mask, x.key_mask
-    a = _attention(query, key, value, x.scale, x.is_causal)
+    """The struct of an attention that is `readable`, and what it has the addresses of, which must live until the call is over."""
+    attn_mask, key_mask = x.attn_mask, x.key_mask
+    a, query, key, value = _attention(x.query, x.key, value, x.scale, x.is_causal)
     if attn_mask is None and key_mask is None and x.row_bias is None:
-        return a, ()
+        return a, (query, key, value)
     if key_mask is not None:
         key_mask = key_mask.contiguous()
     masks = a.masks
@@ -39,20 +39,19 @@ def attention(x: Attention, value: Tensor | None) -> tuple[Any, tuple[Any, ...]]
             shifts = query.new_empty(*query.shape[:3], dtype=torch.float64)
             _find_shifts(a=a, shifts=address(shifts))
             masks.shifts = address(shifts)
-    return a, (key_mask, row_bias, key_groups, shifts)
+    return a, (query, key, value, key_mask, row_bias, key_groups, shifts)
 
 
 def readable(x: Attention, value: Tensor | None = None) -> tuple[Attention, Any]:
-    """Returns an attention and its value as the kernels read them: with unit strides, a vector in float32, and key and value with
-    one number of heads, where features of keys have those of the queries."""
+    """Returns an attention and its value as the kernels read them, but for strides: with a vector in float32, and key and value
+    with one number of heads, where features of keys have those of the queries."""
     key, vector = x.key, x.vector
     if value is not None and value.shape[1] != key.shape[1]:
         heads = max(key.shape[1], value.shape[1])
         key, value = expand_heads(key, heads), expand_heads(value, heads)
-    query, key, value = unit_strides(x.query, key, value)
-    if query is x.query and key is x.key and vector is None:
+    if key is x.key and vector is None:
         return x, value
-    return x._replace(query=query, key=key, vector=float32(vector)), value
+    return x._replace(key=key, vector=float32(vector)), value
 
 
 def float32(x: Tensor | None) -> Tensor | None:
@@ -64,15 +63,19 @@ def empty_row_bias(x: Attention) -> Tensor | None:
     return None if x.row_bias is None else torch.zeros_like(x.row_bias, dtype=torch.float32)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor | None, scale: float, is_causal: bool) -> Any:
-    """Returns the struct without masks, except for causality."""
-    value_shape = (None, None) if value is None else (value.shape, value.stride())
-    sized = _sized(query.dtype, query.shape, query.stride(), key.shape, key.stride(), *value_shape, scale, is_causal)
+def _attention(query: Tensor, key: Tensor, value: Tensor | None, scale: float, is_causal: bool) -> tuple[Any, ...]:
+    """Returns the struct without masks, except for causality, and the tensors with unit strides."""
+    by_query, by_key, by_value = query.stride(), key.stride(), None if value is None else value.stride()
+    if by_query[-1] != 1 or by_key[-1] != 1 or (by_value is not None and by_value[-1] != 1):
+        query, key, value = unit_strides(query, key, value)
+        by_query, by_key, by_value = query.stride(), key.stride(), None if value is None else value.stride()
+    value_shape = None if value is None else value.shape
+    sized = _sized(query.dtype, query.shape, by_query, key.shape, by_key, value_shape, by_value, scale, is_causal)
     a = type(sized).from_buffer_copy(sized)
     a.query.data, a.key.data = query.data_ptr(), key.data_ptr()
     if value is not None:
         a.value.data = value.data_ptr()
-    return a
+    return a, query, key, value
 
 
 @functools.lru_cache(maxsize=1024)  # a model asks for the same in each of its layers

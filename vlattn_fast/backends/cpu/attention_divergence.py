@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.backends.cpu._attention import attention, readable
+from vlattn_fast.backends.cpu._attention import attention
 from vlattn_fast.backends.inputs import Attention
 from vlattn_fast.backends.native import address, kernel, strided
 from vlattn_fast.backends.reference.attention_divergence import KINDS
@@ -50,6 +50,4 @@ def _call(inputs: Any, **members: Any) -> None:
 def side_of(inputs: Any, query: Tensor, key: Tensor, scale: float) -> tuple[Any, Any]:
     """Returns one of the two attentions, and the tensors in it, which must live until the call is over."""
     x = Attention(query, key, None, inputs.attn_mask, inputs.key_mask, scale=scale, is_causal=inputs.is_causal)
-    x, _ = readable(x)
-    a, kept = attention(x, None)
-    return a, (x, kept)
+    return attention(x, None)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.backends.cpu._attention import attention, empty_row_bias, readable
+from vlattn_fast.backends.cpu._attention import attention, empty_row_bias
 from vlattn_fast.backends.cpu.score_attention import core_score
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.native import address, kernel, part, strided
@@ -22,7 +22,7 @@ _groups_struct = part("attention_statistics_forward", "groups")
 def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
     """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M) and max_logit (B, H, N); None for what
     `statistics` does not name, and for row_max and mean_x: `backward` needs none."""
-    x, _ = readable(inputs.attention)
+    x = inputs.attention
     (a, _kept), query, key = attention(x, None), x.query, x.key
     batch, heads, queries, _ = query.shape
     per_row, asked = (batch, heads, queries), inputs.statistics
@@ -43,7 +43,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
 
 def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, row_weight and row_bias."""
-    x, _ = readable(inputs.attention)
+    x = inputs.attention
     (a, _kept), argmax, query, key = attention(x, None), inputs.argmax, x.query, x.key
     assert argmax is not None  # which the operator saves for these kernels
     argmax = argmax.contiguous()

@@ -72,14 +72,14 @@ def jvp(inputs: Any) -> tuple[Tensor, Tensor]:
     x, value = readable(inputs.attention, inputs.value)
     tangents, by_value = readable(x._replace(query=inputs.query_tangent, key=inputs.key_tangent), inputs.value_tangent)
     (a, _kept), lse, by_row_bias = attention(x, value), inputs.lse.contiguous(), float32(inputs.row_bias_tangent)
-    (out,) = unit_strides(inputs.out)
+    by_query, by_key, by_value, out = unit_strides(tangents.query, tangents.key, by_value, inputs.out)
     to_out, to_lse = empty_rows_first(out, *out.shape[1:]), torch.empty_like(lse)
     _jvp(
         a=a,
         score=core_score(x),
         out=strided(out),
-        by_query=strided(tangents.query),
-        by_key=strided(tangents.key),
+        by_query=strided(by_query),
+        by_key=strided(by_key),
         by_value=strided(by_value),
         lse=lse.data_ptr(),
         by_row_bias=address(by_row_bias),
@@ -96,6 +96,7 @@ def second(inputs: Any) -> tuple[Tensor | None, ...]:
     of the backward pass."""
     x, value = readable(inputs.attention, inputs.value)
     tangents, by_value = readable(x._replace(query=inputs.query_tangent, key=inputs.key_tangent), inputs.value_tangent)
+    by_query, by_key, by_value = unit_strides(tangents.query, tangents.key, by_value)
     grad_out, grad_out_tangent = unit_strides(inputs.grad_out, inputs.grad_out_tangent)
     (a, _kept), by_row_bias = attention(x, value), float32(inputs.row_bias_tangent)
     grad_lse, grad_lse_tangent = float32(inputs.grad_lse), float32(inputs.grad_lse_tangent)
@@ -110,8 +111,8 @@ def second(inputs: Any) -> tuple[Tensor | None, ...]:
         a=a,
         score=core_score(x),
         grad_out=strided(grad_out),
-        by_query=strided(tangents.query),
-        by_key=strided(tangents.key),
+        by_query=strided(by_query),
+        by_key=strided(by_key),
         by_value=strided(by_value),
         grad_out_tangent=StridedTensor() if grad_out_tangent is None else strided(grad_out_tangent),
         grad_lse=address(grad_lse),
