@@ -85,13 +85,13 @@ def describe_call(left: Tensor, right: Tensor) -> CallShape:
 
 
 _forward_op = define(
-    "row_products", RowProductsInputs, "Tensor", launcher(BACKENDS, "forward"), lambda x: x.left.new_empty(x.left.shape[:2])
+    "row_products", RowProductsInputs, "Tensor", launcher(BACKENDS, forward), lambda x: x.left.new_empty(x.left.shape[:2])
 )
 _backward_op = define(
     "row_products_backward",
     RowProductsBackwardInputs,
     "(Tensor, Tensor)",
-    launcher(BACKENDS, "backward"),
+    launcher(BACKENDS, backward),
     lambda x: (x.left.new_empty(x.left.shape), x.right.new_empty(x.right.shape)),
 )
 _saved = Saved(RowProductsInputs, RowProductsBackwardInputs, grads=["grad"])

@@ -64,27 +64,22 @@ def load(backends: Table, name: str) -> ModuleType:
     return module if isinstance(module, ModuleType) else module()
 
 
-def launcher(backends: Table, name: str) -> Callable[..., Any]:
-    """Returns the function `name` ("forward", ...) of the backend that the inputs name, or of "streaming" if it has none."""
-
-    def run(inputs: Any) -> Any:
-        function = getattr(load(backends, inputs.backend), name, None)
-        return (getattr(load(backends, "streaming"), name) if function is None else function)(inputs)
-
-    return run
+def launcher(backends: Table, of_streaming: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `of_streaming`, a function of "streaming"; inputs that name another backend are given to its function of that name,
+    if it has one."""
+    name = of_streaming.__name__
+    return lambda inputs: getattr(load(backends, inputs.backend), name, of_streaming)(inputs)
 
 
-def gradients(backends: Table, name: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Like `launcher`, but returns that of "streaming" if the backend has no such function.
-
-    The inputs have an attention, and may have tangents. Gradients have the layout of `as_outputs`.
-    """
+def gradients(backends: Table, of_streaming: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Like `launcher`. The inputs have an attention, and may have tangents. Gradients have the layout of `as_outputs`."""
+    name = of_streaming.__name__
 
     def run(inputs: Any) -> tuple[Tensor | None, ...]:
         chosen = inputs.backend if hasattr(load(backends, inputs.backend), name) else "streaming"
         if not backends[chosen].masks_padding and inputs.attention.key_mask is not None:
             given = named(inputs)
-            keys = {name: given[name] for name in ("key", "value", "key_tangent", "value_tangent") if name in given}
+            keys = {each: given[each] for each in ("key", "value", "key_tangent", "value_tangent") if each in given}
             masked = mask_padding(inputs.attention.key_mask, *keys.values())
             inputs = replaced(inputs, **dict(zip(keys, masked, strict=True)))
         return as_outputs(getattr(load(backends, chosen), name)(inputs))

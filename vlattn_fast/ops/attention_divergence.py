@@ -188,12 +188,14 @@ def _backward_fake(inputs: AttentionDivergenceBackwardInputs) -> tuple[Tensor, .
     return as_fake_outputs(inputs.query, [getattr(inputs, f) if need else None for f, need in zip(FIELDS, needs, strict=True)])
 
 
-_forward_op = define("attention_divergence", AttentionDivergenceInputs, "Tensor", launcher(BACKENDS, "forward"), _forward_fake)
+_forward_op = define(
+    "attention_divergence", AttentionDivergenceInputs, "Tensor", launcher(BACKENDS, streaming.forward), _forward_fake
+)
 _backward_op = define(
     "attention_divergence_backward",
     AttentionDivergenceBackwardInputs,
     "(Tensor, Tensor, Tensor, Tensor)",
-    launcher(BACKENDS, "backward"),
+    launcher(BACKENDS, streaming.backward),
     _backward_fake,
 )
 _saved = Saved(AttentionDivergenceInputs, AttentionDivergenceBackwardInputs, grads=("grad", "need_own", "need_other"))
@@ -218,8 +220,8 @@ _derivatives = Derivatives(
     outputs=("divergence",),
     grads={"grad": "divergence"},
     backward=_backward_op,
-    jvp=launcher(BACKENDS, "jvp"),
-    second=launcher(BACKENDS, "second"),
+    jvp=launcher(BACKENDS, streaming.jvp),
+    second=launcher(BACKENDS, streaming.second),
     fake=_forward_fake,
 )
 _autograd = autograd_of_sides(_backward_op, _saved, FIELDS[:2], FIELDS[2:])

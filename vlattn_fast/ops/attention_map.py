@@ -178,7 +178,7 @@ def _forward_fake(inputs: AttentionMapInputs) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], key.shape[2], dtype=compute_dtype(query))
 
 
-_forward_op = define("attention_map", AttentionMapInputs, "Tensor", launcher(BACKENDS, "forward"), _forward_fake)
+_forward_op = define("attention_map", AttentionMapInputs, "Tensor", launcher(BACKENDS, streaming.forward), _forward_fake)
 
 
 _FIELDS = "query", "key", "value", "grad_output", "lse", "row_bias"
@@ -193,7 +193,7 @@ _backward_op = define(
     "attention_map_backward",
     AttentionMapBackwardInputs,
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    gradients(BACKENDS, "backward"),
+    gradients(BACKENDS, streaming.backward),
     _backward_fake,
 )
 _saved = Saved(AttentionMapInputs, AttentionMapBackwardInputs, grads=("grad", "need_lse"))
@@ -210,8 +210,8 @@ _derivatives = Derivatives(
     outputs=("map",),
     grads={"grad": "map"},
     backward=_backward_op,
-    jvp=gradients(BACKENDS, "jvp"),
-    second=gradients(BACKENDS, "second"),
+    jvp=gradients(BACKENDS, streaming.jvp),
+    second=gradients(BACKENDS, streaming.second),
     fake=_forward_fake,
 )
 differentiable("attention_map", _autograd, lambda ctx, inputs, output: _saved.save(ctx, inputs), _derivatives.of_forward)

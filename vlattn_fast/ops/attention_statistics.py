@@ -356,8 +356,8 @@ _derivatives = Derivatives(
     outputs=OUTPUTS,
     grads={f"grad_{name}": name for name in ("mass", "entropy", "maximum", "received")},
     backward=_backward_op,
-    jvp=gradients(BACKENDS, "jvp"),
-    second=gradients(BACKENDS, "second"),
+    jvp=gradients(BACKENDS, streaming.jvp),
+    second=gradients(BACKENDS, streaming.second),
     fake=_forward_fake,
 )
 differentiable("attention_statistics", _autograd, _setup_context, _derivatives.of_forward)

@@ -211,13 +211,17 @@ def _backward_fake(inputs: Any) -> tuple[Tensor, ...]:
 
 # `gradients`: those of each sample's loss, if the backend computes them with it; empty if the backward pass computes them
 _forward_op = define(
-    "congruence_loss", CongruenceLossInputs, "(Tensor loss, Tensor gradients)", launcher(BACKENDS, "forward"), _forward_fake
+    "congruence_loss",
+    CongruenceLossInputs,
+    "(Tensor loss, Tensor gradients)",
+    launcher(BACKENDS, streaming.forward),
+    _forward_fake,
 )
 _backward_op = define(
     "congruence_loss_backward",
     CongruenceLossBackwardInputs,
     f"({', '.join(['Tensor'] * 8)})",
-    launcher(BACKENDS, "backward"),
+    launcher(BACKENDS, streaming.backward),
     _backward_fake,
 )
 
@@ -246,8 +250,8 @@ _derivatives = Derivatives(
     outputs=("loss", "gradients"),
     grads={"grad_loss": "loss"},
     backward=_backward_op,
-    jvp=launcher(BACKENDS, "jvp"),
-    second=launcher(BACKENDS, "second"),
+    jvp=launcher(BACKENDS, streaming.jvp),
+    second=launcher(BACKENDS, streaming.second),
     fake=_forward_fake,
     fake_second=_backward_fake,
 )

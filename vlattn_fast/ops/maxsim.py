@@ -118,7 +118,9 @@ def _backward_fake(inputs: MaxsimBackwardInputs) -> tuple[Tensor, Tensor]:
 
 
 _forward_op = define("maxsim", MaxsimInputs, "(Tensor similarity, Tensor places)", _forward, _forward_fake)
-_backward_op = define("maxsim_backward", MaxsimBackwardInputs, "(Tensor, Tensor)", launcher(BACKENDS, "backward"), _backward_fake)
+_backward_op = define(
+    "maxsim_backward", MaxsimBackwardInputs, "(Tensor, Tensor)", launcher(BACKENDS, streaming.backward), _backward_fake
+)
 _saved = Saved(MaxsimInputs, MaxsimBackwardInputs, outputs=("places",), grads=("grad_similarity",))
 
 
@@ -138,8 +140,8 @@ _derivatives = Derivatives(
     outputs=("similarity", "places"),
     grads={"grad_similarity": "similarity"},
     backward=_backward_op,
-    jvp=launcher(BACKENDS, "jvp"),
-    second=launcher(BACKENDS, "second"),
+    jvp=launcher(BACKENDS, streaming.jvp),
+    second=launcher(BACKENDS, streaming.second),
     fake=_forward_fake,
 )
 differentiable("maxsim", _autograd, _setup_context, _derivatives.of_forward)

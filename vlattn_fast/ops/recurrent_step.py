@@ -34,7 +34,7 @@ from vlattn_fast.backends.streaming.recurrent_step import (
     RecurrentStepSecondInputs,
 )
 from vlattn_fast.dispatch.call import CallShape, call_shape
-from vlattn_fast.dispatch.choice import launcher, load, planned, selecting
+from vlattn_fast.dispatch.choice import launcher, planned, selecting
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
@@ -189,18 +189,13 @@ def _forward_fake(inputs: RecurrentStepInputs) -> Tensor:
     return inputs.relevancy.new_empty(inputs.relevancy.shape)
 
 
-_forward_op = define("recurrent_step", RecurrentStepInputs, "Tensor", launcher(BACKENDS, "forward"), _forward_fake)
+_forward_op = define("recurrent_step", RecurrentStepInputs, "Tensor", launcher(BACKENDS, streaming.forward), _forward_fake)
 
 
-def _gradients(name: str) -> Callable[[Any], tuple[Tensor | None, ...]]:
-    """Runs the backend's function `name`, or that of streaming if it has none."""
-
-    def run(inputs: Any) -> tuple[Tensor | None, ...]:
-        module = load(BACKENDS, inputs.backend)
-        module = module if hasattr(module, name) else load(BACKENDS, "streaming")
-        return as_outputs(getattr(module, name)(inputs))
-
-    return run
+def _gradients(of_streaming: Callable[..., Any]) -> Callable[[Any], tuple[Tensor | None, ...]]:
+    """As `launcher`, in the layout of `as_outputs`."""
+    run = launcher(BACKENDS, of_streaming)
+    return lambda inputs: as_outputs(run(inputs))
 
 
 def _backward_fake(x: RecurrentStepBackwardInputs) -> tuple[Tensor, ...]:
@@ -213,7 +208,7 @@ _backward_op = define(
     "recurrent_step_backward",
     RecurrentStepBackwardInputs,
     f"({', '.join(['Tensor'] * 8)})",
-    _gradients("backward"),
+    _gradients(streaming.backward),
     _backward_fake,
 )
 _saved = Saved(RecurrentStepInputs, RecurrentStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs"))
@@ -239,8 +234,8 @@ _derivatives = Derivatives(
     outputs=("result",),
     grads={"grad": "result"},
     backward=_backward_op,
-    jvp=_gradients("jvp"),
-    second=_gradients("second"),
+    jvp=_gradients(streaming.jvp),
+    second=_gradients(streaming.second),
     fake=_forward_fake,
 )
 differentiable("recurrent_step", _autograd, _setup_context, _derivatives.of_forward)

@@ -144,7 +144,7 @@ def _fake(inputs: ResidualWeightsInputs) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-_op = define("residual_weights", ResidualWeightsInputs, "(Tensor a, Tensor b)", launcher(BACKENDS, "backward"), _fake)
+_op = define("residual_weights", ResidualWeightsInputs, "(Tensor a, Tensor b)", launcher(BACKENDS, streaming.backward), _fake)
 not_differentiable("residual_weights", "the weights are constants of the rule; detach residual, branch and grad")
 
 OPERATOR = Operator(relevancy_residual, _describe, BACKENDS)

@@ -20,6 +20,7 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepSecondInputs,
     named,
 )
+from vlattn_fast.backends.streaming import relevancy_attention as streaming
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
 from vlattn_fast.dispatch.choice import gradients, launcher, planned
@@ -136,7 +137,7 @@ def _forward_fake(inputs: RelevancyStepInputs) -> Tensor:
     return relevancy.new_empty(relevancy.shape[0], relevancy.shape[1], inputs.attention.key.shape[2])
 
 
-_forward_op = define("relevancy_step", RelevancyStepInputs, "Tensor", launcher(BACKENDS, "step"), _forward_fake)
+_forward_op = define("relevancy_step", RelevancyStepInputs, "Tensor", launcher(BACKENDS, streaming.step), _forward_fake)
 
 
 _FIELDS = "relevancy", "query", "key", "value", "grad_output", "lse", "row_bias"
@@ -154,7 +155,7 @@ _backward_op = define(
     "relevancy_step_backward",
     RelevancyStepBackwardInputs,
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    gradients(BACKENDS, "step_backward"),
+    gradients(BACKENDS, streaming.step_backward),
     _backward_fake,
 )
 _saved = Saved(RelevancyStepInputs, RelevancyStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs", "need_lse"))
@@ -180,8 +181,8 @@ DERIVATIVES = Derivatives(
     outputs=("relevancy_out",),
     grads={"grad": "relevancy_out"},
     backward=_backward_op,
-    jvp=gradients(BACKENDS, "step_jvp"),
-    second=gradients(BACKENDS, "step_second"),
+    jvp=gradients(BACKENDS, streaming.step_jvp),
+    second=gradients(BACKENDS, streaming.step_second),
     fake=_forward_fake,
 )
 differentiable("relevancy_step", _autograd, _setup_context, DERIVATIVES.of_forward)

@@ -46,6 +46,7 @@ from vlattn_fast.backends.inputs import (
     ScoreAttentionSecondInputs,
 )
 from vlattn_fast.backends.sdpa import score_attention as sdpa
+from vlattn_fast.backends.streaming import score_attention as streaming
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
 from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
@@ -380,7 +381,7 @@ def _backward_fake(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:
 
 
 _forward_op = define(
-    "score_attention", ScoreAttentionInputs, "(Tensor out, Tensor lse)", launcher(BACKENDS, "forward"), _forward_fake
+    "score_attention", ScoreAttentionInputs, "(Tensor out, Tensor lse)", launcher(BACKENDS, streaming.forward), _forward_fake
 )
 _backward_op = define(
     "score_attention_backward",
@@ -407,9 +408,9 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> dic
     return dict(zip(DERIVATIVES.fields, _backward_op(inputs), strict=True))
 
 
-def _of_kind(name: str) -> Callable[..., tuple[Any, ...]]:
+def _of_kind(of_streaming: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
     """Like `gradients`; kernels take dot products, and streaming any score."""
-    run = gradients(BACKENDS, name)
+    run = gradients(BACKENDS, of_streaming)
     return lambda inputs: run(inputs if inputs.attention.score == "dot" else inputs._replace(backend="streaming"))
 
 
@@ -421,7 +422,7 @@ def _tangents(inputs: Any) -> dict[str, Tensor]:
 
 
 def _jvp(inputs: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _of_kind("jvp")(inputs._replace(**_tangents(inputs)))
+    out, lse = _of_kind(streaming.jvp)(inputs._replace(**_tangents(inputs)))
     return out, as_dtype(lse, inputs.lse.dtype)
 
 
@@ -435,7 +436,7 @@ def _second(inputs: Any) -> tuple[Tensor | None, ...]:
     )
     given = {name: (x, where) for name, where in rows if (x := getattr(inputs, name)) is not None}
     grads = {name: torch.where(where, 0.0, x) for name, (x, where) in given.items()}
-    out, lse, *by_fields = _of_kind("second")(inputs._replace(**_tangents(inputs), **grads))
+    out, lse, *by_fields = _of_kind(streaming.second)(inputs._replace(**_tangents(inputs), **grads))
     return out, None if lse is None else as_dtype(lse, inputs.lse.dtype), *by_fields
 
 

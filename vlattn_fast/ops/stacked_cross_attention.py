@@ -288,13 +288,13 @@ def _backward_fake(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor,
 
 
 _forward_op = define(
-    "stacked_cross_attention", StackedCrossAttentionInputs, "Tensor", launcher(BACKENDS, "forward"), _forward_fake
+    "stacked_cross_attention", StackedCrossAttentionInputs, "Tensor", launcher(BACKENDS, streaming.forward), _forward_fake
 )
 _backward_op = define(
     "stacked_cross_attention_backward",
     StackedCrossAttentionBackwardInputs,
     "(Tensor, Tensor)",
-    launcher(BACKENDS, "backward"),
+    launcher(BACKENDS, streaming.backward),
     _backward_fake,
 )
 _saved = Saved(StackedCrossAttentionInputs, StackedCrossAttentionBackwardInputs, grads=("grad_similarity",))
@@ -315,8 +315,8 @@ _derivatives = Derivatives(
     outputs=("similarity",),
     grads={"grad_similarity": "similarity"},
     backward=_backward_op,
-    jvp=launcher(BACKENDS, "jvp"),
-    second=launcher(BACKENDS, "second"),
+    jvp=launcher(BACKENDS, streaming.jvp),
+    second=launcher(BACKENDS, streaming.second),
     fake=_forward_fake,
 )
 differentiable("stacked_cross_attention", _autograd, _setup_context, _derivatives.of_forward)
