@@ -60,7 +60,7 @@ def test_constants_and_the_explained_number(llava, picture, tmp_path):
     refused = vlattn(*run, "--out", tmp_path / "out.html", "--method", "rollout", "--of", "logit")
     assert (
         refused.exit_code == 2
-        and "--of must be an option of a chosen method: rollout has start_layer, sinks; got 'logit'" in said(refused)
+        and "--of must be an option of a chosen method: rollout has one_hot, start_layer, sinks; got 'logit'" in said(refused)
     )
 
 
@@ -81,7 +81,7 @@ def test_options_of_methods_reach_those_that_have_them(monkeypatch, vit, picture
         ]
     ]
     refused = vlattn(*run, "--method", "rollout", "--n-steps", 2)
-    assert "--n-steps must be an option of a chosen method: rollout has start_layer, sinks; got 2" in said(refused)
+    assert "--n-steps must be an option of a chosen method: rollout has one_hot, start_layer, sinks; got 2" in said(refused)
     assert refused.exit_code == 2 and len(asked) == 1
 
 

@@ -93,7 +93,7 @@ class Request:
         _check_no_derivative()
         embedded_by = "mean" if position is None or isinstance(position, Mapping) else position
         place = position
-        position = _checked_position(position, chosen, target, of_score=_has_vocabulary(model) and not generates(model))
+        position = _checked_position(position, chosen, target, model)
         if answer is None:
             adapter = _adapter_of_target(model, inputs, packs, position, chosen, per_token)
         else:
@@ -176,12 +176,13 @@ def lay_out(request: Request) -> Prompt:
 # --- what the call takes ---
 
 
-def _checked_position(position: Any, method: Method, target: Any, of_score: bool) -> Any:
-    """`position` if the method has an explained position, else None, with a warning that it has no effect. `of_score`: it may be
-    where the score is taken."""
+def _checked_position(position: Any, method: Method, target: Any, model: nn.Module) -> Any:
+    """`position` if the method has an explained position, else None, with a warning that it has no effect, unless it may be where
+    the score is taken."""
     if method.uses_position and not method.takes_logits:
         return position
-    if position is not None and not of_score and not (isinstance(target, str) and target == SIMILARITY):  # it names the embedding
+    names_embedding = isinstance(target, str) and target == SIMILARITY
+    if position is not None and not names_embedding and (generates(model) or not _has_vocabulary(model)):
         warnings.warn(
             f"position={position!r} has no effect on method {method.name!r}, which has no explained token", stacklevel=3
         )
