@@ -5,10 +5,13 @@ import os
 import select
 import time
 
+import pytest
+
 from tests.test_benchmarks import TINY
 from vlattn_fast.benchmarks import _isolated, _measure
 
 
+@pytest.mark.slow  # two processes begin with torch
 def test_variants_in_processes_of_their_own():
     """Each process measures its variant alone; the rows come back in the order asked for, with ratios to the bound's."""
     variants = ("SDPA", "streaming")

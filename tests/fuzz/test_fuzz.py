@@ -153,6 +153,7 @@ def test_a_planted_flaw_is_caught(operator: str, monkeypatch: pytest.MonkeyPatch
     caught(operator, monkeypatch)
 
 
+@pytest.mark.slow  # it judges a wrong call twice, with all its other draws
 def test_a_planted_flaw_is_repeated_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     first = caught("attention_map", monkeypatch)
     command = f"verify {first.operator} --backend streaming --fuzz 1 --seed {first.seed}"

@@ -148,6 +148,7 @@ def test_tiles_store_each_candidate_and_the_winner(rehearsed):
     assert table.exists() == won["changed"]
 
 
+@pytest.mark.slow
 def test_a_step_is_rehearsed_by_its_name(tmp_path):
     call = Call(tmp_path)
     status, said = call("cudnn")

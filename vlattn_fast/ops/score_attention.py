@@ -414,6 +414,9 @@ def _of_kind(of_streaming: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]
     return lambda inputs: run(inputs if inputs.attention.score == "dot" else inputs._replace(backend="streaming"))
 
 
+_run_jvp, _run_second = _of_kind(streaming.jvp), _of_kind(streaming.second)
+
+
 def _tangents(inputs: Any) -> dict[str, Tensor]:
     """Zeros for the tangents that kernels take, where they are None."""
     of = {"query": inputs.attention.query, "key": inputs.attention.key, "value": inputs.value}
@@ -422,7 +425,7 @@ def _tangents(inputs: Any) -> dict[str, Tensor]:
 
 
 def _jvp(inputs: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _of_kind(streaming.jvp)(inputs._replace(**_tangents(inputs)))
+    out, lse = _run_jvp(inputs._replace(**_tangents(inputs)))
     return out, as_dtype(lse, inputs.lse.dtype)
 
 
@@ -436,7 +439,7 @@ def _second(inputs: Any) -> tuple[Tensor | None, ...]:
     )
     given = {name: (x, where) for name, where in rows if (x := getattr(inputs, name)) is not None}
     grads = {name: torch.where(where, 0.0, x) for name, (x, where) in given.items()}
-    out, lse, *by_fields = _of_kind(streaming.second)(inputs._replace(**_tangents(inputs), **grads))
+    out, lse, *by_fields = _run_second(inputs._replace(**_tangents(inputs), **grads))
     return out, None if lse is None else as_dtype(lse, inputs.lse.dtype), *by_fields
 
 
