@@ -218,7 +218,6 @@ def test_no_third_derivative() -> None:
         grad(lambda *y: jvp(grad(weighted(step)), y, u)[1].sum())(*x.values())
 
 
-@pytest.mark.slow  # that of a step and its gradients: test_recurrent_step.py
 def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four times as many tokens take about four times as much, and no map of a head is made."""
     monkeypatch.setattr(streaming, "CHUNK", 16)
