@@ -209,7 +209,8 @@ def test_what_is_refused():
 
 CONNECTED = [*(name for name in DECODERS if getattr(ADAPTERS.get(name), "vision", None) is not None), "pixtral"]
 
-# Tokens of each prompt's pictures, where the tower sees tiles, or all at once. Three and five tiles; 4 x 8 and 8 x 4 patches.
+# Tokens of each prompt's pictures, where it has several of one size, the tower sees tiles, or all at once. Three and five tiles;
+# 4 x 8 and 8 x 4 patches.
 OF_PROMPTS = {
     "LlavaNextForConditionalGeneration": [3 * 17, 5 * 17],
     "LlavaOnevisionForConditionalGeneration": [3 * 16, 5 * 16],
@@ -218,6 +219,8 @@ OF_PROMPTS = {
     "Qwen2VLForConditionalGeneration": [32, 32],
     "Qwen2_5_VLForConditionalGeneration": [32, 32],
     "Mistral3ForConditionalGeneration": [8, 16],
+    "Gemma3ForConditionalGeneration": [2 * 64, 64],
+    "InternVLForConditionalGeneration": [3 * 17, 17],
     "pixtral": [8, 12],
 }
 SHAPES = {  # of the tower
