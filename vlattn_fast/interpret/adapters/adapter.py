@@ -238,10 +238,13 @@ class TargetScore(Named):
         """The logits, by name or as the model's only output; None without logits."""
         return outputs if isinstance(outputs, Tensor) else getattr(outputs, self.field, None)
 
-    def at_places(self, logits: Any) -> bool:
+    def at_places(self, outputs: Any) -> bool:
         """Whether each token has logits (B, N, classes) of its own, such as those of a masked language model, in which `position`
         chooses."""
-        return self.among_logits and not self.predicts and isinstance(logits, Tensor) and logits.ndim == 3
+        if self.predicts or not self.among_logits:
+            return False
+        logits = self.logits(outputs)
+        return isinstance(logits, Tensor) and logits.ndim == 3
 
     def per_row(self, logits: Any, arguments: Mapping[str, Any], position: Any = None) -> Tensor:
         """The logits (B, classes) that a target chooses from, of a model called with `arguments`."""

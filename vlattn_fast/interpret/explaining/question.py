@@ -137,9 +137,8 @@ def choose_score(prompt: Prompt, outputs: Any, batch: int) -> tuple[Tensor | Non
     if not request.method.needs_score and target is None and adapter.scoring.logits(outputs) is None:
         return None, None
     scoring, place = adapter.scoring, request.place
-    chosen_among = scoring.logits(outputs)
     scores, chosen = scoring.choose(outputs, target if prompt.pairs is None else prompt.pairs, prompt.arguments, place)
-    if of is None and scoring.at_places(chosen_among):
+    if of is None and scoring.at_places(outputs):
         of = LOG_PROBABILITY
     if of in (None, LOGIT):
         return scores, chosen
@@ -147,7 +146,7 @@ def choose_score(prompt: Prompt, outputs: Any, batch: int) -> tuple[Tensor | Non
         raise ValueError(
             f"of must be 'logit' if the score is not one of several logits; got {of!r} for {type(request.model).__name__}"
         )
-    logits = scoring.per_row(chosen_among, prompt.arguments, place)
+    logits = scoring.per_row(scoring.logits(outputs), prompt.arguments, place)
     return explained_number(of, logits, torch.tensor(chosen, device=logits.device)), chosen
 
 

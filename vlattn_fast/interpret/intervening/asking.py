@@ -106,7 +106,7 @@ class Asked:
                 f"model must predict tokens or classes, which have probabilities; got {type(self.request.model).__name__}. "
                 "Pass target=, a callable(outputs) -> (B,) numbers"
             )
-        if scoring.at_places(scoring.logits(outputs)):  # whose scores are log-probabilities
+        if scoring.at_places(outputs):  # whose scores are log-probabilities
             return scores.exp()
         logits = scoring.per_row(scoring.logits(outputs), self.prompt.arguments)
         return (scores.double() - logits.double().logsumexp(-1)).exp()

@@ -54,9 +54,10 @@ def method_of(method: str | Method) -> Method:
         return find_method(method)()
     try:
         call = ast.parse(f"f({inside}", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError
         options = {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, AssertionError):
+    except (SyntaxError, ValueError):
         return find_method(method)()  # which raises
     if isinstance(freeze := options.get("freeze"), str):
         options["freeze"] = (freeze,)
