@@ -72,6 +72,9 @@ def test_what_a_masked_token_needs():
     for position in (None, "mean"):
         with pytest.raises(ValueError, match=f"position must be the index of one token, .* got position={position!r}"):
             explain(model, inputs, target=7, position=position)
+    for method in ("gradient", "occlusion"):  # occlusion has no explained token, but its score has a place
+        with pytest.raises(ValueError, match=r"position must be from -\d+ to \d+; got 30"):
+            explain(model, inputs, target=7, position=30, method=method)
     with pytest.raises(ValueError, match="position must be one token of each sample if each token has logits; got weights of"):
         explain(model, inputs, target=7, position=torch.full((inputs["input_ids"].shape[1],), 0.5))
 

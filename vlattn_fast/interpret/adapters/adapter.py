@@ -358,8 +358,11 @@ def _at_place(logits: Tensor, position: Any) -> Tensor:
             f"position must be the index of one token, or target a callable, if each token has logits {tuple(logits.shape)}, "
             f"as in a masked language model; got position={position!r}"
         )
-    weights = functional.one_hot(torch.tensor(position % size), size) if isinstance(position, int) else torch.as_tensor(position)
-    weights = weights.to(logits.device).expand(batch, size)
+    if isinstance(position, int):
+        if not -size <= position < size:
+            raise ValueError(f"position must be from {-size} to {size - 1}; got {position}")
+        position = functional.one_hot(torch.tensor(position % size), size)
+    weights = torch.as_tensor(position, device=logits.device).expand(batch, size)
     if not bool(((weights != 0).sum(-1) == 1).all()):
         raise ValueError("position must be one token of each sample if each token has logits; got weights of several, or of none")
     return logits[torch.arange(batch, device=logits.device), (weights != 0).int().argmax(-1)]
