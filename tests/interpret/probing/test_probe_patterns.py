@@ -16,8 +16,10 @@ pytest.importorskip("matplotlib")
 from matplotlib.colors import to_hex
 
 import vlattn_fast as va
-from tests.helpers.interpret.probe_cases import REGIONS, planted, scenes
+from tests.helpers.interpret.probe_cases import REGIONS, planted, quick_fits, scenes
 from tests.helpers.nn import models
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,8 @@ def report() -> va.ProbeReport:
     inputs["region_positions"][..., :4] = torch.stack([x, x / 2, x + 0.1, x / 2 + 0.2], -1)
     for label in labels:
         label["relations"] = [(0, 3, "on")]
-    return va.probe(planted(1), [(inputs, labels)], tests=("coreference", "relation_detection", "linguistic"))
+    with quick_fits():
+        return va.probe(planted(1), [(inputs, labels)], tests=("coreference", "relation_detection", "linguistic"))
 
 
 def drawn(axis: Any) -> list[tuple[str, float]]:

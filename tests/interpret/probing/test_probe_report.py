@@ -21,6 +21,8 @@ from tests.helpers.interpret.probe_cases import planted, scenes
 from tests.helpers.nn import models
 from vlattn_fast.interpret.probing.layout import Layouts
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 # --- the report ---
 
 
@@ -134,7 +136,6 @@ def test_bad_labels(labels: Any, message: str) -> None:
         va.probe(planted(0), [(inputs, None), (inputs, labels)])
 
 
-@pytest.mark.slow  # it fits the probes of sixty scenes
 def test_labels_of_other_types() -> None:
     """Numbers of NumPy and torch; a class that is missing; classes of several parts."""
     (inputs, _), *_ = scenes(30)
