@@ -18,10 +18,17 @@ from tools.model_classes.run import EDITS, UNCHANGED, classes
         ("causal", "LlamaForCausalLM"),
         ("causal", "GptOssForCausalLM"),
         ("causal", "BloomForCausalLM"),
+        ("causal", "GPTJForCausalLM"),
+        ("causal", "Gemma3ForConditionalGeneration"),
+        ("image-text", "Qwen2VLForConditionalGeneration"),
+        ("image-text", "PaliGemmaForConditionalGeneration"),
+        ("image-text", "Blip2ForConditionalGeneration"),
         ("causal", "HrmTextForCausalLM"),  # runs its layers several times
         ("causal", "GraniteSWAForCausalLM"),  # has sinks behind its softmax
         ("causal", "FalconH1ForCausalLM"),  # has recurrences beside its attention
         ("text", "DebertaV2ForSequenceClassification"),
+        ("text", "AlbertForSequenceClassification"),
+        ("text", "MPNetForSequenceClassification"),
         ("zero-shot", "CLIPModel"),
         ("sequence", "T5ForConditionalGeneration"),
     ],

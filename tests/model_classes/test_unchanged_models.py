@@ -12,6 +12,8 @@ from tools.model_classes.compare import outcome_of
     ("mapping", "name"),
     [
         ("causal", "DeepseekV32ForCausalLM"),  # whose indexer chooses keys
+        ("causal", "DeepseekV4ForCausalLM"),  # adds masks by hand
+        ("image-text", "MiniMaxM3SparseForConditionalGeneration"),  # whose indexer chooses blocks of keys
         ("causal", "MixtralForCausalLM"),  # whose router may choose differently after a rounding
         ("sequence", "T5ForConditionalGeneration"),  # learns a bias of positions
         ("text", "ModernBertForSequenceClassification"),  # reads from padding, which sees no key in its window
@@ -19,7 +21,8 @@ from tools.model_classes.compare import outcome_of
 )
 def test_three_functions_change_nothing(mapping: str, name: str) -> None:
     row = outcome_of(mapping, name, unchanged.compared)
-    assert row.outcome == "equal" and all(f"{way}: equal" in row.reason for way in unchanged.WAYS), row
+    ways = ["by name"] if name.startswith("DeepseekV4") else unchanged.WAYS
+    assert row.outcome == "equal" and all(f"{way}: equal" in row.reason for way in ways), row
 
 
 def test_a_model_without_names_is_refused() -> None:

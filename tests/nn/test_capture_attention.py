@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from typing import Any
 
@@ -259,34 +258,6 @@ def test_gradient_of_the_loss(name: str, kind: str) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-11)
 
 
-@pytest.mark.slow
-def test_a_training_curve() -> None:
-    """200 steps with CACR, ours and the formula: the losses stay together."""
-    curves = []
-    for ours in (True, False):
-        torch.manual_seed(0)
-        model, inputs = uniter()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        loss, curve = CongruenceLoss("cacr", schedule="exp", num_steps=200, weight=50.0), []
-        for step in range(200):
-            with capture_attention(model) as captured:
-                logits = model(**inputs).logits
-            if ours:
-                congruence = loss(captured, **masks(inputs))
-            else:
-                parts = captured.split(WORDS)
-                options = {"kind": "cacr", "direction": "both", "scale": HEAD_DIM**-0.5, "reduction": "mean"}
-                congruence = 50.0 * math.exp(5 * (step / 200 - 1)) * formula(*parts, **options, **masks(inputs))
-            total = nn.functional.cross_entropy(logits, torch.tensor([0, 1])) + congruence
-            optimizer.zero_grad()
-            total.backward()
-            optimizer.step()
-            curve.append(total.detach())
-        curves.append(torch.stack(curve))
-    assert curves[0][-1] < 0.5 * curves[0][0]
-    torch.testing.assert_close(curves[0], curves[1], rtol=0, atol=1e-3)
-
-
 def test_under_autocast() -> None:
     """bf16 projections, a float32 loss, float32 gradients near those without autocast."""
     model, inputs = visual_bert()
@@ -295,24 +266,6 @@ def test_under_autocast() -> None:
         value, grads = loss_and_grads(model, inputs, CongruenceLoss("iais_distributed"))
     assert value.dtype == torch.float32 and all(grad.dtype == torch.float32 for grad in grads.values())
     torch.testing.assert_close(value, wanted[0], rtol=0.05, atol=1e-4)
-
-
-def test_gradient_accumulation() -> None:
-    model, inputs = uniter()
-    model = model.double().eval()
-    inputs = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
-    loss = CongruenceLoss("iais_distributed", reduction="none")
-    _, whole = loss_and_grads(model, inputs, lambda captured, **masks: loss(captured, **masks).sum())
-    model.zero_grad()
-    for row in range(2):
-        part = {key: x[row : row + 1] for key, x in inputs.items()}
-        with capture_attention(model) as captured:
-            outputs = model(**part).logits
-        of_row = {name: mask[row : row + 1] for name, mask in masks(inputs).items()}
-        (loss(captured, **of_row).sum() + outputs.square().mean() / 2).backward()
-    for name, parameter in model.named_parameters():
-        if name in whole:
-            torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-8, atol=1e-11)
 
 
 def gradients(model: nn.Module, inputs: dict[str, Tensor], inside: bool = False) -> dict[str, Tensor]:
@@ -366,37 +319,6 @@ def alone(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def test_wrapped(alone: None) -> None:
-    """DDP, and torch.compile in both its forms: the same loss and gradients as of the model itself."""
-    model, inputs = uniter()
-    model.eval()
-    wanted = loss_and_grads(model, inputs, CongruenceLoss("cacr"))
-    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True)
-    value, grads = loss_and_grads(wrapped, inputs, CongruenceLoss("cacr"))
-    torch.testing.assert_close((value, {name.removeprefix("module."): g for name, g in grads.items()}), wanted)
-    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")
-    value, grads = loss_and_grads(compiled, inputs, CongruenceLoss("cacr"))
-    torch.testing.assert_close((value, {name.removeprefix("_orig_mod."): g for name, g in grads.items()}), wanted)
-    in_place = copy.deepcopy(model)
-    in_place.compile(backend="aot_eager")
-    torch.testing.assert_close(loss_and_grads(in_place, inputs, CongruenceLoss("cacr")), wanted)
-
-
-@pytest.mark.parametrize("name", ["LXMERT", "UNITER"])
-def test_fully_sharded(name: str, alone: None) -> None:
-    """FSDP2, layer by layer."""
-    from torch.distributed.fsdp import fully_shard
-
-    model, inputs = MODELS[name]()
-    model.eval()
-    wanted = gradients(copy.deepcopy(model), inputs)
-    for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
-        for layer in layers:
-            fully_shard(layer)
-    fully_shard(model)
-    torch.testing.assert_close(gradients(model, inputs), wanted)
 
 
 @pytest.mark.filterwarnings("ignore")  # FSDP of one process, and without a GPU

@@ -330,42 +330,11 @@ def test_no_tensor_of_queries_times_keys_is_kept() -> None:
     assert shapes and not any(shape[-2:] == (17, 17) for shape in shapes)
 
 
-def test_wrappers_and_compiled_models() -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = made("ViT").train()
-        grads = []
-        for wrapped in (model, nn.parallel.DistributedDataParallel(model), torch.compile(model, backend="eager")):
-            model.zero_grad()
-            with capture_relevancy(wrapped) as captured:
-                logits = wrapped(pixel_values=PIXELS).logits
-            (captured.relevancy(logits[:, 1].sum())[:, 1:].sum() + logits.sum()).backward()
-            grads.append(gradients(model))
-        torch.testing.assert_close(grads[1:], [grads[0]] * 2)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_fsdp(tmp_path: Path) -> None:
     """Two processes with one input each have the gradients of both inputs on the whole model."""
     expected = divided_relevancy.gradients()
     for grads in results_of(divided_relevancy.__name__, "of_this_rank", tmp_path):
         torch.testing.assert_close(grads, expected)
-
-
-@pytest.mark.slow
-def test_a_step_that_is_compiled_as_a_whole() -> None:
-    model = made("ViT").train()
-
-    def step(pixels: Tensor) -> Tensor:
-        with capture_relevancy(model) as captured:
-            logits = model(pixel_values=pixels).logits
-        return captured.relevancy(logits[:, 1].sum())
-
-    row = torch.compile(step, backend="eager")(PIXELS)
-    torch.testing.assert_close(row, step(PIXELS))
-    row[:, 1:].sum().backward()
-    assert bool((gradients(model) != 0).any())
 
 
 # --- input that is wrong, or unusual ---

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +14,7 @@ import vlattn_fast as va
 from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.decoder_cases import DECODERS
 from tests.helpers.interpret.edited_maps import biased
-from tests.helpers.nn.models import HEAD_DIM, HEADS, MODELS, WORDS, Joined, answer
+from tests.helpers.nn.models import HEAD_DIM, HEADS, MODELS, WORDS, Joined
 from tests.interpret.adapters.test_clip_mapper import IDS, inputs_of, mapper
 from tests.nn.test_capture_attention import watched
 from tests.nn.test_captured_layer import attention_of
@@ -162,18 +160,3 @@ def test_a_capture_of_an_edited_model_knows_its_two_streams() -> None:
     for captured in captures:
         assert torch.equal(captured.text[0], seen["query"][0]) and captured.text.attn_mask is not None
         assert captured.cross is not None
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_of_a_model_within_a_capture(copied: Any) -> None:
-    """They take the hooks along, which see nothing: neither within nor afterwards."""
-    model, inputs = MODELS["CLIP, sdpa"]()
-    with capture_attention(model.eval()) as captured:
-        want = answer(model(**inputs))
-        twin = copied(model)
-        query = captured.text[0]
-        assert torch.equal(answer(twin(**inputs)), want) and captured.text[0] is query
-    assert torch.equal(answer(twin(**inputs)), want)
-    with capture_attention(twin) as of_twin:
-        twin(**inputs)
-    assert torch.equal(of_twin.text[0], query)

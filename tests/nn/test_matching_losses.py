@@ -67,18 +67,7 @@ def test_damsm(ids: list[int] | None) -> None:
 
 
 @pytest.mark.parametrize("loss", [ScanLoss(), ScanLoss(hardest=False), DamsmLoss()])
-def test_training_and_edges(loss: Any) -> None:
-    """Steps along the gradient make the pairs match; an empty batch has loss 0."""
-    images, captions = (x.float().requires_grad_() for x in pairs())
-    optimizer = torch.optim.Adam([images, captions], lr=0.05)
-    losses = []
-    for _ in range(40):
-        optimizer.zero_grad()
-        value = loss(images, captions, LENGTHS)
-        value.backward()
-        optimizer.step()
-        losses.append(float(value.detach()))
-    assert losses[-1] < 0.5 * losses[0]
+def test_an_empty_batch_has_loss_0(loss: Any) -> None:
     empty = loss(torch.randn(0, 5, 8), torch.randn(0, 6, 8))
     assert empty.shape == () and float(empty) == 0.0
 

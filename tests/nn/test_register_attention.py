@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from tests.helpers.nn.models import DEEP, MODELS, answer, of_real_tokens, words
+from tests.helpers.nn.models import DEEP, MODELS, answer, words
 from tools.tiny_models.inputs import texts
 from tools.tiny_models.shrink import small_model
 from vlattn_fast import explain, scores
@@ -37,22 +37,16 @@ def by_name(model: nn.Module, score: str) -> dict[str, nn.Module]:
     return registered.scores(model)
 
 
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_scaled_dot_product_is_sdpas(name: str) -> None:
-    """With padding; Llama has grouped heads and is causal."""
+def test_the_scaled_dot_product_is_sdpas(name: str, padded: bool) -> None:
+    """Llama has grouped heads; without a mask the module says whether it is causal."""
     model, inputs = MODELS[name]()
+    if not padded:
+        inputs.pop("attention_mask", None)
     wanted = gradients(model.double().eval(), double(inputs))
     assert by_name(model, "scaled_dot") == {}
     torch.testing.assert_close(gradients(model, double(inputs)), wanted, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("name", ["Llama, sdpa", "BERT"])
-def test_without_a_mask_the_module_says_whether_it_is_causal(name: str) -> None:
-    model, inputs = MODELS[name]()
-    inputs = {"input_ids": inputs["input_ids"]}
-    wanted = answer(model.double().eval()(**inputs))
-    by_name(model, "scaled_dot")
-    torch.testing.assert_close(answer(model(**inputs)), wanted, rtol=1e-8, atol=1e-10)
 
 
 def double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -78,58 +72,6 @@ def test_equals_the_replaced_model(name: str, score: str) -> None:
     torch.testing.assert_close(grads, of_twin, rtol=1e-8, atol=1e-10)
     assert any("attention_score" in path and grad.any() for path, grad in grads.items()) == (bool(LAYERS[score].learned))
     assert score == "scaled_dot" or (out - plain).abs().max() > 1e-9
-
-
-@pytest.mark.parametrize("name", ["BERT", "Llama, sdpa"])
-def test_padding_has_no_effect(name: str) -> None:
-    """Neither what stands there, nor that it is there."""
-    model, inputs = MODELS[name]()
-    by_name(model.eval(), "additive")
-    short = {key: x[1:, :5] for key, x in inputs.items()}
-    other = inputs | {"input_ids": inputs["input_ids"].where(inputs["attention_mask"].bool(), 77)}
-    out = answer(model(**other))[1:]
-    out = out[:, :5] if name.startswith("Llama") else out
-    torch.testing.assert_close(out, answer(model(**short)), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("score", ["cosine", "additive"])
-def test_generates_with_a_cache(score: str) -> None:
-    """The tokens that it generates without one, for prompts that are padded on the left."""
-    model, inputs = MODELS["Llama, sdpa"]()
-    by_name(model.eval(), score)
-    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
-    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    cached, whole = (model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False))
-    assert torch.equal(cached.sequences, whole.sequences) and cached.sequences.shape == (2, 15)
-    torch.testing.assert_close(cached.logits, whole.logits, rtol=1e-4, atol=1e-5)
-
-
-def test_sliding_windows_come_as_masks() -> None:
-    sizes = {"vocab_size": 99, "num_key_value_heads": 2, "pad_token_id": 0, **DEEP}
-    model = hf.MistralForCausalLM(hf.MistralConfig(sliding_window=3, **sizes)).double().eval()
-    inputs = words()
-    wanted = answer(model(**inputs))
-    by_name(model, "scaled_dot")
-    torch.testing.assert_close(answer(model(**inputs)), wanted, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "DeepseekV32ForCausalLM",  # whose indexer chooses keys
-        "MiniMaxM3SparseForConditionalGeneration",  # whose indexer chooses blocks of keys
-        "DeepseekV4ForCausalLM",  # adds masks by hand
-        "T5ForConditionalGeneration",  # learns a bias of positions
-    ],
-)
-def test_models_with_masks_of_their_own(name: str) -> None:
-    """Values and gradients are those of the model's own attention, for prompts that are padded on either side."""
-    model: Any = small_model(getattr(hf, name))
-    inputs = texts(model, "both")
-    before = of_real_tokens(model, inputs)
-    by_name(model, "scaled_dot")
-    for got, wanted in zip(of_real_tokens(model, inputs), before, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_the_last_queries_of_a_causal_model() -> None:

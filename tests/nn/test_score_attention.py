@@ -59,22 +59,6 @@ def test_equals_the_formula(name, per_head, options, is_causal):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
-def test_scaled_dot_is_torchs_layer():
-    layer, theirs = ScoreAttention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.normal_(std=0.25)  # logits of a few units: in the hundreds each ulp of them would be seen
-        for part, weight, bias in zip(
-            (layer.q_proj, layer.k_proj, layer.v_proj), theirs.in_proj_weight.chunk(3), theirs.in_proj_bias.chunk(3), strict=True
-        ):
-            part.weight.copy_(weight)
-            part.bias.copy_(bias)
-        layer.out_proj.load_state_dict(theirs.out_proj.state_dict())
-    x, padding = torch.randn(2, 6, 16), torch.zeros(2, 6, dtype=torch.bool)
-    padding[1, 4:] = True
-    torch.testing.assert_close(layer(x, key_mask=~padding), theirs(x, x, x, key_padding_mask=padding)[0])
-
-
 def test_defaults_and_dropout():
     layer = ScoreAttention(8, 2, "additive", dropout=0.5)
     x = torch.randn(2, 5, 8)
@@ -130,6 +114,8 @@ def test_parameters_are_those_of_the_score():
             "must be None if score is a function",
         ),
         ((8, 2), {"dropout": 1.0}, "dropout must be"),
+        ((8, 2, "cosine"), {"softcap": 2.0}, "softcap must be None for scores other than"),
+        ((8, 2, "additive"), {"softcap": 2.0}, "softcap must be None for scores other than"),
     ],
 )
 def test_bad_arguments(arguments, options, words):
@@ -171,12 +157,6 @@ def test_options_of_scores_are_refused_where_the_layer_is_made(
 ) -> None:
     with pytest.raises((ValueError, TypeError), match=f"{name} must be|keyword argument '{name}'"):
         ScoreAttention(16, 4, score, per_head=per_head, score_options=options)
-
-
-@pytest.mark.parametrize("score", ["cosine", "additive"])
-def test_a_softcap_of_another_score_is_refused_where_the_layer_is_made(score: str) -> None:
-    with pytest.raises(ValueError, match="softcap must be None for scores other than"):
-        ScoreAttention(16, 4, score, softcap=2.0)
 
 
 @pytest.mark.parametrize("name", ["scaled_dot", "cosine", "additive", "distance"])

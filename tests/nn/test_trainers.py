@@ -60,24 +60,6 @@ def test_from_a_checkpoint_on(page: dict[str, Any]) -> None:
     assert again.seen == [2, 3]
 
 
-def test_evaluation_between_steps_counts_nothing(page: dict[str, Any]) -> None:
-    """Each evaluation of a Trainer called the loss, which counted: four steps were twelve."""
-    congruence = Steps()
-
-    class Counting(transformers.Trainer):  # type: ignore[misc, name-defined, unused-ignore]
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            with va.nn.capture_attention(model) as captured:
-                outputs = model(**inputs)
-            loss = outputs.loss + congruence(captured, text_mask=inputs["attention_mask"].bool())
-            return (loss, outputs) if return_outputs else loss
-
-    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
-    steps = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "per_device_train_batch_size": 2}
-    arguments = transformers.TrainingArguments("out", **quiet, **steps)
-    Counting(model_of("congruence"), arguments, train_dataset=page["questions"], eval_dataset=page["questions"]).train()
-    assert congruence.seen == [0, 1, 2, 3] and congruence.calls == 4
-
-
 class Both(nn.Module):
     """A model of which the loss, which counts, is a part."""
 

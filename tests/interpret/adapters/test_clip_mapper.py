@@ -11,7 +11,6 @@ import transformers
 from tests.helpers.interpret.cases import TEXT, VISION, in_double, lively
 from tests.helpers.interpret.linked_maps import METHODS, published, with_gradients
 from tests.helpers.interpret.stored_maps import assert_rows, literal_attention
-from tests.interpret.result.test_page import data
 from vlattn_fast.interpret import explain
 from vlattn_fast.models import CLIPMapper
 from vlattn_fast.models._attention import ProjectedAttention
@@ -216,36 +215,6 @@ def test_what_is_refused():
 def test_batches_without_rows():
     got = explain(mapper(), {name: value[:0] for name, value in inputs_of(IDS).items()})
     assert got.relevancy["text"].shape == (0, 7) and got.relevancy["vision"].shape == (0, 17) and got.target == []
-
-
-def test_the_page_has_a_map_for_each_word():
-    explanation = explain(mapper(vocab_size=60), inputs_of(PROMPTS), answer=ANSWERS).with_tokens(Words())
-    found = data(explanation.to_html([*torch.rand(2, 24, 24, 3)]))
-    assert [[word["text"] for word in text] for text in found["texts"]] == [["w4", "w9", "w11"], ["w8"]]
-    choices = found["methods"][0]["choices"]
-    assert [(c["sample"], c["label"]) for c in choices] == [(0, "w17"), (0, "w30"), (0, "w58"), (1, "w14"), (1, "w58")]
-    cells = [tuple(c["views"][""]["figures"][0]["maps"][0]["cells"]) for c in choices]
-    assert len(set(cells)) == 5 and all(max(c) == 1000 for c in cells)
-
-
-def test_the_page_in_a_browser(browse):
-    explanation = explain(mapper(vocab_size=60), inputs_of(PROMPTS[:1]), answer=ANSWERS[:1]).with_tokens(Words())
-    script = """
-const word = (i) => document.querySelectorAll("[data-choice]")[i];
-const canvas = () => document.querySelector("figure canvas");
-results.maps = [0, 1, 2].map((i) => {
-  word(i).click();
-  const pixels = [...canvas().getContext("2d").getImageData(0, 0, canvas().width, canvas().height).data];
-  return pixels.reduce((sum, value, i) => (sum * 31 + value * (i + 1)) % 1000003, 7);
-});
-results.words = [0, 1, 2].map((i) => word(i).textContent);
-results.summary = document.getElementById("summary").textContent;
-results.atPosition = document.getElementById("at-position").textContent;
-"""
-    found = browse(explanation.to_html(torch.rand(24, 24, 3)), script)
-    assert len(set(found["maps"])) == 3 and found["words"] == ["w17", "w30", "w58"]
-    assert found["atPosition"] == ""  # the rules set it to zero
-    assert found["summary"].startswith("“w58”") and "Image: strongest" in found["summary"]
 
 
 # --- the same for models of transformers ---

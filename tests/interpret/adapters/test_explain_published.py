@@ -6,19 +6,7 @@ import pytest
 import torch
 import transformers
 
-from tests.helpers.interpret.cases import (
-    TEXT,
-    VISION,
-    Case,
-    TowerCase,
-    attention_mask,
-    first_and_mean_rows,
-    first_row,
-    last_real_row,
-    lively,
-    next_token,
-    one_hot,
-)
+from tests.helpers.interpret.cases import TEXT, VISION, TowerCase, attention_mask, first_and_mean_rows, first_row, lively, one_hot
 from tests.helpers.interpret.stored_maps import Place, check, layer_sums
 from vlattn_fast.interpret import ADAPTERS, Adapter, Tower, explain
 
@@ -93,26 +81,6 @@ def test_additive_masks(monkeypatch):
     tower = Tower("text", "", "encoder.layer", "cls", "bert_text")
     monkeypatch.setitem(ADAPTERS, "AlignTextModel", Adapter((tower,), "class"))
     check(model, inputs, {"text": place.place(model, inputs)}, score, target=score)
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_sliding_window(padded):
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        **TEXT,
-        num_key_value_heads=2,
-        use_sliding_window=True,
-        sliding_window=4,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-    )
-    model = lively(transformers.Qwen2ForCausalLM(config)).eval()
-    ids = torch.randint(3, 50, (2, 12))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if padded:
-        inputs["attention_mask"][1, 9:] = 0
-    place = TowerCase("model.layers", "", "post_attention_layernorm", last_real_row, attention_mask)
-    Case(model, inputs, {"language": place}, next_token).check(inputs)
-    assert (explain(model, inputs, method="attention").relevancy["language"] > 0).sum(-1).tolist() == [4, 4]
 
 
 @pytest.mark.parametrize("case", ["clip"], indirect=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -13,32 +11,9 @@ pytest.importorskip("transformers")
 import transformers as hf
 
 import vlattn_fast as va
-from tests.helpers.interpret.evaluation_cases import Planted, made, planted_data, rows, truth
+from tests.helpers.interpret.evaluation_cases import Planted, planted_data, rows, truth
 from tests.helpers.saved_models import tokenizer
-from tests.helpers.screen import Clock, Screen
 from vlattn_fast.interpret.probing.report import ProbeReport
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_bars_on_a_terminal_and_nothing_elsewhere(terminal, monkeypatch):
-    """Of one batch, too: the methods that explain it, and the passes over perturbed inputs."""
-    screen = Screen(terminal)
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr("tqdm.std.time", Clock(3.0))
-    va.evaluate(Planted(), planted_data(1), methods={"truth": truth()}, tests=("positive",))
-    said = screen.getvalue()
-    assert [name for name in ("evaluating:", "explaining:", "perturbing:") if name in said] == (
-        ["evaluating:", "explaining:", "perturbing:"] if terminal else []
-    )
-    assert ("/1 [" in said) == terminal and (bool(said) == terminal)
-
-
-def test_bars_of_the_cascade(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", screen := Screen(True))
-    monkeypatch.setattr("tqdm.std.time", Clock(3.0))
-    model, inputs = made("vit")
-    va.evaluate(model, [(inputs, None, None)], tests=("sanity",), sanity_stages=2)
-    assert "randomising:" in screen.getvalue() and "/2 [" in screen.getvalue()
 
 
 class Wrapped(nn.Module):

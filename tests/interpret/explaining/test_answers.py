@@ -180,37 +180,26 @@ def whisper(**settings):
     return model
 
 
-def test_tokens_that_whisper_leaves_out_of_its_answer():
-    """Its `generate` begins with a language, a task and the like, and returns what comes after."""
-    english = {"no_timestamps_token_id": 55, "is_multilingual": False}
-    assert_scored_as_generated(english)
-    assert_scored_as_generated(english | {"forced_decoder_ids": [[1, 55]]})
-    assert_scored_as_generated(english | {"return_timestamps": True})
+ENGLISH = {"no_timestamps_token_id": 55, "is_multilingual": False}
+SEVERAL = {"no_timestamps_token_id": 55, **LANGUAGES}
 
 
-def test_answers_of_whisper_that_differ_in_length_and_one_with_a_time_in_it():
-    model, sound = whisper(no_timestamps_token_id=55, is_multilingual=False), {"input_features": torch.randn(2, 8, 40)}
-    got = explain(model, sound, answer=torch.tensor([[57, 7, 8], [9, 3, 3]]), method="attention")  # padding is 3
-    start = torch.tensor([[50, 55], [50, 55]])
-    given = explain(model, {**sound, "decoder_input_ids": start}, answer=[[57, 7, 8], [9]], method="attention")
-    assert got.answer == [[57, 7, 8], [9]] and torch.equal(got.scores, given.scores)
-
-
-def test_the_language_of_whisper_is_that_of_its_config():
-    several = {"no_timestamps_token_id": 55, **LANGUAGES}
-    assert_scored_as_generated(several | {"language": "French", "task": "translate"})
-    assert_scored_as_generated(several | {"language": "<|en|>"})
-    assert_scored_as_generated(several | {"forced_decoder_ids": [[1, 52], [2, 53]]})
-
-
-def test_the_language_of_whisper_may_stand_in_the_answer():
-    several = {"no_timestamps_token_id": 55, **LANGUAGES}
-    assert_scored_as_generated(several, return_dict_in_generate=True)
-    assert_scored_as_generated(several, return_dict_in_generate=True, language="fr", task="translate")
-
-
-def assert_scored_as_generated(settings, **options):
-    """The tokens of the answer have the scores that they have after what the decoder began with."""
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        (ENGLISH, {}),
+        (ENGLISH | {"forced_decoder_ids": [[1, 55]]}, {}),
+        (ENGLISH | {"return_timestamps": True}, {}),
+        (SEVERAL | {"language": "French", "task": "translate"}, {}),
+        (SEVERAL | {"language": "<|en|>"}, {}),
+        (SEVERAL | {"forced_decoder_ids": [[1, 52], [2, 53]]}, {}),
+        (SEVERAL, {"return_dict_in_generate": True}),  # the language stands in the answer
+        (SEVERAL, {"return_dict_in_generate": True, "language": "fr", "task": "translate"}),
+    ],
+)
+def test_tokens_that_whisper_leaves_out_of_its_answer(settings, options):
+    """Its `generate` begins with a language, a task and the like, and returns what comes after. The tokens of the answer have the
+    scores that they have after what the decoder began with."""
     model, sound = whisper(**settings), {"input_features": torch.randn(2, 8, 40)}
     begun = []
     handle = model.model.decoder.register_forward_pre_hook(lambda *a: begun.append(a[2]["input_ids"]), with_kwargs=True)
@@ -221,6 +210,14 @@ def assert_scored_as_generated(settings, **options):
     assert start[0, 0] == 50 and not set(sum(got.answer, [])) & {2, 3, *range(50, 56)}
     given = explain(model, {**sound, "decoder_input_ids": start}, answer=got.answer, method="attention")
     assert torch.equal(got.scores, given.scores) and got.answer == given.answer
+
+
+def test_answers_of_whisper_that_differ_in_length_and_one_with_a_time_in_it():
+    model, sound = whisper(**ENGLISH), {"input_features": torch.randn(2, 8, 40)}
+    got = explain(model, sound, answer=torch.tensor([[57, 7, 8], [9, 3, 3]]), method="attention")  # padding is 3
+    start = torch.tensor([[50, 55], [50, 55]])
+    given = explain(model, {**sound, "decoder_input_ids": start}, answer=[[57, 7, 8], [9]], method="attention")
+    assert got.answer == [[57, 7, 8], [9]] and torch.equal(got.scores, given.scores)
 
 
 def test_a_language_that_whisper_finds_out_must_be_given():
@@ -257,33 +254,35 @@ def test_a_text_that_begins_as_its_prompt_does_is_whole():
     assert explain(model, inputs, answer=[4, 9, 4, 9, 17]).answer == [[4, 9, 17]]
 
 
-def test_an_answer_beyond_the_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="answer must hold token ids below 60, the vocabulary of LlamaForCausalLM; got 99"):
-        explain(decoder(), {"input_ids": PROMPTS[:1]}, answer=[17, 99])
+@pytest.mark.parametrize(
+    ("asked", "error", "words"),
+    [
+        ({"answer": "17"}, ValueError, "processor must have a tokenizer"),
+        ({"answer": [[17]]}, ValueError, "one answer for each of the 2 prompts; got 1"),
+        ({"answer": [[17], []]}, ValueError, "at least one token"),
+        ({"answer": []}, TypeError, "answer must be token ids"),
+        ({"answer": 3.5}, TypeError, "answer must be token ids"),
+        ({"answer": torch.tensor([[17.0, 3.0]] * 2)}, TypeError, r"answer must be token ids .* got \[\[17.0, 3.0\]"),
+        ({"answer": [1.7, 3]}, TypeError, "answer must be token ids"),
+        ({"answer": [True]}, TypeError, "answer must be token ids"),
+        ({"answer": [[17, 3], [4, -100]]}, ValueError, "answer must hold token ids from 0 on; got -100"),
+        ({"answer": [17, 99]}, ValueError, "answer must hold token ids below 60, the vocabulary of LlamaForCausalLM; got 99"),
+        ({"answer": [17], "target": 3}, ValueError, "without target and position"),
+        (
+            {"inputs": {"input_ids": PROMPTS[0, :4]}},
+            ValueError,
+            r"inputs must hold 'input_ids' \(B, N\), even for one text; got \(4,\)",
+        ),
+    ],
+)
+def test_bad_answers(asked, error, words):
+    with pytest.raises(error, match=words):
+        explain(decoder(), **{"inputs": {"input_ids": PROMPTS[:, :4], "attention_mask": REAL[:, :4]}, **asked})
 
 
-def test_bad_answers(monkeypatch):
-    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4], "attention_mask": REAL[:, :4]}
-    for answer, error, words in (
-        ("17", ValueError, "processor must have a tokenizer"),
-        ([[17]], ValueError, "one answer for each of the 2 prompts; got 1"),
-        ([[17], []], ValueError, "at least one token"),
-        ([], TypeError, "answer must be token ids"),
-        (3.5, TypeError, "answer must be token ids"),
-        (torch.tensor([[17.0, 3.0]] * 2), TypeError, r"answer must be token ids .* got \[\[17.0, 3.0\]"),
-        ([1.7, 3], TypeError, "answer must be token ids"),
-        ([True], TypeError, "answer must be token ids"),
-        ([[17, 3], [4, -100]], ValueError, "answer must hold token ids from 0 on; got -100"),
-    ):
-        with pytest.raises(error, match=words):
-            explain(model, inputs, answer=answer)
-    with pytest.raises(ValueError, match=r"inputs must hold 'input_ids' \(B, N\), even for one text; got \(4,\)"):
-        explain(model, {"input_ids": PROMPTS[0, :4]})
-    with pytest.raises(ValueError, match="without target and position"):
-        explain(model, inputs, answer=[17], target=3)
-    vit = transformers.ViTForImageClassification(
-        transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-    )
+def test_a_classifier_answers_nothing():
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    vit = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes))
     with pytest.raises(ValueError, match="model must be a decoder with an adapter"):
         explain(vit, {"pixel_values": torch.randn(1, 3, 224, 224)}, answer=[17])
 
@@ -387,13 +386,6 @@ def test_types_that_are_embedded_go_on_as_the_prompt_ends():
     torch.testing.assert_close(got, want.detach(), rtol=1e-9, atol=1e-9)
 
 
-def test_positions_of_all_prompts():
-    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4]}
-    want = explain(model, inputs, answer=[17, 30])
-    got = explain(model, {**inputs, "position_ids": torch.arange(4)[None]}, answer=[17, 30])
-    assert torch.equal(got.relevancy["language"], want.relevancy["language"])
-
-
 def test_inputs_that_no_answer_can_make_longer_are_refused():
     model, inputs = decoder(), {"input_ids": PROMPTS[:, :4]}
     for name, value, words in (
@@ -406,9 +398,20 @@ def test_inputs_that_no_answer_can_make_longer_are_refused():
     ):
         with pytest.raises(ValueError, match=words):
             explain(model, {**inputs, name: value}, answer=[17])
-    pictures = {"image_sizes": torch.ones(2, 4), "qformer_input_ids": torch.ones(2, 4)}  # sizes that the prompts happen to have
-    want, got = (explain(model, {**inputs, **more}, answer=[17]).scores for more in ({}, pictures))
-    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"image_sizes": torch.ones(2, 4), "qformer_input_ids": torch.ones(2, 4)},  # sizes that the prompts happen to have
+        {"position_ids": torch.arange(4)[None]},
+        {"labels": PROMPTS[:, :4]},  # of a loss alone
+    ],
+)
+def test_inputs_that_change_nothing_beside_an_answer(more):
+    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4]}
+    want, got = (explain(model, {**inputs, **others}, answer=[17, 30]) for others in ({}, more))
+    assert torch.equal(got.relevancy["language"], want.relevancy["language"]) and torch.equal(got.scores, want.scores)
 
 
 def t5():
@@ -417,21 +420,14 @@ def t5():
     return lively(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))).eval()
 
 
-@pytest.mark.parametrize("length", [2, 3])  # of another length than the decoder's tokens, and of theirs
-def test_labels_beside_an_answer_of_an_encoder_decoder(length):
-    inputs = {"input_ids": PROMPTS, "labels": torch.full((2, length), 5)}
-    with pytest.raises(ValueError, match="inputs must not contain 'labels' if answer is given, since an encoder-decoder"):
-        explain(t5(), inputs, answer=[7, 12])
-    embeds = {"input_ids": PROMPTS, "decoder_inputs_embeds": torch.randn(2, 1, 32)}
-    with pytest.raises(ValueError, match="inputs must not contain 'decoder_inputs_embeds' if answer is given"):
-        explain(t5(), embeds, answer=[7, 12])
-
-
-def test_labels_beside_an_answer_of_a_decoder_make_a_loss_alone():
-    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4]}
-    want = explain(model, inputs, answer=[17, 30])
-    got = explain(model, {**inputs, "labels": PROMPTS[:, :4]}, answer=[17, 30])
-    assert torch.equal(got.relevancy["language"], want.relevancy["language"]) and torch.equal(got.scores, want.scores)
+@pytest.mark.parametrize(
+    ("name", "value"),  # of another length than the decoder's tokens, and of theirs
+    [("labels", torch.full((2, 2), 5)), ("labels", torch.full((2, 3), 5)), ("decoder_inputs_embeds", torch.randn(2, 1, 32))],
+)
+def test_what_stands_beside_an_answer_of_an_encoder_decoder(name, value):
+    because = ", since an encoder-decoder" if name == "labels" else ""
+    with pytest.raises(ValueError, match=f"inputs must not contain '{name}' if answer is given{because}"):
+        explain(t5(), {"input_ids": PROMPTS, name: value}, answer=[7, 12])
 
 
 def test_an_answer_to_a_single_token():

@@ -1,7 +1,8 @@
-"""What looks into models, called within a function that torch.compile compiles: it gives what it gives elsewhere."""
+"""What looks into models: within a function that torch.compile compiles it gives what it gives elsewhere, and the model stays."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
+from vlattn_fast.attach.events import RUNNING
 from vlattn_fast.models import UNITER, UNITERConfig
-from vlattn_fast.nn import capture_attention
+from vlattn_fast.nn import capture_attention, capture_relevancy
 
 
 class Attends(nn.Module):
@@ -49,6 +51,13 @@ def captured(x: Tensor) -> Any:
     return query * (x + 1), torch.autograd.grad((query @ key.mT).square().sum(), MODEL.uniter.embeddings.word_embeddings.weight)
 
 
+def traced(x: Tensor) -> Any:
+    with capture_relevancy(MODEL) as seen:
+        logits = MODEL(**INPUTS).logits
+    row = seen.relevancy(logits[:, 1].sum())
+    return row * (x + 1), torch.autograd.grad(row.square().sum(), MODEL.uniter.embeddings.word_embeddings.weight)
+
+
 def mapped(x: Tensor) -> Any:
     with va.prompt_maps(NETWORK, guidance="none") as maps:
         for _ in range(3):
@@ -64,7 +73,38 @@ def graphs() -> Iterator[list[torch.fx.GraphModule]]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("function", [explained, evaluated, probed, captured, mapped])
+LOOKS = pytest.mark.parametrize("function", [explained, evaluated, probed, captured, traced, mapped])
+
+
+def state(model: nn.Module) -> list[Any]:
+    """What a call could leave behind; gradients and parameters by their identity and their number of changes."""
+    modules = [
+        (module.training, len(module._forward_hooks), len(module._forward_pre_hooks), sorted(vars(module)))
+        for module in model.modules()
+    ]
+    return [*modules, *((x.requires_grad, id(x.grad), x._version) for x in model.parameters()), RUNNING.get()]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@LOOKS
+def test_the_model_is_left_as_it_was(function: Callable[[Tensor], Any], fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With mixed modes, a frozen parameter and a gradient; also where the last of its modules raises an error."""
+    model = copy.deepcopy(NETWORK if function is mapped else MODEL).train()
+    [*model.modules()][-1].eval()
+    if parameters := [*model.parameters()]:
+        parameters[0].grad = torch.ones_like(parameters[0])
+        parameters[-1].requires_grad_(False)
+    monkeypatch.setitem(globals(), "NETWORK" if function is mapped else "MODEL", model)
+    before = state(model)
+    if fails:
+        with model.register_forward_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+            function(torch.zeros(()))
+    else:
+        function(torch.zeros(()))
+    assert state(model) == before
+
+
+@LOOKS
 def test_the_same_as_elsewhere(function: Callable[[Tensor], Any], graphs: list[torch.fx.GraphModule]) -> None:
     """explain and evaluate failed within Dynamo, and prompt_maps added some calls twice."""
 

@@ -150,27 +150,22 @@ def test_adapters(name: str, method: str) -> None:
     assert any(not torch.allclose(got.relevancy[tower], each, rtol=1e-2) for tower, each in without.relevancy.items())
 
 
-def test_a_loss_on_attention_trains_the_adapters_alone() -> None:
-    model, inputs = adapted("Llama")
-    loss = CongruenceLoss("cacr")
-    with capture_attention(model.train()) as captured:
-        model(**inputs)
-    layer = captured.layer
-    words, regions = ((layer.query[:, :, part], layer.key[:, :, part]) for part in (slice(0, 2), slice(2, 4)))
-    loss(words, regions).backward()
-    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None and bool(parameter.grad.any())}
-    assert trained and all("lora_" in name for name in trained)
-
-
-def test_a_loss_on_relevancy_trains_the_adapters_alone() -> None:
-    """With the gradients of the model in which the adapters are merged into the weights."""
+@pytest.mark.parametrize("of", ["attention", "relevancy"])
+def test_a_loss_trains_the_adapters_alone(of: str) -> None:
+    """That on relevancy has the gradients of the model in which the adapters are merged into the weights."""
     model, inputs = adapted("Llama")
     model.train()
 
     def loss_of(network: nn.Module) -> Tensor:
-        with capture_relevancy(network) as captured:
+        if of == "attention":
+            with capture_attention(network) as captured:
+                network(**inputs)
+            layer = captured.layer
+            words, regions = ((layer.query[:, :, part], layer.key[:, :, part]) for part in (slice(0, 2), slice(2, 4)))
+            return CongruenceLoss("cacr")(words, regions)
+        with capture_relevancy(network) as traced:
             logits = network(**inputs).logits
-        relevancy = captured.relevancy(score=logits[:, -1, 5].sum(), position="last")
+        relevancy = traced.relevancy(score=logits[:, -1, 5].sum(), position="last")
         return RelevancyLoss("mse")(relevancy, torch.zeros_like(relevancy))
 
     loss = loss_of(model)

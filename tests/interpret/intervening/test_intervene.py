@@ -209,22 +209,7 @@ def test_gradients_go_through_edits() -> None:
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-12)
 
 
-# --- many classes ---
-
-CLASSES = {
-    **{name: (lambda make=DECODERS[name]: (lambda d: (d.model, d.inputs("left")))(make())) for name in (
-        "Qwen2VLForConditionalGeneration",
-        "PaliGemmaForConditionalGeneration",
-        "Gemma3ForConditionalGeneration",
-        "Idefics3ForConditionalGeneration",
-        "Blip2ForConditionalGeneration",
-        "GPT2LMHeadModel",
-        "MistralForCausalLM",
-    )},
-    **{make.__name__: (lambda make=make: (lambda e: (e.model, e.inputs))(make())) for make in MADE if make.__name__ in (
-        "albert", "vilt", "siglip2", "mpnet", "layoutlmv3"
-    )},
-}  # fmt: skip
+# --- two towers, cross-attention, and a model that draws an order ---
 
 
 def t5() -> tuple[nn.Module, dict[str, Any]]:
@@ -240,9 +225,14 @@ def first_tensor(outputs: Any) -> Tensor:
     return next(getattr(outputs, name) for name in names if getattr(outputs, name, None) is not None)
 
 
-@pytest.mark.parametrize("kind", [*CLASSES, "t5"])
-def test_every_class_that_explain_sees_is_cut_as_by_dense_masks(kind: str) -> None:
-    model, inputs = t5() if kind == "t5" else CLASSES[kind]()
+@pytest.mark.parametrize("kind", ["vilt", "siglip2", "t5"])
+def test_every_tower_and_pair_of_towers_is_cut_as_by_dense_masks(kind: str) -> None:
+    """tests/model_classes/test_edited_models.py has the last tower of other classes."""
+    if kind == "t5":
+        model, inputs = t5()
+    else:
+        encoder = next(make for make in MADE if make.__name__ == kind)()
+        model, inputs = encoder.model, encoder.inputs
     lively(model).double().eval()
     inputs = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     seen = trace_model(model, inputs)

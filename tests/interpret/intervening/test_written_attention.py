@@ -10,14 +10,12 @@ import pytest
 import torch
 import transformers as t
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 import vlattn_fast as va
 from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.edited_maps import hooked
 from tests.helpers.interpret.tower_cases import HEADS, Stack, second
 from tools.tiny_models.stored import in_double
-from vlattn_fast.attach.events import SOFTMAX
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
 Made = tuple[Any, dict[str, Any], str]  # the path of the output projections
@@ -57,43 +55,6 @@ def run_in_double() -> Iterator[None]:
     """GPT-J casts its queries to float32."""
     with in_double():
         yield
-
-
-class Biased(TorchFunctionMode):
-    """Adds `bias` (H, N, M) to the scores of each softmax of its sizes in call `layer`, and makes zeros of empty rows."""
-
-    def __init__(self, bias: Tensor, layer: int) -> None:
-        super().__init__()
-        self.bias, self.layer, self.calls = bias, layer, 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in SOFTMAX or args[0].shape[-2:] != self.bias.shape[-2:]:
-            return func(*args, **(kwargs or {}))
-        self.calls += 1
-        if self.calls - 1 != self.layer:
-            return func(*args, **(kwargs or {}))
-        scores = args[0].view(-1, *self.bias.shape)
-        scores = scores.masked_fill(scores < -1e9, -torch.inf) + self.bias
-        return func(scores, *args[1:], **(kwargs or {})).nan_to_num(0.0).view(args[0].shape)
-
-
-@models
-@pytest.mark.parametrize("weight", [0.0, 3.0])
-def test_edges_are_a_bias_of_the_scores(name: str, weight: float) -> None:
-    model, inputs, _ = MODELS[name]()
-    bias = torch.zeros(4, 9, 9, dtype=torch.float64)
-    bias[1:3, 3:7, :5] = -math.inf if weight == 0 else math.log(weight)  # causal rows 3 and 4 lose all keys
-    some: dict[str, Any] = {"queries": (3, 7), "keys": (0, 5), "heads": [1, 2], "layers": 1}
-    with torch.no_grad():
-        before = model(**inputs).logits
-        with Biased(bias, 1) as biased:
-            expected = model(**inputs).logits
-        with va.intervene(model, inputs, va.Knockout(**some) if weight == 0 else va.Steer(**some, weight=weight)):
-            actual = model(**inputs).logits
-        assert torch.equal(model(**inputs).logits, before)
-    assert biased.calls == 3 and float((expected - before).abs().max()) > 1e-3
-    real = inputs["attention_mask"].bool() if before.ndim == 3 else slice(None)
-    torch.testing.assert_close(actual[real], expected[real], **CLOSE)
 
 
 @models
