@@ -306,3 +306,21 @@ def test_bad_input(changed: dict[str, Any], error: type[Exception], words: str) 
     given_inputs = {"query": double(B, H, N, D), "key": double(B, H, M, D)}
     with pytest.raises(error, match=words):
         attention_statistics(**given_inputs | changed)
+
+
+@on("streaming", "cpu", "triton")
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 7), (7, 5)])
+def test_distance(backend: str, queries: int, keys: int, is_causal: bool) -> None:
+    """Against the sum over the map; with a query that sees no key, and a sink."""
+    query, key = torch.randn(2, 2, queries, D).requires_grad_(), torch.randn(2, 1, keys, D).requires_grad_()
+    mask, sink = torch.rand(2, 1, queries, keys) > 0.3, torch.randn(2).requires_grad_()
+    mask[0, :, 1] = False
+    options: dict[str, Any] = {"statistics": ["distance"], "attn_mask": mask, "is_causal": is_causal, "enable_gqa": True}
+    found, exact = (
+        attention_statistics(*(x.to(dtype) for x in (query, key)), sink=sink.to(dtype), backend=each, **options).distance
+        for each, dtype in ((backend, finest(backend)), ("reference", F64))
+    )
+    torch.testing.assert_close(found.to(F64), exact, rtol=1e-4, atol=1e-4)
+    for got, want in zip(*(torch.autograd.grad(x.square().sum(), (query, key, sink)) for x in (found, exact)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)

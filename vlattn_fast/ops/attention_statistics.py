@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast import kernels
@@ -23,7 +24,15 @@ from vlattn_fast._ground.checks import (
     is_differentiated,
     is_dtensor,
 )
-from vlattn_fast._ground.tensors import as_dtype, as_fake_outputs, compute_dtype
+from vlattn_fast._ground.tensors import (
+    as_dtype,
+    as_fake_outputs,
+    compute_dtype,
+    expand_heads,
+    mask_padding,
+    masked_logits,
+    without_autocast,
+)
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import attention_statistics as cpu
 from vlattn_fast.backends.inputs import (
@@ -41,12 +50,12 @@ from vlattn_fast.dispatch.choice import gradients, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._groups import check_rows, check_token_groups, resolve_groups
+from vlattn_fast.ops._groups import check_rows, check_token_groups, group_bias_inputs, resolve_groups
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
 from vlattn_fast.ops._stages import DotPlan, attention_of, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
-from vlattn_fast.ops.score_attention import attention_lse
+from vlattn_fast.ops.score_attention import attention_lse, attention_with_lse
 
 BACKENDS = table(
     streaming,
@@ -55,6 +64,7 @@ BACKENDS = table(
     saves={"cpu": ("argmax",), "triton": ("mass", "maximum", "row_max", "mean_x")},
 )
 DEFAULT = AttentionStatistics._fields
+BY_PLACE = "diagonal", "distance"
 OUTPUTS = (*DEFAULT, "max_logit", "row_max", "mean_x")  # of the operator; the last two are numbers for a backend's backward pass
 
 
@@ -104,8 +114,8 @@ def attention_statistics(
     Args:
         query: (B, H, N, D) float16, bfloat16, float32 or float64.
         key: (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa.
-        statistics: some of "mass", "entropy", "maximum", "argmax", "received", "max_logit" and "lse". Default: the first five.
-            The others are None in the result. Naming "mass" requires key_groups.
+        statistics: some of "mass", "entropy", "maximum", "argmax", "received", "max_logit", "lse", "diagonal" and "distance".
+            Default: the first five. The others are None in the result. Naming "mass" requires key_groups.
         key_groups: int64 (M) or (B, M), the group of each key, -1 = no group. Used by `mass` and by group_bias.
         num_groups: G. Pass it on a GPU: then the call does not wait for the device to tell the values of key_groups, and
             out-of-range indices mean "no group", which also holds under torch.compile and CUDA graph capture. Otherwise they
@@ -117,14 +127,17 @@ def attention_statistics(
 
     Returns:
         AttentionStatistics(mass (B, H, N, G), entropy (B, H, N) in nats, maximum (B, H, N), argmax (B, H, N),
-        received (B, H, M)); None for each that `statistics` does not name. If it names "max_logit" or "lse", LogitStatistics with
-        max_logit (B, H, N) and lse (B, H, N) in addition. A query without a visible key has mass, entropy and maximum 0, argmax
-        -1, max_logit -inf, lse -inf (or the sink) and zero gradients. With a sink, the weights of a query sum to less than 1, and
-        all statistics are of the weights on the keys: `mass` over all keys is their share, and `entropy` is -sum_j A_ij log A_ij.
+        received (B, H, M)); None for each that `statistics` does not name. If it names one of the others, LogitStatistics with
+        max_logit, lse, diagonal (A_ii, 0 for i >= M) and distance (sum_j A_ij |i - j|, in tokens), all (B, H, N), in addition. A
+        query without a visible key has mass, entropy, maximum, diagonal and distance 0, argmax -1, max_logit -inf, lse -inf (or
+        the sink) and zero gradients. With a sink, the weights of a query sum to less than 1, and all statistics are of the
+        weights on the keys: `mass` over all keys is their share, and `entropy` is -sum_j A_ij log A_ij. "distance" takes
+        two calls of `score_attention` in float32 or wider, one if the call is causal.
 
     Twice differentiable, in query, key, row_weight, sink and group_bias, except argmax, max_logit and lse (`score_attention`
-    returns an lse with a gradient). Do not edit mass and maximum in place: the backward pass of the Triton kernels uses them.
-    Training that bounds its logits (QK-clip, vlattn_fast.nn.QKClip) uses `max_logit`.
+    returns an lse with a gradient). For a causal map, received_i / (N - i) - A_ii is an eigenvalue of the Laplacian of its graph.
+    Do not edit mass and maximum in place: the backward pass of the Triton kernels uses them. Training that bounds its logits
+    (QK-clip, vlattn_fast.nn.QKClip) uses `max_logit`.
 
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
@@ -133,7 +146,7 @@ def attention_statistics(
     group, mass gives their modality importance and their cross-modal heads; maximum and argmax give their linked tokens.
     """
     if is_dtensor(query):
-        return over_shards(attention_statistics, locals(), _SHARDED, [ATTENTION, *[PER_ROW] * 6], _on_shards)
+        return over_shards(attention_statistics, locals(), _SHARDED, [ATTENTION, *[PER_ROW] * 8], _on_shards)
     if statistics is not None:
         statistics = check_statistics(statistics, key_groups, num_groups, LogitStatistics._fields)
     groups = query_groups, key_groups, group_bias
@@ -187,9 +200,9 @@ def make_statistics_plan(
     backend = choice.select(BACKENDS, _describe(x, None, num_groups, row_weight), x.backend)
     asked = statistics.split()
     needed, leaves = [*asked], (x.query, x.key, row_weight, x.group_bias, x.sink if "received" in asked else None)
-    if "lse" in asked:
+    if {"lse", "diagonal"} & {*asked}:
         needed += ["max_logit", "maximum"]
-    if is_differentiated(*leaves):
+    if is_differentiated(*leaves) and {*needed} & {*OUTPUTS}:
         needed += BACKENDS[backend].saves
         if "maximum" in asked:
             needed.append("argmax")  # its gradient goes there
@@ -206,12 +219,20 @@ def statistics_of(
         own = {"statistics": plan.asked, "num_groups": num_groups, "row_weight": row_weight}
         return by_formula(reference.attention_statistics, x, plan.dot.scale, **own)
     features = _features(x, num_groups, row_weight, plan)
-    return _finish(_forward_op(features.inputs), features, plan.asked)
+    outputs = dict(zip(OUTPUTS, _forward_op(features.inputs) if plan.outputs else (None,) * len(OUTPUTS), strict=True))
+    (x,) = cast(x)
+    if "diagonal" in plan.asked:
+        outputs["diagonal"] = _diagonal(x, plan.dot, outputs["max_logit"], outputs["maximum"])
+    if "distance" in plan.asked:
+        outputs["distance"] = _distance(x, plan.dot)
+    return _finish(outputs, features, plan.asked)
 
 
 def _features(x: AttentionArguments, num_groups: int, weight: Tensor | None, plan: StatisticsPlan) -> Features:
     logit = None if x.sink is None else x.sink[:, None]
-    share = None if logit is None or not set(plan.asked) & set(DEFAULT) else share_of_keys(attention_lse(x, plan.dot), logit)
+    share = (
+        None if logit is None or not {*plan.asked} & {*DEFAULT, *BY_PLACE} else share_of_keys(attention_lse(x, plan.dot), logit)
+    )
     (x,) = cast(*without_padding(x, plan.dot))
     groups = None if x.key_groups is None else x.key_groups.expand(x.key.shape[0], -1)
     attention = attention_of(x, plan.dot, groups)
@@ -227,29 +248,89 @@ def _features(x: AttentionArguments, num_groups: int, weight: Tensor | None, pla
     return Features(AttentionStatisticsInputs(attention, row_weight, num_groups, statistics, plan.dot.backend), logit, share)
 
 
-def _finish(outputs: tuple[Tensor, ...], features: Features, asked: list[str]) -> AttentionStatistics:
+def _diagonal(x: AttentionArguments, plan: DotPlan, max_logit: Tensor, maximum: Tensor) -> Tensor:
+    """Returns A_ii (B, H, N) without the sink's share: the largest weight times what the logits differ by. A log-sum-exp has
+    fewer digits, and is taken for derivatives alone."""
+    own, queries = _own_logits(x, plan), x.query.shape[2]
+    max_logit, maximum = (y.detach()[:, :, : own.shape[2]] for y in (max_logit, maximum))
+    visible = ~torch.isneginf(own)
+    weight = torch.where(visible, maximum * (own.detach() - torch.where(visible, max_logit, 0.0)).clamp(max=0.0).exp(), 0.0)
+    if is_differentiated(x.query, x.key, x.group_bias):
+        log = torch.where(visible, own - attention_lse(x, plan)[:, :, : own.shape[2]], 0.0)
+        weight = weight * (log - log.detach()).exp()
+    return F.pad(weight, (0, queries - weight.shape[2]))
+
+
+def _distance(x: AttentionArguments, plan: DotPlan) -> Tensor:
+    """Returns sum_j A_ij |i - j| (B, H, N) without the sink's share."""
+    dtype = compute_dtype(x.query)
+    x = x._replace(query=x.query.to(dtype), key=x.key.to(dtype), sink=None)  # 16 bits do not hold the places of tokens
+    with without_autocast(x.query):
+        signed, lse = _mean_distance(x, plan)
+        visible = ~torch.isneginf(lse)
+        distance = torch.where(visible, signed, 0.0)
+        if not x.is_causal:  # |i - j| = 2 max(i - j, 0) - (i - j): the keys up to the query count twice
+            before, lse_before = _mean_distance(x._replace(is_causal=True), plan)
+            distance = 2.0 * (lse_before - torch.where(visible, lse, 0.0)).exp() * before - distance
+    return distance
+
+
+def _own_logits(x: AttentionArguments, plan: DotPlan) -> Tensor:
+    """Returns the logit of each query and the key of its place, (B, H, min(N, M))."""
+    (key,) = mask_padding(x.key_mask, x.key)
+    tokens, dtype = min(x.query.shape[2], key.shape[2]), compute_dtype(x.query)
+    query, key = (y[:, :, :tokens].to(dtype) for y in (x.query, expand_heads(key, x.query.shape[1])))
+    score = plan.scale * (query * key).sum(-1)
+    if x.softcap is not None:
+        score = x.softcap * torch.tanh(score / x.softcap)
+
+    def alone(y: Tensor) -> Tensor:  # each token as a sample with one key
+        return y.transpose(1, 2).flatten(0, 1)[..., None, None]
+
+    mask, key_mask, bias = x.attn_mask, x.key_mask, None
+    if mask is not None:
+        mask = alone(mask.expand(*x.query.shape[:3], x.key.shape[2]).diagonal(dim1=2, dim2=3))
+    if key_mask is not None:
+        key_mask = key_mask[:, :tokens].reshape(-1, 1)
+    rows, groups = group_bias_inputs(x.query, x.query_groups, x.key_groups, x.group_bias)
+    if rows is not None and groups is not None:
+        own = groups[:, None, :tokens, None]
+        bias = rows[:, :, :tokens].take_along_dim(own.clamp(0, rows.shape[3] - 1), 3)
+        bias = alone(torch.where((own >= 0) & (own < rows.shape[3]), bias, 0.0)[..., 0])
+    return masked_logits(alone(score), mask, key_mask, None, bias)[..., 0, 0].unflatten(0, (-1, tokens)).transpose(1, 2)
+
+
+def _mean_distance(x: AttentionArguments, plan: DotPlan) -> tuple[Tensor, Tensor]:
+    """Returns i less the mean place of the keys that query i attends to, and the log-sum-exp of its logits, both (B, H, N)."""
+    of_keys, of_queries = (torch.arange(y.shape[2], device=y.device, dtype=y.dtype) for y in (x.key, x.query))
+    mean, lse = attention_with_lse(x, plan, of_keys[:, None].expand(*x.key.shape[:3], 1))
+    return of_queries - mean[..., 0], lse
+
+
+def _finish(outputs: dict[str, Any], features: Features, asked: list[str]) -> AttentionStatistics:
     """Returns the statistics with a sink, from those of the softmax over only the keys and the share that the sink leaves them.
     `received` has the share in the weights of its queries."""
-    without_sink = outputs[:-2]
-    values = chosen_statistics([*without_sink, _lse(outputs, features.logit) if "lse" in asked else None], asked)
+    if "lse" in asked:
+        outputs["lse"] = _lse(outputs, features.logit)
+    values = chosen_statistics([outputs.get(name) for name in LogitStatistics._fields], asked)
     share = features.share
     if share is None:
         return values
-    mass, entropy, maximum, argmax = values[:4]
+    entropy, argmax = values.entropy, values.argmax
     if entropy is not None:  # -sum s P log(s P); the bound keeps 0 log 0 and its gradient finite
         entropy = share * (entropy - share.clamp(min=torch.finfo(share.dtype).tiny).log())
+    scaled = {name: x * share for name in ("maximum", *BY_PLACE) if (x := getattr(values, name, None)) is not None}
     return values._replace(
-        mass=mass if mass is None else mass * share[..., None],
+        mass=values.mass if values.mass is None else values.mass * share[..., None],
         entropy=entropy,
-        maximum=maximum if maximum is None else maximum * share,
         argmax=argmax if argmax is None else torch.where(share == 0, -1, argmax),
+        **scaled,
     )
 
 
-def _lse(outputs: tuple[Tensor, ...], logit: Tensor | None) -> Tensor:
+def _lse(outputs: dict[str, Any], logit: Tensor | None) -> Tensor:
     """Returns the log-sum-exp (B, H, N): a query's largest weight is exp(max_logit - lse) before a sink takes its share."""
-    named = dict(zip(OUTPUTS, outputs, strict=True))
-    max_logit, maximum = named["max_logit"].detach(), named["maximum"].detach()
+    max_logit, maximum = outputs["max_logit"].detach(), outputs["maximum"].detach()
     lse = torch.where(torch.isneginf(max_logit), max_logit, max_logit - maximum.log())
     return lse if logit is None else lse_with_sink(lse, logit.detach())
 

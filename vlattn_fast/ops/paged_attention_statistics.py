@@ -44,6 +44,7 @@ from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._stages import DotPlan, make_plan
 from vlattn_fast.ops.attention_statistics import check_num_groups, check_statistics
 
+OUTPUTS = STATISTICS[:-1]  # of the operator
 BACKENDS = table(streaming, cpu=cpu, triton=lambda: kernels.paged_attention_statistics)
 
 
@@ -87,8 +88,8 @@ def paged_attention_statistics(
         lengths: (R) int32 or int64, the number of keys of each request, including those of its queries.
         query_starts: (R + 1) int32 or int64: request r has the tokens query_starts[r] to query_starts[r + 1] - 1. Tokens of no
             request attend to no key.
-        statistics: some of "mass", "entropy", "maximum", "received", "max_logit" and "lse". Default: the first four. The others
-            are None in the result. Naming "mass" requires key_groups.
+        statistics: some of "mass", "entropy", "maximum", "received", "max_logit", "lse" and "diagonal". Default: the first
+            four. The others are None in the result. Naming "mass" requires key_groups.
         key_groups: (R, K) int32 or int64, the group of each key, -1 = no group. Keys from K on have no group either.
         num_groups: G; see `attention_statistics`. Pass it on a GPU. Default: the largest value of key_groups + 1.
         scale: multiplies the products. Default: 1/sqrt(D).
@@ -98,8 +99,8 @@ def paged_attention_statistics(
 
     Returns:
         PagedAttentionStatistics(mass (T, H, G), entropy (T, H) in nats, maximum (T, H), received (R, H, M), max_logit (T, H), lse
-        (T, H)), float32, float64 for float64 input. A query without a visible key has mass, entropy and maximum 0, max_logit and
-        lse -inf.
+        (T, H), diagonal (T, H)), float32, float64 for float64 input. `diagonal` is the attention of a query on the key of its own
+        position. A query without a visible key has mass, entropy, maximum and diagonal 0, max_logit and lse -inf.
 
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
@@ -122,8 +123,33 @@ def paged_attention_statistics(
             return reference.paged_attention_statistics(**requests._asdict(), statistics=statistics, **options)
     asked = DEFAULT if statistics is None else statistics
     groups, window = groups if "mass" in asked else 0, 0 if window is None else window
-    inputs = PagedAttentionStatisticsInputs(*requests, groups, " ".join(asked), window, *plan.core, plan.backend)
-    return chosen_statistics(_op(inputs), list(asked))
+    needed = [name for name in OUTPUTS if name in asked or (name in ("maximum", "max_logit") and "diagonal" in asked)]
+    inputs = PagedAttentionStatisticsInputs(*requests, groups, " ".join(needed), window, *plan.core, plan.backend)
+    outputs = _op(inputs)
+    diagonal = None
+    if "diagonal" in asked:
+        maximum, max_logit = (outputs[OUTPUTS.index(name)] for name in ("maximum", "max_logit"))
+        diagonal = maximum * _relative_weight(requests, plan.scale, softcap, max_logit)
+    return chosen_statistics([*outputs, diagonal], list(asked))
+
+
+def _relative_weight(x: _Requests, scale: float, softcap: float | None, max_logit: Tensor) -> Tensor:
+    """Returns the weight of the key at each query's own position in parts of the query's largest weight, (T, H)."""
+    (blocks, key_heads, block_size, _), dtype = x.key_cache.shape, compute_dtype(x.query)
+    if 0 in (blocks, key_heads, x.lengths.shape[0], x.block_table.shape[1]):
+        return torch.zeros_like(max_logit)
+    token = torch.arange(x.query.shape[0], device=x.query.device)
+    request = torch.searchsorted(x.query_starts[1:].contiguous(), token.to(x.query_starts.dtype), right=True)
+    request = request.clamp(max=x.lengths.shape[0] - 1)
+    position = (x.lengths[request] - x.query_starts[request + 1] + token).clamp(0, x.block_table.shape[1] * block_size - 1)
+    block = x.block_table[request, position // block_size]
+    visible = ((block >= 0) & (block < blocks))[:, None] & ~torch.isneginf(max_logit)  # no largest logit: a token of no request
+    key = x.key_cache[block.clamp(0, blocks - 1), :, position % block_size]  # (T, Hkv, D)
+    key = key.repeat_interleave(x.query.shape[1] // key_heads, 1)
+    score = scale * (x.query.to(dtype) * key.to(dtype)).sum(-1)
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
+    return torch.where(visible, (score - torch.where(visible, max_logit, 0.0)).clamp(max=0.0).exp(), 0.0)
 
 
 class _Requests(NamedTuple):
@@ -236,7 +262,7 @@ def _forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, ...]:
     query, asked = inputs.query, inputs.statistics.split()
     outputs = load(BACKENDS, inputs.backend).forward(inputs)
     empty = query.new_empty(0, dtype=compute_dtype(query))
-    return tuple([x if name in asked else empty.clone() for name, x in zip(STATISTICS, outputs, strict=True)])
+    return tuple([x if name in asked else empty.clone() for name, x in zip(OUTPUTS, outputs, strict=True)])
 
 
 def _forward_fake(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, ...]:
@@ -244,7 +270,7 @@ def _forward_fake(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, ...]:
     rows, dtype = query.shape[:2], compute_dtype(query)
     room = inputs.block_table.shape[1] * inputs.key_cache.shape[2]
     shapes = {"mass": (*rows, inputs.num_groups), "received": (inputs.lengths.shape[0], rows[1], room)}
-    return tuple(query.new_empty(shapes.get(name, rows) if name in asked else (0,), dtype=dtype) for name in STATISTICS)
+    return tuple(query.new_empty(shapes.get(name, rows) if name in asked else (0,), dtype=dtype) for name in OUTPUTS)
 
 
 _op = define(

@@ -342,11 +342,16 @@ def lse_of(query: Tensor, key: Tensor, **options: Any) -> Tensor:
 
 def attention_lse(x: AttentionArguments, plan: DotPlan, sink: Tensor | None = None) -> Tensor:
     """Returns the log-sum-exp (B, H, N) of the attention of another operator's call, with this sink."""
-    options = x._asdict() | {"scale": plan.scale, "sink": sink, "backend": plan.backend}
+    return attention_with_lse(x._replace(sink=sink), plan, x.key[..., :1])[1]
+
+
+def attention_with_lse(x: AttentionArguments, plan: DotPlan, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the output (B, H, N, Dv) of these values, and the log-sum-exp, of the attention of another operator's call."""
+    options = x._asdict() | {"scale": plan.scale, "backend": plan.backend}
     if x.group_bias is None:  # which the groups of keys of attention_statistics need not have
         del options["key_groups"]
-    _, lse = score_attention(value=x.key[..., :1], score="dot", return_lse=True, **options)
-    return lse
+    out: tuple[Tensor, Tensor] = score_attention(value=value, score="dot", return_lse=True, **options)
+    return out
 
 
 def lse_for_sink(x: AttentionArguments, lse: Tensor | None, plan: DotPlan) -> Tensor | None:

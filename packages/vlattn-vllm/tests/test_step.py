@@ -145,7 +145,7 @@ def test_a_batch_has_the_numbers_of_its_maps(order: Any) -> None:
     requests = {
         "whole": asking(9, statistics=BOTH, **spans),
         "middle": asking(8, statistics=["mass"], **spans),
-        "token": asking(7, layers=[1, 0], statistics=["entropy", "maximum"]),
+        "token": asking(7, layers=[1, 0], statistics=["entropy", "maximum", "diagonal"]),
     }
     step = begun(batch, requests, "whole", "middle", "silent", "token")
     batch.see(step)
@@ -163,6 +163,7 @@ def test_a_batch_has_the_numbers_of_its_maps(order: Any) -> None:
     token = torch.stack([ones, batch.maps(3)[0]])
     torch.testing.assert_close(got["token"].entropy, -token.xlogy(token).sum(-1)[None])
     torch.testing.assert_close(got["token"].maximum, token.amax(-1)[None])
+    torch.testing.assert_close(got["token"].diagonal, token[..., -1][None])
 
 
 def test_queries_that_ran_before_count_once(order: Any) -> None:
@@ -268,7 +269,7 @@ def test_edited_rows_are_those_of_edited_maps(order: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(steering, "_AT_ONCE", at_once)
     batch = Batch(order, [9, 10, 7], [6, 1, 2])
     values = batch.with_values(order)
-    spans = {"groups": {"a": [[0, 3]], "b": [[4, None]]}, "statistics": ["mass", "entropy", "maximum", "received"]}
+    spans = {"groups": {"a": [[0, 3]], "b": [[4, None]]}, "statistics": ["mass", "entropy", "maximum", "diagonal", "received"]}
     cut = edit(keys=[1, 3], queries=[[4, 6], [7, None]]), edit(keys="answer", heads=[1, 5], weight=3.0)
     requests = {
         "prompt": asking(8, rank=rank, steer=cut, **spans),
@@ -298,6 +299,7 @@ def test_edited_rows_are_those_of_edited_maps(order: Any, monkeypatch: pytest.Mo
     torch.testing.assert_close(got["prompt"].mass[0, 0], torch.stack([last[:, :3].sum(-1), last[:, 4:].sum(-1)], -1))
     torch.testing.assert_close(got["prompt"].entropy[0, 0], -last.xlogy(last).sum(-1))
     torch.testing.assert_close(got["prompt"].maximum[0, 0], last.amax(-1))
+    torch.testing.assert_close(got["prompt"].diagonal[0, 0], last[:, -1])
     torch.testing.assert_close(got["prompt"].received[0], maps[0].sum(0)[:, :8])
     torch.testing.assert_close(got["token"].mass[0, 0, :, 1], maps[1][0, :, :7].sum(-1))
     torch.testing.assert_close(got["plain"].mass[0, 0, :, 1], batch.maps(2)[-1, :, :7].sum(-1))

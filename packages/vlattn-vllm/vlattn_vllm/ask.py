@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_bool, check_integer, check_names, check_number, describe
+from vlattn_vllm.attention import PER_TOKEN
 
 KEY = "vlattn"  # a field of a request to the server, and a name in the extra_args of vLLM's SamplingParams
-STATISTICS = ("mass", "entropy", "maximum", "received")
+STATISTICS = (*PER_TOKEN, "received")
 NAMED = ("image", "question", "answer")
 MOST_GROUPS = 64
 MOST_EDITED_GROUPS = 16  # of queries, and of keys

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PER_TOKEN = ("mass", "entropy", "maximum")
+PER_TOKEN = ("mass", "entropy", "maximum", "diagonal")
 TENSORS = (*PER_TOKEN, "received", "tokens")
 _LARGEST = torch.finfo(torch.float16).max
 
@@ -19,8 +19,8 @@ _LARGEST = torch.finfo(torch.float16).max
 class Attention:
     """Statistics of the attention that chose the tokens of a completion, float32; None for each that was not asked for.
 
-    Row t of `mass`, `entropy` and `maximum` is the query from which token t was chosen: the last token of the prompt for the
-    first, and the token before for the others.
+    Row t of `mass`, `entropy`, `maximum` and `diagonal` is the query from which token t was chosen: the last token of the prompt
+    for the first, and the token before for the others.
 
     Args:
         layers: their numbers, in the order of the request.
@@ -28,6 +28,7 @@ class Attention:
         mass: (tokens, layers, heads, groups), the attention that falls on each group.
         entropy: (tokens, layers, heads) in nats.
         maximum: (tokens, layers, heads), the largest weight.
+        diagonal: (tokens, layers, heads), the attention of that token on itself.
         received: (layers, heads, prompt), what each token of the prompt gets from the queries from queries[0] to queries[1] - 1,
             added. None in the chunks of a stream but the last. With `top`: (layers, heads, top), the largest.
         queries: positions. The first is above 0 where vLLM took a prefix out of its cache: these queries did not run.
@@ -47,6 +48,7 @@ class Attention:
     refused: str = ""
     tokens: Tensor | None = None
     seconds: float = 0.0
+    diagonal: Tensor | None = None
 
     def is_empty(self) -> bool:
         return all(getattr(self, name) is None for name in TENSORS)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from vlattn_vllm.ask import KEY
-from vlattn_vllm.attention import Attention, to_bytes
+from vlattn_vllm.attention import PER_TOKEN, Attention, to_bytes
 from vlattn_vllm.worker import NUMBERS
 from vlattn_vllm.wrapping import fault, harmless, wrap
 
@@ -106,5 +106,6 @@ def _of_output(output: Any, attention: Attention, request: Any) -> Attention:
     else:
         attention = replace(attention, received=None, queries=None)
     if not output.new_token_ids:
-        attention = replace(attention, mass=None, entropy=None, maximum=None)
+        without: dict[str, Any] = dict.fromkeys(PER_TOKEN)
+        attention = replace(attention, **without)
     return attention

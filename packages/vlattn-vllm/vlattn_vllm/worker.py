@@ -235,6 +235,7 @@ class Step:
             "mass": lambda: torch.stack([last[:, groups == group].sum(-1) for group in range(len(one.ask.groups))], -1),
             "entropy": lambda: -torch.special.xlogy(last, last).sum(-1),
             "maximum": lambda: last.amax(-1),
+            "diagonal": lambda: last[:, length - 1 - low * size],
         }
         kept = {key: value() for key, value in values_of.items() if key in one.ask.statistics}
         if all_new:
@@ -344,9 +345,9 @@ class Step:
         queries = None
         if received is not None:
             queries, one.counted = (max(place.length - place.queries, one.counted), place.length), place.length
-        mass, entropy, maximum = (None if key not in values else values[key][None].contiguous() for key in PER_TOKEN)
+        per_token: dict[str, Any] = {key: value[None].contiguous() for key, value in values.items()}
         groups = tuple(group for group, _ in one.ask.groups)
-        return Attention(one.ask.layers, groups, mass, entropy, maximum, received, queries)
+        return Attention(one.ask.layers, groups, received=received, queries=queries, **per_token)
 
 
 def nothing(one: Asking) -> Attention:

@@ -45,7 +45,7 @@ class AttentionStatistics(NamedTuple):
 
 
 class LogitStatistics(NamedTuple):
-    """Holds the fields of AttentionStatistics, and those of the logits: the result of a call that names one of these."""
+    """Holds the fields of AttentionStatistics and more: the result of a call that names one of the further fields."""
 
     mass: Tensor
     entropy: Tensor
@@ -56,6 +56,10 @@ class LogitStatistics(NamedTuple):
     """(B, H, N): the largest logit, after softcap and masks, without a gradient; -inf in a fully masked row."""
     lse: Tensor
     """(B, H, N): the natural log-sum-exp of the logits and the sink, without a gradient; -inf in an empty row."""
+    diagonal: Tensor
+    """(B, H, N): A_ii, the attention of a token on itself; 0 where it is masked, and for i >= M."""
+    distance: Tensor
+    """(B, H, N): how far a query looks, sum_j A_ij |i - j| in tokens."""
 
     def max_logit_of_heads(self) -> Tensor:
         """Returns (H,), the largest logit of each head over all samples and queries, as QK-clip needs it."""
@@ -68,10 +72,10 @@ class LogitStatistics(NamedTuple):
 def chosen_statistics(values: Iterable[Tensor | None], names: Collection[str]) -> AttentionStatistics:
     """Returns the statistics with these `names`; None for the others.
 
-    Most calls ask for all that weigh: to type checkers those fields are tensors, of the type that has no logits.
+    Most calls ask for all that weigh: to type checkers those fields are tensors, of the type that has no more.
     """
     chosen = [x if name in names else None for name, x in zip(LogitStatistics._fields, values, strict=True)]
-    if "max_logit" not in names and "lse" not in names:
+    if {*names} <= {*AttentionStatistics._fields}:
         return AttentionStatistics(*chosen[: len(AttentionStatistics._fields)])  # type: ignore[arg-type]
     return LogitStatistics(*chosen)  # type: ignore[arg-type, return-value]
 
@@ -125,4 +129,7 @@ def attention_statistics(
     dtype = compute_dtype(prob)
     weight_statistics = mass.to(dtype), entropy.to(dtype), maximum.to(dtype), argmax, received.to(dtype)
     logit_statistics = cast_finite(max_logit.detach(), dtype), cast_finite(lse.detach(), dtype)
-    return chosen_statistics((*weight_statistics, *logit_statistics), asked)
+    i, j = (torch.arange(size, device=key.device) for size in prob.shape[2:])
+    diagonal = (prob * (i[:, None] == j)).sum(-1)
+    distance = (prob * (i[:, None] - j).abs()).sum(-1)  # sum_j A_ij |i - j|
+    return chosen_statistics((*weight_statistics, *logit_statistics, diagonal.to(dtype), distance.to(dtype)), asked)

@@ -35,6 +35,8 @@ class PagedAttentionStatistics(NamedTuple):
     """(T, H): the largest logit, after the softcap; -inf for a query without a visible key."""
     lse: Tensor
     """(T, H): the natural log-sum-exp of the logits; -inf for a query without a visible key."""
+    diagonal: Tensor
+    """(T, H): the attention of a query on the key of its own position."""
 
 
 STATISTICS = PagedAttentionStatistics._fields
@@ -101,5 +103,7 @@ def paged_attention_statistics(
     prob, _ = attend(scale * product(query, keys.mT), mask, softcap=softcap)  # A (1, H, T, R * M)
     received = torch.where(mask, prob, 0.0).sum(2).to(compute_dtype(query))  # NaN in a query does not reach what it does not see
     named = {name: x[0].transpose(0, 1) for name, x in statistics_of_rows._asdict().items() if x is not None}  # (T, H, ...)
+    own = is_request[..., None] & (j == position)
+    named["diagonal"] = (prob[0] * own.flatten(1)).sum(-1).to(compute_dtype(query)).transpose(0, 1)
     named["received"] = received[0].unflatten(1, is_key.shape).transpose(0, 1)  # (R, H, M)
     return chosen_statistics([named[name].contiguous() for name in STATISTICS], asked)

@@ -43,6 +43,9 @@ def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     yield Example(attention_statistics, "softcap and sink", with_sink, {**options, "softcap": 1.5})
     bias, group_options = grouped(generator, sizes)
     yield Example(attention_statistics, "groups", {**weighted, **bias}, group_options)
+    diagonal = {**options, "softcap": 1.5, "statistics": ("maximum", "diagonal"), "num_groups": None}
+    qk_sink = {name: x for name, x in with_sink.items() if name != "row_weight"}
+    yield Example(attention_statistics, "diagonal", {**qk_sink, **bias}, {**diagonal, **group_options})
 
 
 def draw(dice: Dice, dtype: torch.dtype) -> Example:

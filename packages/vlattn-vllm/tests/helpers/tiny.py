@@ -82,7 +82,7 @@ def sampling(tokens: int = 6, ask: dict[str, Any] | None = None, **options: Any)
 
 
 def everything(**options: Any) -> dict[str, Any]:
-    return {"statistics": ["mass", "entropy", "maximum", "received"], "groups": SPANS, **options}
+    return {"statistics": ["mass", "entropy", "maximum", "diagonal", "received"], "groups": SPANS, **options}
 
 
 class Maps:
@@ -110,6 +110,7 @@ class Maps:
         close(got.mass, mass)
         close(got.entropy, -torch.special.xlogy(rows, rows).sum(-1))
         close(got.maximum, rows.amax(-1))
+        close(got.diagonal, maps.diagonal(dim1=2, dim2=3).permute(2, 0, 1)[len(prompt) - 1 :])
         close(got.received, maps[:, :, first:, : len(prompt)].sum(2))
 
 
