@@ -178,5 +178,8 @@ def test_pictures_that_are_cut_into_patches() -> None:
     patches = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
     assert baseline_image("white", patches, None).eq(3.0).all() and baseline_image("black", patches, PROCESSOR).eq(-2.0).all()
     assert baseline_image("mean", patches, None).eq(torch.tensor([2.0, -0.75])).all()
+    of_each = {"image_grid_thw": torch.tensor([[1, 1, 1], [1, 1, 1]])}  # two images of one patch each
+    assert torch.equal(baseline_image("mean", patches, None, inputs=of_each), patches)
+    assert baseline_image("white", patches, None, inputs=of_each).tolist() == [[1.0, 1.0], [3.0, 3.0]]
     with pytest.raises(ValueError, match="baseline must be 'black', 'white', 'mean' or a tensor for images"):
         baseline_image("blur", patches, None)

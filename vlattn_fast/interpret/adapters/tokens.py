@@ -328,10 +328,14 @@ class Image(_WithoutPadding, name="image"):
     image = True
 
 
-class Boxes(_WithoutPadding, name="boxes"):
+class Boxes(Tokens, name="boxes"):
     """Only image regions."""
 
     image = True
+
+    def real(self) -> Tensor | None:
+        mask = self.inputs.get("visual_attention_mask")
+        return mask.bool() if isinstance(mask, Tensor) else None
 
     def fields(self, row: Tensor) -> dict[str, Any]:
         return {"regions": row, "boxes": self.inputs["visual_pos"][..., :4].detach()}

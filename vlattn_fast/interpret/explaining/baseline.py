@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -62,7 +62,7 @@ def _changed(prompt: Prompt, method: BaselineMethod) -> dict[str, Tensor]:
         elif value in IMAGE_BASELINES:
             if not _is_image(name, whole):
                 raise ValueError(f"{option} must be {value!r} only for an image; got it for {name!r} {tuple(whole.shape)}")
-            changed[name] = baseline_image(value, whole, request.processor, option)
+            changed[name] = baseline_image(value, whole, request.processor, option, inputs)
         elif not _are_ids(whole):
             raise ValueError(f"{option} must be a token only for ids (B, N); got {value!r} for {name!r} {tuple(whole.shape)}")
         else:
@@ -90,16 +90,19 @@ def _fits(baseline: Tensor, pixels: Tensor) -> bool:
 # --- images ---
 
 
-def baseline_image(kind: str, pixels: Tensor, processor: Any, option: str = "baseline") -> Tensor:
+def baseline_image(
+    kind: str, pixels: Tensor, processor: Any, option: str = "baseline", inputs: Mapping[str, Any] | None = None
+) -> Tensor:
     """Images like `pixels` (..., C, H, W) that are "black", "white", "mean" or "blur". Images that are given as patches
-    (patches, features) are in all but "blur": as their smallest and largest number, and the mean of each feature over patches."""
+    (patches, features) are in all but "blur": as their smallest and largest number, and the mean of each feature over patches;
+    `inputs` tell which patches belong to an image, and which are padding."""
     if pixels.ndim < 4:
         if kind == BLUR:
             known = f"{BLACK!r}, {WHITE!r}, {MEAN!r} or a tensor"
             raise ValueError(f"{option} must be {known} for images that are given as patches; got {kind!r}")
-        if kind == MEAN:
-            return pixels.mean(-2, keepdim=True).expand_as(pixels).contiguous()
-        return torch.full_like(pixels, float(pixels.min() if kind == BLACK else pixels.max()))
+        fills = {MEAN: lambda image: image.mean(0), BLACK: Tensor.min, WHITE: Tensor.max}
+        images = [fills[kind](image[real]).expand_as(image) for image, real in _images_of_patches(pixels, inputs or {})]
+        return torch.cat(images).view_as(pixels)
     if kind == MEAN:
         return pixels.mean((-2, -1), keepdim=True).expand_as(pixels).contiguous()
     if kind == BLUR:
@@ -109,6 +112,21 @@ def baseline_image(kind: str, pixels: Tensor, processor: Any, option: str = "bas
         extremes = pixels.flatten(1).amin(1) if kind == BLACK else pixels.flatten(1).amax(1)
         channels = extremes.view(-1, *[1] * (pixels.ndim - 1))
     return channels.expand_as(pixels).contiguous()
+
+
+def _images_of_patches(pixels: Tensor, inputs: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The patches (patches, features) of each image, and which of them are no padding, bool (patches,)."""
+    mask = inputs.get("pixel_attention_mask")
+    real = pixels.new_ones(pixels.shape[:-1], dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.shape == real.shape:
+        real = mask.bool() | ~mask.bool().any(-1, keepdim=True)
+    if pixels.ndim == 3:
+        return zip(pixels, real, strict=True)
+    grids = (inputs.get(name) for name in ("image_grid_thw", "video_grid_thw"))
+    counts = next(
+        (one for grid in grids if grid is not None and sum(one := grid.prod(-1).tolist()) == len(pixels)), [len(pixels)]
+    )
+    return zip(pixels.split(counts), real.split(counts), strict=True)
 
 
 def _normalised(value: float, processor: Any, pixels: Tensor) -> Tensor | None:

@@ -68,20 +68,19 @@ def _windows(question: Question, method: OccludingMethod) -> tuple[list[list[Win
     """The windows of each sample, over maps of patches, and over the other tokens, without special tokens and padding; and what
     replaces each tower's embeddings."""
     windows: list[list[Window]] = [[] for _ in range(len(question.scores))]  # type: ignore[arg-type]
-    masks = {tower: torch.zeros(tower.shape, dtype=torch.bool) for tower in question.run.towers}
+    masks = {tower: torch.zeros(2, *tower.shape, dtype=torch.bool) for tower in question.run.towers}
     for tower, sample, tokens, is_map in _groups(question):
-        if is_map:
-            masks[tower][sample, tokens.flatten()] = True
+        masks[tower][int(is_map), sample, tokens.flatten()] = True
         windows[sample] += [(tower.name, window) for window in method.windows(tokens)]
-    return windows, {t.name: [(part, _fill(part, mask.to(t.device))) for part in t.cached] for t, mask in masks.items()}
+    return windows, {t.name: [(part, _fill(part, *mask.to(t.device))) for part in t.cached] for t, mask in masks.items()}
 
 
-def _fill(part: Embeddings, patches: Tensor) -> Tensor:
-    """What may replace embeddings. `patches` (B, N): tokens that are patches of an image."""
+def _fill(part: Embeddings, words: Tensor, patches: Tensor) -> Tensor:
+    """What may replace embeddings of `words` and of `patches` of an image, (B, N)."""
     if part.origin is None:
         return torch.zeros_like(part.values)
     changes = part.per_token(lambda x, dim: x.any(dim), part.values.detach() != part.origin)
-    stands = patches | (changes & ~patches).any()
+    stands = patches | (changes & words).any()
     return torch.where(part.over_features(stands), part.origin, torch.zeros_like(part.values))
 
 
@@ -123,13 +122,13 @@ def _groups(question: Question) -> list[tuple[TowerTrace, int, Tensor, bool]]:
     arguments, patches = run.prompt.masked, request.patches if len(plain) == len(run.towers) else None
     fields, _ = parts(plain, arguments, index, question.answer, patches, request.special)
     real = {tower: tokens.real() for tower, tokens in tokens_of(plain, arguments, request.special).items()}
-    covered: set[TowerTrace] = set()
+    covered: set[tuple[TowerTrace, int]] = set()
 
     def add(sample: int, numbers: Tensor, is_map: bool) -> None:
         numbers = numbers.long()
         if numbers.numel() and bool((numbers > 0).all()):
             tower = owner[int(numbers.flatten()[0]) - 1]
-            covered.add(tower)
+            covered.add((tower, sample))
             groups.append((tower, sample, (numbers - firsts[tower])[..., None], is_map))
 
     owners = fields.get("image_samples") or []
@@ -144,9 +143,9 @@ def _groups(question: Question) -> list[tuple[TowerTrace, int, Tensor, bool]]:
             for numbers_of_tower in by_tower.values():
                 add(sample, torch.tensor([numbers_of_tower]), False)
     for tower in plain:
-        if tower not in covered:
-            known = real.get(tower)
-            for sample in range(tower.batch or 0):
+        known = real.get(tower)
+        for sample in range(tower.batch or 0):
+            if (tower, sample) not in covered:
                 numbers = torch.arange(tower.size) if known is None else known[sample].cpu().nonzero()[:, 0]
                 add(sample, numbers[None] + firsts[tower], False)
     return groups
