@@ -1,5 +1,6 @@
 # make demo      a picture, a table of checks and a comparison of costs, into demo/
-# make test      lint, types and a choice of tests, in minutes; ARGS="tests/ops" for all cases of some tests, ARGS="-k causal"
+# make test      lint, types and a choice of tests, in minutes. Every case of some tests: ARGS="tests/ops", ARGS="-k causal", and
+#                ARGS=--changed for what is not committed or not pushed
 # make test-all  every case of every test, with other processors, sanitizers, the packages and compiled GPU kernels: hours. A stopped
 #                run goes on; ARGS="bits ptx" for some parts, ARGS="--list"
 # make cpus      the tests of accuracy in each instruction set of this processor, and as torch computes on others
@@ -49,7 +50,8 @@ test: $(READY) $(TESTED)
 	@$(MAKE) --no-print-directory --jobs=2 lint suite
 
 suite: $(READY) $(TESTED)
-	@$(PY) -m tests.helpers.process --numprocesses $(WORKERS) --dist worksteal $(or $(ARGS),-p tests.helpers.chosen)
+	@$(PY) -m $(if $(filter --changed,$(ARGS)),tools.test_all --workers $(WORKERS),tests.helpers.process --numprocesses $(WORKERS) \
+	  --dist worksteal) $(or $(ARGS),-p tests.helpers.chosen)
 
 test-all: $(READY) $(TESTED)
 	@$(PY) -m tools.test_all --workers $(WORKERS) $(ARGS)

@@ -3,10 +3,11 @@
     python -m tools.test_all                   all parts that have not passed with these files; hours on two cores
     python -m tools.test_all bits "ptx sm_90"  parts whose names begin so
     python -m tools.test_all --list            the parts, and which have passed
-    python -m tools.test_all --touched         the tests of the folders that the last COMMITS commits touch
+    python -m tools.test_all --changed         the tests of the folders in which something is not committed or not pushed
+    python -m tools.test_all --changed 20      or is of the last 20 commits
     python -m tools.test_all --turn            the parts of one turn of TURNS, by the number of commits
 
-.ci/run takes the last two with --minutes: tests that no time is left for are skipped and counted, and parts are named.
+With --minutes, as .ci/run takes the last two, tests that no time is left for are skipped and counted, and parts are named.
 
 A part that passed is stored in build/test-all.json, and runs again when a file of the repository has changed.
 """
@@ -29,7 +30,7 @@ from tools.cpus import SETTINGS
 
 ROOT = Path(__file__).parents[1]
 PASSED = ROOT / "build" / "test-all.json"
-COMMITS, TURNS = 20, 60  # what is touched lately; a turn is about three parts, as many as the minutes of CI allow
+TURNS = 60  # a turn is about three parts, as many as the minutes of CI allow
 SUITE = ("-m", "tests.helpers.process", "-q", "--tb=short", "--dist", "worksteal", "--numprocesses", "WORKERS")
 PACKAGE = ("-m", "pytest", "-q", "--tb=short", "-p", "tools.part")
 START, LAST = 20, 60  # seconds: without the former a part does not begin; the latter a test or a build has at the end
@@ -104,14 +105,17 @@ def turn(every: list[Part]) -> list[Part]:
     return chosen[first:] + chosen[:first]
 
 
-def touched() -> list[Part]:
-    """The tests of the folders that the last commits touch, the latest first, as one part; those of each package as another."""
-    paths = dict.fromkeys(git("log", f"-{COMMITS}", "--format=", "--name-only").split())
-    found = dict.fromkeys(tests for path in paths for tests in tests_of(Path(path)))
+def changed(commits: int) -> list[Part]:
+    """The tests of what is not committed and of the last commits (0: of those that no remote has), the latest first, as one
+    part; those of each package as another."""
+    lately = [f"-{commits}"] if commits else ["HEAD", "--not", "--remotes"]
+    paths = git("diff", "HEAD", "--name-only") + git("ls-files", "--others", "--exclude-standard")
+    paths += git("log", *lately, "--format=", "--name-only")
+    found = dict.fromkeys(tests for path in dict.fromkeys(paths.split()) for tests in tests_of(Path(path)))
     own = [tests for tests in found if tests.startswith("tests/")]
     packages = [tests for tests in found if not tests.startswith("tests/")]
-    core = [Part("touched", (*SUITE, *own))] if own else []
-    return core + [Part(f"touched {folder}", PACKAGE, folder=folder) for folder in packages]
+    core = [Part("changed", (*SUITE, *own))] if own else []
+    return core + [Part(f"changed {folder}", PACKAGE, folder=folder) for folder in packages]
 
 
 BESIDE = {
@@ -126,18 +130,19 @@ BESIDE = {
 
 
 def tests_of(path: Path) -> list[str]:
-    """What tests a file: the package that it is in, itself, or the folders and files of tests/ that have a name of its folders;
-    BESIDE are tests of what rests on it."""
+    """What tests a file: the package that it is in, itself, or the folders of tests/ that have a name of its folders; else the
+    files that have its name, or that of benchmarks/, docs/, examples/. BESIDE are tests of what rests on it."""
     top, *_ = path.parts
     if top == "packages":
         return [f"packages/{path.parts[1]}"] if (ROOT / "packages" / path.parts[1] / "tests").is_dir() else []
     if top == "tests" and path.name.startswith("test_"):
         return [path.as_posix()] if (ROOT / path).exists() else []
-    inner = [part for part in path.parts[:-1] if part not in ("vlattn_fast", "csrc", "tools", "backends", "tests")]
+    inner = [part for part in path.parts[:-1] if part not in ("vlattn_fast", "csrc", "tools", "backends", "tests", "helpers")]
     folders = ["/".join(("tests", *inner[:length])) for length in range(len(inner), 0, -1)]
     found = [folder for folder in folders if any((ROOT / folder).rglob("test_*.py"))][:1]
     found += [f"tests/{tests}" for part, tests in BESIDE.items() if part in path.parts]
-    files = (ROOT / "tests").glob(f"test_{top.rstrip('s')}*.py")  # of benchmarks/, docs/, examples/
+    names = path.stem, "doc" if path.suffix == ".md" else top.rstrip("s")
+    files = {file for name in names for file in (ROOT / "tests").rglob(f"test_{name}*.py")}
     return found or [file.relative_to(ROOT).as_posix() for file in sorted(files)]
 
 
@@ -167,13 +172,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="PART", help="parts whose names begin so; default: all")
     parser.add_argument("--list", action="store_true", help="name the parts, and run none")
-    parser.add_argument("--touched", action="store_true", help=f"instead the tests of what the last {COMMITS} commits touch")
+    parser.add_argument(
+        "--changed",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="COMMITS",
+        help="instead the tests of what changed in the last commits, by default those that are not pushed, and after them",
+    )
     parser.add_argument("--turn", action="store_true", help="the parts of one turn, by the number of commits")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no test begins after these")
     parser.add_argument("--workers", type=int, default=2, help="processes that run side by side")
     options = parser.parse_args()
-    every = touched() if options.touched else parts()
+    every = parts() if options.changed is None else changed(options.changed)
     chosen = [part for part in every if not options.names or part.name.startswith(tuple(options.names))]
+    if not chosen and options.changed is not None:
+        print("no test belongs to what changed")
+        return 0
     if not chosen:
         parser.error(f"no part begins with {', '.join(options.names)}; --list names them")
     if options.turn:
@@ -186,8 +201,8 @@ def main() -> int:
     end = time.time() + 60 * options.minutes
     waiting = [part for part in chosen if part.name not in outcomes]
     for number, part in enumerate(waiting):
-        # a turn's first part may have all the time, and another is the first in the next round; what is touched shares it
-        share = (end - time.time()) / (len(waiting) - number if options.touched else 1)
+        # a turn's first part may have all the time, and another is the first in the next round; what changed shares it
+        share = (end - time.time()) / (1 if options.changed is None else len(waiting) - number)
         outcomes[part.name] = "not begun" if share < START else run(part, options.workers, time.time() + share)
         if outcomes[part.name] == "passed":
             before.add(part.name)

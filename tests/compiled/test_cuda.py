@@ -12,8 +12,8 @@ import pytest
 from tests.helpers.cuda import building
 from tests.helpers.releases import OLDER_TRITON, WITHOUT_FENCES
 from tools.compiled import cuda
-from tools.compiled.cuda import nvcc_version, rows_of
-from tools.compiled.table import Row, differences, read
+from tools.compiled.cuda import rows_of
+from tools.compiled.table import differences, read
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -47,14 +47,13 @@ SOME = re.compile(r"<float, 128\b|congruence.*<__half, 64\b|congruence_divergenc
 
 
 @pytest.fixture(scope="module")
-def nvcc() -> str:
+def nvcc() -> None:
     for tool in ("nvcc", "c++filt"):
         if shutil.which(tool) is None:
             pytest.skip(f"the CUDA C++ kernels are not compiled: {tool} is not installed")
     pytest.importorskip("triton", reason="cuobjdump comes with it")
     if OLDER_TRITON:
         pytest.skip(WITHOUT_FENCES)
-    return nvcc_version()
 
 
 # bytes of a thread; additive scores of 32 rows a warp take every register that three blocks leave, long sequences every one
@@ -69,7 +68,7 @@ WITHOUT_PRODUCTS = ("additive_backward_query_kernel", "relevancy_rows_kernel")
 
 
 @pytest.mark.slow  # a build by nvcc
-def test_kernels_compile_within_their_thresholds(nvcc: str) -> None:
+def test_kernels_compile_within_their_thresholds(nvcc: None) -> None:
     """Each kernel, but not each with all types and sizes. Tensor cores multiply 16-bit types, and never heads of float32, which
     they would round; passes that add sums have no product."""
     library = building.build(*building.PTX) / "libvlattn_cuda.so"
@@ -84,23 +83,12 @@ def test_kernels_compile_within_their_thresholds(nvcc: str) -> None:
             assert (row["mma"] == 0) == ("<float" in key or key.startswith(WITHOUT_PRODUCTS)), key
 
 
-@pytest.fixture(scope="module")
-def tiny_rows(tiny: Path) -> dict[str, Row]:
-    return rows_of(tiny)
-
-
-@pytest.fixture(scope="module")
-def tiny(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "tiny.cu").write_text(TINY)
-    command = ["nvcc", "-arch=sm_90a", "-shared", "-Xcompiler", "-fPIC", folder / "tiny.cu", "-o", folder / "tiny.so"]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder / "tiny.so"
-
-
 @pytest.mark.slow
-def test_the_table_says_what_was_compiled(tiny_rows: dict[str, Row]) -> None:
-    rows = dict(tiny_rows)
+def test_the_table_says_what_was_compiled(nvcc: None, tmp_path: Path) -> None:
+    (tmp_path / "tiny.cu").write_text(TINY)
+    command = ["nvcc", "-arch=sm_90a", "-shared", "-Xcompiler", "-fPIC", tmp_path / "tiny.cu", "-o", tmp_path / "tiny.so"]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = rows_of(tmp_path / "tiny.so")
     assert list(sorted(rows)) == ["reverse_kernel<double, 64> sm_90a", "reverse_kernel<float, 128> sm_90a", "spill_kernel sm_90a"]
     spilled = rows.pop("spill_kernel sm_90a")
     assert spilled["registers"] == 32 and spilled["stack"] > 300  # 65536 registers for 2048 threads; 80 floats live in each
@@ -108,13 +96,15 @@ def test_the_table_says_what_was_compiled(tiny_rows: dict[str, Row]) -> None:
         assert row["shared"] == 512 + 1024 and row["stack"] == 0 and 0 < row["registers"] < 32
 
 
-def test_the_command_writes_and_shows_changes(tiny, tiny_rows, nvcc: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_command_writes_and_shows_changes(tmp_path: Path, monkeypatch, capsys) -> None:
+    library, rows = tmp_path / "library.so", {"spill_kernel sm_90a": {"registers": 32, "stack": 320, "shared": 0, "mma": 0}}
     monkeypatch.setattr(cuda, "TABLE", tmp_path / "compiled" / "table.json")
-    monkeypatch.setattr(cuda, "rows_of", {tiny: tiny_rows}.__getitem__)
-    monkeypatch.setattr("sys.argv", ["cuda.py", "--library", str(tiny)])
+    monkeypatch.setattr(cuda, "nvcc_version", lambda: "13.0")
+    monkeypatch.setattr(cuda, "rows_of", {library: rows}.__getitem__)
+    monkeypatch.setattr("sys.argv", ["cuda.py", "--library", str(library)])
     cuda.main()
     printed = capsys.readouterr().out
-    assert "spill_kernel sm_90a: not in the table" in printed and f"nvcc {nvcc}: 3 kernels, 3 changed" in printed
+    assert "spill_kernel sm_90a: not in the table" in printed and "nvcc 13.0: 1 kernels, 1 changed" in printed
     cuda.main()
-    assert f"nvcc {nvcc}: 3 kernels, 0 changed" in capsys.readouterr().out
-    assert read(cuda.TABLE) == {nvcc: tiny_rows}
+    assert "nvcc 13.0: 1 kernels, 0 changed" in capsys.readouterr().out
+    assert read(cuda.TABLE) == {"13.0": rows}

@@ -72,26 +72,47 @@ WITHOUT = {
     },
     80: dict.fromkeys(KERNELS, "score_attention._whole_forward_kernel") | {"core_scores": "_units_backward._units_step_kernel"},
 }
-# compiling takes most of the time: the choice ends with the call after which each kernel of sm_90 has run
-ENOUGH, ALL = "enough calls", "all calls"
-CASES = [
-    pytest.param(operator, n, calls, marks=pytest.mark.slow if calls == ALL or (n == 80 and operator != "core_scores") else ())
-    for operator in KERNELS
-    for n in CALLED
-    for calls in (ENOUGH, ALL)
-]
+# Compiling takes most of the time. So the choice has the calls that launch each kernel of sm_90 once and compile least. A kernel
+# belongs to the first operator that has it, or to that of LATER. core_scores has no calls to choose from.
+LATER = {"score_attention._rows_kernel": "relevancy_attention", "_group_bias._group_bias_kernel": "attention_map"}
+FEWEST: dict[str, tuple[str, ...]] = {
+    "score_attention": ("few queries", "scaled_dot causal, long", "additive"),
+    "relevancy_attention": ("one row", "gradient, long"),
+    "attention_map": ("float mask", "groups", "gradient of the largest head"),
+    "core_scores": (),
+    "attention_statistics": ("few queries",),
+    "attention_divergence": ("kl, long",),
+    "indexer_divergence": ("padding, long",),
+    "congruence_loss": ("cacr, long", "cacr"),
+    "maxsim": ("all tokens, long",),
+    "relevancy_residual": ("contribution, long",),
+    "paged_attention_statistics": ("requests, long",),
+    "stacked_cross_attention": ("SCAN t2i, long",),
+}
 
 
-@pytest.mark.parametrize(("operator", "architecture", "calls"), CASES)
-def test_calls_are_right_and_nothing_is_reported(operator: str, architecture: int, calls: str) -> None:
-    kernels = {*KERNELS[operator].split()} - {*WITHOUT[architecture].get(operator, "").split()}
-    until = kernels if calls == ENOUGH else set[str]()
-    worst, launched = compiling("tests.helpers.emulated.triton_calls.ratios", operator, architecture, until)
+def assert_right(operator: str, architecture: int, calls: tuple[str, ...]) -> set[str]:
+    """The kernels that the calls launched."""
+    worst, launched = compiling("tests.helpers.emulated.triton_calls.ratios", operator, architecture, calls)
     assert {name: ratio for name, ratio in worst.items() if not ratio <= 1.0} == {} != worst
-    assert launched == kernels
+    return launched
 
 
-@pytest.mark.parametrize("architecture", [90, pytest.param(100, marks=needs_fences)])
+@pytest.mark.parametrize("operator", FEWEST)
+def test_each_kernel_is_right_and_nothing_is_reported(operator: str) -> None:
+    first = {kernel: name for name in reversed(KERNELS) for kernel in KERNELS[name].split()} | LATER
+    assert {kernel for kernel, name in first.items() if name == operator} <= assert_right(operator, 90, FEWEST[operator])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", KERNELS)
+@pytest.mark.parametrize("architecture", CALLED)
+def test_calls_are_right_and_nothing_is_reported(operator: str, architecture: int) -> None:
+    kernels = {*KERNELS[operator].split()} - {*WITHOUT[architecture].get(operator, "").split()}
+    assert assert_right(operator, architecture, ()) == kernels
+
+
+@pytest.mark.parametrize("architecture", [90, pytest.param(100, marks=[needs_fences, pytest.mark.slow])])
 def test_calls_of_many_tokens_copy_tiles_by_descriptors(architecture: int) -> None:
     outcomes = compiling("tests.helpers.emulated.triton_calls.by_descriptors", architecture)
     assert len(outcomes) == 2

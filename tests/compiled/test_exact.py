@@ -40,7 +40,11 @@ TENTH = {
     n: sorted((one for one in items if one.title not in LONG), key=digest)[: -(-len(items) // 10)] for n, items in ITEMS.items()
 }
 CHOSEN = [(n, item) for n, items in (ITEMS if ALL else TENTH).items() for item in items if not ALL or str(n) in ALL]
-MARKED = [pytest.param(n, item, id=f"sm_{n} {item.title}", marks=pytest.mark.slow if n == 80 else ()) for n, item in CHOSEN]
+SLOW = "consan, score_attention grouped heads, few queries", "consan, relevancy_step gradient"
+MARKED = [
+    pytest.param(n, item, id=f"sm_{n} {item.title}", marks=pytest.mark.slow if n == 80 or item.title in SLOW else ())
+    for n, item in CHOSEN
+]
 
 
 @needs_sanitizers
@@ -77,6 +81,7 @@ def test_each_fault_has_its_place_in_the_source(planted: Planted) -> None:
     assert ast.unparse(ast.parse(inspect.getsource(function))).count(planted.expression) == 1
 
 
+@pytest.mark.slow
 @needs_sanitizers
 def test_a_fault_within_the_tolerance_is_seen_as_stored() -> None:
     stored = json.loads(TABLE.read_text())

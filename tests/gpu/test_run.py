@@ -306,6 +306,7 @@ def test_each_call_of_a_model_has_its_dtype() -> None:
     assert dtypes == {torch.bfloat16, torch.float16, torch.float32}
 
 
+@pytest.mark.slow("paged_attention_statistics")
 @pytest.mark.parametrize("hot", production.HOTTEST, ids=lambda hot: hot.name)
 def test_what_is_timed_is_what_was_checked(hot, monkeypatch):
     """The case and the call of a hot launch, at their real sizes and without launches, ask for tiles with the same facts."""

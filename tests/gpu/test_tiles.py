@@ -202,6 +202,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_takes_its_pool_along(tmp_path: Path) -> None:
     """Whoever reads what it prints would wait for processes that hold its output open."""
     (tmp_path / "dies.py").write_text(DIES)

@@ -61,9 +61,9 @@ def _mask_for(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.randn(queries, keys, generator=torch.Generator().manual_seed(0))
 
 
-def ratios(operator: str, architecture: int, until: set[str]) -> tuple[dict[str, float], set[str]]:
-    """The worst error of each call as a multiple of the allowed one, and the kernels that ran. A finding raises. Once all kernels
-    of `until` have run, no more calls do; the empty set: all calls."""
+def ratios(operator: str, architecture: int, names: tuple[str, ...]) -> tuple[dict[str, float], set[str]]:
+    """The worst error of each of these calls (none: of all) as a multiple of the allowed one, and the kernels that ran. A finding
+    raises."""
     import tools.emulated.triton
     from tools.emulated.package import options_of_process
 
@@ -72,12 +72,12 @@ def ratios(operator: str, architecture: int, until: set[str]) -> tuple[dict[str,
         worst: dict[str, float] = {}
         if operator == "core_scores":
             worst |= core_cases.ratios("additive" if architecture == 90 else "cosine-eps=5", CALLED[architecture])
-        for case in () if operator == "core_scores" else reversed([*calls_of(operator, architecture)]):
-            if until and until <= {launch.name for launch in launches}:
-                break
+        for case in () if operator == "core_scores" else calls_of(operator, architecture):
+            if names and case.name not in names:
+                continue
             errors = settle(verify._Problem(case, CALLED[architecture], "cpu").runs("triton"), enough=lambda: 1)
             worst[case.name] = max(one.ratio() for one in errors.values())
-        if operator == "score_attention" and not until:
+        if operator == "score_attention" and not names:
             from vlattn_fast.kernels import score_attention
 
             worst |= jvp_cases.ratios(score_attention, CALLED[architecture])
