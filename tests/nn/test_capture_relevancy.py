@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -19,7 +20,6 @@ from vlattn_fast.interpret.explaining.question import UndefinedRelevancy
 from vlattn_fast.interpret.relevancy.methods.registry import with_options
 from vlattn_fast.nn import RelevancyLoss, capture_relevancy
 
-transformers = pytest.importorskip("transformers")
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
 PICTURE = {"image_size": 32, "patch_size": 8}
 

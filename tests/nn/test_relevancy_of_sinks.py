@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 
 from vlattn_fast.nn import capture_relevancy
-
-hf = pytest.importorskip("transformers")
 
 
 @pytest.mark.usefixtures("published")

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers")
-
-import vlattn_fast as va  # noqa: E402
+import vlattn_fast as va
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
 lightning = pytest.importorskip("lightning")
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 lightning = pytest.importorskip("lightning")
 

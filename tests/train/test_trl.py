@@ -11,7 +11,8 @@ import torch
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-transformers = pytest.importorskip("transformers")
+import transformers  # noqa: E402
+
 image = pytest.importorskip("PIL.Image")
 
 from tests.helpers import saved_models  # noqa: E402

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("transformers")
 image_module = pytest.importorskip("PIL.Image")
 
 import transformers as t  # noqa: E402

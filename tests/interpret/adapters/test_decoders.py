@@ -6,9 +6,6 @@ import itertools
 from dataclasses import replace
 
 import pytest
-
-pytest.importorskip("transformers")
-
 import torch
 import transformers
 

@@ -10,8 +10,6 @@ from unittest import mock
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
 from tests.helpers.interpret.cases import lively, one_hot
 from tests.helpers.interpret.encoder_cases import (
     IMAGE,

@@ -6,9 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-pytest.importorskip("transformers")  # stored_maps.py has its attention interface
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional

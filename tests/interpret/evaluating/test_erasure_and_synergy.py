@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("transformers")
-
 import vlattn_fast as va
 from tests.helpers.interpret.evaluation_cases import made, rows
 from vlattn_fast.interpret.evaluating.curves import CURVES

@@ -8,8 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
 import vlattn_fast as va
 from tests.helpers.interpret.evaluation_cases import Planted, made, planted_data, rows, truth
 from vlattn_fast.interpret.evaluating.box_scores import Truth, mass

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("transformers")
-
 import transformers as hf
+from torch import nn
 
 import vlattn_fast as va
 from tests.helpers.interpret.evaluation_cases import Planted, planted_data, rows, truth

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-pytest.importorskip("transformers")
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,

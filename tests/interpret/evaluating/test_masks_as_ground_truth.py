@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers")
-
 import vlattn_fast as va
 from tests.helpers.interpret.evaluation_cases import Planted, made, planted_data, rows
 from vlattn_fast.interpret.dataset.items import Items

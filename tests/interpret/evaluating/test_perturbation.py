@@ -8,9 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-
 import transformers
 
 import vlattn_fast as va

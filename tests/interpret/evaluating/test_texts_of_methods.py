@@ -7,11 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("transformers")
-
 import transformers
+from torch import nn
 
 import vlattn_fast as va
 from tests.helpers.interpret.cases import lively

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers")
-
 import vlattn_fast as va
 from tests.helpers.interpret.evaluation_cases import made, rows
 from vlattn_fast.interpret.evaluating.box_scores import Truth, grid_entries, intersection_over_union, pointing

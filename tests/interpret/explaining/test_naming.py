@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
-
-from tests.helpers import saved_models  # noqa: E402
-from tests.helpers.interpret.cases import lively  # noqa: E402
-from vlattn_fast.interpret import explain  # noqa: E402
+from tests.helpers import saved_models
+from tests.helpers.interpret.cases import lively
+from vlattn_fast.interpret import explain
 
 PROMPTS = ["a red square", "a blue circle"]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

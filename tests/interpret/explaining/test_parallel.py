@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-transformers = pytest.importorskip("transformers")
 pytest.importorskip("torch.distributed.tensor")
 
-from tests.helpers.interpret import parallel_cases  # noqa: E402
-from tests.helpers.two_ranks import results_of  # noqa: E402
-from vlattn_fast.attach.tensor_parallel import heads_mesh  # noqa: E402
+from tests.helpers.interpret import parallel_cases
+from tests.helpers.two_ranks import results_of
+from vlattn_fast.attach.tensor_parallel import heads_mesh
 
 
 def test_each_way_of_dividing(tmp_path: Path) -> None:

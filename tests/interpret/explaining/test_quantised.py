@@ -11,12 +11,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers")
-
-from vlattn_fast.interpret import explain  # noqa: E402
-from vlattn_fast.nn import CongruenceLoss, RelevancyLoss, capture_attention, capture_relevancy, replace_attention  # noqa: E402
+from vlattn_fast.interpret import explain
+from vlattn_fast.nn import CongruenceLoss, RelevancyLoss, capture_attention, capture_relevancy, replace_attention
 
 # the packages' own
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]

@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers")
-
-from tests.helpers.interpret.cases import VISION, lively, one_hot  # noqa: E402
-from tests.helpers.interpret.encoder_cases import PATCHES, T5, WORDS, pixels, text  # noqa: E402
-from tests.helpers.interpret.stored_maps import METHODS, Place, assert_rows, check, layer_sums, rows_of  # noqa: E402
-from tests.interpret.adapters.test_detectors import detr, pictures  # noqa: E402
-from vlattn_fast.interpret import explain  # noqa: E402
-from vlattn_fast.nn import capture_relevancy  # noqa: E402
+from tests.helpers.interpret.cases import VISION, lively, one_hot
+from tests.helpers.interpret.encoder_cases import PATCHES, T5, WORDS, pixels, text
+from tests.helpers.interpret.stored_maps import METHODS, Place, assert_rows, check, layer_sums, rows_of
+from tests.interpret.adapters.test_detectors import detr, pictures
+from vlattn_fast.interpret import explain
+from vlattn_fast.nn import capture_relevancy
 
 pytestmark = pytest.mark.usefixtures("published")
 

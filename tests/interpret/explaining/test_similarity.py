@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers")
-
-from tests.helpers import saved_models  # noqa: E402
-from tests.helpers.commands import said, vlattn  # noqa: E402
-from tests.helpers.interpret.cases import VISION, lively, one_hot  # noqa: E402
-from tests.helpers.interpret.encoder_cases import T5, WORDS, text  # noqa: E402
-from tests.helpers.interpret.stored_maps import Place, check  # noqa: E402
-from vlattn_fast.interpret import explain, load_explanations  # noqa: E402
+from tests.helpers import saved_models
+from tests.helpers.commands import said, vlattn
+from tests.helpers.interpret.cases import VISION, lively, one_hot
+from tests.helpers.interpret.encoder_cases import T5, WORDS, text
+from tests.helpers.interpret.stored_maps import Place, check
+from vlattn_fast.interpret import explain, load_explanations
 
 pytestmark = pytest.mark.usefixtures("published")
 

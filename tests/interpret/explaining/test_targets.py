@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers")
-
-import vlattn_fast as va  # noqa: E402
-from tests.helpers.interpret.cases import VISION, lively  # noqa: E402
-from tests.helpers.interpret.encoder_cases import T5, text  # noqa: E402
-from vlattn_fast.interpret import explain  # noqa: E402
+import vlattn_fast as va
+from tests.helpers.interpret.cases import VISION, lively
+from tests.helpers.interpret.encoder_cases import T5, text
+from vlattn_fast.interpret import explain
 
 PIXELS = {"pixel_values": torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))}
 

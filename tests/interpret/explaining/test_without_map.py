@@ -7,11 +7,11 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-transformers = pytest.importorskip("transformers")
+import transformers
 
-import vlattn_fast as va  # noqa: E402
-from tests.helpers.interpret.cases import CASES  # noqa: E402
-from tests.helpers.interpret.decoder_cases import blip2, idefics2, instructblip  # noqa: E402
+import vlattn_fast as va
+from tests.helpers.interpret.cases import CASES
+from tests.helpers.interpret.decoder_cases import blip2, idefics2, instructblip
 
 PHOTO = np.full((32, 32, 3), 255, np.uint8)
 

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 
-transformers = pytest.importorskip("transformers")
-
-from tests.helpers.interpret.cases import TEXT, lively  # noqa: E402
-from vlattn_fast.interpret import explain  # noqa: E402
+from tests.helpers.interpret.cases import TEXT, lively
+from vlattn_fast.interpret import explain
 
 
 @pytest.fixture

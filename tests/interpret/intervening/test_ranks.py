@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers")
 pytest.importorskip("torch.distributed.tensor")
 
 from tests.helpers.interpret import edited_ranks

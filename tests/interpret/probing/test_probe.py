@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 
 import transformers as hf

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 
 import transformers as hf

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 
 import vlattn_fast as va

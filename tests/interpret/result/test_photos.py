@@ -11,7 +11,7 @@ import pytest
 import torch
 
 image_module = pytest.importorskip("PIL.Image")
-transformers = pytest.importorskip("transformers")
+import transformers  # noqa: E402
 
 from tests.helpers import saved_models  # noqa: E402
 from tests.helpers.interpret.made import answered, made  # noqa: E402
