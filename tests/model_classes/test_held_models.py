@@ -6,8 +6,6 @@ import json
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 from tools.model_classes import held
 from tools.model_classes.compare import BOUND, outcome_of
@@ -44,43 +42,6 @@ def test_attention_that_keeps_its_derivative_is_seen(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(frozen.Frozen, "constant", lambda one, tensor: tensor)
     row = outcome_of("image", "ViTForImageClassification", held.compared)
     assert row.outcome == "wrong" and row.reason.startswith("norms and attention held fixed: rows differ by"), row
-
-
-class ScaledNorm(nn.Module):
-    """A norm by the root mean square of groups, gated behind, with a factor of one more than its weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.eps, self.group_size = nn.Parameter(torch.linspace(-0.5, 0.5, 12)), 1e-4, 6
-
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        rows = x.unflatten(-1, (-1, self.group_size))
-        rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + self.eps)
-        return rows.flatten(-2) * (1 + self.weight) * nn.functional.silu(gate)
-
-
-class CubicNorm(nn.Module):
-    """None of the formulas."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x / x.abs().pow(3).mean(-1, keepdim=True) ** (1 / 3)
-
-
-def test_formulas_are_found_by_their_output() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
-    gate, cotangent = torch.randn(2, 3, 12, dtype=torch.float64), torch.randn(2, 3, 12, dtype=torch.float64)
-    model = nn.ModuleDict({"norm": ScaledNorm().double(), "cubic": CubicNorm(), "layer": nn.LayerNorm(12).double()})
-    with held.Detached(model) as detached:
-        output, cubic, layer = model["norm"](x, gate), model["cubic"](x), model["layer"](x)
-    assert detached.norms == 2 and list(detached.kept) == ["CubicNorm"]
-    torch.testing.assert_close(output, model["norm"](x, gate))
-    torch.testing.assert_close(layer, model["layer"](x))
-    for linear in (output, layer):  # <gradient, x> = <cotangent, y>, of a norm 0
-        (grad,) = torch.autograd.grad(linear, x, cotangent, retain_graph=True)
-        torch.testing.assert_close((grad * x).sum(), (cotangent * linear).sum())
-    (grad,) = torch.autograd.grad(cubic, x, cotangent)
-    assert (grad * x).sum().abs() < 1e-9
 
 
 def test_the_stored_outcomes_are_of_classes_and_none_is_wrong() -> None:

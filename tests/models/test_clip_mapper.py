@@ -220,29 +220,6 @@ def test_residual_sums_are_modules():
     assert all(sums[i + 1][0] is sums[i][2] for i in range(5)) and states[0] is sums[2][2] and states[1] is sums[5][2]
 
 
-@pytest.mark.parametrize("options", [{"num_answers": 5}, {"vocab_size": 13}])
-def test_attention_function_is_called_as_hugging_face_calls_it(options):
-    model, calls = mapper(**options), []
-    wanted = model(pixel_values=pixels(), input_ids=IDS, attention_mask=MASK).logits
-
-    def record(module, query, key, value, attention_mask, *, scaling, dropout):
-        calls.append((module, query.shape, key.shape, scaling, dropout, module.is_causal))
-        scores = query @ key.mT * scaling
-        if attention_mask is not None:
-            scores = scores.masked_fill(~attention_mask, -torch.inf)
-        return (scores.softmax(-1) @ value).transpose(1, 2), None
-
-    attentions = [part for layer in model.layers for part in (layer.self_attention, layer.cross_attention)]
-    for attention in attentions:
-        attention.attention_function = record
-    torch.testing.assert_close(model(pixel_values=pixels(), input_ids=IDS, attention_mask=MASK).logits, wanted)
-    causal = "vocab_size" in options
-    assert calls == [
-        (part, (2, 4, 6, 4), (2, 4, keys, 4), 0.5, 0.0, causal and keys == 6)
-        for part, keys in zip(attentions, [6, 5, 6, 5], strict=True)
-    ]
-
-
 def test_any_encoder_with_states_and_a_size_will_do():
     class Encoder(torch.nn.Module):
         def __init__(self, size):

@@ -159,29 +159,10 @@ def test_what_stands_in_padding_changes_nothing():
     torch.testing.assert_close(model(**ones, attention_mask=torch.ones(3, 6, dtype=torch.long)).logits, model(**ones).logits)
 
 
-def test_attention_function_is_called_as_hugging_face_calls_it():
-    model, inputs, calls = small(attention_probs_dropout_prob=0.3), batch(), []
-
-    def record(module, query, key, value, attention_mask, *, scaling, dropout):
-        calls.append((module, query.shape, key.shape, value.shape, attention_mask, scaling, dropout))
-        scores = (query @ key.mT * scaling).masked_fill(~attention_mask, -torch.inf)
-        return (scores.softmax(-1) @ value).transpose(1, 2), None
-
-    wanted = model(**inputs)
-    real = torch.cat([inputs["attention_mask"], inputs["region_mask"]], dim=1)
-    attentions = [layer.attention.self for layer in model.uniter.encoder.layer]
-    for attention in attentions:
-        attention.attention_function = record
-        assert attention.is_causal is False
-    got = model(**inputs)
-    torch.testing.assert_close(got.logits, wanted.logits)
-    assert got.last_hidden_state.shape == (3, 10, 16)
-    assert [call[0] for call in calls] == attentions
-    for _, *shapes, mask, scaling, dropout in calls:
-        assert shapes == [(3, 2, 10, 8)] * 3 and scaling == 8**-0.5 and dropout == 0.0
-        assert mask.dtype == torch.bool and torch.equal(mask, real[:, None, None])
-    model.train()(**inputs)
-    assert calls[-1][-1] == 0.3
+def test_attention_has_the_dropout_of_the_config():
+    model, inputs = small(attention_probs_dropout_prob=0.3, hidden_dropout_prob=0.0).train(), batch()
+    assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
+    assert torch.equal(model.eval()(**inputs).logits, model(**inputs).logits)
 
 
 def test_masked_regions_take_the_mask_embedding():

@@ -40,13 +40,6 @@ def test_clip_by_its_class_token() -> None:
     assert torch.equal(scores.topk(6, 1).indices[:, 1:].sort().values, dominant.sort().values)
 
 
-def test_siglip_by_the_mean_of_all() -> None:
-    config = transformers.SiglipVisionConfig(**SIZES, image_size=32, patch_size=8)
-    fused, eager = both(transformers.SiglipVisionModel, config)
-    seen, prob = captured(fused, eager, -2, pixel_values=torch.randn(2, 3, 32, 32))
-    torch.testing.assert_close(seen.image.token_scores("visionzip", queries="all"), prob.mean((1, 2)))
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_decoder_with_padding(side: str) -> None:
     """FastV reads the layer in front of the one that gets fewer tokens."""

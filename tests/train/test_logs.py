@@ -38,19 +38,6 @@ def test_entropy_and_mass_are_those_of_the_maps() -> None:
     assert log.take() == {}
 
 
-def test_contexts_end_in_any_order() -> None:
-    """Callbacks end in the order in which they began: the first took the later one's mode away, and left its own."""
-    from torch.overrides import _get_current_function_mode_stack
-
-    model, batch = model_of("congruence").train(), batches("congruence")[0]
-    first, second = (va.train.AttentionLog(model).__enter__() for _ in range(2))
-    first.__exit__()
-    model(**batch)
-    second.__exit__()
-    assert first.take() == {} and len(second.take()) == 6
-    assert _get_current_function_mode_stack() == []
-
-
 def test_groups_of_a_decoder_with_padding() -> None:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, num_key_value_heads=2)).train()

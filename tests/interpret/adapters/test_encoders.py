@@ -21,7 +21,6 @@ from tests.helpers.interpret.encoder_cases import (
     chinese_clip,
     git,
     layoutlmv3,
-    metaclip_2,
     siglip2,
     vilt,
     visual_bert,
@@ -145,16 +144,6 @@ def test_text_alone(encoder):
     got = explain(encoder.model, {name: value for name, value in encoder.inputs.items() if name not in image})
     assert next(iter(got.relevancy.values())).shape == (2, WORDS) and got.image is None and got.regions is None
     assert got.token_ids == encoder.facts["words"]
-
-
-@pytest.mark.parametrize("encoder", [siglip2, chinese_clip, metaclip_2], indirect=True, ids=names)
-def test_one_image_and_two_texts(encoder):
-    """The pair of a text and the one image is that of both in a batch."""
-    single = {name: v[:1] if name.startswith(("pixel", "spatial")) else v for name, v in encoder.inputs.items()}
-    twice = {name: v[[0, 0]] if name.startswith(("pixel", "spatial")) else v for name, v in encoder.inputs.items()}
-    got, want = explain(encoder.model, single), explain(encoder.model, twice)
-    for tower, row in want.relevancy.items():
-        torch.testing.assert_close(got.relevancy[tower], row)
 
 
 @pytest.mark.parametrize("index", range(12))

@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from tests.helpers.interpret.cases import TEXT, VISION, TowerCase, attention_mask, first_and_mean_rows, first_row, lively, one_hot
+from tests.helpers.interpret.cases import TEXT, VISION, first_and_mean_rows, lively, one_hot
 from tests.helpers.interpret.stored_maps import Place, check, layer_sums
-from vlattn_fast.interpret import ADAPTERS, Adapter, Tower, explain
+from vlattn_fast.interpret import explain
 
 CASES = ("clip", "siglip", "vit", "dinov2", "bert", "llava", "qwen2_5_vl", "uniter")
 
@@ -65,22 +65,6 @@ def test_scores_and_fields(case):
 
 
 # --- what the eight families do not reach ---
-
-
-def test_additive_masks(monkeypatch):
-    """A model without SDPA support gets eager attention's float masks; padding must still be respected."""
-    torch.manual_seed(0)
-    config = transformers.AlignTextConfig(**TEXT, max_position_embeddings=16)
-    model = lively(transformers.AlignTextModel(config)).eval()
-    assert not model._supports_sdpa
-    ids = torch.randint(5, 50, (2, 8))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    inputs["attention_mask"][1, 5:] = 0
-    place = TowerCase("encoder.layer", "attention", "attention.output.LayerNorm", first_row, attention_mask)
-    score = lambda o: o.pooler_output.square().sum(-1)  # noqa: E731
-    tower = Tower("text", "", "encoder.layer", "cls", "bert_text")
-    monkeypatch.setitem(ADAPTERS, "AlignTextModel", Adapter((tower,), "class"))
-    check(model, inputs, {"text": place.place(model, inputs)}, score, target=score)
 
 
 @pytest.mark.parametrize("case", ["clip"], indirect=True)
@@ -177,39 +161,3 @@ def test_autocast(case):
                 difference, largest = (x.abs().amax(-1) for x in (got.relevancy[tower] - row, row))
                 shares.setdefault(tower, []).extend((difference / largest)[largest > 0].tolist())
         assert all(0 < sorted(of_rows)[len(of_rows) // 2] <= bound for of_rows in shares.values()), (method, shares)
-
-
-def test_position_bias_is_added_to_the_mask():
-    """The contract of transformers' newest argument, against a score written out."""
-    from vlattn_fast.attach.events import RUNNING
-    from vlattn_fast.attach.transformers_interface import attention_function
-
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, 2, 4, 5, 8)
-    bias, visible = torch.randn(1, 4, 5, 5), torch.rand(2, 1, 5, 5) > 0.3
-    visible[..., 0] = True
-    causal = torch.ones(5, 5, dtype=torch.bool).tril()
-    scores = query @ key.transpose(-1, -2) * 0.3 + bias
-
-    class Recorded:
-        trains = is_over = False
-
-        def attend(self, query, key, value, masks, module):
-            return torch.nn.functional.scaled_dot_product_attention(query, key, value, **masks)
-
-    module = torch.nn.Identity()
-    token = RUNNING.set(Recorded())
-    try:
-        nothing = torch.zeros_like(causal)
-        for mask, is_causal, hidden in ((None, False, nothing), (None, True, ~causal), (visible, None, ~visible)):
-            out, _ = attention_function(module, query, key, value, mask, scaling=0.3, is_causal=is_causal, position_bias=bias)
-            want = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
-            torch.testing.assert_close(out, want.transpose(1, 2))
-        added = torch.randn(2, 1, 5, 5)
-        out, _ = attention_function(module, query, key, value, added, scaling=0.3, position_bias=bias)
-        torch.testing.assert_close(out, ((scores + added).softmax(-1) @ value).transpose(1, 2))
-        for refused in ({"cache": object()}, {"cu_seq_lens_q": bias}, {"sliding_window": 2}):
-            with pytest.raises(ValueError, match=next(iter(refused)).replace("_", "[_ ]")):
-                attention_function(module, query, key, value, None, scaling=0.3, **refused)
-    finally:
-        RUNNING.reset(token)

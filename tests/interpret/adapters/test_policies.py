@@ -151,17 +151,6 @@ def test_refusals_name_the_argument(error, message, target, changes):
         va.explain(policy(), {**seen(), **changes}, target=target and va.Action(**target))
 
 
-def test_evaluate_takes_an_action():
-    model, inputs = policy(), seen()
-    options = dict(methods=["gradient", "rollout"], tests=["positive", "deletion"], steps=(0.0, 0.5, 1.0))
-    got = va.evaluate(model, [(inputs, va.Action(2, step=1, time=0.5), None)], **options)
-    timed = {**inputs, "timestep": torch.full((2,), 0.5).double()}
-    called = va.evaluate(model, [(timed, lambda outputs: -outputs.logits[:, 1, 2], None)], **options)
-    values = [got.value(method, test, "text") for method in options["methods"] for test in options["tests"]]
-    assert None not in values
-    assert values == [called.value(method, test, "text") for method in options["methods"] for test in options["tests"]]
-
-
 def test_evaluate_removes_patches_of_each_camera():
     model, inputs, action = policy(), seen(), va.Action(2, step=1, time=0.5)
     got = va.evaluate(model, [(inputs, action, None)], methods=["gradient"], tests=["positive"], steps=(0.0, 0.5, 1.0))

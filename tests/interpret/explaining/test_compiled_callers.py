@@ -51,6 +51,11 @@ def captured(x: Tensor) -> Any:
     return query * (x + 1), torch.autograd.grad((query @ key.mT).square().sum(), MODEL.uniter.embeddings.word_embeddings.weight)
 
 
+def edited(x: Tensor) -> Any:
+    with va.intervene(MODEL, INPUTS, [va.ScaleHeads({0: [0]}, 0.5), va.Residual(0, scale=0.5)]):
+        return MODEL(**INPUTS).logits.detach() * (x + 1)
+
+
 def traced(x: Tensor) -> Any:
     with capture_relevancy(MODEL) as seen:
         logits = MODEL(**INPUTS).logits
@@ -73,9 +78,6 @@ def graphs() -> Iterator[list[torch.fx.GraphModule]]:
     torch._dynamo.reset()
 
 
-LOOKS = pytest.mark.parametrize("function", [explained, evaluated, probed, captured, traced, mapped])
-
-
 def state(model: nn.Module) -> list[Any]:
     """What a call could leave behind; gradients and parameters by their identity and their number of changes."""
     modules = [
@@ -86,7 +88,7 @@ def state(model: nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@LOOKS
+@pytest.mark.parametrize("function", [explained, evaluated, probed, captured, edited, traced, mapped])
 def test_the_model_is_left_as_it_was(function: Callable[[Tensor], Any], fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With mixed modes, a frozen parameter and a gradient; also where the last of its modules raises an error."""
     model = copy.deepcopy(NETWORK if function is mapped else MODEL).train()
@@ -104,7 +106,7 @@ def test_the_model_is_left_as_it_was(function: Callable[[Tensor], Any], fails: b
     assert state(model) == before
 
 
-@LOOKS
+@pytest.mark.parametrize("function", [explained, evaluated, probed, captured, traced, mapped])
 def test_the_same_as_elsewhere(function: Callable[[Tensor], Any], graphs: list[torch.fx.GraphModule]) -> None:
     """explain and evaluate failed within Dynamo, and prompt_maps added some calls twice."""
 

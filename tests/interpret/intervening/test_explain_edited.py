@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import pytest
@@ -13,68 +13,109 @@ import vlattn_fast as va
 from tests.helpers.interpret.edited_maps import hooked, llama, made
 
 METHODS = ["gradient", "rollout", "attention", "gradcam", "weighted"]
+VECTOR = torch.randn(32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
-def masked(layer: nn.Module, bias: Tensor) -> Any:
-    """A hook by which a layer's attention takes a bias (B, H, N, N) with its mask."""
+def without_edges(model: Any, inputs: dict[str, Tensor]) -> AbstractContextManager[Any]:
+    """From the last tokens to the image, in two heads of layer 1, whose attention takes a bias (B, H, N, N) with its mask."""
+    bias = torch.zeros(2, 4, 24, 24, dtype=torch.float64)
+    image = inputs["input_ids"] == model.config.image_token_index
+    for row, last in enumerate([23, 21]):
+        bias[row, 1:3, last, image[row]] = -torch.inf
 
     def change(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         mask = kwargs.get("attention_mask")
         if mask is None:
-            mask = torch.zeros_like(bias).masked_fill(~torch.ones(bias.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
-        elif mask.dtype == torch.bool:
+            mask = torch.ones(bias.shape[-2:], dtype=torch.bool).tril()
+        if mask.dtype == torch.bool:
             mask = torch.zeros_like(bias).masked_fill(~mask, -torch.inf)
         return args, {**kwargs, "attention_mask": mask + bias}
 
-    return layer.self_attn.register_forward_pre_hook(change, with_kwargs=True)
+    return model.model.language_model.layers[1].self_attn.register_forward_pre_hook(change, with_kwargs=True)
 
 
-def without_heads(model: nn.Module, layer: str, heads: list[int], factor: float) -> nn.Module:
-    """A copy of the model whose output projection takes `factor` of these heads of 8 numbers each."""
-    edited = copy.deepcopy(model)
-    with torch.no_grad():
-        for head in heads:
-            edited.get_submodule(layer).weight[:, 8 * head : 8 * head + 8] *= factor
-    return edited
+def scaled(model: Any, path: str, heads: dict[int, float]) -> AbstractContextManager[Any]:
+    def change(states: Tensor) -> Tensor:
+        for head, factor in heads.items():
+            states[:, :, head] *= factor
+        return states
+
+    return hooked(model.get_submodule(path), change, 4)
+
+
+def moved(model: Any, path: str, rows: slice = slice(None)) -> AbstractContextManager[Any]:
+    def change(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[:, rows] += VECTOR
+        return output
+
+    return model.get_submodule(path).register_forward_hook(change)
+
+
+HEADS = [va.ScaleHeads({1: [0, 3]}, 0.0), va.ScaleHeads({2: 1}, 0.5)]
+OF_LLAVA, OF_CLIP = "model.language_model.layers.1", "vision_model.encoder.layers.0.self_attn.out_proj"
+# The model; edits, each within the ones before; the same changes by hooks; what is explained.
+CASES: dict[str, tuple[str, list[Any], list[Any], dict[str, Any]]] = {
+    "edges": ("llava", [va.Knockout(queries="last", keys="image", layers=1, heads=[1, 2])], [without_edges], {"target": 7}),
+    "heads": (
+        "llama",
+        [HEADS],
+        [
+            lambda model, _: scaled(model, "model.layers.1.self_attn.o_proj", {0: 0.0, 3: 0.0}),
+            lambda model, _: scaled(model, "model.layers.2.self_attn.o_proj", {1: 0.5}),
+        ],
+        {"target": 7},
+    ),
+    "edits within edits": (
+        "llama",
+        [HEADS[0], va.Residual(1, (2, 5), add=VECTOR), va.Residual(1, scale=0.5)],
+        [
+            lambda model, _: scaled(model, "model.layers.1.self_attn.o_proj", {0: 0.0, 3: 0.0}),
+            lambda model, _: moved(model, "model.layers.1", slice(2, 5)),
+            lambda model, _: model.get_submodule("model.layers.1").register_forward_hook(lambda _, args, output: 0.5 * output),
+        ],
+        {"target": 7},
+    ),
+    "states": ("llava", [va.Residual(1, add=VECTOR)], [lambda model, _: moved(model, OF_LLAVA)], {}),
+    "an answer": (  # whose tokens stand behind those of the context's inputs
+        "llava",
+        [va.ScaleHeads({1: [2]}, 0.0)],
+        [lambda model, _: scaled(model, f"{OF_LLAVA}.self_attn.o_proj", {2: 0.0})],
+        {"answer": [[5, 6, 7], [8, 9]]},
+    ),
+    "one of two towers": (
+        "clip",
+        [va.ScaleHeads({0: [1]}, 0.0, tower="vision")],
+        [lambda model, _: scaled(model, OF_CLIP, {1: 0.0})],
+        {},
+    ),
+}
+
+
+def same(one: va.Explanation, other: va.Explanation) -> None:
+    for name, row in other.relevancy.items():
+        torch.testing.assert_close(one.relevancy[name], row, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(one.scores, other.scores, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_cut_edges_are_those_of_a_mask(method: str) -> None:
-    model, inputs = made("llava")
-    edges = torch.zeros(2, 4, 24, 24, dtype=torch.float64)
-    image = inputs["input_ids"] == model.config.image_token_index
-    assert bool(image.any())
-    last = [23, 21]
-    for row in range(2):
-        edges[row, 1:3, last[row], image[row]] = -torch.inf
-    cut = va.Knockout(queries="last", keys="image", layers=1, heads=[1, 2])
-    plain = va.explain(model, inputs, method=method, target=7)
-    with va.intervene(model, inputs, cut):
-        edited = va.explain(model, inputs, method=method, target=7)
-    hook = masked(model.model.language_model.layers[1], edges)
-    expected = va.explain(model, inputs, method=method, target=7)
-    hook.remove()
-    torch.testing.assert_close(edited.relevancy["language"], expected.relevancy["language"], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(edited.scores, expected.scores, rtol=0, atol=1e-10)
-    if method not in ("attention", "gradcam"):  # which read the last layer alone
-        assert not torch.allclose(edited.relevancy["language"], plain.relevancy["language"], rtol=1e-3)
-    again = va.explain(model, inputs, method=method, target=7)
-    assert torch.equal(again.relevancy["language"], plain.relevancy["language"])
-
-
-@pytest.mark.parametrize("method", ["gradient", "weighted", "gradcam"])
-def test_scaled_heads_are_those_of_scaled_weights(method: str) -> None:
-    model, inputs = llama()
-    with va.intervene(model, inputs, [va.ScaleHeads({1: [0, 3]}, 0.0), va.ScaleHeads({2: 1}, 0.5)]):
-        edited = va.explain(model, inputs, method=method, target=7)
-    changed = without_heads(
-        without_heads(model, "model.layers.1.self_attn.o_proj", [0, 3], 0.0), "model.layers.2.self_attn.o_proj", [1], 0.5
-    )
-    expected = va.explain(changed, inputs, method=method, target=7)
-    for name, row in expected.relevancy.items():
-        torch.testing.assert_close(edited.relevancy[name], row, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(edited.scores, expected.scores, rtol=0, atol=1e-10)
-    assert not torch.allclose(edited.scores, va.explain(model, inputs, target=7).scores)
+@pytest.mark.parametrize("case", CASES)
+def test_an_edited_model_is_explained_as_one_that_hooks_change(case: str, method: str) -> None:
+    family, edits, changes, asked = CASES[case]
+    model, inputs = llama() if family == "llama" else made(family)
+    explanations = [va.explain(model, inputs, method=method, **asked)]
+    question = {"target": explanations[0].target, **asked} if "answer" not in asked else asked
+    for way in ("edits", "hooks", "neither"):
+        with ExitStack() as stack:
+            for one in {"edits": edits, "hooks": changes}.get(way, []):
+                stack.enter_context(va.intervene(model, inputs, one) if way == "edits" else one(model, inputs))
+            explanations.append(va.explain(model, inputs, method=method, **question))
+    plain, edited, changed, again = explanations
+    same(edited, changed)
+    same(again, plain)
+    assert not torch.allclose(edited.scores, plain.scores)
+    if method in ("gradient", "weighted"):
+        assert any(not torch.allclose(edited.relevancy[name], row, rtol=1e-3) for name, row in plain.relevancy.items())
 
 
 @pytest.mark.parametrize("per", ["layer", "head"])
@@ -87,53 +128,3 @@ def test_maps_of_layers_and_heads(per: str) -> None:
     chosen = maps.relevancy["language"][..., 1, :, :] if per == "layer" else maps.relevancy["language"][1]
     assert float(chosen[..., :3].abs().max()) == 0 and float(chosen[..., 3:].sum(-1).min()) == pytest.approx(1.0)
     assert float(maps.relevancy["language"][0][..., :3].min()) > 0
-
-
-@pytest.mark.parametrize("method", ["gradient", "attention", "rollout"])
-def test_edits_within_edits_add_up(method: str) -> None:
-    """The outer ones are in the weights of a copy."""
-    model, inputs = llama()
-    explained = {"method": method, "target": 7}
-    scaled = va.ScaleHeads({1: [0, 3]}, 0.25)
-    cut = [va.Residual(1, (2, 5), scale=0.5), va.Knockout(queries="last", keys=(0, 3), layers=2)]
-    changed = without_heads(model, "model.layers.1.self_attn.o_proj", [0, 3], 0.25)
-    with va.intervene(changed, inputs, cut):
-        expected, logits = va.explain(changed, inputs, **explained), changed(**inputs).logits.detach()
-    with va.intervene(model, inputs, scaled):
-        outer = model(**inputs).logits.detach()
-        with va.intervene(model, inputs, cut):
-            torch.testing.assert_close(model(**inputs).logits.detach(), logits, rtol=0, atol=1e-9)
-            edited = va.explain(model, inputs, **explained)
-        assert torch.equal(model(**inputs).logits, outer)
-    torch.testing.assert_close(edited.relevancy["language"], expected.relevancy["language"], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(edited.scores, expected.scores, rtol=0, atol=1e-10)
-    assert float((logits - outer).abs().max()) > 1e-3
-
-
-def test_an_answer_of_the_edited_model() -> None:
-    """The answer's tokens stand behind those of the context's inputs."""
-    model, inputs = made("llava")
-    answer, layer = [[5, 6, 7], [8, 9]], model.model.language_model.layers[1].self_attn.o_proj
-    with va.intervene(model, inputs, va.ScaleHeads({1: [2]}, 0.0)):
-        edited = va.explain(model, inputs, answer=answer)
-
-    def without(heads: Tensor) -> Tensor:
-        heads[:, :, 2] = 0.0
-        return heads
-
-    with hooked(layer, without, 4):
-        expected = va.explain(model, inputs, answer=answer)
-    torch.testing.assert_close(edited.relevancy["language"], expected.relevancy["language"], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(edited.scores, expected.scores, rtol=0, atol=1e-10)
-
-
-def test_two_towers_of_which_one_is_edited() -> None:
-    model, inputs = made("clip")
-    plain = va.explain(model, inputs)
-    with va.intervene(model, inputs, va.ScaleHeads({0: [1]}, 0.0, tower="vision")):
-        edited = va.explain(model, inputs)
-    weights = without_heads(model, "vision_model.encoder.layers.0.self_attn.out_proj", [1], 0.0)
-    expected = va.explain(weights, inputs)
-    for name, row in expected.relevancy.items():
-        torch.testing.assert_close(edited.relevancy[name], row, rtol=1e-9, atol=1e-12)
-    assert not torch.allclose(edited.scores, plain.scores)

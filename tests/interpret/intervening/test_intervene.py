@@ -16,7 +16,6 @@ from tests.helpers.interpret.decoder_cases import DECODERS
 from tests.helpers.interpret.edited_maps import Cut, biased, hooked, llama, made
 from tests.helpers.interpret.encoder_cases import MADE
 from tests.interpret.relevancy.test_found_towers import TwoBranches, sequences, stack
-from vlattn_fast.attach.events import RUNNING
 from vlattn_fast.attach.session import dispatched
 from vlattn_fast.interpret.intervening.traced_model import trace_model
 
@@ -264,46 +263,6 @@ def test_every_tower_and_pair_of_towers_is_cut_as_by_dense_masks(kind: str) -> N
 
 
 # --- the state of the model ---
-
-
-def state(model: nn.Module) -> list[Any]:
-    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
-    configs = [id(value) for module in model.modules() for value in vars(module).values() if hasattr(value, "to_dict")]
-    return [hooks, configs, [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]]
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_left_as_it_was(fails: bool) -> None:
-    model, inputs, layers = model_of("llava")
-    model.train()
-    model(**inputs)  # transformers adds hooks in the first run
-    before = state(model)
-    context = va.intervene(model, inputs, va.Knockout(keys="image"))
-    assert state(model) == before
-    try:
-        with context:
-            assert state(model) != before
-            assert model.training, "the model runs as it is"
-            if fails:
-                model(input_ids=torch.tensor([[10**6]]))
-    except IndexError:
-        assert fails
-    assert state(model) == before and RUNNING.get() is None
-    with context:  # a context may be entered again
-        model(**inputs)
-    assert state(model) == before
-
-
-def test_a_context_that_is_entered_within_itself() -> None:
-    model, inputs, _ = model_of("llama")
-    model(**inputs)
-    before, context = state(model), va.intervene(model, inputs, va.Knockout(keys=(0, 2)))
-    with context:
-        expected = model(**inputs).logits
-        with pytest.raises(ValueError, match="va.intervene must be entered where it was made"):
-            context.__enter__()
-        assert torch.equal(model(**inputs).logits, expected)
-    assert state(model) == before and RUNNING.get() is None
 
 
 def test_a_run_behind_one_that_an_error_ended() -> None:

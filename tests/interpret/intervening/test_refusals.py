@@ -137,7 +137,11 @@ def test_runs_within_runs() -> None:
     model, inputs = llama()
     other, cut = copy.deepcopy(model), va.Knockout(keys=(0, 2))
     expected = model(**inputs).logits
-    with va.intervene(model, inputs, cut):
+    with (outer := va.intervene(model, inputs, cut)):
+        edited = model(**inputs).logits
+        with pytest.raises(ValueError, match="va.intervene must be entered where it was made"):
+            outer.__enter__()  # within itself
+        assert torch.equal(model(**inputs).logits, edited)
         for call in (
             lambda: va.intervene(other, inputs, cut),
             lambda: va.explain(other, inputs),

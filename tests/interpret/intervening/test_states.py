@@ -251,15 +251,13 @@ def test_a_prompt_in_a_batch_is_edited_as_it_is_alone(edit: Any) -> None:
 
 
 def test_beams_are_copies_of_their_prompt() -> None:
-    model, inputs = decoder("LlavaForConditionalGeneration")
-    chosen: Any = {"max_new_tokens": 3, "num_beams": 3, "do_sample": False}
-    vector = torch.randn(32, dtype=torch.float64)
-    with torch.no_grad():
-        with hooked(model.get_submodule("model.language_model.layers.1"), lambda x: x + vector):
-            expected = model.generate(**inputs, **chosen)
-        with va.intervene(model, inputs, va.Residual(1, add=vector)):
-            assert torch.equal(model.generate(**inputs, **chosen), expected)
-    chosen |= {"num_beams": 2, "output_scores": True, "return_dict_in_generate": True}
+    chosen: Any = {
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "num_beams": 2,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
     model, inputs = llama()
     model.generation_config.eos_token_id, size = None, inputs["input_ids"].shape[1]
     values = torch.randn(2, size, 32, dtype=torch.float64)
@@ -268,23 +266,6 @@ def test_beams_are_copies_of_their_prompt() -> None:
             expected = model.generate(**inputs, **chosen, use_cache=False).sequences_scores
         with va.intervene(model, inputs, va.Residual(1, set=values)):
             torch.testing.assert_close(model.generate(**inputs, **chosen).sequences_scores, expected)
-
-
-@pytest.mark.parametrize("method", ["gradient", "input_gradient", "rollout"])
-def test_explain_inside_explains_the_edited_model(method: str) -> None:
-    model, inputs = made("llava")
-    vector = torch.randn(32, dtype=torch.float64)
-    plain = va.explain(model, inputs, method=method).image
-    with hooked(model.get_submodule("model.language_model.layers.1"), lambda x: x + vector):
-        expected = va.explain(model, inputs, method=method).image
-    with va.intervene(model, inputs, va.Residual(1, add=vector)):
-        if method == "input_gradient":
-            with pytest.raises(ValueError, match="model must not be inside of va.intervene"):
-                va.explain(model, inputs, method=method)
-            return
-        edited = va.explain(model, inputs, method=method).image
-    torch.testing.assert_close(edited, expected, **CLOSE)
-    assert not torch.allclose(edited, plain, rtol=1e-3)
 
 
 def test_gradients_reach_the_values_and_the_model() -> None:
@@ -573,11 +554,3 @@ def test_what_a_model_lacks_is_named() -> None:
     clip, pairs = made("clip")
     with pytest.raises(ValueError, match="Mlp needs tower= if the model does not have exactly one tower; got 'vision', 'text'"):
         va.intervene(clip, pairs, va.Mlp(1, scale=0.0))
-    with va.intervene(model, inputs, va.Residual(1, "last", scale=0.0)):
-        with pytest.raises(
-            ValueError, match="model must run on the 9 tokens of tower 'language' of va.intervene's inputs at once"
-        ):
-            model(**shorter)
-        with pytest.raises(ValueError, match="model must run on the 2 samples that va.intervene was given; got a batch of 1"):
-            model(**{name: value[:1] for name, value in inputs.items()})
-    assert logits(model(**shorter)).shape[1] == 7

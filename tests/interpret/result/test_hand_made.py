@@ -237,23 +237,6 @@ def test_load_names_what_is_broken(tmp_path):
 # --- hundreds of words ---
 
 
-def test_words_are_joined_once_a_row(monkeypatch):
-    joined, join = [], choices.join_tokens
-    monkeypatch.setattr(choices, "join_tokens", lambda *arguments: joined.append(arguments) or join(*arguments))
-    explanation = long_answer(60)
-    for draw in (explanation.to_html, explanation.plot):
-        joined.clear()
-        draw()
-        assert len(joined) == 2  # the prompt and the answer
-    joined.clear()
-    many = made(
-        relevancy={"text": torch.rand(9, 3)}, text=torch.rand(9, 3), token_ids=[[1, 2, 3]] * 9, target=None, scores=None,
-        image=None, image_samples=None,
-    )  # fmt: skip
-    many.plot(samples=[4])
-    assert len(joined) == 1
-
-
 @pytest.mark.slow
 def test_many_words_share_a_sheet():
     from vlattn_fast.interpret.result.figures import figure
