@@ -202,7 +202,7 @@ def t5() -> Small:
     model = t.T5ForConditionalGeneration(t.T5Config(**sizes))
     samples = [{**text, "decoder_input_ids": torch.randint(4, 30, (1, 4))} for text in ids(6, 4)]
     options = {"position": "last", "target": lambda outputs: outputs.logits[:, -1, 7]}
-    return Small(model, samples, TEXTS, OF_IDS, SIDES, options, OF_DECODER)
+    return Small(model, samples, TEXTS, OF_IDS, SIDES, options, OF_DECODER, dtype=torch.float32)
 
 
 def llama() -> Small:
@@ -290,27 +290,30 @@ OPTIONS: dict[str, dict[str, Any]] = {  # the noise is drawn for a whole batch
     "integrated_gradients": {"n_steps": 2},
     "smoothgrad": {"n_samples": 2, "noise": 0.0},
 }
-QUICK = ("pooled", "t5", "llava")  # models for each method in `make test`, which has "gradient" for each model
-UNLIKE = {("occlusion", "blip2"), ("occlusion", "siglip2"), ("occlusion", "clip")}  # pairs in which they once failed
+QUICK = ("pooled", "t5", "llava")
+UNLIKE = {("occlusion", "blip2"), ("occlusion", "siglip2"), ("occlusion", "clip")}  # which other pairs do not stand for
 Without = Mapping[str | tuple[str, str], str]
 
 
-def every(*models: str, without: Without | None = None) -> pytest.MarkDecorator:
+def every(*models: str, quick: Sequence[str] = QUICK, without: Without | None = None) -> pytest.MarkDecorator:
     """The test runs for each method on each model, or on these. `without` says of methods, of models, or of pairs why they do not
-    have the property."""
+    have the property. `make test` has all methods on the models `quick`, each method on one, and unless `quick` is given,
+    "gradient" on all."""
     models, without = models or tuple(MODELS), without or {}
     pairs = [(method, model) for method in {**METHODS, **ABLATIONS} for model in models if model not in REFUSED.get(method, ())]
-    first = {method: next(model for model in (*QUICK, *models) if (method, model) in pairs) for method, _ in pairs}
+    first = {method: next(model for model in (*quick, *models) if (method, model) in pairs) for method, _ in pairs}
+
+    def is_quick(method: str, model: str) -> bool:
+        if model == first[method] or (model in quick and method in METHODS):
+            return True
+        return quick is QUICK and (method == "gradient" or (method, model) in UNLIKE)
+
     rows = [
-        pytest.param(method, model, id=f"{method}-{model}", marks=[] if quick(method, model, first) else pytest.mark.slow)
+        pytest.param(method, model, id=f"{method}-{model}", marks=[] if is_quick(method, model) else pytest.mark.slow)
         for method, model in pairs
         if not {method, model, (method, model)} & {*without}
     ]
     return pytest.mark.parametrize(("method", "model"), rows)
-
-
-def quick(method: str, model: str, first: Mapping[str, str]) -> bool:
-    return (method, model) in UNLIKE or method == "gradient" or model == first[method] or (model in QUICK and method in METHODS)
 
 
 def made(name: str) -> Small:
@@ -324,3 +327,12 @@ def made(name: str) -> Small:
 
 def method_named(name: str, **options: Any) -> Method:
     return with_options(name, **OPTIONS.get(name, {}), **options)
+
+
+BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest entry
+
+
+def assert_close(got: Tensor, expected: Tensor, what: Any, least: float = 0.0) -> None:
+    assert got.shape == expected.shape, what
+    bound = BOUNDS[expected.dtype] * max(float(expected.abs().max()), least)
+    assert (got - expected).abs().max() <= bound, f"{what}: {got} is not {expected}"

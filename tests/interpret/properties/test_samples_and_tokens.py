@@ -9,20 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.interpret.small_models import DECODERS, MODELS, REFUSED, SIDES, Small, every, made, method_named
+from tests.helpers.interpret.small_models import DECODERS, MODELS, REFUSED, SIDES, Small, assert_close, every, made, method_named
 from vlattn_fast.interpret import Explanation
 from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS, find_method
 
 pytestmark = pytest.mark.filterwarnings("ignore:A part of the map belongs to later tokens")  # of the published rollout
-
-
-BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest entry
-
-
-def assert_close(got: Tensor, expected: Tensor, what: Any, least: float = 0.0) -> None:
-    assert got.shape == expected.shape, what
-    bound = BOUNDS[expected.dtype] * max(float(expected.abs().max()), least)
-    assert (got - expected).abs().max() <= bound, f"{what}: {got} is not {expected}"
 
 
 def assert_rows(got: Explanation, expected: Explanation, small: Small, inputs: dict[str, Tensor], sample: int, what: Any) -> None:
