@@ -29,7 +29,7 @@ FOLDER = ROOT / "build" / "planted"
 TREE, REACHED, TABLE = FOLDER / "tree", FOLDER / "reached", ROOT / "tests" / "planted.json"
 CORE = "vlattn_fast", "kernels", "csrc/cpu"
 CPP = 5  # one in so many faults is in C++, whose library is compiled for each
-SECONDS, TESTS = 60.0, 300  # of the tests that reach a fault, the quickest: so long, and so many, at most
+SECONDS, TESTS = 40.0, 300  # of the tests that reach a fault, the quickest: so long, and so many, at most
 STATES = "seen", "not seen", "not reached", "equivalent"
 
 

@@ -1,9 +1,9 @@
 """Relevancy maps of whole models, and edits of their attention: `explain`, `evaluate`, `probe`, `prompt_maps`, `intervene`,
-`widget`.
+`token_grounding`, `widget`.
 
 In: a model and an input.
-Out: an `Explanation`, `LayerExplanation`, `SideBySide`, `Evaluation`, `ProbeReport`, `PromptMaps`, `EdgeTable` or `FlowCurve`; a
-    context with edits; a widget.
+Out: an `Explanation`, `LayerExplanation`, `SideBySide`, `Evaluation`, `ProbeReport`, `PromptMaps`, `EdgeTable`, `FlowCurve`
+    or `TokenGrounding`; a context with edits; a widget.
 Imports: interpret.
 """
 
@@ -14,6 +14,8 @@ from vlattn_fast.interpret.adapters.registry import ADAPTERS, register_adapter
 from vlattn_fast.interpret.dataset import Explanations, explain_dataset, load_explanations
 from vlattn_fast.interpret.evaluating.evaluate import evaluate
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation
+from vlattn_fast.interpret.evaluating.grounding_table import GroundingDetector, TokenGrounding
+from vlattn_fast.interpret.evaluating.token_grounding import token_grounding
 from vlattn_fast.interpret.explaining.explain import explain, explain_layers, find_sinks
 from vlattn_fast.interpret.exploring.widget import widget
 from vlattn_fast.interpret.intervening.compare_prompts import PatchEffect, PromptComparison, compare_prompts
@@ -42,6 +44,7 @@ __all__ = [
     "Explanation",
     "Explanations",
     "FlowCurve",
+    "GroundingDetector",
     "HeadRecord",
     "Knockout",
     "LayerExplanation",
@@ -60,6 +63,7 @@ __all__ = [
     "SideBySide",
     "StateRecord",
     "Steer",
+    "TokenGrounding",
     "Tower",
     "attribute_edges",
     "compare",
@@ -81,5 +85,6 @@ __all__ = [
     "record_states",
     "register_adapter",
     "score_parts",
+    "token_grounding",
     "widget",
 ]

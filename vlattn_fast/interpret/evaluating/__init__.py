@@ -1,6 +1,7 @@
-"""`evaluate`: the quality of maps.
+"""`evaluate`: the quality of maps. `token_grounding`: which words of an answer rest on the image.
 
-In: a model, and a data set of inputs, targets and boxes.
-Out: an `Evaluation`: a table and curves.
-Imports: interpret.intervening, interpret.explaining, interpret.relevancy, interpret.adapters, interpret.result, attach, _ground.
+In: a model, and a data set of inputs, targets and boxes, or an input and an answer.
+Out: an `Evaluation`: a table and curves; a `TokenGrounding`.
+Imports: interpret.intervening, interpret.explaining, interpret.relevancy, interpret.adapters, interpret.result, ops, attach,
+    _ground.
 """

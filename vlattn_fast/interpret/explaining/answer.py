@@ -49,7 +49,12 @@ class Answer:
         return {**arguments, mask: torch.arange(arguments[self.name].shape[1]) <= last}
 
     def scores(self, logits: Any, kept: Tensor | None, of: str = LOG_PROBABILITY) -> Tensor:
-        """The logits, log-probabilities or margins (`of`) of the answer's tokens, (B, T), 0 for padding.
+        """The logits, log-probabilities or margins (`of`) of the answer's tokens, (B, T), 0 for padding; see `predicting`."""
+        rows, ids = self.predicting(logits, kept)
+        return explained_number(of, rows, ids).masked_fill(~self.real.to(rows.device), 0.0)
+
+    def predicting(self, logits: Any, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The logits (B, T, vocabulary) that predict the answer's tokens, and these (B, T), 0 for padding.
 
         Args:
             logits: (B, N + T, vocabulary), or only of the positions `kept`; ValueError for others, or none.
@@ -61,8 +66,7 @@ class Answer:
         if kept is not None:
             logit_positions = torch.searchsorted(kept.to(logits.device), logit_positions)
         samples = torch.arange(len(logit_positions), device=logits.device)[:, None]
-        ids, real = (part.to(logits.device) for part in _padded(self.ids))
-        return explained_number(of, logits[samples, logit_positions], ids).masked_fill(~real, 0.0)
+        return logits[samples, logit_positions], _padded(self.ids)[0].to(logits.device)
 
     def repeated(self, copies: int) -> Answer:
         """The answers of `copies` of the batch, one after the other."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from vlattn_fast._ground.groups import columns_of_groups
-from vlattn_fast._ground.tensors import masked_logits
+from vlattn_fast._ground.tensors import compute_dtype, expand_heads, masked_logits
 from vlattn_fast.attach.session import in_layers, split_path
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
@@ -115,7 +115,7 @@ def times_map(start: Tensor, call: TracedCall, combine: Callable[[Tensor], Tenso
     result = torch.zeros(start.shape[0], 1, call.key.shape[2], dtype=start.dtype, device=start.device)
     start = call.scaled_to_rest(start)
     for index in weighted_queries(start):
-        result += start.gather(2, index.unsqueeze(1)) @ combine(attention_rows(call, index))
+        result += start.gather(2, index.unsqueeze(1)) @ combine(attention_rows(call, index).to(start))
     return call.at_tokens(call.rest_of_columns(result))
 
 
@@ -131,6 +131,8 @@ def weighted_queries(start: Tensor) -> list[Tensor]:
 
 def attention_rows(call: TracedCall, index: Tensor) -> Tensor:
     """Rows `index` (B, R) of the attention probabilities: (B, H, R, M); fully masked rows are zero."""
+    dtype = compute_dtype(call.query)
+    call = replace(call, query=call.query.to(dtype), key=expand_heads(call.key.to(dtype), call.query.shape[1]))
     (batch, heads, size, _), count, masks = call.query.shape, call.key.shape[2], call.masks
 
     def rows(values: Tensor) -> Tensor:  # of (B, H', N, *)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import expand_heads
 from vlattn_fast.attach.tensor_parallel import mean_over
 from vlattn_fast.interpret.relevancy.last_attention import LastAttentionMethod, Real, times_map
 from vlattn_fast.interpret.relevancy.method import check_sinks
@@ -45,6 +42,4 @@ class Attention(LastAttentionMethod):
     def vector(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
         if isinstance(call, MixingCall):
             return call.step(start, None, Recursion("attention"))
-        key = expand_heads(call.key.to(start.dtype), call.query.shape[1])
-        call = replace(call, query=call.query.to(start.dtype), key=key)
         return times_map(start, call, lambda attention: mean_over(call.mesh, attention.mean(1)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,7 +52,7 @@ class GradCam(LastAttentionMethod):
             mean = torch.einsum("bh,bhnm->bnm", weights, attention).div(heads)
             return mean_over(call.mesh, mean).relu()
 
-        return times_map(start, replace(call, query=call.query.to(dtype), key=key), combine)
+        return times_map(start, call, combine)
 
     def _vector(
         self, backward: BackwardPass, tower: TowerTrace, keys: Sequence[Keys], start: Tensor, grad: Tensor | None
