@@ -305,14 +305,6 @@ def test_the_site_has_a_line_for_each_emulated_run():
     assert f" | {sum(runs[0]['compared'].values()):,} | " in lines[0]
 
 
-def test_each_bug_has_its_test():
-    """A line names a test of the core, in whatever file it is."""
-    lines = re.findall(r"^- .*", text("docs/bugs.md"), re.M)
-    written = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
-    missing = [line for line in lines if not (name := re.search(r": `(test_\w+)`$", line)) or f"def {name[1]}(" not in written]
-    assert lines and not missing, f"no test: {missing}"
-
-
 def test_the_costs_of_a_map_are_stored():
     """Each line of the table is a stored row of that variant, rounded; README has two ratios of them."""
     benchmark = "task_explain_clip/relevancy/clip-tower"
