@@ -2,55 +2,22 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 
 import vlattn_fast as va
 from tests.helpers.interpret.small_models import Small, every, made, method_named
-from vlattn_fast.attach.events import RUNNING
+from tests.helpers.interpret.traces import assert_same, state_of
 from vlattn_fast.interpret.intervening.edits import EdgeEdit, HeadEdit, StateEdit
 from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore:A part of the map belongs to later tokens")  # of the published rollout
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs")
-
-
-def state_of(model: nn.Module) -> dict[str, Any]:
-    """All that a call could leave behind, in a model and in this process."""
-    modules, tensors = dict(model.named_modules()), {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {
-        "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
-        "forwards": {name: (type(module), vars(module).get("forward")) for name, module in modules.items()},
-        "implementations": {
-            name: getattr(getattr(m, "config", None), "_attn_implementation", None) for name, m in modules.items()
-        },
-        "functions": {name: getattr(module, "attention_function", None) for name, module in modules.items()},
-        "training": {name: module.training for name, module in modules.items()},
-        "hooks": {name: [len(getattr(module, hooks)) for hooks in HOOKS] for name, module in modules.items()},
-        "tensors": {name: (id(x), x._version, x.requires_grad, x.dtype, id(x.grad)) for name, x in tensors.items()},
-        "global hooks": [len(getattr(nn.modules.module, f"_global{hooks}", ())) for hooks in HOOKS],
-        "modes": [*_get_current_function_mode_stack(), torch._C._len_torch_dispatch_stack(), RUNNING.get()],
-        "random": [torch.get_rng_state().numpy().tobytes(), random.getstate(), np.random.get_state()[1].tobytes()],
-        "defaults": [torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()],
-        "gradients": [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")],
-        "saved tensors": torch._C._autograd._saved_tensors_hooks_is_enabled(),
-    }
-
-
-def assert_same(model: nn.Module, before: dict[str, Any], what: str) -> None:
-    after = state_of(model)
-    for name, value in before.items():
-        assert after[name] == value, f"{what}: {name} changed"
 
 
 def marked(model: nn.Module) -> nn.Module:
