@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
-from vlattn_fast.attach.events import RUNNING
+from tests.interpret.properties.test_traces import assert_same, marked, state_of
 from vlattn_fast.models import UNITER, UNITERConfig
 from vlattn_fast.nn import capture_attention, capture_relevancy
 
@@ -51,11 +51,6 @@ def captured(x: Tensor) -> Any:
     return query * (x + 1), torch.autograd.grad((query @ key.mT).square().sum(), MODEL.uniter.embeddings.word_embeddings.weight)
 
 
-def edited(x: Tensor) -> Any:
-    with va.intervene(MODEL, INPUTS, [va.ScaleHeads({0: [0]}, 0.5), va.Residual(0, scale=0.5)]):
-        return MODEL(**INPUTS).logits.detach() * (x + 1)
-
-
 def traced(x: Tensor) -> Any:
     with capture_relevancy(MODEL) as seen:
         logits = MODEL(**INPUTS).logits
@@ -78,32 +73,20 @@ def graphs() -> Iterator[list[torch.fx.GraphModule]]:
     torch._dynamo.reset()
 
 
-def state(model: nn.Module) -> list[Any]:
-    """What a call could leave behind; gradients and parameters by their identity and their number of changes."""
-    modules = [
-        (module.training, len(module._forward_hooks), len(module._forward_pre_hooks), sorted(vars(module)))
-        for module in model.modules()
-    ]
-    return [*modules, *((x.requires_grad, id(x.grad), x._version) for x in model.parameters()), RUNNING.get()]
-
-
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("function", [explained, evaluated, probed, captured, edited, traced, mapped])
+@pytest.mark.parametrize("function", [evaluated, probed, mapped])
 def test_the_model_is_left_as_it_was(function: Callable[[Tensor], Any], fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With mixed modes, a frozen parameter and a gradient; also where the last of its modules raises an error."""
-    model = copy.deepcopy(NETWORK if function is mapped else MODEL).train()
-    [*model.modules()][-1].eval()
-    if parameters := [*model.parameters()]:
-        parameters[0].grad = torch.ones_like(parameters[0])
-        parameters[-1].requires_grad_(False)
-    monkeypatch.setitem(globals(), "NETWORK" if function is mapped else "MODEL", model)
-    before = state(model)
+    """tests/interpret/properties/test_traces.py has the others."""
+    name = "NETWORK" if function is mapped else "MODEL"
+    model = copy.deepcopy(globals()[name])
+    monkeypatch.setitem(globals(), name, model.train() if function is mapped else marked(model))
+    before = state_of(model)
     if fails:
         with model.register_forward_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
             function(torch.zeros(()))
     else:
         function(torch.zeros(()))
-    assert state(model) == before
+    assert_same(model, before, function.__name__)
 
 
 @pytest.mark.parametrize("function", [explained, evaluated, probed, captured, traced, mapped])

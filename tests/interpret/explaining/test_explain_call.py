@@ -37,17 +37,8 @@ def test_one_forward_and_one_backward(case, method, monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["clip", "llava"], indirect=True)
-def test_callers_gradient_mode_does_not_matter(case):
+def test_inputs_that_require_gradients(case):
     want = explain(case.model, case.inputs)
-    with torch.no_grad():
-        close(explain(case.model, case.inputs), want)
-        assert not torch.is_grad_enabled()
-    with torch.inference_mode():
-        made_inside = {name: value.clone() for name, value in case.inputs.items()}
-        close(explain(case.model, made_inside), want)
-        assert torch.is_inference_mode_enabled()
-    case.model.requires_grad_(False)
-    close(explain(case.model, case.inputs), want)
     inputs = dict(case.inputs, pixel_values=case.inputs["pixel_values"].requires_grad_())
     got = explain(case.model, inputs)
     close(got, want)

@@ -1,4 +1,4 @@
-"""What stands around a model: pipelines, DistributedDataParallel, FSDP2 and PEFT's wrapper change nothing in its explanation."""
+"""What holds a model: pipelines and PEFT's wrapper change nothing in its explanation. tests/interpret/properties/ has others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from torch import nn
 
@@ -23,33 +22,9 @@ def bert():
     return lively(model).eval(), {"input_ids": torch.randint(5, 50, (2, 7)), "attention_mask": mask}
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def same(got, want):
     torch.testing.assert_close(got.relevancy["text"], want.relevancy["text"], rtol=1e-5, atol=1e-6)
     assert got.target == want.target
-
-
-def test_distributed_data_parallel(bert, one_process):
-    model, inputs = bert
-    want = explain(model, inputs)
-    same(explain(nn.parallel.DistributedDataParallel(model), inputs), want)
-
-
-def test_sharded_parameters(bert, one_process):
-    """FSDP2 changes the class of the model and makes its parameters DTensors, gathered layer by layer."""
-    model, inputs = bert
-    want = explain(model, inputs)
-    for layer in model.bert.encoder.layer:
-        torch.distributed.fsdp.fully_shard(layer)
-    torch.distributed.fsdp.fully_shard(model)
-    same(explain(model, inputs), want)
 
 
 def test_pipeline(bert):
