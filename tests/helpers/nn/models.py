@@ -109,11 +109,3 @@ def answer(outputs: Any) -> Tensor:
     """What the model says, (B, ...)."""
     names = ("logits", "question_answering_score", "logits_per_image")
     return next(getattr(outputs, name) for name in names if getattr(outputs, name, None) is not None)
-
-
-def of_real_tokens(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """The logits of real tokens, and the gradients of all parameters by them, as one vector."""
-    logits = model(**inputs).logits
-    real = logits if "decoder_input_ids" in inputs else logits[inputs["attention_mask"].bool()]
-    grads = torch.autograd.grad(real.square().mean(), list(model.parameters()), allow_unused=True)
-    return [real.detach(), torch.cat([grad.flatten() for grad in grads if grad is not None])]

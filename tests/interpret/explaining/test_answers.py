@@ -168,32 +168,34 @@ ENGLISH = {"no_timestamps_token_id": 55, "is_multilingual": False}
 SEVERAL = {"no_timestamps_token_id": 55, **LANGUAGES}
 
 
-@pytest.mark.parametrize(
-    ("settings", "options"),
-    [
-        (ENGLISH, {}),
-        (ENGLISH | {"forced_decoder_ids": [[1, 55]]}, {}),
-        (ENGLISH | {"return_timestamps": True}, {}),
-        (SEVERAL | {"language": "French", "task": "translate"}, {}),
-        (SEVERAL | {"language": "<|en|>"}, {}),
-        (SEVERAL | {"forced_decoder_ids": [[1, 52], [2, 53]]}, {}),
-        (SEVERAL, {"return_dict_in_generate": True}),  # the language stands in the answer
-        (SEVERAL, {"return_dict_in_generate": True, "language": "fr", "task": "translate"}),
-    ],
-)
-def test_tokens_that_whisper_leaves_out_of_its_answer(settings, options):
+WHISPERED = {
+    "of English": (ENGLISH, {}),
+    "told which tokens come first": (ENGLISH | {"forced_decoder_ids": [[1, 55]]}, {}),
+    "with times": (ENGLISH | {"return_timestamps": True}, {}),
+    "of several languages": (SEVERAL | {"language": "French", "task": "translate"}, {}),
+    "of a language by its token": (SEVERAL | {"language": "<|en|>"}, {}),
+    "told its language": (SEVERAL | {"forced_decoder_ids": [[1, 52], [2, 53]]}, {}),
+    "with its language in the answer": (SEVERAL, {"return_dict_in_generate": True}),
+    "asked for a language": (SEVERAL, {"return_dict_in_generate": True, "language": "fr", "task": "translate"}),
+}
+
+
+def test_tokens_that_whisper_leaves_out_of_its_answer():
     """Its `generate` begins with a language, a task and the like, and returns what comes after. The tokens of the answer have the
     scores that they have after what the decoder began with."""
-    model, sound = whisper(**settings), {"input_features": torch.randn(2, 8, 40)}
-    begun = []
-    handle = model.model.decoder.register_forward_pre_hook(lambda *a: begun.append(a[2]["input_ids"]), with_kwargs=True)
-    answer = model.generate(**sound, max_new_tokens=4, do_sample=False, **options)
-    handle.remove()
-    got = explain(model, sound, answer=answer, method="attention")
-    start = next(ids for ids in begun if ids.shape[1] > 1 or "return_timestamps" in settings)
-    assert start[0, 0] == 50 and not set(sum(got.answer, [])) & {2, 3, *range(50, 56)}
-    given = explain(model, {**sound, "decoder_input_ids": start}, answer=got.answer, method="attention")
-    assert torch.equal(got.scores, given.scores) and got.answer == given.answer
+    for case, (settings, options) in WHISPERED.items():
+        model, sound = whisper(**settings), {"input_features": torch.randn(2, 8, 40)}
+        begun = []
+        handle = model.model.decoder.register_forward_pre_hook(
+            lambda *a, of=begun: of.append(a[2]["input_ids"]), with_kwargs=True
+        )
+        answer = model.generate(**sound, max_new_tokens=4, do_sample=False, **options)
+        handle.remove()
+        got = explain(model, sound, answer=answer, method="attention")
+        start = next(ids for ids in begun if ids.shape[1] > 1 or "return_timestamps" in settings)
+        assert start[0, 0] == 50 and not set(sum(got.answer, [])) & {2, 3, *range(50, 56)}, case
+        given = explain(model, {**sound, "decoder_input_ids": start}, answer=got.answer, method="attention")
+        assert torch.equal(got.scores, given.scores) and got.answer == given.answer, case
 
 
 def test_answers_of_whisper_that_differ_in_length_and_one_with_a_time_in_it():
@@ -238,30 +240,24 @@ def test_a_text_that_begins_as_its_prompt_does_is_whole():
     assert explain(model, inputs, answer=[4, 9, 4, 9, 17]).answer == [[4, 9, 17]]
 
 
-@pytest.mark.parametrize(
-    ("asked", "error", "words"),
-    [
+def test_bad_answers():
+    of_answers = "answer must be token ids"
+    for asked, error, words in (
         ({"answer": "17"}, ValueError, "processor must have a tokenizer"),
         ({"answer": [[17]]}, ValueError, "one answer for each of the 2 prompts; got 1"),
         ({"answer": [[17], []]}, ValueError, "at least one token"),
-        ({"answer": []}, TypeError, "answer must be token ids"),
-        ({"answer": 3.5}, TypeError, "answer must be token ids"),
-        ({"answer": torch.tensor([[17.0, 3.0]] * 2)}, TypeError, r"answer must be token ids .* got \[\[17.0, 3.0\]"),
-        ({"answer": [1.7, 3]}, TypeError, "answer must be token ids"),
-        ({"answer": [True]}, TypeError, "answer must be token ids"),
+        ({"answer": []}, TypeError, of_answers),
+        ({"answer": 3.5}, TypeError, of_answers),
+        ({"answer": torch.tensor([[17.0, 3.0]] * 2)}, TypeError, rf"{of_answers} .* got \[\[17.0, 3.0\]"),
+        ({"answer": [1.7, 3]}, TypeError, of_answers),
+        ({"answer": [True]}, TypeError, of_answers),
         ({"answer": [[17, 3], [4, -100]]}, ValueError, "answer must hold token ids from 0 on; got -100"),
         ({"answer": [17, 99]}, ValueError, "answer must hold token ids below 60, the vocabulary of LlamaForCausalLM; got 99"),
         ({"answer": [17], "target": 3}, ValueError, "without target and position"),
-        (
-            {"inputs": {"input_ids": PROMPTS[0, :4]}},
-            ValueError,
-            r"inputs must hold 'input_ids' \(B, N\), even for one text; got \(4,\)",
-        ),
-    ],
-)
-def test_bad_answers(asked, error, words):
-    with pytest.raises(error, match=words):
-        explain(decoder(), **{"inputs": {"input_ids": PROMPTS[:, :4], "attention_mask": REAL[:, :4]}, **asked})
+        ({"inputs": {"input_ids": PROMPTS[0, :4]}}, ValueError, r"inputs must hold 'input_ids' \(B, N\), even for one text; got"),
+    ):
+        with pytest.raises(error, match=words):
+            explain(decoder(), **{"inputs": {"input_ids": PROMPTS[:, :4], "attention_mask": REAL[:, :4]}, **asked})
 
 
 def test_a_classifier_answers_nothing():
@@ -373,18 +369,17 @@ def test_inputs_that_no_answer_can_make_longer_are_refused():
             explain(model, {**inputs, name: value}, answer=[17])
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
+def test_inputs_that_change_nothing_beside_an_answer():
+    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4]}
+    want = explain(model, inputs, answer=[17, 30])
+    for more in (
         {"image_sizes": torch.ones(2, 4), "qformer_input_ids": torch.ones(2, 4)},  # sizes that the prompts happen to have
         {"position_ids": torch.arange(4)[None]},
         {"labels": PROMPTS[:, :4]},  # of a loss alone
-    ],
-)
-def test_inputs_that_change_nothing_beside_an_answer(more):
-    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4]}
-    want, got = (explain(model, {**inputs, **others}, answer=[17, 30]) for others in ({}, more))
-    assert torch.equal(got.relevancy["language"], want.relevancy["language"]) and torch.equal(got.scores, want.scores)
+    ):
+        got = explain(model, {**inputs, **more}, answer=[17, 30])
+        assert torch.equal(got.relevancy["language"], want.relevancy["language"]), list(more)
+        assert torch.equal(got.scores, want.scores), list(more)
 
 
 def t5():
@@ -393,14 +388,15 @@ def t5():
     return lively(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))).eval()
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),  # of another length than the decoder's tokens, and of theirs
-    [("labels", torch.full((2, 2), 5)), ("labels", torch.full((2, 3), 5)), ("decoder_inputs_embeds", torch.randn(2, 1, 32))],
-)
-def test_what_stands_beside_an_answer_of_an_encoder_decoder(name, value):
-    because = ", since an encoder-decoder" if name == "labels" else ""
-    with pytest.raises(ValueError, match=f"inputs must not contain '{name}' if answer is given{because}"):
-        explain(t5(), {"input_ids": PROMPTS, name: value}, answer=[7, 12])
+def test_what_stands_beside_an_answer_of_an_encoder_decoder():
+    labels = ("labels", ", since an encoder-decoder")
+    for (name, because), value in (  # labels of another length than the decoder's tokens, and of theirs
+        (labels, torch.full((2, 2), 5)),
+        (labels, torch.full((2, 3), 5)),
+        (("decoder_inputs_embeds", ""), torch.randn(2, 1, 32)),
+    ):
+        with pytest.raises(ValueError, match=f"inputs must not contain '{name}' if answer is given{because}"):
+            explain(t5(), {"input_ids": PROMPTS, name: value}, answer=[7, 12])
 
 
 def test_an_answer_to_a_single_token():
