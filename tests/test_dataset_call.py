@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 pytest.importorskip("transformers")
 image_module = pytest.importorskip("PIL.Image")
@@ -16,6 +17,7 @@ import vlattn_fast as va  # noqa: E402
 from tests.helpers import saved_models  # noqa: E402
 from tests.helpers.commands import vlattn  # noqa: E402
 from vlattn_fast.interpret.dataset.store import SETTINGS  # noqa: E402
+from vlattn_fast.interpret.explaining.loading import load_model  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +61,48 @@ def test_a_run_goes_on_with_the_same_constants(vit: Path, pictures: Path, tmp_pa
         va.explain_dataset(vit, pictures, out)
 
 
+def test_a_model_and_inputs_in_memory(vit: Path, pictures: Path, tmp_path: Path) -> None:
+    """Tensors as a DataLoader gives them, and rows with images; each map is that of `explain`."""
+    model, processor = load_model(str(vit))
+    photos = [image_module.open(pictures / f"{number}.png") for number in range(3)]
+    pixels = torch.cat([processor(images=photo, return_tensors="pt")["pixel_values"] for photo in photos])
+    wanted = [va.explain(model, {"pixel_values": one[None]}, target=1).image for one in pixels]
+    loader = DataLoader([{"pixel_values": one} for one in pixels], batch_size=2)
+    out = tmp_path / "tensors"
+    assert va.explain_dataset(model, loader, out, target=1).done == 2  # batches
+    found = torch.cat([each.image for each in va.load_explanations(out)])
+    torch.testing.assert_close(found, torch.cat(wanted))
+    rows = [{"image": photo, "target": 1, "id": f"photo {number}"} for number, photo in enumerate(photos)]
+    rows.append({"inputs": {"pixel_values": pixels[:1]}, "target": 1, "id": "tensor"})
+    out = tmp_path / "rows"
+    va.explain_dataset(model, rows, out, processor=processor)
+    explanations = va.load_explanations(out)
+    assert explanations.ids == ["photo 0", "photo 1", "photo 2", "tensor"]
+    torch.testing.assert_close(torch.cat([each.image for each in explanations]), torch.cat([*wanted, wanted[0]]))
+    assert va.explain_dataset(torch.nn.DataParallel(model), rows, out, processor=processor).skipped == 4
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    with pytest.raises(ValueError, match='model must be {"class": "ViTForImageClassification", .* Or pass another folder as out'):
+        va.explain_dataset(model, rows, out, processor=processor)
+
+
+def test_a_run_in_which_all_failed_begins_anew(vit: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert va.explain_dataset(vit, pictures, out, target=99).failed == 3
+    assert va.explain_dataset(vit, pictures, out, target=1).done == 3
+    assert not va.load_explanations(out).failures
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"model": torch.nn.Identity()}, TypeError, "model must be a directory or an id, which each process loads; got Identity"),
+        ({"model": torch.nn.Identity()}, ValueError, "Identity has no adapter"),
+        ({"model": 3}, TypeError, r"model must be a directory, an id or a torch\.nn\.Module; got int"),
+        ({"processor": object()}, ValueError, "processor must be None for a directory or an id"),
+        ({"dataset": [1]}, TypeError, "dataset must give mappings, with the columns image, .*; got 1"),
+        ({"dataset": [{"photo": 1}]}, ValueError, "dataset must give an image, a text or tensors in each mapping; got photo"),
+        ({"dataset": [{"inputs": 1}]}, TypeError, "inputs must be a mapping with the model's tensors; got int"),
+        ({"dataset": iter(())}, ValueError, "dataset must have at least one input; got none$"),
         (
             {"model": "nowhere/at/all"},
             ValueError,

@@ -24,6 +24,7 @@ COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
 }
 SIGNS: dict[type[ast.operator], type[ast.operator]] = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 OF_AXES = {*"sum mean amax amin any all flatten unflatten unsqueeze squeeze transpose softmax flip cumsum logsumexp".split()}
+_TYPES = "dict", "tuple", "type"  # whose subscripts are types, as those of names with a capital
 # of a line of C++ without its comment: what stands there, and what stands there instead
 IN_CPP = {
     "comparison": (r"(?<=\s)(<=|>=|==|!=|<|>)(?=\s)", {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}),
@@ -124,7 +125,8 @@ def _changes(node: Any) -> Iterator[tuple[str, ast.AST]]:
     if isinstance(node, ast.BoolOp):
         yield "condition", changed(lambda x: setattr(x, "op", ast.And() if isinstance(x.op, ast.Or) else ast.Or()))
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and isinstance(node.slice, ast.Tuple):
-        if all(isinstance(each, ast.Name) for each in node.slice.elts):
+        keyed = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+        if all(isinstance(each, ast.Name) for each in node.slice.elts) and not (keyed[:1].isupper() or keyed in _TYPES):
             yield "key", changed(lambda x: x.slice.elts.pop())
     if isinstance(node, ast.Call):
         yield from _calls(node, changed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import threading
 from collections import deque
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vlattn_fast.attach.session import unwrapped
 from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.dataset.items import Item, Items
 from vlattn_fast.interpret.dataset.pieces import split
@@ -34,7 +36,7 @@ _WINDOW = 32  # batches whose inputs may wait for others of their shape
 class Options:
     """The options that decide the results; text, target and answer are for inputs without them."""
 
-    model: str  # directory or id
+    model: Any  # directory or id; or what tells a model in memory
     method: Method
     text: tuple[str, ...] = ()
     target: int | str | None = None
@@ -44,18 +46,21 @@ class Options:
     position: str | int | None = None  # the explained token; None = the adapter's
 
     @classmethod
-    def check(cls, model: str | Path, *, method: str | Method = "gradient", **options: Any) -> Options:
+    def check(cls, model: str | Path | nn.Module, *, method: str | Method = "gradient", **options: Any) -> Options:
         """The options, checked; raises the errors of `explain_dataset`."""
-        if not isinstance(model, (str, Path)):
-            raise TypeError(f"model must be a directory or an id, which each process loads; got {type(model).__name__}")
+        if not isinstance(model, (str, Path, nn.Module)):
+            raise TypeError(f"model must be a directory, an id or a torch.nn.Module; got {type(model).__name__}")
         known = [field.name for field in fields(cls) if field.name != "model"]
         if unknown := [name for name in options if name not in known]:
             raise TypeError(f"options must be among {', '.join(known)}; got {', '.join(unknown)}")
         text, dtype = options.get("text", ()), options.get("dtype")
         if dtype is not None and not (isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)):
             raise ValueError(f"dtype must be the name of a torch dtype, e.g. 'bfloat16'; got {dtype!r}")
+        if dtype is not None and isinstance(model, nn.Module):
+            raise ValueError(f"dtype must be None for a model in memory, which has one; got {dtype!r}")
         texts = (text,) if isinstance(text, str) else tuple(text)
-        return cls(**{**options, "text": texts, "model": str(model), "method": method_of(method)})
+        told = _told(unwrapped(model)) if isinstance(model, nn.Module) else str(model)
+        return cls(**{**options, "text": texts, "model": told, "method": method_of(method)})
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -70,6 +75,16 @@ class Options:
                 f"method must have options that JSON can store, i.e. names and numbers; got {self.method.label}"
             ) from None
         return stored
+
+
+def _told(model: nn.Module) -> dict[str, str]:
+    """The class of a model in memory and a hash of its weights: a later run must have the same."""
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        if isinstance(x, Tensor) and not x.is_meta:
+            numbers = x.detach().flatten().double()
+            digest.update(f"{name} {tuple(x.shape)} {float(numbers.sum())!r} {float(numbers.square().sum())!r}".encode())
+    return {"class": type(model).__name__, "weights": digest.hexdigest()[:16]}
 
 
 @dataclass(frozen=True)
@@ -153,18 +168,22 @@ class Batches:
         if not hasattr(self._of_thread, "processor"):  # a fast tokenizer does not support two threads at once
             self._of_thread.processor = copy.deepcopy(self.processor)
         processor, options = self._of_thread.processor, self.options
-        inputs = build_inputs(self.model, processor, item.load_image(), item.texts or options.text)
+        if item.inputs is not None:
+            inputs = dict(item.inputs)
+        else:
+            inputs = build_inputs(self.model, processor, item.load_image(), item.texts or options.text)
         targets: list[Any] | None
         target = item.target if item.target is not None else options.target
         known = item.answer if item.answer is not None else options.answer
         if target is not None and (known is not None or options.generate is not None):
             raise ValueError("answer must be None if target is given; got both")
-        answer = None if known is None else token_ids(known, processor, 1)[0]
+        answer = None if known is None else token_ids(known, processor, 1)[0]  # a text, or the ids of one
         if self.adapter.scoring.pairs:
             inputs, targets = prepare_inputs(self.model, inputs, self.adapter, target)
             count = len(targets or [])
         else:
-            count = len(inputs["input_ids"] if "input_ids" in inputs else inputs["pixel_values"])
+            others = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.ndim]
+            count = len(inputs[next(name for name in ("input_ids", "pixel_values", *others) if name in inputs)])
             targets = None if target is None else [target] * count
             if target == SIMILARITY and not self.adapter.scoring.predicts and count != 2:
                 raise ValueError(f"text must be two texts, whose similarity is explained; got {count}")

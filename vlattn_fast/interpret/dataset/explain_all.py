@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vlattn_fast._ground.checks import check_integer, check_place
 from vlattn_fast._ground.extras import progress, without_progress
+from vlattn_fast.attach.session import unwrapped
 from vlattn_fast.interpret.dataset.batches import Batches, Options, in_threads
 from vlattn_fast.interpret.dataset.items import Items
 from vlattn_fast.interpret.dataset.ranks import Ranks, joined
@@ -43,10 +45,11 @@ class Outcome:
 
 
 def explain_dataset(
-    model: str | Path,
-    dataset: str | Path,
+    model: str | Path | nn.Module,
+    dataset: str | Path | Iterable[Mapping[str, Any]],
     out: str | Path,
     *,
+    processor: Any = None,
     batch_size: int = 8,
     shard_size: int = 256,
     workers: int = 2,
@@ -64,15 +67,19 @@ def explain_dataset(
         >>> va.load_explanations("maps")[0].top(3)  # doctest: +SKIP
 
     Args:
-        model: directory or id of a Hugging Face model, which each process loads.
+        model: directory or id of a Hugging Face model, which each process loads; or a model in memory, such as one with LoRA
+            weights, quantised, or of a class of your own with an adapter.
         dataset: a .jsonl or .csv file with the columns image, text, target, answer and id, and paths relative to its folder; a
-            folder of images, subfolders included; or a folder that `datasets.Dataset.save_to_disk` wrote.
+            folder of images, subfolders included; a folder that `datasets.Dataset.save_to_disk` wrote; or any iterable of
+            mappings, which is read to its end first: with these columns (an image may be a PIL image), or with the tensors of the
+            model's inputs, as a DataLoader gives them, themselves or under "inputs".
+        processor: of a model in memory, for images and texts; not needed for tensors.
         out: a new or an empty directory, or one of an earlier run.
         batch_size: the number of samples in a batch, whose inputs have one shape.
         options: method (a name, or an object of `va.methods` whose options are names and numbers) and position as in `explain`;
             text (one or several), target and answer for inputs without them; generate (the most tokens of the model's own answer,
             which is then explained); dtype (the name of the model's dtype, by default as stored).
-        device: the model's device. Default: a GPU for each process, or the CPU.
+        device: the model's device. Default: a GPU for each process, or the CPU; for a model in memory, its own.
         workers: threads that read images ahead.
         shard_size: explanations in a file. A shard is also written a minute after the last one.
 
@@ -86,16 +93,23 @@ def explain_dataset(
         OSError: a file of `out` cannot be written, e.g. on a full disk. Finished shards stay.
     """
     asked = Options.check(model, **options)
+    if processor is not None and not isinstance(model, nn.Module):
+        raise ValueError("processor must be None for a directory or an id, whose own is loaded; got one")
     for name, value, low in (("batch_size", batch_size, 1), ("shard_size", shard_size, 1), ("workers", workers, 0)):
         check_integer(name, value, low=low)
     out = Path(out)
     with joined() as ranks, contextlib.ExitStack() as stack:
         items = Items(dataset)
-        model_name = str(Path(asked.model).resolve()) if Path(asked.model).is_dir() else asked.model
-        settings = {"format": FORMAT, **asked.settings, "model": model_name}
+        settings = {"format": FORMAT, **asked.settings}
+        if not isinstance(model, nn.Module) and Path(model).is_dir():
+            settings["model"] = str(Path(model).resolve())
         _by_first(ranks, lambda: check_settings(out, settings, items.digests))
         _by_first(ranks, lambda: check_place("out", out))
-        batches = Batches(*_load(asked, ranks, device), asked)
+        if isinstance(model, nn.Module):
+            loaded = unwrapped(model if device is None else model.to(device)), processor
+        else:
+            loaded = _load(asked, ranks, device)
+        batches = Batches(*loaded, asked)
         batches.check_parts(items)
         done = _by_first(ranks, lambda: begin(out, settings, stack, items.digests))
         if ranks.rank > 0:

@@ -1,14 +1,18 @@
-"""The inputs of many explanations: JSON lines, CSV, a folder of images, or a Hugging Face dataset saved on disk."""
+"""The inputs of many explanations: JSON lines, CSV, a folder of images, a Hugging Face dataset saved on disk, or mappings in
+memory."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.explaining.loading import json_lines, open_lines
@@ -27,9 +31,10 @@ class Item:
     image: Any = None  # a path; an image that a Hugging Face dataset holds; or None
     texts: list[str] = field(default_factory=list)  # besides the image
     target: int | None = None
-    answer: str | None = None
+    answer: Any = None  # a text, or token ids
     boxes: Any = None  # of the parts of the image that the answer rests on: JSON or a list; the path of a mask, or an image
     problem: str | None = None  # why the input cannot be used, if known already
+    inputs: Mapping[str, Any] | None = None  # the model's, if they are given in place of image and texts
 
     @property
     def path(self) -> str | None:
@@ -48,15 +53,18 @@ class Item:
 class Items(Sequence[Item]):
     """The inputs of a dataset in its order. Images are not read.
 
-    `source` is a .jsonl or .csv file, with paths relative to its folder; a folder of images, also in subfolders; or a folder that
-    `datasets.Dataset.save_to_disk` wrote. ValueError if it is none of these, has none of the columns, or has one id twice.
+    `source` is a .jsonl or .csv file, with paths relative to its folder; a folder of images, also in subfolders; a folder that
+    `datasets.Dataset.save_to_disk` wrote; or mappings, with these columns or with the model's inputs. ValueError if it is none of
+    these, has none of the columns, or has one id twice.
     """
 
-    def __init__(self, source: str | Path) -> None:
-        self.source = Path(source)
+    def __init__(self, source: str | Path | Iterable[Mapping[str, Any]]) -> None:
+        self.source = Path(source) if isinstance(source, (str, Path)) else Path()
         self._entries: Any  # a sequence of dicts, or a Hugging Face dataset, whose entries are read on access
         without_images: Any = None
-        if self.source.is_dir():
+        if not isinstance(source, (str, Path)):
+            self._entries = [_in_memory(entry) for entry in source]
+        elif self.source.is_dir():
             if any((self.source / name).exists() for name in ("state.json", "dataset_dict.json")):
                 self._entries, without_images = _saved(self.source)
             else:
@@ -82,11 +90,12 @@ class Items(Sequence[Item]):
             if "problem" not in entry:
                 has_column = without_images is not None and "image" in self._entries.column_names
                 image = has_column or (without_images is None and _filled(entry, "image") is not None)
-                self.parts.add((image, bool(_filled(entry, "text"))))
-            text = json.dumps([identity, *(str(entry.get(name)) for name in COLUMNS)])
-            self.digests.append(hashlib.sha256(text.encode()).hexdigest()[:16])
+                if "inputs" not in entry:
+                    self.parts.add((image, bool(_filled(entry, "text"))))
+            self.digests.append(_digest(identity, entry))
         if not ids:
-            raise ValueError(f"dataset must have at least one input; got none in {self.source}")
+            where = f" in {source}" if isinstance(source, (str, Path)) else ""
+            raise ValueError(f"dataset must have at least one input; got none{where}")
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -102,7 +111,7 @@ class Items(Sequence[Item]):
         texts = [] if texts is None else [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             return Item(identity, problem=f"text must be a text or a list of texts; got {texts!r}")
-        if answer is not None and not isinstance(answer, str):
+        if answer is not None and not isinstance(answer, str) and "inputs" not in entry:
             return Item(identity, problem=f"answer must be a text; got {answer!r}")
         if isinstance(target, str) and target.strip().lstrip("-").isdecimal():
             target = int(target)
@@ -113,7 +122,45 @@ class Items(Sequence[Item]):
             image = folder / image
         if isinstance(boxes, str) and not boxes.lstrip().startswith("["):
             boxes = folder / boxes
-        return Item(identity, image, texts, target, answer, boxes)
+        return Item(identity, image, texts, target, answer, boxes, inputs=entry.get("inputs"))
+
+
+def _in_memory(entry: Any) -> dict[str, Any]:
+    """An entry with columns; "inputs" holds those of the model: under that name, or beside the columns, as a DataLoader gives
+    them."""
+    if not isinstance(entry, Mapping):
+        raise TypeError(
+            f"dataset must give mappings, with the columns {', '.join(COLUMNS)} or the model's inputs; got {entry!r:.80}"
+        )
+    known = {name: entry.get(name) for name in (*COLUMNS, BOXES)}
+    if (inputs := entry.get("inputs")) is not None:
+        if not isinstance(inputs, Mapping) or not any(isinstance(x, Tensor) for x in inputs.values()):
+            raise TypeError(f"inputs must be a mapping with the model's tensors; got {type(inputs).__name__}")
+        return {**known, "inputs": inputs}
+    inputs = {name: x for name, x in entry.items() if name not in known}
+    if any(isinstance(x, Tensor) for x in inputs.values()):
+        return {**known, "inputs": inputs}
+    if known["image"] is None and known["text"] is None:
+        raise ValueError(
+            f"dataset must give an image, a text or tensors in each mapping; got {', '.join(map(str, entry)) or 'none'}"
+        )
+    return known
+
+
+def _digest(identity: str, entry: Mapping[str, Any]) -> str:
+    """A hash by which a later run knows an input: of the columns, and of the numbers of tensors and of images in memory."""
+    digest = hashlib.sha256(json.dumps([identity, *(str(entry.get(name)) for name in COLUMNS if name != "image")]).encode())
+    image: Any = entry.get("image")
+    digest.update(image.tobytes() if hasattr(image, "tobytes") else json.dumps(str(image)).encode())
+    for name, x in sorted((entry.get("inputs") or {}).items()):
+        digest.update(name.encode())
+        plain = (
+            x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            if isinstance(x, Tensor)
+            else repr(x).encode()
+        )
+        digest.update(plain)
+    return digest.hexdigest()[:16]
 
 
 def _filled(entry: Mapping[str, Any], name: str) -> Any:

@@ -105,14 +105,19 @@ def check_settings(directory: Path, settings: Mapping[str, Any], digests: Sequen
         if directory.exists() and (not directory.is_dir() or set(directory.iterdir()) - begun):
             raise ValueError(f"out must be a new or an empty directory, or one of an earlier run; got {directory}")
         return
+    shards = list(finished(directory)) if settings.get("format") == FORMAT else []
+    explained = [line for shard in shards if shard.fault is None for line in shard.lines if "error" not in line]
+    if settings.get("format") == FORMAT and not explained:
+        return  # every input failed: the run begins anew, with corrected options, too
     for name in dict.fromkeys(("format", "method", *sorted({*there, *settings}))):  # the method's options come after it
         if there.get(name) != settings.get(name):
             if name == "dataset":  # the settings hold only its digest
                 raise ValueError(f"dataset must be the one of the earlier runs in {directory}; got another or a changed one")
             was, now = (json.dumps(one.get(name), ensure_ascii=False) for one in (there, settings))
-            raise ValueError(f"{name} must be {was}, as in the earlier runs in {directory}; got {now}")
-    shards = [] if digests is None else finished(directory)
-    for line in (line for shard in shards if shard.fault is None for line in shard.lines if "error" not in line):
+            raise ValueError(
+                f"{name} must be {was}, as in the earlier runs in {directory}; got {now}. Or pass another folder as out"
+            )
+    for line in explained if digests is not None else ():
         if [line.get("digest")] != (digests or [])[line["item"] : line["item"] + 1]:
             same = f"number {line['item']} is still {line['id']!r}, unchanged"
             raise ValueError(f"dataset must be one whose input {same}, since {directory} explains it; got another. Change out")
@@ -236,7 +241,7 @@ def begin(out: Path, settings: dict[str, Any], stack: contextlib.ExitStack, dige
         out.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(out))
         check_settings(out, settings, digests)  # again: another run may have begun while the model was loaded
-        if not (out / SETTINGS).exists():
+        if read_settings(out, settings["format"]) != settings:
             write_text(out / SETTINGS, to_lines([settings]))
     except OSError as error:
         raise ValueError(f"out must be a directory that can be written; got {out}: {error.strerror}") from error
