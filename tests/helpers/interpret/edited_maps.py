@@ -14,6 +14,9 @@ from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from tests.helpers.interpret.cases import CASES, in_double, lively
+from tests.helpers.interpret.decoder_cases import DECODERS
+from tools.tiny_models.shrink import small_model
+from tools.tiny_models.stored import in_double as default_double
 
 # (module, number of queries, number of keys) -> what is added to the scores, broadcastable to (B, H, N, M); 0 = nothing
 Bias = Callable[[nn.Module, int, int], Tensor | float]
@@ -39,6 +42,20 @@ def llama() -> tuple[nn.Module, dict[str, Any]]:
     )
     model = lively(transformers.LlamaForCausalLM(config)).double().eval()
     return model, {"input_ids": torch.randint(3, 50, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+
+
+def decoder(name: str) -> tuple[Any, dict[str, Any]]:
+    """A model of `DECODERS` in float64, with its inputs, padded on the left; it ends no text."""
+    case = DECODERS[name]()
+    model: Any = lively(case.model).double().eval()
+    model.generation_config.eos_token_id = None
+    return model, {key: x.double() if x.is_floating_point() else x for key, x in case.inputs("left").items()}
+
+
+def small(kind: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A class of transformers in float64, with words."""
+    with default_double():
+        return small_model(getattr(transformers, kind)), {"input_ids": torch.randint(3, 50, (2, 7))}
 
 
 @contextlib.contextmanager

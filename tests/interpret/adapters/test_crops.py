@@ -3,8 +3,6 @@ whose pixels hold the spot is drawn at the spot."""
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +16,8 @@ import transformers as t  # noqa: E402
 
 from tests.helpers.interpret.crop_cases import CASES, Crops  # noqa: E402
 from tests.helpers.interpret.decoder_cases import IMAGE  # noqa: E402
+from tests.interpret.adapters import test_decoder_images  # noqa: F401, E402 (registers attention that adds nothing)
+from tests.interpret.result.test_page import data as data_of  # noqa: E402
 from vlattn_fast.interpret import Explanation, explain  # noqa: E402
 from vlattn_fast.interpret.adapters.registry import find_adapter  # noqa: E402
 from vlattn_fast.interpret.adapters.tokens import Tokens  # noqa: E402
@@ -34,11 +34,6 @@ def photo(size: tuple[int, int], spot: tuple[float, float] | None) -> Any:
         x, y = (round(place * side) for place, side in zip(spot, size, strict=True))
         pixels[y - 20 : y + 20, x - 20 : x + 20] = 255
     return image_module.fromarray(pixels)
-
-
-def nothing(module, query, key, value, attention_mask, **options):  # type: ignore[no-untyped-def]
-    """Attention that adds nothing, so that a token is its own patches alone."""
-    return torch.zeros_like(query).transpose(1, 2), None
 
 
 def states_of(case: Crops, inputs: dict[str, Any]) -> torch.Tensor:
@@ -61,7 +56,6 @@ def hot_at_the_spot(case: Crops, *spots: tuple[tuple[int, int], tuple[float, flo
 def with_change(case: Crops, inputs: dict[str, Any], plain: dict[str, Any]) -> Explanation:
     """The explanation of inputs, whose maps have the difference to plain inputs."""
     got = explain(case.model, inputs)
-    t.AttentionInterface.register("nothing", nothing)
     case.model.get_submodule(case.vision).set_attn_implementation("nothing")
     change = (states_of(case, inputs) - states_of(case, plain)).norm(dim=-1)[None]
     record = find_adapter(case.model).towers[-1]
@@ -80,7 +74,7 @@ def drawn_at(explanation: Explanation, panel: int, *sizes: tuple[int, int]) -> t
 def hottest_on_the_page(explanation: Explanation, size: tuple[int, int]) -> list[tuple[float, float]]:
     """The same for each map of the page: the middle of its hottest cell."""
     page = explanation.to_html(image_module.new("RGB", size))
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])  # type: ignore[index]
+    data = data_of(page)
     places = []
     for figure in data["methods"][0]["choices"][0]["views"][""]["figures"]:
         (part,) = figure["maps"]
@@ -119,7 +113,7 @@ def test_photos_of_one_prompt_have_their_crops(family: str) -> None:
         assert got.overlay([image_module.new("RGB", size) for size, _ in SPOTS], panel=panel).size == size
         assert all(abs(a - b) < 1.05 / n for a, b, n in zip(place, spot, reversed(part.shape), strict=True)), (panel, place)
     page = got.to_html([image_module.new("RGB", size) for size, _ in SPOTS])
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])  # type: ignore[index]
+    data = data_of(page)
     shown = [figure["image"] for figure in data["methods"][0]["choices"][0]["views"][""]["figures"]]
     assert [data["images"][number]["width"] for number in shown] == [600, 600, 400, 400]
     assert [picture is None for picture in data["images"]] == [False, True, False, True]  # each photo is stored once

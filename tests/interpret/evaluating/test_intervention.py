@@ -21,7 +21,7 @@ from transformers import (
 
 import vlattn_fast as va
 from tests.helpers.interpret.cases import lively
-from tests.helpers.interpret.decoder_cases import DECODERS
+from tests.helpers.interpret.edited_maps import decoder
 from tests.helpers.interpret.evaluation_cases import Planted, made, planted_data, rows, truth
 from vlattn_fast.interpret.evaluating.attention_cuts import overlap
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
@@ -139,9 +139,7 @@ def test_an_image_of_many_patches_has_sixteen_pieces() -> None:
 
 @pytest.mark.slow
 def test_groups_of_a_decoder_are_those_that_knockouts_cut() -> None:
-    case = DECODERS["LlavaForConditionalGeneration"]()
-    model, inputs = lively(case.model).double().eval(), case.inputs("left")
-    inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    model, inputs = decoder("LlavaForConditionalGeneration")
     shown = va.explain(model, inputs, target=7)
     batch, generator = len(inputs["input_ids"]), torch.Generator().manual_seed(1)
     image = torch.rand(shown.image.shape, generator=generator)
@@ -160,7 +158,7 @@ def test_groups_of_a_decoder_are_those_that_knockouts_cut() -> None:
 
     height, width = image.shape[-2:]
     assert height <= 4 and width <= 4  # so that each patch is a piece
-    of_image = (inputs["input_ids"] == case.model.config.image_token_index).nonzero()[:, 1].view(batch, -1)
+    of_image = (inputs["input_ids"] == model.config.image_token_index).nonzero()[:, 1].view(batch, -1)
     expected = []
     for sample in range(batch):
         falls = []

@@ -8,23 +8,16 @@ import pytest
 import torch
 
 import vlattn_fast as va
-from tests.helpers.interpret.cases import lively
-from tests.helpers.interpret.decoder_cases import DECODERS
+from tests.helpers.interpret.edited_maps import decoder
 from vlattn_fast.interpret.explaining import request
 
 LENGTHS = 35, 12  # a whole chunk of rows and a part of one; the second answer ends within the first chunk
 
 
-def made(family: str) -> tuple[Any, dict[str, Any]]:
-    case = DECODERS[family]()
-    inputs = {name: x.double() if x.is_floating_point() else x for name, x in case.inputs("left").items()}
-    return lively(case.model).double().eval(), inputs
-
-
 @pytest.mark.parametrize("method", ["gradient", "rollout", "attention", "weighted"])
 @pytest.mark.parametrize("family", ["Qwen2ForCausalLM", "Qwen2_5_VLForConditionalGeneration", "GPT2LMHeadModel"])
 def test_each_token_is_as_a_call_for_it_alone(family: str, method: str) -> None:
-    model, inputs = made(family)
+    model, inputs = decoder(family)
     answer = [torch.arange(length).add(5 + 7 * row).remainder(40).add(4).tolist() for row, length in enumerate(LENGTHS)]
     runs: list[int] = []
     model.register_forward_hook(lambda *_: runs.append(1))
@@ -48,7 +41,7 @@ def test_each_token_is_as_a_call_for_it_alone(family: str, method: str) -> None:
 
 
 def test_a_method_without_a_score_carries_several_rows_in_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = made("LlavaForConditionalGeneration")
+    model, inputs = decoder("LlavaForConditionalGeneration")
     passes: list[int] = []
     grad = torch.autograd.grad
 

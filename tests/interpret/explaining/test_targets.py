@@ -13,6 +13,7 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers.interpret.cases import VISION, lively
 from tests.helpers.interpret.encoder_cases import T5, text
+from tests.interpret.explaining.test_rows_by_gradient import bert
 from vlattn_fast.interpret import explain
 
 PIXELS = {"pixel_values": torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))}
@@ -24,11 +25,6 @@ MASK = text()["attention_mask"]
 def vit(**config: Any) -> Any:
     torch.manual_seed(0)
     return lively(transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, **config))).eval()
-
-
-def bert() -> tuple[Any, dict[str, Tensor]]:
-    torch.manual_seed(0)
-    return lively(transformers.BertModel(transformers.BertConfig(**T5))).eval(), text(last=3)
 
 
 # --- masked tokens ---

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
-from tests.helpers.interpret.cases import lively
-from tests.helpers.interpret.decoder_cases import DECODERS
-from tests.helpers.interpret.edited_maps import llama, made
+from tests.helpers.interpret.edited_maps import decoder, llama, made
 
 PLACES = {"residual": "model.layers.{}", "head": "model.layers.{}.self_attn.o_proj", "mlp": "model.layers.{}.mlp"}
 SCORE = (7, 9)
@@ -106,9 +104,7 @@ def test_first_order_effects_are_true_for_small_differences() -> None:
 
 
 def test_a_tower_may_pack_the_images_of_all_samples() -> None:
-    case = DECODERS["Mistral3ForConditionalGeneration"]()
-    model = lively(case.model).double().eval()
-    clean = {name: value.double() if value.is_floating_point() else value for name, value in case.inputs("left").items()}
+    model, clean = decoder("Mistral3ForConditionalGeneration")
     torch.manual_seed(2)
     corrupt = {**clean, "pixel_values": clean["pixel_values"] + 1e-4 * torch.randn_like(clean["pixel_values"])}
     table = va.compare_prompts(model, clean, corrupt, 7, tower="vision", k=8)

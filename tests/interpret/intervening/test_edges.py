@@ -11,9 +11,8 @@ import transformers
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.decoder_cases import DECODERS
-from tests.helpers.interpret.edited_maps import biased, llama, made
+from tests.helpers.interpret.edited_maps import biased, decoder, llama, made
 
 GROUPS = ["image", "question", "last"]
 
@@ -29,9 +28,7 @@ def exact(family: str) -> tuple[Any, dict[str, Any], dict[str, Tensor], Any, Any
         score = lambda: model(**inputs).logits_per_image.diagonal()  # noqa: E731
         batch, size, layers = 3, 17, [layer.self_attn for layer in model.vision_model.encoder.layers]
     else:
-        case = DECODERS[family]()
-        model, inputs = lively(case.model).double().eval(), case.inputs("left")
-        inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+        model, inputs = decoder(family)
         score = lambda: model(**inputs).logits[:, -1, 7]  # noqa: E731
         (batch, size), (path, name) = inputs["input_ids"].shape, EXACT[family]
         layers = [layer.get_submodule(name) for layer in model.get_submodule(path)]

@@ -19,6 +19,7 @@ NEW = 4
 
 
 def decoder(name: str) -> tuple[Any, dict[str, Any]]:
+    """With its small weights: it writes no image token."""
     case = DECODERS[name]()
     model = case.model.double().eval()
     model.generation_config.eos_token_id = None

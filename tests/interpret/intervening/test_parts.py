@@ -13,9 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import vlattn_fast as va
 from tests.helpers.interpret.decoder_cases import DECODERS
-from tests.helpers.interpret.edited_maps import llama, made
-from tools.tiny_models.shrink import small_model
-from tools.tiny_models.stored import in_double
+from tests.helpers.interpret.edited_maps import decoder, llama, made, small
 
 CLOSE = {"rtol": 0, "atol": 1e-6}  # transformers' RMSNorm computes in float32
 GROUPS = {"first": (0, 3), "later": (3, 9)}
@@ -207,9 +205,7 @@ def test_families(family: str) -> None:
         model: Any = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).double().eval()
         inputs = {"input_ids": torch.randint(3, 50, (2, 7)), "decoder_input_ids": torch.randint(3, 50, (2, 5))}
     elif family in DECODERS:
-        case = DECODERS[family]()
-        model = case.model.double().eval()
-        inputs = {k: v.double() if v.is_floating_point() else v for k, v in case.inputs("left").items()}
+        model, inputs = decoder(family)
     else:
         model, inputs = made(family)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -244,11 +240,6 @@ def test_a_cosine_has_fixed_denominators() -> None:
         expected = cosine * model.get_parameter("logit_scale").exp()
     table = va.logit_parts(model, inputs, tower="vision", parts="layers")
     torch.testing.assert_close(table.parts[:, table.names.index("mlp 2")], expected, rtol=0, atol=1e-9)
-
-
-def small(kind: str) -> tuple[nn.Module, dict[str, Any]]:
-    with in_double():
-        return small_model(getattr(transformers, kind)), {"input_ids": torch.randint(3, 50, (2, 7))}
 
 
 @pytest.mark.parametrize("kind", ["DogeForCausalLM", "Zamba2ForCausalLM", "Qwen3NextForCausalLM"])

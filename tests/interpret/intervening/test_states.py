@@ -14,19 +14,9 @@ from torch import Tensor, nn
 
 import vlattn_fast as va
 from tests.helpers.interpret.cases import LLAMA, lively
-from tests.helpers.interpret.decoder_cases import DECODERS
-from tests.helpers.interpret.edited_maps import llama, made
-from tools.tiny_models.shrink import small_model
-from tools.tiny_models.stored import in_double
+from tests.helpers.interpret.edited_maps import decoder, llama, made, small
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
-
-
-def decoder(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    case = DECODERS[name]()
-    model: Any = lively(case.model).double().eval()
-    model.generation_config.eos_token_id = None
-    return model, {k: v.double() if v.is_floating_point() else v for k, v in case.inputs("left").items()}
 
 
 def of_config(kind: str, config: Any, **inputs: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -474,11 +464,6 @@ def test_a_layer_that_runs_again_has_filled_its_cache() -> None:
     plain[:, 1:3] += vector
     torch.testing.assert_close(whole, plain, rtol=0, atol=1e-6)  # transformers' RMSNorm computes in float32
     torch.testing.assert_close(torch.cat(steps, 1), plain, rtol=0, atol=1e-6)
-
-
-def small(kind: str) -> tuple[nn.Module, dict[str, Any]]:
-    with in_double():
-        return small_model(getattr(transformers, kind)), {"input_ids": torch.randint(3, 50, (2, 7))}
 
 
 def test_an_mlp_is_the_layers_only_one() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.helpers.interpret.made import answered, made
+from tests.interpret.result.test_page import data as data_of
 from vlattn_fast.interpret import Explanation
 from vlattn_fast.interpret.result.figures.labels import Labels
 from vlattn_fast.interpret.result.numbers import choices
@@ -18,7 +19,7 @@ from vlattn_fast.interpret.result.numbers import choices
 
 def cells(page: str) -> list[list[float | None]]:
     """Those of the first map of each choice."""
-    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    data = data_of(page)
     views = [choice["views"][""] for choice in data["methods"][0]["choices"]]
     return [part["figures"][0]["maps"][0]["cells"] for part in views]
 

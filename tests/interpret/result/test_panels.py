@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -12,6 +9,7 @@ import torch
 import vlattn_fast as va
 from tests.helpers.interpret.cases import CASES
 from tests.helpers.interpret.made import answered, made
+from tests.interpret.result.test_page import data as data_of
 
 pytest.importorskip("matplotlib")
 
@@ -37,7 +35,7 @@ def test_tiles_and_their_thumbnail_have_names():
     two = ["photo 1, thumbnail", "photo 1, tiles", "photo 2, thumbnail", "photo 2, tiles"]
     assert titles(of_tiles(2).plot([PHOTO, PHOTO[::2]])) == two
     page = of_tiles(2).to_html()
-    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    data = data_of(page)
     assert [figure["name"] for figure in data["methods"][0]["choices"][0]["views"][""]["figures"]] == two
 
 

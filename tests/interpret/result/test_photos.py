@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import warnings
 
 import numpy as np
@@ -15,6 +13,7 @@ import transformers  # noqa: E402
 
 from tests.helpers import saved_models  # noqa: E402
 from tests.helpers.interpret.made import answered, made  # noqa: E402
+from tests.interpret.result.test_page import data as data_of  # noqa: E402
 from vlattn_fast.interpret import Explanation  # noqa: E402
 from vlattn_fast.interpret.result.figures import photos  # noqa: E402
 
@@ -49,7 +48,7 @@ def test_the_map_lies_over_the_part_that_the_model_saw(processor) -> None:
     x1, x2, y2, y1 = figure.axes[1].images[1].get_extent()
     assert (x1 / 640, y1 / 427, x2 / 640, y2 / 427) == pytest.approx(MIDDLE, abs=3e-3)
     page = explained().to_html(PHOTO, processor=processor)
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    data = data_of(page)
     assert data["methods"][0]["choices"][0]["views"][""]["figures"][0]["maps"][0]["box"] == pytest.approx(MIDDLE, abs=3e-3)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.interpret.made import made
+from tests.interpret.result.test_page import data as data_of
 
 pytest.importorskip("matplotlib")
 from PIL import Image
@@ -70,7 +70,7 @@ def test_a_page_has_the_same_scale():
     pytest.importorskip("jinja2")
     for image, scale in ((NEARLY_EVEN, [0, 0.0966]), (SIGNED, [-2, 2])):
         page = made(image=image).to_html(PHOTO)
-        data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+        data = data_of(page)
         view = data["methods"][0]["choices"][0]["views"][""]
         assert [view["low"], view["high"]] == pytest.approx(scale)
         assert view["range"] == pytest.approx([image.min().item(), image.max().item()], rel=1e-3)
@@ -170,7 +170,7 @@ def test_a_page_and_small_multiples_clip_as_figures_do():
     pytest.importorskip("jinja2")
     pages = {scale: made(image=PEAK).to_html(scale=scale) for scale in ("max", "quantile")}
     for scale, page in pages.items():
-        data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+        data = data_of(page)
         view = data["methods"][0]["choices"][0]["views"][""]
         assert [view["high"], view["clip"]] == pytest.approx([0.082, END], rel=1e-3)
         assert ('id="clip" type="checkbox" checked' in page) == (scale == "quantile")
