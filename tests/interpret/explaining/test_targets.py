@@ -174,3 +174,21 @@ def test_a_loop_over_methods_with_read():
         methods = ["gradient", "input_gradient", "rollout"]
         evaluation = va.evaluate(model, [(PIXELS, 1, None)], methods=methods, tests=["deletion"], position="cls")
     assert {row["method"] for row in evaluation.table} == set(methods)
+
+
+@pytest.mark.parametrize("position", ["last", 2])
+def test_attention_of_a_masked_language_model_asks_for_no_score(position: Any) -> None:
+    """Each token has logits, and a method without a score takes none of them."""
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=32,
+        attn_implementation="eager",
+    )
+    model, ids = transformers.BertForMaskedLM(config).eval(), torch.randint(4, 50, (2, 6))
+    found = va.explain_layers(model, {"input_ids": ids}, method="attention", position=position)
+    maps = torch.stack(model(ids, output_attentions=True).attentions)[..., 5 if position == "last" else 2, :].mean(2)
+    torch.testing.assert_close(found.relevancy["tower0"], maps)
+    assert (found.scores is None) == (position == "last")

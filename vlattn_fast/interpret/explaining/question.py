@@ -123,7 +123,7 @@ def _about_answer(run: Run, answer: Answer) -> Question:
 
 def choose_score(prompt: Prompt, outputs: Any, batch: int) -> tuple[Tensor | None, list[int] | None]:
     """Scores (B,) and the index each belongs to (text, class, token or object query; None for a callable); no scores for a method
-    without a gradient if the outputs have no logits."""
+    without a gradient if the outputs have no logits, or logits at each token and no index says which."""
     request, adapter, target, of = prompt.request, prompt.request.adapter, prompt.request.target, prompt.request.method.of
     if callable(target):
         if of is not None:
@@ -134,9 +134,10 @@ def choose_score(prompt: Prompt, outputs: Any, batch: int) -> tuple[Tensor | Non
         if scores.ndim != 1 or (adapter.towers and scores.shape != (batch,)):
             raise ValueError(f"target must return scores of shape (B,) = ({batch},); got {tuple(scores.shape)}")
         return scores, None
-    if not request.method.needs_score and target is None and adapter.scoring.logits(outputs) is None:
-        return None, None
     scoring, place = adapter.scoring, request.place
+    if not request.method.needs_score and target is None:
+        if scoring.logits(outputs) is None or (scoring.at_places(outputs) and not isinstance(place, int)):
+            return None, None
     scores, chosen = scoring.choose(outputs, target if prompt.pairs is None else prompt.pairs, prompt.arguments, place)
     if of is None and scoring.at_places(outputs):
         of = LOG_PROBABILITY
