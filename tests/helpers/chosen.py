@@ -6,10 +6,12 @@ with a word that the mark names: `@pytest.mark.slow("triton")`. `make test-all` 
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
 
+os.environ["VLATTN_QUICK"] = "ON"  # tests/helpers/cuda/building.py
 # There cases are sizes, dtypes, masks and options of a call. Elsewhere a case is a thing of its own: a page, a file, an example.
 FOLDERS = tuple(
     f"tests/{name}/" for name in ("attach", "cpu", "cuda", "interpret", "kernels", "model_classes", "nn", "ops", "power")
