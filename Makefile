@@ -1,6 +1,6 @@
 # make demo      a picture, a table of checks and a comparison of costs, into demo/
-# make test      lint, types and a choice of tests, in minutes. Every case of some tests: ARGS="tests/ops", ARGS="-k causal", and
-#                ARGS=--changed for what is not committed or not pushed
+# make test      lint, types and a choice of tests, the packages' too, in minutes. Every case of some tests: ARGS="tests/ops",
+#                ARGS="-k causal", and ARGS=--changed for what is not committed or not pushed
 # make test-all  every case of every test, with other processors, sanitizers, the packages and compiled GPU kernels: hours. A stopped
 #                run goes on; ARGS="bits ptx" for some parts, ARGS="--list"
 # make cpus      the tests of accuracy in each instruction set of this processor, and as torch computes on others
@@ -34,7 +34,7 @@ TESTED := $(VENV)/.tested
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile $(addprefix --constraint=,$(LOCK))
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all suite cpus lint format lists bench hub docs gpu venv lock clean
+.PHONY: demo test test-all suite packages cpus lint format lists bench hub docs gpu venv lock clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast demo --out demo
@@ -42,16 +42,19 @@ demo: $(READY)
 # One thread a process: two processes of one thread finish sooner than one process of two, and sums keep their order.
 # Threads that wait for work would take the processors from the threads that they wait for: tests have more threads than processors.
 # torch.compile tries each instruction set of the processor with a compiler first; this one serves.
-suite cpus test-all: export OMP_NUM_THREADS := 1
-suite cpus test-all: export OMP_WAIT_POLICY := passive
-suite cpus test-all: export TORCHINDUCTOR_VEC_ISA_OK := 1
-# mypy takes one processor for more than a minute: it runs beside the tests.
+suite packages cpus test-all: export OMP_NUM_THREADS := 1
+suite packages cpus test-all: export OMP_WAIT_POLICY := passive
+suite packages cpus test-all: export TORCHINDUCTOR_VEC_ISA_OK := 1
+# mypy takes one processor for more than a minute: it runs beside the tests, and then those of the packages do.
 test: $(READY) $(TESTED)
-	@$(MAKE) --no-print-directory --jobs=2 lint suite
+	@$(MAKE) --no-print-directory --jobs=2 suite lint $(if $(ARGS),,packages)
 
 suite: $(READY) $(TESTED)
 	@$(PY) -m $(if $(filter --changed,$(ARGS)),tools.test_all --workers $(WORKERS),tests.helpers.process --numprocesses $(WORKERS) \
 	  --dist worksteal) $(or $(ARGS),-p tests.helpers.chosen)
+
+packages: $(READY) $(TESTED)
+	@$(PY) -m tools.test_all --packages
 
 test-all: $(READY) $(TESTED)
 	@$(PY) -m tools.test_all --workers $(WORKERS) $(ARGS)

@@ -6,6 +6,7 @@
     python -m tools.test_all --changed         the tests of the folders in which something is not committed or not pushed
     python -m tools.test_all --changed 20      or is of the last 20 commits
     python -m tools.test_all --turn            the parts of one turn of TURNS, by the number of commits
+    python -m tools.test_all --packages        some tests of each package, seconds each, as `make test` runs them
 
 With --minutes, as .ci/run takes the last two, tests that no time is left for are skipped and counted, and parts are named.
 
@@ -33,6 +34,13 @@ PASSED = ROOT / "build" / "test-all.json"
 TURNS = 60  # a turn is about three parts, as many as the minutes of CI allow
 SUITE = ("-m", "tests.helpers.process", "-q", "--tb=short", "--dist", "worksteal", "--numprocesses", "WORKERS")
 PACKAGE = ("-m", "pytest", "-q", "--tb=short", "-p", "tools.part")
+# of each package the tests that neither compile kernels nor train
+PACKAGES = {
+    "ptx": [f"--ignore=tests/test_{name}.py" for name in "run cuda descriptors driver plugin installed sanitizers".split()],
+    "vlattn-native": ["tests/test_hub.py", "tests/test_packaging.py", "-k", "not formulas and not launches"],
+    "vlattn-vllm": [],
+    "vlattn-lab": [f"tests/test_{name}.py" for name in "scenes questions winoground core_on_scenes measures pointing".split()],
+}
 START, LAST = 20, 60  # seconds: without the former a part does not begin; the latter a test or a build has at the end
 NO_TESTS = 5  # pytest's status if none was selected
 
@@ -77,6 +85,11 @@ def parts() -> list[Part]:
     ptx.append(Part("the lowest Triton", ("-m", "tools.environments", "triton", "--parse")))
     emulated = [*ptx, *exact] if (ROOT / "packages" / "ptx").exists() else []
     return [*suite, *bits, *cpus, *packages, *sanitized, *arm, *emulated]
+
+
+def packages() -> list[Part]:
+    there = {name: words for name, words in PACKAGES.items() if (ROOT / "packages" / name / "tests").is_dir()}
+    return [Part(f"some of {name}", (*PACKAGE, *words), folder=f"packages/{name}") for name, words in there.items()]
 
 
 def git(*words: str) -> str:
@@ -180,11 +193,12 @@ def main() -> int:
         metavar="COMMITS",
         help="instead the tests of what changed in the last commits, by default those that are not pushed, and after them",
     )
+    parser.add_argument("--packages", action="store_true", help="instead some tests of each package")
     parser.add_argument("--turn", action="store_true", help="the parts of one turn, by the number of commits")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no test begins after these")
     parser.add_argument("--workers", type=int, default=2, help="processes that run side by side")
     options = parser.parse_args()
-    every = parts() if options.changed is None else changed(options.changed)
+    every = packages() if options.packages else parts() if options.changed is None else changed(options.changed)
     chosen = [part for part in every if not options.names or part.name.startswith(tuple(options.names))]
     if not chosen and options.changed is not None:
         print("no test belongs to what changed")
