@@ -40,7 +40,8 @@ def cases() -> list[Any]:
     for name, adapter in va.interpret.ADAPTERS.items():
         kind = (adapter.score, *((tower.tokens, tower.position) for tower in adapter.towers))
         if name not in WITHOUT:
-            rows.append(pytest.param(name, marks=[pytest.mark.slow] if kind in seen else []))
+            slow = kind in seen or name.startswith("Florence")  # whose inputs take seconds to find
+            rows.append(pytest.param(name, marks=[pytest.mark.slow] if slow else []))
             seen.add(kind)
     return rows
 
