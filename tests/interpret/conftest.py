@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
 from tests.helpers.interpret.cases import CASES, Case, lively
 from tests.helpers.interpret.decoder_cases import DECODERS, Decoder, mllama
 

@@ -116,7 +116,7 @@ def beside(samples: list[dict[str, Tensor]], name: str, *shape: int) -> list[dic
 
 
 class Pooled(nn.Module):
-    """Torch's own layers over words, without an adapter, whose mean is classified."""
+    """Torch's own layers over words, without an adapter, whose mean is classified. Only its attention knows its mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,8 +124,8 @@ class Pooled(nn.Module):
         self.embed, self.head = nn.Embedding(WORDS, 16), nn.Linear(16, 3)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        real = attention_mask.bool()
+    def forward(self, input_ids: Tensor, seen: Tensor) -> Tensor:
+        real = seen.bool()
         states = self.encoder(self.embed(input_ids), src_key_padding_mask=~real)
         mean: Tensor = states.masked_fill(~real[..., None], 0.0).sum(1) / real.sum(1, keepdim=True)
         return self.head(mean)
@@ -133,7 +133,7 @@ class Pooled(nn.Module):
 
 TEXTS = {"attention_mask": ("input_ids",)}
 OF_TEXT = {"text": ("attention_mask",)}
-OF_IDS = {"tower0": ("attention_mask",), "input_ids": ("attention_mask",)}  # without an adapter, by attention and by embeddings
+OF_IDS = {"tower0": ("attention_mask",), "input_ids": ("attention_mask",)}  # without an adapter
 DECODER = dict(masks=TEXTS, real={"language": ("attention_mask",)}, sides=SIDES, options={"target": 7})
 CAUSAL = ("input_ids", ("language",))
 OF_DECODER = ("decoder_input_ids", ("tower1", "decoder_input_ids"))
@@ -146,7 +146,8 @@ def bert() -> Small:
 
 def pooled() -> Small:
     options = {"target": lambda outputs: outputs[:, 1], "position": "mean"}
-    return Small(Pooled(), ids(6, 4), TEXTS, OF_IDS, SIDES, options)
+    real = {"tower0": ("seen",), "input_ids": ("seen",)}  # by attention, and by embeddings
+    return Small(Pooled(), ids(6, 4), {"seen": ("input_ids",)}, real, SIDES, options)
 
 
 def vit() -> Small:

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
+from vlattn_fast.interpret import evaluate, explain
+from vlattn_fast.interpret.relevancy import methods
+from vlattn_fast.interpret.relevancy.methods import registry
 from vlattn_fast.interpret.relevancy.methods.registry import with_options
-
-transformers = pytest.importorskip("transformers")
-
-from vlattn_fast.interpret import evaluate, explain  # noqa: E402
-from vlattn_fast.interpret.relevancy import methods  # noqa: E402
-from vlattn_fast.interpret.relevancy.methods import registry  # noqa: E402
 
 CONTRIBUTING = Path(__file__).parents[3] / "CONTRIBUTING.md"
 NAME = "layer_mean"

@@ -90,10 +90,3 @@ def test_a_decoder_that_attends_to_the_picture_alone():
     got = explain_layers(model, inputs, target=3, per="layer")
     assert got.layers == {"tower1": [], "tower0": [0, 1]}
     assert got.relevancy["tower1"].shape == (0, 2, 2) and got.at(0).image.shape == (2, *GRID)
-
-
-def test_an_empty_batch():
-    model, inputs = lxmert()
-    empty = {name: value[:0] for name, value in inputs.items()}
-    got = explain_layers(model, empty, per="layer")
-    assert got.relevancy["text"].shape == (6, 0, 9) and got.relevancy["vision"].shape == (3, 0, 7)

@@ -5,16 +5,11 @@ from __future__ import annotations
 import threading
 
 import pytest
-
-import vlattn_fast as va
-from vlattn_fast.interpret.relevancy.methods.registry import with_options
-
-pytest.importorskip("transformers")
-
 import torch
 import transformers
 from torch import Tensor, nn
 
+import vlattn_fast as va
 from tests.helpers.interpret.cases import CASES, lively, vit
 from tests.helpers.interpret.decoder_cases import DECODERS, LLAMA, mllama, next_logits
 from tests.helpers.interpret.encoder_cases import vilt
@@ -22,6 +17,7 @@ from tests.helpers.interpret.stored_maps import with_floats
 from tools.tiny_models.inputs import inputs_of
 from tools.tiny_models.shrink import small_model
 from vlattn_fast.interpret import evaluate, explain
+from vlattn_fast.interpret.relevancy.methods.registry import with_options
 
 pytestmark = pytest.mark.usefixtures("published")
 
@@ -261,26 +257,20 @@ FURTHER = [
 ]
 
 
-def test_a_table_of_positions_that_takes_a_shape():
-    assert_only_words_count("MarianMTModel", copies=False)
+SEQUENCES = [  # whose tables of positions take a shape, or ids
+    ("MarianMTModel", False),
+    ("BartForConditionalGeneration", False),
+    ("BartForConditionalGeneration", True),  # its decoder begins with the very ids of its encoder
+    *(
+        pytest.param(f"{kind}ForConditionalGeneration", copies, marks=pytest.mark.slow)
+        for kind in FURTHER
+        for copies in (False, True)
+    ),
+]
 
 
-def test_a_table_of_positions_that_takes_ids():
-    assert_only_words_count("BartForConditionalGeneration", copies=False)
-
-
-def test_a_decoder_that_begins_with_the_very_ids_of_its_encoder():
-    assert_only_words_count("BartForConditionalGeneration", copies=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", FURTHER)
-def test_translation_models(kind):
-    for copies in (False, True):
-        assert_only_words_count(f"{kind}ForConditionalGeneration", copies)
-
-
-def assert_only_words_count(name, copies):
+@pytest.mark.parametrize(("name", "copies"), SEQUENCES)
+def test_only_words_count(name, copies):
     """Rows of each method are those of embeddings that enter by hand: positions, whose numbers may equal ids, are no words."""
     torch.manual_seed(0)
     config = transformers.LEDConfig(**LED) if name.startswith("LED") else None
@@ -324,17 +314,8 @@ LED = dict(vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encode
 )
 
 
-def test_every_use_of_a_word_counts():
-    """BART's classifier shifts the ids themselves into the decoder."""
-    assert_every_use_counts("Bart")
-
-
-@pytest.mark.parametrize("kind", ["RoFormer", "MBart", "T5"])
-def test_every_use_of_a_word_counts_in_other_classifiers(kind):
-    assert_every_use_counts(kind)
-
-
-def assert_every_use_counts(kind):
+@pytest.mark.parametrize("kind", ["Bart", "RoFormer", "MBart", "T5"])  # BART shifts the ids themselves into the decoder
+def test_every_use_of_a_word_counts(kind):
     """The gradient at a row of the table is that of all its uses."""
     torch.manual_seed(0)
     model = lively(small_model(getattr(transformers, f"{kind}ForSequenceClassification"))).eval().double()
@@ -392,13 +373,9 @@ class Hears(nn.Module):
         return self.head(self.convolution(sound).tanh().sum(2))
 
 
-def test_tokens_of_sound_lie_along_its_convolution():
-    for count in (4, 7):  # as many tokens as features, or others
-        for transposes in (False, True):
-            assert_tokens_lie_along_a_convolution(transposes, count)
-
-
-def assert_tokens_lie_along_a_convolution(transposes, count):
+@pytest.mark.parametrize("transposes", [False, True])
+@pytest.mark.parametrize("count", [4, 7])  # as many tokens as features, or others
+def test_tokens_of_sound_lie_along_its_convolution(transposes, count):
     model, features = Hears(transposes).double(), 2 if transposes else 1
     sound = torch.randn(2, count, 4) if transposes else torch.randn(2, 4, count)
     x = sound.double().requires_grad_()

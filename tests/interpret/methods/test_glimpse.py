@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import pytest
-
-import vlattn_fast as va
-
-pytest.importorskip("transformers")
-
 import torch
 from torch import Tensor
 
+import vlattn_fast as va
 from tests.helpers.interpret.cases import CASES, last_real_row, lively
 from tests.helpers.interpret.decoder_cases import DECODERS, next_logits
 from tests.helpers.interpret.stored_maps import assert_rows, with_floats
@@ -168,16 +164,6 @@ def test_one_backward_pass_and_no_map(monkeypatch):
     assert len(backwards) == 1
     heads = model.config.num_attention_heads
     assert 640 * 128 < largest[0] <= heads * 128 * 640 < heads * 640 * 640
-
-
-def test_towers_that_attend_to_one_another_are_refused():
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "vocab_size": 60}
-    model = lively(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))).eval()
-    with pytest.raises(ValueError, match="method='glimpse' does not support towers that attend to one another"):
-        explain(model, {"input_ids": torch.tensor([[4, 5]])}, answer=[3], method="glimpse")
 
 
 @pytest.mark.parametrize("case", ["vit"], indirect=True)

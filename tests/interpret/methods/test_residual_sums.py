@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
-transformers = pytest.importorskip("transformers")
-
-
-from tests.helpers.interpret.cases import lively  # noqa: E402
-from tests.helpers.interpret.linked_maps import encoder_decoder_maps, gradient  # noqa: E402
-from tests.helpers.interpret.stored_maps import Place, assert_rows, check, layer_sums  # noqa: E402
-from tests.helpers.interpret.tower_cases import Block, first_rows, second, sequences, stack  # noqa: E402
-from tests.interpret.relevancy.test_linked import LXMERT, lxmert_maps, text_encoder_decoder  # noqa: E402
-from vlattn_fast.interpret import explain  # noqa: E402
+from tests.helpers.interpret.cases import lively
+from tests.helpers.interpret.linked_maps import encoder_decoder_maps, gradient
+from tests.helpers.interpret.stored_maps import Place, assert_rows, check, layer_sums
+from tests.helpers.interpret.tower_cases import Block, first_rows, second, sequences, stack
+from tests.interpret.relevancy.test_linked import LXMERT, lxmert_maps, text_encoder_decoder
+from vlattn_fast.interpret import explain
 
 pytestmark = pytest.mark.usefixtures("published")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import vlattn_fast as va
 from tests.helpers.interpret.small_models import DECODERS, MODELS, REFUSED, SIDES, Small, assert_close, every, made, method_named
 from vlattn_fast.interpret import Explanation
 from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS, find_method
@@ -45,9 +46,26 @@ def test_what_a_method_refuses(method: str) -> None:
     assert REFUSED[method] < {*MODELS}
     for model in sorted(REFUSED[method]):
         small = made(model)
-        with pytest.raises(ValueError, match="method|adapter"):
+        with pytest.raises(
+            ValueError, match=f"method must (be|support)|method={method!r} does not|for method {method!r}|adapter"
+        ):
             small.explain(small.batch([0]), method_named(method))
             pytest.fail(f"{method} explains {model}: take it out of REFUSED")
+
+
+@every(quick=("pooled",))
+def test_an_empty_batch_has_empty_rows(method: str, model: str) -> None:
+    small, chosen = made(model), method_named(method)
+    inputs = small.batch()
+    empty = {name: x[:0] for name, x in inputs.items()}
+    full, got = small.explain(inputs, chosen), small.explain(empty, chosen)
+    assert len(got) == 0 and got.scores.shape == (0,)
+    assert {tower: row.shape[1:] for tower, row in got.relevancy.items()} == {
+        t: row.shape[1:] for t, row in full.relevancy.items()
+    }
+    if chosen.by_layer:
+        rows = va.explain_layers(small.model, empty, method=chosen, per="head", **small.options).relevancy
+        assert [*rows] == [*full.relevancy] and all(row.shape[2] == 0 for row in rows.values())
 
 
 DECODING = ("llama", "gemma2", "gpt_oss", "qwen3_next", "llava", "blip2", "t5", "captioner", "whisper")

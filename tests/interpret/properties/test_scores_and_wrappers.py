@@ -118,7 +118,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 CONTEXTS = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 
 
-@every("pooled", "t5", "llava")
+@every("pooled", "t5", "llava", "qwen3_next")
 def test_what_is_around_a_model_changes_nothing(method: str, model: str, one_process: None) -> None:
     plain, chosen = made(model), method_named(method)
     inputs = plain.batch()

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("transformers")
-
 from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.linked_maps import METHODS, published, with_gradients
 from tests.helpers.interpret.stored_maps import Kept, assert_rows

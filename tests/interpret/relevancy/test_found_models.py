@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-transformers = pytest.importorskip("transformers")
-
-from tests.helpers.interpret.cases import VISION, lively, one_hot  # noqa: E402
-from tests.helpers.interpret.stored_maps import Place, check  # noqa: E402
-from tests.helpers.interpret.tower_cases import HEADS, METHODS, T5, first_rows, made, second, sequences, text  # noqa: E402
-from vlattn_fast.interpret import explain  # noqa: E402
+from tests.helpers.interpret.cases import VISION, lively, one_hot
+from tests.helpers.interpret.stored_maps import Place, check
+from tests.helpers.interpret.tower_cases import HEADS, METHODS, T5, first_rows, made, second, sequences, text
+from vlattn_fast.interpret import explain
 
 # --- torch's and open_clip's encoders ---
 

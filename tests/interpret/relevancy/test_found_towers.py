@@ -8,18 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
-transformers = pytest.importorskip("transformers")
-
-from tests.helpers.interpret.cases import lively, one_hot  # noqa: E402
-from tests.helpers.interpret.stored_maps import Place, assert_rows, check, rows_of  # noqa: E402
-from tests.helpers.interpret.tower_cases import (  # noqa: E402
+from tests.helpers.interpret.cases import lively, one_hot
+from tests.helpers.interpret.stored_maps import Place, assert_rows, check, rows_of
+from tests.helpers.interpret.tower_cases import (
     HEADS,
     METHODS,
-    T5,
     Block,
     Heads,
     Stack,
@@ -30,10 +28,9 @@ from tests.helpers.interpret.tower_cases import (  # noqa: E402
     stack,
     text,
 )
-from tests.helpers.releases import checkpointing  # noqa: E402
-from vlattn_fast.attach import token_kinds  # noqa: E402
-from vlattn_fast.interpret import explain  # noqa: E402
-from vlattn_fast.interpret.relevancy import model_trace  # noqa: E402
+from vlattn_fast.attach import token_kinds
+from vlattn_fast.interpret import explain
+from vlattn_fast.interpret.relevancy import model_trace
 
 SEEN = ["torch", "by name", "one head", "one key head", "nn.MultiheadAttention", "timm"]
 WRITTEN = [
@@ -311,16 +308,6 @@ def test_wrappers_are_seen_through(wrap):
     for module, (training, state) in zip(wrapped.modules(), before, strict=True):
         assert module.training == training and vars(module).keys() == state.keys()
         assert all(vars(module)[name] is value for name, value in state.items())
-
-
-def test_gradient_checkpointing_of_transformers():
-    torch.manual_seed(0)
-    model, inputs = made(transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**T5, num_labels=3))), text()
-    want = explain(model, inputs).relevancy["text"]
-    checkpointing(model)
-    got = explain(model.train(), inputs).relevancy["text"]
-    torch.testing.assert_close(got, want)
-    assert model.training
 
 
 def test_flags_of_timm_are_put_back():

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers")
-
-from tests.helpers.interpret.cases import TEXT, lively  # noqa: E402
-from tests.helpers.interpret.handwritten_cases import (  # noqa: E402
+from tests.helpers.interpret.cases import TEXT, lively
+from tests.helpers.interpret.handwritten_cases import (
     MODELS,
     MODULES,
     POSITIONS,
@@ -36,9 +35,9 @@ from tests.helpers.interpret.handwritten_cases import (  # noqa: E402
     trocr,
     visual_bert,
 )
-from tests.helpers.releases import OLDER  # noqa: E402
-from vlattn_fast.attach.handwritten import _TRANSFORMERS, calls_interface, replacements  # noqa: E402
-from vlattn_fast.attach.session import overridden  # noqa: E402
+from tests.helpers.releases import OLDER
+from vlattn_fast.attach.handwritten import _TRANSFORMERS, calls_interface, replacements
+from vlattn_fast.attach.session import overridden
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

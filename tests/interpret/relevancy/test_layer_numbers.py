@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import vlattn_fast as va
@@ -16,7 +17,6 @@ from tools.tiny_models.mixers import each_within
 from tools.tiny_models.stored import Double, in_double, stored_rows
 from vlattn_fast.interpret.intervening.traced_model import trace_model
 
-transformers = pytest.importorskip("transformers")
 HYBRIDS = [
     *("Jamba", "Bamba", "Zamba", "Zamba2", "Qwen3Next", "RecurrentGemma", "FalconH1", "NemotronH", "GraniteMoeHybrid", "MiniMax"),
     *("KimiLinear", "OlmoHybrid", "Lfm3", "Rwkv", "xLSTM"),

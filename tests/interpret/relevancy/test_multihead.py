@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("transformers")
-
 from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.handwritten_cases import assert_equal, padding, replaced
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-transformers = pytest.importorskip("transformers")
-
-import vlattn_fast as va  # noqa: E402
-from tests.helpers.interpret.cases import lively  # noqa: E402
-from tests.helpers.interpret.edited_maps import Cut, hooked  # noqa: E402
-from tests.helpers.interpret.stored_maps import Kept, Place, assert_rows, check, layer_sums  # noqa: E402
-from tests.helpers.interpret.tower_cases import HEADS, METHODS, Stack, first_rows, second, sequences  # noqa: E402
-from vlattn_fast.interpret import explain, explain_layers  # noqa: E402
-from vlattn_fast.nn import RelevancyLoss, capture_relevancy  # noqa: E402
+import vlattn_fast as va
+from tests.helpers.interpret.cases import lively
+from tests.helpers.interpret.edited_maps import Cut, hooked
+from tests.helpers.interpret.stored_maps import Kept, Place, assert_rows, check, layer_sums
+from tests.helpers.interpret.tower_cases import HEADS, METHODS, Stack, first_rows, second, sequences
+from vlattn_fast.interpret import explain, explain_layers
+from vlattn_fast.nn import RelevancyLoss, capture_relevancy
 
 BLOCKS = 2
 SUMS = layer_sums("blocks", BLOCKS, "norm", "mlp")

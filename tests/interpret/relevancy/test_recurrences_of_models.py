@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from tests.helpers.interpret.decoder_cases import next_logits
@@ -18,7 +19,6 @@ from vlattn_fast.interpret import explain, explain_layers
 from vlattn_fast.interpret.relevancy.recurrent_calls import replacements
 from vlattn_fast.nn import capture_relevancy
 
-transformers = pytest.importorskip("transformers")
 KINDS = [
     *("Mamba", "FalconMamba", "Jamba", "Zamba", "Mamba2", "FalconH1", "NemotronH", "RecurrentGemma", "Rwkv", "xLSTM", "MiniMax"),
     "Lfm3",

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from tests.interpret.relevancy.test_recurrences import INPUTS, SIZES, WORDS, made, score_of
 from vlattn_fast.interpret import explain
 from vlattn_fast.nn import capture_relevancy
 
-transformers = pytest.importorskip("transformers")
 PLACE = r"'model\.layers\.0\.linear_attn' \(Qwen3NextGatedDeltaNet\)"
 
 

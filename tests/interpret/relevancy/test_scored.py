@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlattn_fast as va
+from tests.helpers.compare import LargestAllocation
 from tests.helpers.interpret import linked_maps
 from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.stored_maps import Kept, Place, assert_rows, check, layer_sums, rows_of
@@ -289,27 +289,15 @@ def test_the_layers_gradient_is_its_own():
     assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of a tensor that was made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(result):
-            self.elements = max(self.elements, x.numel() if isinstance(x, Tensor) else 0)
-        return result
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["cosine", "additive"])
 def test_no_map_is_held(name, method):
     torch.manual_seed(0)
     model, size = lively(Stack(f"score {name}", width=16)).eval(), 1100
     inputs = {"x": torch.randn(1, size, 10), "attention_mask": torch.ones(1, size)}
-    with Largest() as seen:
+    with LargestAllocation() as allocated:
         explain(model, inputs, position="cls", target=second, method=method)
-    assert size < seen.elements < size * size // 2
+    assert 4 * size < allocated.bytes < 2 * size * size, allocated.by
 
 
 def test_whole_maps_are_named():

@@ -7,9 +7,6 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
-
-pytest.importorskip("transformers")
-
 from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.stored_maps import Place, check, rows_of
 from tests.helpers.interpret.tower_cases import METHODS, Block, Multihead, Stack, first_rows, sequences
