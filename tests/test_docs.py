@@ -228,6 +228,7 @@ def messages() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_messages_of_troubleshooting_are_in_the_sources():
     known = messages()
     shown = re.findall(r"^### `(.+)`$", text("docs/troubleshooting.md"), re.M)

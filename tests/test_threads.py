@@ -137,6 +137,7 @@ def explained() -> list[Callable[[], dict[str, Tensor]]]:
     return calls
 
 
+@pytest.mark.slow  # tests/interpret/explaining/test_threads.py has two threads
 def test_explain(explained: list[Callable[[], dict[str, Tensor]]]) -> None:
     expected = [call() for call in explained]
     for results in in_threads(explained):

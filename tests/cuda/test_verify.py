@@ -12,6 +12,7 @@ from vlattn_fast.ops import OPERATORS
 WITH_KERNELS = [name for name, operator in OPERATORS.items() if "cuda" in operator.backends]
 
 
+@pytest.mark.slow("congruence_loss")
 @pytest.mark.parametrize("operator", WITH_KERNELS)
 def test_verify_passes(operator: str) -> None:
     if DEVICE != "cpu":  # torch 2.9 knows no default device any more where it was None once

@@ -133,6 +133,7 @@ def test_a_detached_side_has_no_gradient(backend: str) -> None:
                 assert given[name].grad is None
 
 
+@pytest.mark.slow("triton")
 @each("dtype", **{name: core(name) for name in FAST})
 def test_equal_attentions_have_no_divergence(backend: str, dtype: torch.dtype) -> None:
     """Also of a frozen copy."""
