@@ -20,9 +20,11 @@ from types import ModuleType
 
 import pytest
 
-from tests.helpers.packaging import CPU_LIBRARY, LIBRARY, MAPPED, ROOT, build, copied, installed
 from vlattn_fast.backends import native
 
+ROOT = Path(__file__).parents[1]
+MAPPED = ("kernels", "benchmarks")  # folders at the top that are installed inside of the package
+LIBRARY, CPU_LIBRARY = (f"vlattn_fast/backends/{name}/libvlattn_{name}.so" for name in ("cuda", "cpu"))
 # Where a build leaves them; not in git.
 RECORD, CPU_RECORD = (str(Path(library).with_name("build.json")) for library in (LIBRARY, CPU_LIBRARY))
 CMAKE = """
@@ -42,6 +44,40 @@ else:
     (folder / f"libvlattn_{cache.read_text().split('lib=')[1]}.so").write_text("the library")
 """
 FAILING = "import sys; sys.exit('no such compiler')"
+
+
+def copied(source: Path) -> Path:
+    """The sources, so that neither leftovers in the tree get in nor the build's own files stay there; and libraries in them as
+    an editable install leaves them."""
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, source)
+    left_out = shutil.ignore_patterns("__pycache__", "*.so", "build.json")
+    for name in ("vlattn_fast", "csrc", *MAPPED):
+        shutil.copytree(ROOT / name, source / name, ignore=left_out)
+    for library in (LIBRARY, CPU_LIBRARY):
+        (source / library).write_text("an old library")
+    return source
+
+
+def build(source: Path, target: Path, environment: dict[str, str], kind: str = "wheel") -> subprocess.CompletedProcess[str]:
+    """Into target/kind."""
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(target / kind)!r})"
+    (target / kind).mkdir()
+    return subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True)
+
+
+def installed(wheel: Path, folder: Path) -> Path:
+    """The Python of a new environment in `folder`, which has this wheel and, by their path, torch's packages."""
+    import torch
+
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    subprocess.run([*pip, wheel], check=True)
+    (packages,) = folder.glob("lib/*/site-packages")
+    (packages / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    return python
 
 
 def machine(
@@ -78,18 +114,11 @@ def names(wheel) -> set[str]:
         return set(archive.namelist())
 
 
-@pytest.mark.slow
-def test_the_wheel_is_pure_python(wheel):
+def test_it_has_the_package_and_its_license_and_no_library_of_an_older_build(wheel, names):
     assert wheel.name.endswith("-py3-none-any.whl")
-
-
-def test_no_library_of_an_older_build_is_in_it(names):
     assert [name for name in names if name.endswith(".so")] == []
-
-
-def test_nothing_but_the_package_at_the_top_level(names):
-    tops = {name.split("/", 1)[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"vlattn_fast"}
+    assert {name.split("/", 1)[0] for name in names if ".dist-info/" not in name} == {"vlattn_fast"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
 def test_every_module_and_kernel_is_in_it(names):
@@ -105,10 +134,6 @@ def test_every_data_file_is_in_it(names):
     assert {Path(name).suffix for name in wanted} >= {".html"}
     assert "vlattn_fast/kernels/configurations.json" in names
     assert wanted <= names, sorted(wanted - names)
-
-
-def test_the_license_is_in_it(names):
-    assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
 @pytest.mark.slow
@@ -192,14 +217,6 @@ def test_an_installed_wheel_has_a_library_that_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_both_libraries_are_in_one_wheel(tmp_path):
-    environment = machine(tmp_path / "machine", ("nvcc", *CPU_TOOLS)) | ASKED
-    done = build(copied(tmp_path / "source"), tmp_path, environment)
-    assert done.returncode == 0, done.stderr
-    assert {contents(tmp_path / "wheel", kind)[3] for kind in ("cpu", "cuda")} == {"the library"}
-
-
-@pytest.mark.slow
 def test_an_editable_install_keeps_the_build_for_the_cpu(tmp_path):
     """Only what changed is compiled the next time; another compiler starts anew."""
     source, environment = copied(tmp_path / "source"), machine(tmp_path / "machine", ("g++", *CPU_TOOLS))
@@ -232,17 +249,17 @@ def test_kernels_for_a_gpu_are_built_on_request_alone(asked, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_library_is_built_into_the_wheel(tmp_path):
-    environment = machine(tmp_path / "machine") | ASKED
+def test_both_libraries_are_built_into_one_wheel(tmp_path):
+    environment = machine(tmp_path / "machine", ("nvcc", *CPU_TOOLS)) | ASKED
     done = build(copied(tmp_path / "source"), tmp_path, environment)
     assert done.returncode == 0, done.stderr
     tags, names, record, library = contents(tmp_path / "wheel")
     assert tags.startswith("py3-none-linux_")  # neither Python's version nor torch's
-    assert library == "the library"
+    assert library == contents(tmp_path / "wheel", "cpu")[3] == "the library"
     assert record.pop("seconds") < 60
     assert record == {"targets": ["80-real", "100-virtual"], "nvcc": "13.0"}
     assert not any(name.startswith(("csrc", "CMake")) for name in names)
-    _, built = (tmp_path / "machine" / "bin" / "cmake.log").read_text().splitlines()
+    *_, built = (tmp_path / "machine" / "bin" / "cmake.log").read_text().splitlines()
     assert built.endswith(f"--parallel {os.cpu_count()}")
 
 

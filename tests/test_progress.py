@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import pytest
@@ -11,9 +12,30 @@ pytest.importorskip("transformers")
 
 import vlattn_fast as va
 from tests.helpers.interpret.evaluation_cases import made
-from tests.helpers.screen import Clock, Screen
 from vlattn_fast._ground import extras
 from vlattn_fast.interpret.explaining.loading import generate
+
+
+class Screen(io.StringIO):
+    """Stands for stderr: a terminal, or a file."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+class Clock:
+    """Stands for `time.time`: it goes on by so many seconds whenever it is read."""
+
+    def __init__(self, seconds: float) -> None:
+        self.now, self.seconds = 1e9, seconds
+
+    def __call__(self) -> float:
+        self.now += self.seconds
+        return self.now
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, terminal: bool = True) -> tuple[Screen, Clock]:

@@ -15,12 +15,11 @@ pytest.importorskip("ptx", reason=WITHOUT_PTX)
 from tools.compiled import counts, table
 from tools.compiled.counts import LEAST_USED, MOST_CONFLICTS, counted_calls
 from tools.compiled.triton import operators
-from tools.pages import kernel_times, kernels_page
+from tools.pages import kernels_page
 from tools.pages.cuda_times import PAIRS, estimates
-from tools.pages.kernel_entries import CLIP, ENTRIES, FORWARD, HIGHRES, LLAVA, UNITER, VIT
+from tools.pages.kernel_entries import CLIP, ENTRIES, FORWARD
 from tools.pages.kernel_limits import lines_beyond, reasons_of
-from tools.pages.kernel_times import LAUNCH, Entry, Workload, floor_of, nearest, rate_of, share_under_softmax, times_of
-from vlattn_fast.benchmarks._rates import H200
+from tools.pages.kernel_times import LAUNCH, Entry, floor_of, nearest, rate_of, times_of
 
 CLOCK, SMS = 1.83e9, 132
 CALL = "score_attention cosine bf16 64"  # whose kernel computes no scores ahead
@@ -110,98 +109,3 @@ def test_the_columns_of_a_forward_pass_by_hand() -> None:
     assert round(times.estimate) == 480 and round(floor_of(DOT)) == 110
     assert round(rate_of(DOT, times.estimate)) == 182
     assert nearest(DOT) == (282, 335, 333, 512, False)
-
-
-def test_a_kernel_takes_no_less_than_l2_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {(CALL, "_forward_kernel"): row()}
-    for name, slow_one in (("L2", 1e11), ("H200", H200._replace(memory=1e11))):
-        with monkeypatch.context() as changed:
-            changed.setattr(kernel_times, name, slow_one)
-            slow = times_of(DOT, rows)
-        assert slow.estimate == pytest.approx(1.3 + (slow.l2 if name == "L2" else slow.memory)) and slow.estimate > 2000
-
-
-def test_without_asynchronous_copies_a_kernel_waits_for_l2_and_has_a_sector_once() -> None:
-    first = times_of(DOT, {(CALL, "_forward_kernel"): row()})
-    waits = times_of(DOT, {(CALL, "_forward_kernel"): row(instructions={"integer": 1_100_000, "special": 500_000})})
-    assert (waits.issue, waits.special, waits.products) == (first.issue, first.special, first.products)
-    assert waits.l2 == pytest.approx(first.l2 * 0.8)
-    assert waits.estimate == pytest.approx(first.estimate + waits.l2)
-
-
-def test_more_tokens_than_the_call_has_take_more_programs_and_longer_ones() -> None:
-    twice = Entry(DOT.what, Workload("twice", 64, 16, 2 * 577, 64), CALL, FORWARD, 2, 4)
-    rows = {(CALL, "_forward_kernel"): row()}
-    first, second = times_of(DOT, rows), times_of(twice, rows)
-    for name in ("issue", "special", "products", "l2"):
-        assert getattr(second, name) == pytest.approx(4 * getattr(first, name))
-    assert second.memory == pytest.approx(2 * first.memory)
-    program = 1e6 * (700 / CLOCK) + 2 * (first.products + first.special) * SMS / (80 * 64)
-    assert second.estimate == pytest.approx(1.3 + 78 * program)
-
-
-def test_scores_ahead_overlap_the_softmax_and_causal_programs_fill_the_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    causal = Entry(DOT.what, Workload("causal", 64, 16, 577, 64, causal=True), CALL, FORWARD, 2, 4)
-    rows = {(CALL, "_forward_kernel"): row()}
-    programs = 80 * 64 / SMS  # of an SM
-    monkeypatch.setattr(kernel_times, "causal_time", lambda blocks, heads, work, elements: programs * 700 / CLOCK + work / SMS)
-    for special, beside in ((500_000, 0.0), (50_000, 0.5)):  # longer and shorter than half of the products
-        rows = {(CALL, "_forward_kernel"): row(instructions={"special": special, "cp.async": 1})}
-        times = times_of(causal, rows)
-        assert times.estimate == pytest.approx(1.3 + 1e6 * programs * 700 / CLOCK + times.products + times.special)
-        with monkeypatch.context() as changed:
-            changed.setattr(kernel_times, "share_under_softmax", lambda entry, kernel: 0.5)
-            ahead = times_of(causal, rows).estimate
-        assert ahead == pytest.approx(times.estimate - (times.special if beside else times.products / 2))
-
-
-def test_causal_programs_end_by_the_order_of_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three SMs and three heads. Blocks take 3, 3, 3, 2, 2, 2, 1, 1, 1 seconds where all heads are in the cache together. Else
-    they take 3, 2, 1 of one head after the other: then the last head's first block begins after 4 seconds."""
-    monkeypatch.setattr(kernel_times, "SMS", 3)
-    monkeypatch.setattr(kernel_times, "FIRST", 0.0)
-    cached = kernel_times.CACHED.value
-    assert kernel_times.causal_time(3, 3, 18.0, cached // 6) == pytest.approx(6.0)
-    assert kernel_times.causal_time(3, 3, 18.0, cached // 2) == pytest.approx(7.0)
-    monkeypatch.setattr(kernel_times, "FIRST", 0.5)  # a program
-    assert kernel_times.causal_time(3, 3, 18.0, cached // 6) == pytest.approx(7.5)
-
-
-def test_blocks_that_add_in_turns_wait_for_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two blocks of 128 keys, on SMs of their own, and a second for each tile of queries, which a block passes on half a second
-    later. Without a mask both begin with the first tile: the second block ends 1.5 seconds later. With the causal mask the block
-    of the last keys has two tiles, and passes them on before the other block comes to them."""
-    monkeypatch.setattr(kernel_times, "FIRST", 0.0)
-    full, causal = (Workload("two blocks", 1, 1, 256, 128, causal) for causal in (False, True))
-    assert kernel_times.turns_time(full, 8.0) == pytest.approx(4 + 1.5)
-    assert kernel_times.turns_time(causal, 6.0) == pytest.approx(4)
-
-
-def test_a_map_is_memory_too() -> None:
-    entry = Entry("attention_map, attention, lse given", CLIP, CALL, {"_map_kernel": 2}, 1, 2)
-    times = times_of(entry, {(CALL, "_map_kernel"): row()})
-    assert times.memory == pytest.approx(1e6 * (2 * 1024 * 577 * 64 * 2 + 64 * 577 * 577 * 4) / 4.3e12)
-
-
-def test_the_configuration_says_which_scores_are_ahead() -> None:
-    """Those of more than 64 features and up to 1,024 tokens."""
-    carrying = {
-        (entry.what, entry.workload) for entry in ENTRIES for kernel in entry.kernels if share_under_softmax(entry, kernel)
-    }
-    assert carrying == {("score_attention, dot, forward", LLAVA)}
-
-
-def test_published_rates_are_the_nearest_and_of_dot_products_alone() -> None:
-    rates = {(entry.what, entry.workload): nearest(entry) for entry in ENTRIES}
-    assert {key: rate[2:] for key, rate in rates.items() if rate} == {
-        ("score_attention, dot, forward", CLIP): (333, 512, False),
-        ("score_attention, dot, backward", CLIP): (272, 512, False),
-        ("score_attention, dot, forward", UNITER): (333, 512, False),
-        ("score_attention, dot, backward", UNITER): (272, 512, False),
-        ("score_attention, dot, forward", VIT): (333, 512, False),
-        ("score_attention, dot, backward", VIT): (272, 512, False),
-        ("score_attention, dot, forward", LLAVA): (292, 512, True),
-        ("score_attention, dot, backward", LLAVA): (316, 512, False),
-        ("score_attention, dot, forward", HIGHRES): (616, 16384, True),
-        ("score_attention, dot, backward", HIGHRES): (561, 16384, False),
-    }

@@ -17,7 +17,6 @@ import pytest
 
 from tests.helpers.releases import needs_ptx
 from tools.gpu import session
-from vlattn_fast.benchmarks import _records
 
 ROOT = Path(__file__).parents[2]
 
@@ -300,9 +299,3 @@ def test_packages_that_were_brought_along_are_behind_the_tree(tree, monkeypatch)
         assert tree.environment()["PYTHONPATH"] == f"{session.TREE}:/tmp/site"
     monkeypatch.delenv("PYTHONPATH")
     assert tree.environment()["PYTHONPATH"] == f"{session.TREE}"
-
-
-def test_rows_are_added_and_none_is_lost(tmp_path):
-    for number in range(3):
-        _records.append([{"number": number}], tmp_path / "checks.json")
-    assert json.loads((tmp_path / "checks.json").read_text()) == [{"number": number} for number in range(3)]
