@@ -506,14 +506,16 @@ def evaluate(
         typer.Option(help=f"Test; repeat it for several: {', '.join(EVALUATION_TESTS)}. Default: positive, negative, pointing."),
     ] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text for inputs without one; repeat it for several.")] = None,
+    answer: Annotated[str | None, typer.Option(help="Answer of inputs without one; each of its words is judged.")] = None,
+    generate: Annotated[int | None, typer.Option(min=1, help="Judge the model's own answer, of so many tokens at most.")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Dtype of the model: {', '.join(MODEL_DTYPES)}. Default: as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="Device: cpu, cuda, ... Default: cpu.")] = None,
     **method_options: Any,
 ) -> None:
     """Evaluate how well maps show the parts of an input that a model's output depends on.
 
-    Prints a table of the tests. The columns of the data set are image, text, target, id and boxes: a list of boxes x1,
-    y1, x2, y2, relative to the image as the model processes it, or the file of a mask. Options of methods are as in explain.
+    Prints a table of the tests. The columns of the data set are image, text, target, answer, id and boxes: a list of
+    boxes x1, y1, x2, y2, relative to the image as the model processes it, or the file of a mask. Options of methods are as in explain.
     """
     from vlattn_fast.interpret.dataset.samples import samples
     from vlattn_fast.interpret.evaluating.evaluate import evaluate as run
@@ -523,7 +525,9 @@ def evaluate(
     with _as_usage_errors(ImportError, TypeError, ValueError, command=evaluate):
         methods = _with_given(dict.fromkeys(method or ["gradient"]), method_options)
         loaded, processor = _load(model, dtype, device)
-        outcome = run(loaded, samples(loaded, processor, dataset, text or ()), methods=methods, tests=test)
+        inputs = samples(loaded, processor, dataset, text or (), answer, generate)
+        named = None if {*methods} <= {"random"} else processor  # which only methods of explain read
+        outcome = run(loaded, inputs, methods=methods, tests=test, processor=named)
     typer.echo(str(outcome))
     if out is not None:
         if out.suffix == ".json":

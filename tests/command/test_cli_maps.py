@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("typer")
 transformers = pytest.importorskip("transformers")
 
+from tests.helpers import saved_models  # noqa: E402
 from tests.helpers.commands import said, vlattn  # noqa: E402
 from vlattn_fast import cli  # noqa: E402
 
@@ -189,3 +190,18 @@ def test_maps_of_layers_are_of_one_method_and_one_input(vit, picture, tmp_path):
     assert result.exit_code == 2 and "--per must be one of" in result.output
     result = vlattn(*call, "--per", "layer", "--method", "gradcam")
     assert result.exit_code == 2 and "--method must be 'gradient' or 'attention'" in result.output
+
+
+def test_evaluate_judges_answers(picture, tmp_path):
+    """Of the file, of the command, and the model's own: each word is a sample."""
+    llava, dataset, out = saved_models.save_llava(tmp_path / "llava"), tmp_path / "data.jsonl", tmp_path / "values.json"
+    lines = [{"image": str(picture), "text": "a red", "answer": "blue square"}, {"image": str(picture), "text": "a circle"}]
+    dataset.write_text("\n".join(json.dumps(line) for line in lines))
+    for options, samples in ((("--answer", "red"), 3), (("--generate", "2"), 4)):
+        asked = ("evaluate", "--model", llava, "--dataset", dataset, "--out", out, "--test", "positive", *options)
+        result = vlattn(*asked)
+        assert result.exit_code == 0, result.output
+        stored = json.loads(out.read_text())
+        assert max(row["samples"] for row in stored["table"]) <= samples
+        words = [(one["item"], one["word"]) for one in stored["tokens"] if one["part"] == "image"]
+        assert words[:2] == [(0, "blue"), (0, "square")] and (options[0] == "--generate" or words[2:] == [(1, "red")])

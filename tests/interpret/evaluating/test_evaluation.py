@@ -312,7 +312,7 @@ def test_a_target_may_be_a_name():
 @pytest.mark.parametrize(
     ("item", "kind", "message"),
     [
-        (("inputs", None), TypeError, r"dataset must yield \(inputs, target, boxes or None\); got 2"),
+        (("inputs", None), TypeError, r"dataset must yield \(inputs, target, boxes or None\), or a mapping with 'inputs'; got 2"),
         ((7, None, None), TypeError, "inputs must be a mapping"),
         (("inputs", 9, None), ValueError, "target must be from 0 to 4"),
         (("inputs", "dog", None), ValueError, "target must be one of 'LABEL_0', .*; got 'dog'"),

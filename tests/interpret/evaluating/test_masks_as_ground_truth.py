@@ -152,7 +152,7 @@ def test_a_column_of_boxes_may_name_masks(tmp_path, monkeypatch):
     monkeypatch.setattr("vlattn_fast.interpret.dataset.samples.on_device", lambda inputs, model: inputs)
     for name in ("data.jsonl", "data.csv"):
         assert Items(tmp_path / name)[0].boxes == tmp_path / "mask.png"
-        mask, boxes, nothing = (boxes for _, _, boxes in samples(None, None, tmp_path / name))
+        mask, boxes, nothing = (one["boxes"] for one in samples(None, None, tmp_path / name))
         assert mask.tolist() == [[False, True]] and boxes.tolist() == [[0, 0, 0.5, 1]] and nothing is None
     (tmp_path / "data.csv").write_text("text,id,boxes\none,first,none.png\n")
     with pytest.raises(

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.dataset.items import Items
-from vlattn_fast.interpret.explaining.loading import build_inputs, on_device
+from vlattn_fast.interpret.explaining.answer import with_prompts
+from vlattn_fast.interpret.explaining.loading import build_inputs, generate, on_device
 from vlattn_fast.interpret.result.figures.photos import read_mask
 
 
 def samples(
-    model: Any, processor: Any, source: str | Path, texts: Sequence[str] = ()
-) -> Iterator[tuple[Mapping[str, Any], int | None, Tensor | None]]:
-    """(inputs, target, boxes) of each input of `source`, see `Items`; `texts` are for inputs without any.
+    model: Any, processor: Any, source: str | Path, texts: Sequence[str] = (), answer: str | None = None, most: int | None = None
+) -> Iterator[Mapping[str, Any]]:
+    """ "inputs", "boxes", and "target" or "answer", of each input of `source`, see `Items`; `texts` and `answer` are for inputs
+    without any. `most`: the most tokens of the model's own answer, if an input has none.
 
     "boxes" is a list of [x1, y1, x2, y2], relative to the image as the model sees it, or the path of a mask, an image of the same
     extent: its pixels that are not black are inside. A ValueError names the input that is wrong.
@@ -33,6 +35,9 @@ def samples(
             elif boxes is not None:
                 boxes = read_mask(boxes)
             inputs = on_device(build_inputs(model, processor, item.load_image(), item.texts or texts), model)
+            known: dict[str, Any] = {"target": item.target} if item.target is not None else {"answer": item.answer or answer}
+            if most is not None and known.get("answer", 0) is None:
+                known["answer"] = with_prompts(generate(model, inputs, most), inputs, find_adapter(model))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{error}, in input {item.id!r} of the dataset") from error
-        yield inputs, item.target, boxes
+        yield {"inputs": inputs, "boxes": boxes, **known}

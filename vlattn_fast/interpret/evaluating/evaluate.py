@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.checks import check_items
+from vlattn_fast._ground.checks import check_bool, check_items
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast._ground.origin import place_of
 from vlattn_fast.attach.session import never_compiled
 from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
-from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.evaluating.attention_cuts import cut_attention
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation, Tally
+from vlattn_fast.interpret.evaluating.items import check_tokens, items_of
 from vlattn_fast.interpret.evaluating.maps import Batch, explain_batch
 from vlattn_fast.interpret.evaluating.measures import check_samples, compare_randomised, lacks, perturb, score_boxes
-from vlattn_fast.interpret.evaluating.model_answers import Judge
+from vlattn_fast.interpret.evaluating.model_answers import Judge, judged_adapter
 from vlattn_fast.interpret.evaluating.perturbation import Words
-from vlattn_fast.interpret.evaluating.plan import CustomMethod, Plan
+from vlattn_fast.interpret.evaluating.plan import INTERVENTION, CustomMethod, Plan
 from vlattn_fast.interpret.explaining.request import Position
 from vlattn_fast.interpret.relevancy.method import Method
 
@@ -28,7 +28,7 @@ from vlattn_fast.interpret.relevancy.method import Method
 @never_compiled
 def evaluate(
     model: nn.Module,
-    dataset: Iterable[tuple[Mapping[str, Any], Any, Any]],
+    dataset: Iterable[tuple[Mapping[str, Any], Any, Any] | Mapping[str, Any]],
     *,
     methods: Sequence[str | Method | CustomMethod] | Mapping[str, str | Method | CustomMethod] = ("gradient",),
     tests: Sequence[str] | None = None,
@@ -36,6 +36,8 @@ def evaluate(
     accuracy: Callable[[Any], Tensor] | None = None,
     probability: Callable[[Any], Tensor] | None = None,
     words: Words | None = None,
+    tokens: str | Sequence[int] | Callable[[list[str]], Sequence[bool]] | None = None,
+    per_token: bool = True,
     sanity_stages: int = 5,
     batch_size: int = 64,
     seed: int = 0,
@@ -119,7 +121,10 @@ def evaluate(
         dataset: (inputs, target, boxes) for each sample or batch. inputs and target as for `explain`. target None = the model's
             answer to the whole input: the class, the token or, for an image with several texts, the text. boxes: ground truth (K,
             4), x1, y1, x2, y2 relative to the image; or a mask, bool (h, w) of any size, which covers the whole image; for a
-            batch, one of these or None per sample; or None.
+            batch, one of these or None per sample; or None. Or a mapping: {"inputs", "target", "boxes"}, or {"inputs", "answer",
+            "boxes"} of one sample, whose answer is as for `explain`, and whose boxes are those of all tokens, or a dict by the
+            number of a token or by its word. Each token of an answer is then a sample, with the answer before it in place: its
+            map explains its log-probability, and the tests ask for its probability. The answer's own words are not removed.
         methods: names of `explain`'s methods and ablations, objects of `va.methods`, "random", "attribute_edges" (the
             first-order effects, only for the test "intervention"), or callables (model, inputs, target) -> an object
             with `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as in an `Explanation`, tensors or NumPy arrays. T is
@@ -139,6 +144,10 @@ def evaluate(
             score.
         words: a callable(inputs) -> bool (B, N), True = a token that may be removed. None = every word; for a model without an
             adapter, all but padding and the first and last token.
+        tokens: which tokens of an answer are judged: "words", those of words with a letter or a digit; "all"; their numbers; or a
+            callable(names) -> a bool for each, to leave out stopwords or markup. None = "words" with a processor, else "all".
+        per_token: False = an answer is one sample: one map explains the sum of its log-probabilities, and the tests ask for the
+            probability of all of it. Not for "intervention".
         sanity_stages: the number of randomised models in the cascade, including the wholly randomised one; at most 1000.
 
     Returns:
@@ -147,31 +156,37 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: an unknown method or test, an argument that no chosen test or method uses, steps out of order, an
-            item of `dataset` that is not a triple, boxes outside of the image, a mask that is not bool, a similarity without a
-            second text, a map that is not a tensor or array, that is not finite or whose shape does not fit, a text whose width
-            may be that of words or of columns of a padded batch, a data set without a sample, attention that cannot be cut, a
-            test that is named and leaves out every sample; and what `explain` raises.
+            item of `dataset` that is neither a triple nor such a mapping, boxes outside of the image, a mask that is not bool,
+            a similarity without a second text, a map that is not a tensor or array, that is not finite or whose shape does not
+            fit, a text whose width may be that of words or of columns of a padded batch, a data set without a sample, attention
+            that cannot be cut, a test that is named and leaves out every sample; and what `explain` raises.
     """
     chosen = {"accuracy": accuracy, "probability": probability, "words": words, "sanity_stages": sanity_stages}
     told = {"position": position, "processor": processor, "patches": patches}
     options = {name: value for name, value in told.items() if value is not None}
     plan = Plan.check(model, methods, tests, steps, **chosen, batch_size=batch_size, seed=seed, options=options)
     check_items("dataset", dataset, "(inputs, target, boxes) for each sample or batch")
-    judge = Judge(plan.model, find_adapter(plan.model), accuracy, probability, batch_size)
+    check_tokens(tokens)
+    check_bool(per_token=per_token)
+    if not per_token and INTERVENTION in plan.tests:
+        raise ValueError(f"per_token must be True for the test {INTERVENTION!r}, which cuts one token's attention; got False")
+    judge = Judge(plan.model, judged_adapter(plan.model), accuracy, probability, batch_size)
     generator = torch.Generator().manual_seed(seed)
     tally = Tally(plan.keys)
     batches: list[Batch] = []
-    for item in with_progress(dataset, "evaluating"):
-        batch = explain_batch(plan, judge, item, generator)
-        if batch is None:
-            continue
-        lacks(tally, batch, plan)
-        score_boxes(plan, batch, tally)
-        perturb(plan, judge, batch, tally)
-        cut_attention(plan, batch, tally)
-        if "sanity" in plan.tests:
-            batches.append(batch)
+    for number, whole in enumerate(with_progress(dataset, "evaluating")):
+        for item in items_of(plan.model, number, whole, tokens, per_token, processor):
+            batch = explain_batch(plan, judge, item, generator)
+            if batch is None:
+                continue
+            tally.place = item.place
+            lacks(tally, batch, plan)
+            score_boxes(plan, batch, tally)
+            perturb(plan, judge, batch, tally)
+            cut_attention(plan, batch, tally)
+            if "sanity" in plan.tests:
+                batches.append(batch)
     if batches:
         compare_randomised(plan, batches, tally, generator)
     check_samples(tally, () if tests is None else plan.tests)
-    return Evaluation(tally.table(), tally.curves(plan.x_axes), {**plan.metadata, **place_of(plan.model)})
+    return Evaluation(tally.table(), tally.curves(plan.x_axes), {**plan.metadata, **place_of(plan.model)}, tally.tokens)

@@ -10,6 +10,7 @@ import torch
 
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.evaluating.curves import BOTH, CURVES
+from vlattn_fast.interpret.evaluating.items import TokenPlace
 from vlattn_fast.interpret.result.figures.report import Report, panels
 
 if TYPE_CHECKING:
@@ -31,12 +32,15 @@ class Evaluation(Report):
         curves: an entry for each method, test and part with a curve: "method", "test", "part", "steps", "mean" and "sd" (a number
             per step), "samples". The steps of "sanity" are shares of randomised modules, and its samples have a map at each step.
         metadata: the arguments of the run, the class of the model, its dtype and device, and the versions of packages.
+        tokens: for answers, an entry for each value: "item" of the data set, "position" in its answer, "token", "word", "method",
+            "test", "part" and "value".
     """
 
     FORMAT: ClassVar[str] = "vlattn_fast.evaluation.1"
     table: list[dict[str, Any]]
     curves: list[dict[str, Any]] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
+    tokens: list[dict[str, Any]] = field(default_factory=list)
 
     def value(self, method: str, test: str, part: str | None = None) -> float | None:
         """Returns the mean in one entry of the table. part None = the image, or both for a test of both. ValueError if
@@ -98,6 +102,8 @@ class Tally:
         self._values: dict[tuple[str, str, str], list[float]] = {key: [] for key in keys}
         self._curves: dict[tuple[str, str, str], list[list[float]]] = {key: [] for key in keys}
         self._left_out = dict.fromkeys(keys, 0)
+        self.place: TokenPlace | None = None  # of the token of an answer that is judged
+        self.tokens: list[dict[str, Any]] = []
         self.lacks = dict.fromkeys(keys, "")  # what a sample must have; the note of an entry without samples
         self.changed: set[tuple[str, str]] = set()  # (measure, part) that differ between inputs with more and less of the part
 
@@ -107,6 +113,10 @@ class Tally:
             self._left_out[key] += 1
             return
         self._values[key].append(value)
+        if self.place is not None:
+            self.tokens.append(
+                {**self.place._asdict(), **dict(zip(("method", "test", "part"), key, strict=True)), "value": value}
+            )
         if curve is not None:
             self._curves[key].append(curve)
 

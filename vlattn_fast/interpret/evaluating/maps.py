@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,15 +14,19 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import describe
 from vlattn_fast._ground.extras import with_progress
+from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.evaluating.box_scores import Truth, check_truth
 from vlattn_fast.interpret.evaluating.curves import PARTS
+from vlattn_fast.interpret.evaluating.items import Item
 from vlattn_fast.interpret.evaluating.model_answers import Judge, Question
 from vlattn_fast.interpret.evaluating.perturbation import Sample, split
 from vlattn_fast.interpret.evaluating.plan import EDGES, RANDOM, CustomMethod, Plan
+from vlattn_fast.interpret.explaining.answer import with_prompts
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.explaining.request import token_target, tokenizer_of
 from vlattn_fast.interpret.explaining.similarity import Similarity
-from vlattn_fast.interpret.relevancy.method import Method
+from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, Method
+from vlattn_fast.interpret.relevancy.methods.registry import method_of
 from vlattn_fast.interpret.result.explanation import Explanation
 
 Maps = list[dict[str, Tensor | None]]  # per sample: part -> (n,)
@@ -32,45 +37,43 @@ _PARTS = ("image", "regions", "text")
 class Batch:
     """An item of the data set, explained."""
 
+    item: Item
     question: Question
     samples: list[Sample]
     maps: dict[str, Maps]  # of each method
     truths: list[Truth | None]  # of each sample with boxes or a mask
 
 
-def explain_batch(plan: Plan, judge: Judge, item: Any, generator: torch.Generator) -> Batch | None:
+def explain_batch(plan: Plan, judge: Judge, item: Item, generator: torch.Generator) -> Batch | None:
     """The item with the maps of every method; None for an empty batch."""
-    if not isinstance(item, (tuple, list)) or len(item) != 3:
-        got = f"{len(item)} of them" if isinstance(item, (tuple, list)) else type(item).__name__
-        raise TypeError(f"dataset must yield (inputs, target, boxes or None); got {got}")
-    inputs, target, boxes = item
+    inputs, target = item.inputs, item.target
     if judge.adapter is not None:
         tokenizer = tokenizer_of(plan.options.get("processor"))
         target = token_target(target, tokenizer, plan.model, judge.adapter, plan.options.get("position"))
     if isinstance(target, Similarity):
-        raise ValueError(f"target must be of one sample, whose input is changed; got {item[1]!r}, of two. Pass a callable")
+        raise ValueError(f"target must be of one sample, whose input is changed; got {item.target!r}, of two. Pass a callable")
     question = judge.ask(inputs, target)
     if question is None:
         return None
     methods = with_progress(plan.methods.items(), "explaining", leave=False)
-    results = {name: run_method(plan.model, question, name, method, plan.options) for name, method in methods}
+    results = {name: run_method(plan.model, item, question, name, method, plan.options) for name, method in methods}
     # An explanation has the positions of patches and words; without an adapter, any result with `.image` has.
     shown = next((result for result in results.values() if isinstance(result, Explanation)), None)
     if shown is None and judge.adapter is not None:
         shown = explain(plan.model, question.inputs, target=question.target, method="attention")
     elif shown is None:
         shown = next((result for result in results.values() if getattr(result, "image", None) is not None), None)
-    samples = split(judge.adapter, question.paired, question.count, shown, plan.words)
+    samples = split(judge.adapter, question.paired, question.count, shown, plan.words, item.before)
     maps = {name: maps_of(name, result, samples, generator) for name, result in results.items()}
     for name, parts in ((name, parts) for name, by_sample in maps.items() for parts in by_sample):
         for part, value in parts.items():
             if value is not None and not bool(value.isfinite().all()):
                 raise ValueError(f"methods must return finite maps; got {value.tolist()} of {name!r} for the {part}")
-    return Batch(question, samples, maps, check_truth(boxes, question.count))
+    return Batch(item, question, samples, maps, check_truth(item.boxes, question.count))
 
 
 def run_method(
-    model: nn.Module, question: Question, name: str, method: str | Method | CustomMethod, options: Mapping[str, Any]
+    model: nn.Module, item: Item, question: Question, name: str, method: str | Method | CustomMethod, options: Mapping[str, Any]
 ) -> Any:
     """The result of the method named `name` in the table; None = random."""
     if callable(method):
@@ -79,7 +82,21 @@ def run_method(
         return None
     if method == EDGES:  # it has no map
         return SimpleNamespace(image=None, text=None)
+    if item.whole is not None:
+        inputs, ids = item.whole
+        answer = with_prompts([ids], inputs, find_adapter(model))
+        return explain(model, inputs, answer=answer, per_token=False, method=method, **options)
+    if item.place is not None:
+        method = _of_answer(method)
     return explain(model, question.inputs, target=question.target, method=method, **options)
+
+
+def _of_answer(method: str | Method) -> Method:
+    """The method, which explains the log-probability of a token of an answer unless its options say what."""
+    chosen = copy.copy(method_of(method))
+    if chosen.of is None and "of" in chosen.option_names():
+        chosen.of = LOG_PROBABILITY
+    return chosen
 
 
 def _of_tensors(name: str, result: Any) -> Any:

@@ -106,13 +106,13 @@ def compare_randomised(plan: Plan, batches: list[Batch], tally: Tally, generator
     with torch.no_grad(), at_rest(changed):
         groups = _cascade(changed, batches[0].question.inputs, plan.sanity_stages)
     weights = torch.Generator().manual_seed(plan.seed)
-    curves: dict[tuple[str, str, int, int], list[float | None]] = {}
+    curves: dict[tuple[str, str, int, int], list[float | None]] = {}  # by method, part, batch and sample
     for group in with_progress(groups, "randomising"):
         _randomise(group, weights)
         for item, batch in enumerate(with_progress(batches, "explaining", leave=False)):
             for name, method in plan.methods.items():
                 try:
-                    result = run_method(changed, batch.question, name, method, plan.options)
+                    result = run_method(changed, batch.item, batch.question, name, method, plan.options)
                     again = maps_of(name, result, batch.samples, generator)
                 except UndefinedRelevancy:  # random weights may cause it
                     again = [dict.fromkeys(PARTS) for _ in batch.samples]
@@ -120,7 +120,8 @@ def compare_randomised(plan: Plan, batches: list[Batch], tally: Tally, generator
                     for part in PARTS:
                         value = _correlation(before[part], after[part])
                         curves.setdefault((name, part, item, number), []).append(value)
-    for (name, part, _, _), curve in curves.items():
+    for (name, part, item, _), curve in curves.items():
+        tally.place = batches[item].item.place
         numbers = [value for value in curve if value is not None]
         tally.add((name, "sanity", part), curve[-1], numbers if len(numbers) == len(curve) else None)
 

@@ -13,8 +13,11 @@ from vlattn_fast._ground.checks import call_on
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest
 from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER, Adapter
+from vlattn_fast.interpret.adapters.derived import generates
+from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.evaluating.perturbation import Sample, Stays
 from vlattn_fast.interpret.evaluating.ties import coarsest, equal_samples, levelled
+from vlattn_fast.interpret.explaining.answer import encoder_decoder
 from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
 
 Measure = Callable[..., Tensor]  # of outputs, or of outputs and inputs
@@ -30,6 +33,11 @@ class Question:
     count: int  # of explanations
     paired: Mapping[str, Any]  # as transformers names them; with one text for each image, if images are matched with texts
     logits: Tensor | None = None  # (count, texts) of the whole inputs, if images are matched with texts
+
+
+def judged_adapter(model: nn.Module) -> Adapter | None:
+    """A model's adapter, or that of an encoder-decoder that generates; None for other models of a class without one."""
+    return find_adapter(model) or (encoder_decoder(model) if generates(model) else None)
 
 
 class Judge:

@@ -148,10 +148,13 @@ def _masked(pixels: Tensor, sizes: list[tuple[int, int]], grids: list[tuple[int,
     return pixels * torch.stack(masks).to(pixels)[:, None]
 
 
-def split(adapter: Adapter | None, inputs: Mapping[str, Any], count: int, shown: Any, words: Words | None) -> list[Sample]:
+def split(
+    adapter: Adapter | None, inputs: Mapping[str, Any], count: int, shown: Any, words: Words | None, before: int | None = None
+) -> list[Sample]:
     """A batch of `count` samples, one by one. `shown`, an explanation of it or, for a model without an adapter, any object with
-    `.image`, tells grids and towers. `words`: see `evaluate`."""
-    texts, pictures = _Texts.of(adapter, inputs, shown, words), _Pictures.of(inputs, count, shown)
+    `.image`, tells grids and towers. `words`: see `evaluate`. `before`: the column from which on an answer stands, whose words
+    stay."""
+    texts, pictures = _Texts.of(adapter, inputs, shown, words, before), _Pictures.of(inputs, count, shown)
     filled = adapter is not None and adapter.names != NAMES  # its positions are those of the longest text
     samples, region_boxes = [], getattr(shown, "boxes", None)
     for number in range(count):
@@ -174,7 +177,9 @@ class _Texts:
     widths: list[Tensor]  # all that a vector of `.text` may be over
 
     @classmethod
-    def of(cls, adapter: Adapter | None, inputs: Mapping[str, Any], shown: Any, words: Words | None) -> _Texts:
+    def of(
+        cls, adapter: Adapter | None, inputs: Mapping[str, Any], shown: Any, words: Words | None, before: int | None
+    ) -> _Texts:
         text = _shown_words(adapter, inputs, shown)
         masks = [mask for mask in (text, _inner_words(adapter, inputs)) if mask is not None]
         if not masks:
@@ -183,6 +188,8 @@ class _Texts:
         if words is not None:
             removable = _asked(words, inputs, text if adapter is None else removable)
             masks += [removable] if adapter is None else []
+        if before is not None:
+            removable = removable & (torch.arange(removable.shape[1]) < before)
         rule = adapter.towers[0].rule if adapter is not None and adapter.towers and adapter.answers == "input_ids" else None
         if adapter is not None and rule is not None and rule.token is not None and rule.asks:
             # without these words another question would be asked
