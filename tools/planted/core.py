@@ -29,7 +29,7 @@ FOLDER = ROOT / "build" / "planted"
 TREE, REACHED, TABLE = FOLDER / "tree", FOLDER / "reached", ROOT / "tests" / "planted.json"
 CORE = "vlattn_fast", "kernels", "csrc/cpu"
 CPP = 5  # one in so many faults is in C++, whose library is compiled for each
-SECONDS, TESTS = 40.0, 300  # of the tests that reach a fault, the quickest: so long, and so many, at most
+SECONDS, TESTS = 60.0, 300  # of the tests that reach a fault, the quickest: so long, and so many, at most
 STATES = "seen", "not seen", "not reached", "equivalent"
 
 
@@ -63,11 +63,15 @@ def record(workers: str) -> None:
 
 
 def tests_by_function() -> dict[str, list[tuple[float, str]]]:
-    """Time and test, the quickest first, by function and by file."""
+    """Time and test, the quickest first, by function and by file. Tests that are gone since the recording are left out."""
+    _, said = _run(["--collect-only", "-q"], {}, timeout=None)
+    there = {*said.splitlines()}
     found = defaultdict[str, set[tuple[float, str]]](set)
     for file in REACHED.glob("*.jsonl"):
         for line in file.read_text().splitlines():
             one = json.loads(line)
+            if one["test"] not in there:
+                continue
             for function in one["functions"]:
                 for name in (function, function.partition(":")[0]):
                     found[name].add((one["seconds"], one["test"]))
@@ -116,6 +120,8 @@ def outcome(mutant: Mutant, tests: dict[str, list[tuple[float, str]]]) -> dict[s
         place.write_text(text)
     if status == 0:
         return {"state": "not seen", "tests": len(chosen)}
+    if status in (4, 5):  # pytest's, for tests that it does not find
+        raise SystemExit(f"{mutant.name}: the tests that reach it do not run\n{said}")
     first = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
     return {"state": "seen", "by": first[1] if first else f"status {status}"}
 

@@ -146,7 +146,12 @@ def _calls(node: ast.Call, changed: Callable[..., Any]) -> Iterator[tuple[str, a
         if i and isinstance(each, ast.Name) and isinstance(node.args[i - 1], ast.Name):
             yield "swapped", changed(lambda x, i=i: x.args.__setitem__(slice(i - 1, i + 1), x.args[i - 1 : i + 1][::-1]))
     for i, keyword in enumerate(node.keywords):
-        if isinstance(keyword.value, ast.Constant) and type(keyword.value.value) is bool:
+        # zip's strict asks for what holds; leave is of a progress bar
+        if (
+            isinstance(keyword.value, ast.Constant)
+            and type(keyword.value.value) is bool
+            and keyword.arg not in ("strict", "leave")
+        ):
             other = not keyword.value.value
             yield "flag", changed(lambda x, i=i, other=other: setattr(x.keywords[i], "value", ast.Constant(other)))
         if isinstance(keyword.value, ast.Name) and "mask" in keyword.value.id:
