@@ -301,7 +301,8 @@ def every(*models: str, quick: Sequence[str] = QUICK, without: Without | None = 
     have the property. `make test` has all methods on the models `quick`, each method on one, and unless `quick` is given,
     "gradient" on all."""
     models, without = models or tuple(MODELS), without or {}
-    pairs = [(method, model) for method in {**METHODS, **ABLATIONS} for model in models if model not in REFUSED.get(method, ())]
+    every_pair = [(method, model) for method in {**METHODS, **ABLATIONS} for model in models]
+    pairs = [pair for pair in every_pair if pair[1] not in REFUSED.get(pair[0], ()) and not {*pair, pair} & {*without}]
     first = {method: next(model for model in (*quick, *models) if (method, model) in pairs) for method, _ in pairs}
 
     def is_quick(method: str, model: str) -> bool:
@@ -312,7 +313,6 @@ def every(*models: str, quick: Sequence[str] = QUICK, without: Without | None = 
     rows = [
         pytest.param(method, model, id=f"{method}-{model}", marks=[] if is_quick(method, model) else pytest.mark.slow)
         for method, model in pairs
-        if not {method, model, (method, model)} & {*without}
     ]
     return pytest.mark.parametrize(("method", "model"), rows)
 

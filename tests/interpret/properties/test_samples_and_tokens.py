@@ -32,7 +32,9 @@ def test_padding_and_other_samples_change_nothing(method: str, model: str) -> No
     """On either side, whatever stands in it, in any order of the samples."""
     small, chosen = made(model), method_named(method)
     alone = [small.explain(small.batch([i]), chosen) for i in (0, 1)]
-    assert method in ABLATIONS or all(row.any() for each in alone for row in each.relevancy.values()), "zeros show nothing"
+    for each in alone if method in METHODS else ():
+        least = 1e-9 * float(each.scores.abs().max())
+        assert all(row.abs().max() > least for row in each.relevancy.values()), "zeros show nothing"
     for side in small.sides or SIDES[:1]:
         for order, more, filler in (((0, 1), 0, 0), ((1, 0, 1), 2, 5)):
             inputs = small.batch(order, side, more, filler)
