@@ -158,3 +158,11 @@ def test_a_folder_that_takes_no_file_is_refused_before_the_model_is_loaded(model
         result = vlattn("explain", "--model", models["clip"], "--dataset", dataset, "--out", out)
         assert result.exit_code == 2 and "no directory" not in result.output, result.output
         assert ("nothing can be made in /proc" if out != "/proc" else "must be a new or an empty directory") in said(result)
+
+
+def test_a_lock_ends_with_its_context(tmp_path):
+    """Also by an error whose traceback is kept: another run in this process may then begin."""
+    with pytest.raises(ZeroDivisionError) as kept, store.locked(tmp_path):
+        raise ZeroDivisionError
+    with store.locked(tmp_path):
+        assert kept.tb is not None
