@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_grads
+from tests.helpers.compare import as_dtype, assert_all_close_to
 from tests.helpers.ops import tile_edges
-from tests.helpers.ops.backends import LOW, assert_refused
+from tests.helpers.ops.backends import LOW
 
 OPERATORS = "attention_divergence", "indexer_divergence"
 
@@ -43,15 +43,6 @@ def check(inputs: dict[str, Tensor], **options: Any) -> None:
     shape = (b, n) if operator == "indexer_divergence" else (b, 1 if options.get("head_mean") else heads, n)
     ours = partial(getattr(va, operator), **options, backend="cpu")
     assert_all_close_to(ours, partial(getattr(va.reference, operator), **options), inputs, [torch.randn(shape)])
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("dtype, n", tile_edges.covering(LOW, tile_edges.CPU_COPIED))
-def test_keys_that_are_copied(dtype: torch.dtype, n: int, operator: str) -> None:
-    """Halves and padding, under the causal mask, in means: each head has the tile's keys anew."""
-    options = {"kind": "reverse_kl", "head_mean": True} if operator == "attention_divergence" else {}
-    inputs = as_dtype(tensors(n, n, heads=4, shared=2, operator=operator), dtype)
-    check(inputs, **options, is_causal=True, enable_gqa=True, key_mask=torch.rand(1, n) > 0.3)
 
 
 @pytest.mark.parametrize("operator, head_mean", [(OPERATORS[0], False), (OPERATORS[0], True), (OPERATORS[1], None)])
@@ -92,21 +83,6 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("operator, options", CALLS)
-def test_heads_that_threads_share(operator: str, options: dict[str, Any]) -> None:
-    """The heads of two key heads are those of eight of the other side. Any number of threads gives the same bits."""
-    inputs = as_dtype(tensors(700, 60, heads=8, shared=4, operator=operator), torch.float32)
-    run = partial(getattr(va, operator), backend="cpu", enable_gqa=True, **options)
-    torch.set_num_threads(1)
-    check(inputs, enable_gqa=True, **options)
-    alone = outputs_and_grads(run, inputs)
-    for count in (2, 3, 30):
-        torch.set_num_threads(count)
-        for name, value in outputs_and_grads(run, inputs).items():
-            assert torch.equal(value, alone[name]), name
-
-
 @pytest.mark.parametrize("operator, options", [*itertools.product(OPERATORS, [{}]), CALLS[-1]])
 def test_nan_stays_in_its_row(operator: str, options: dict[str, Any]) -> None:
     options = {name: x[:, :20] % 33 for name, x in options.items()}
@@ -117,9 +93,3 @@ def test_nan_stays_in_its_row(operator: str, options: dict[str, Any]) -> None:
     got, row = run(**x), (0, 1, 3) if operator == "attention_divergence" else (0, 3)
     assert got[row].isnan() and got.isnan().sum() == 1
     assert torch.equal(got[~got.isnan()], clean[~got.isnan()])
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_what_is_refused(operator: str) -> None:
-    words = "the CPU kernels take float16, bfloat16 and float32"
-    assert_refused("cpu", words, lambda: getattr(va, operator)(**tensors(3, 4, operator=operator), backend="cpu"))

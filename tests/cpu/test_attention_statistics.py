@@ -3,24 +3,12 @@ stands in tests/ops/test_attention_statistics.py."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import pytest
 import torch
 
 import vlattn_fast as va
-from tests.helpers.compare import as_dtype, outputs_and_grads
-from tests.helpers.ops import tile_edges
-from tests.helpers.ops.backends import LOW, assert_refused
-from tests.helpers.ops.map_cases import but_argmax, check_statistics, groups, key_mask, statistics_inputs
-
-
-@pytest.mark.parametrize("dtype, n", tile_edges.covering(LOW, tile_edges.CPU_COPIED))
-def test_keys_that_are_copied(dtype: torch.dtype, n: int) -> None:
-    """Halves and padding, under the causal mask: each tile of a head sees more keys than the one before."""
-    inputs = as_dtype(statistics_inputs(n, n, b=1, h=4, kv=2), dtype)
-    check_statistics("cpu", inputs, is_causal=True, enable_gqa=True, key_mask=torch.rand(1, n) > 0.3, **groups(n))
+from tests.helpers.compare import as_dtype
+from tests.helpers.ops.map_cases import check_statistics, groups, key_mask, statistics_inputs
 
 
 # either dtype with each number of queries, and each number of keys once
@@ -88,40 +76,9 @@ def test_infinite_row_weights() -> None:
     assert va.attention_statistics(**inputs, backend="cpu").received.eq(torch.inf).all()
 
 
-@pytest.mark.parametrize("d", [1, 15, 64, 257])
-def test_head_sizes(d: int) -> None:
-    check_statistics("cpu", as_dtype(statistics_inputs(20, 33, d), torch.float32), **groups(33))
-
-
 @pytest.mark.parametrize("num_groups", [1, 2, 50, 900])
 def test_groups_in_runs_and_in_any_order(num_groups: int) -> None:
     inputs = as_dtype(statistics_inputs(20, 900, b=1), torch.float32)
     index = torch.randint(-1, num_groups, (900,))
     for key_groups in (index, index.sort().values, torch.arange(900).clamp_max(num_groups - 1)):
         check_statistics("cpu", inputs, key_groups=key_groups, num_groups=num_groups)
-
-
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_heads_that_threads_share(is_causal: bool) -> None:
-    """Two key heads of eight query heads, in 24 tiles: the sums of a head are those of several threads."""
-    inputs = as_dtype(statistics_inputs(100, 60, b=1, h=8, kv=2), torch.float32)
-    fixed: dict[str, Any] = {"enable_gqa": True, "is_causal": is_causal, **groups(60)}
-    run = but_argmax(partial(va.attention_statistics, backend="cpu"), **fixed)
-    torch.set_num_threads(1)
-    check_statistics("cpu", inputs, **fixed)
-    alone = outputs_and_grads(run, inputs)
-    for count in (2, 3, 5, 30):
-        torch.set_num_threads(count)
-        first, second = outputs_and_grads(run, inputs), outputs_and_grads(run, inputs)
-        for name in first:
-            assert torch.equal(first[name], second[name]), name
-            if name in ("out3", "grad key"):  # sums over rows
-                torch.testing.assert_close(first[name], alone[name], rtol=1e-5, atol=1e-5)
-            else:
-                assert torch.equal(first[name], alone[name]), name
-
-
-def test_what_is_refused() -> None:
-    words = "the CPU kernels take float16, bfloat16 and float32"
-    assert_refused("cpu", words, lambda: va.attention_statistics(**statistics_inputs(), backend="cpu"))

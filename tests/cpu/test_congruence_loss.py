@@ -13,7 +13,6 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import LargestAllocation, as_dtype, outputs_and_grads
-from tests.helpers.ops.backends import assert_refused
 from tests.helpers.ops.congruence_loss_cases import call, check, make, prefix
 from vlattn_fast.backends.reference.congruence_loss import num_gradients
 from vlattn_fast.ops.congruence_loss import KINDS
@@ -21,36 +20,11 @@ from vlattn_fast.ops.congruence_loss import KINDS
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-@pytest.mark.parametrize("kind, d", [("cacr", 129), ("iais_singular", 257), ("iais_distributed", 31)])
-def test_head_dims(kind: str, d: int) -> None:
-    check("cpu", as_dtype(make(20, 18, h=1, d=d), F32), kind=kind)
-
-
 @pytest.mark.parametrize("kind, dtype", [("cacr", BF16), ("iais_singular", torch.float16), ("iais_distributed", BF16)])
 def test_scattered_tokens_of_several_tiles(kind: str, dtype: torch.dtype) -> None:
     check(
         "cpu", as_dtype(make(150, 90, h=1, d=4), dtype), kind=kind, text_mask=torch.rand(1, 150) > 0.4, image_mask=prefix(90, 66)
     )
-
-
-def test_more_samples_than_are_at_work_at_once() -> None:
-    """Each has its own loss and gradients: those of a call by itself, bit for bit."""
-    x = as_dtype(make(90, 90, b=20, h=1, d=4), F32)
-    for kind in KINDS:
-        run = call(va.congruence_loss, kind=kind, backend="cpu")
-        every = outputs_and_grads(run, x)
-        alone = outputs_and_grads(run, {name: value[19:] for name, value in x.items()})
-        assert all(torch.equal(every[name][19:], value) for name, value in alone.items())
-
-
-def test_threads_change_no_bit(threads: None) -> None:
-    x, options = as_dtype(make(40, 70, b=3, h=2, cross=True), F32), {"text_mask": prefix(40, 40, 3, 0)}
-    for kind in KINDS:
-        results: list[dict[str, Tensor]] = []
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            results.append(outputs_and_grads(call(va.congruence_loss, kind=kind, backend="cpu", **options), x))
-        assert all(torch.equal(result[name], value) for result in results for name, value in results[0].items())
 
 
 def op_arguments(x: dict[str, Tensor], kind: str, saves: bool, *masks: Tensor | None, direction: str = "both") -> tuple[Any, ...]:
@@ -113,7 +87,3 @@ def test_every_number_of_the_gradients_is_written(kind: str, direction: str, mon
 def test_heads_whose_weights_are_computed_again(kind: str) -> None:
     """Those of three heads are more than are kept."""
     check("cpu", as_dtype(make(3, 700, h=3, d=4), F32), kind=kind)
-
-
-def test_refusals() -> None:
-    assert_refused("cpu", "float16, bfloat16 and float32", lambda: call(va.congruence_loss, backend="cpu")(**make(3, 4)))

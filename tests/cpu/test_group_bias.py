@@ -13,7 +13,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_grads
-from tests.helpers.ops import second_cases, tile_edges
+from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import LOW
 from tests.helpers.ops.score_cases import MASKS, attention_inputs, call, tensors
 from tests.helpers.ops.score_cases import SCORES as CASES
@@ -92,21 +92,6 @@ def test_scores(score: str, n: int, m: int) -> None:
     inputs = {**inputs, "group_bias": bias(2, 2, 3, 5, hidden=0.2)}
     scales = dict.fromkeys((f"grad {name}" for name in inputs), 1.0)
     assert_all_close_to(*(scored(*side) for side in _SIDES), inputs, scales=scales)
-
-
-@pytest.mark.parametrize("n", (1, 3, 16, 70))
-@pytest.mark.parametrize("dtype", LOW)
-def test_heads_that_share_keys(n: int, dtype: torch.dtype) -> None:
-    for causal in (False, True) if n >= 16 else (False,):  # the first rows would have zeros alone
-        inputs = as_dtype(attention(n, 900, 7, h=8, kv=2, d=16, dv=16, hidden=0.1), dtype)
-        check(
-            "score_attention",
-            inputs,
-            **grouped(1, n, 900, 7),
-            is_causal=causal,
-            enable_gqa=True,
-            softcap=3.0 if n == 70 else None,
-        )
 
 
 def test_parts_of_the_keys_of_few_queries() -> None:
@@ -230,70 +215,13 @@ def test_the_gradient_has_the_same_bits_on_every_number_of_threads() -> None:
 # ---- second derivatives
 
 
-@pytest.mark.parametrize("size, dtype", tile_edges.covering(tile_edges.CPU_SEVERAL, LOW))
-def test_second_derivatives(size: tuple[int, int], dtype: torch.dtype) -> None:
-    n, m = size
-    groups, table = grouped(1, n, m, 5), bias(2, 3, 5, hidden=0.2)
-
-    def gradients(module: Any, more: dict[str, str]) -> Callable[..., tuple[Tensor, ...]]:
-        def run(query: Tensor, key: Tensor, value: Tensor, group_bias: Tensor, grad_out: Tensor, grad_lse: Tensor) -> Any:
-            leaves = [x.requires_grad_() for x in (query, key, value, group_bias)]
-            out, lse = module.score_attention(*leaves[:3], group_bias=group_bias, return_lse=True, **groups, **more)
-            sent = grad_out.to(out.dtype), grad_lse.to(lse.dtype)
-            return torch.autograd.grad((out, lse), leaves, sent, create_graph=True)
-
-        return run
-
-    inputs = second_cases.inputs(n, m, dtype=dtype) | {"group_bias": table}
-    cotangents = [torch.randn(inputs[name].shape) for name in ("query", "key", "value", "group_bias")]
-    scales = {name: 1.0 for name in (*(f"out{k}" for k in range(4)), *(f"grad {name}" for name in inputs))}
-    assert_all_close_to(*(gradients(*side) for side in _SIDES), inputs, cotangents, scales=scales)
-
-
 # ---- the other operators
-
-
-def relevancy_inputs(n: int, rows: int = 2, hidden: float = 0.1) -> dict[str, Tensor]:
-    return attention(n, n, 4, b=2, hidden=hidden) | {"carrier": torch.rand(2, rows, n)}
-
-
-@pytest.mark.parametrize("n, rows", [(1, 2), (5, 1), (17, 2), (60, 3), (70, 40), (800, 2)])
-@pytest.mark.parametrize("rule, row_normalize", [("gradient", False), ("attention", True), ("gradient", True)])
-def test_relevancy_attention(rule: str, row_normalize: bool, n: int, rows: int) -> None:
-    inputs = relevancy_inputs(n, rows)
-    cotangents: list[Tensor | None] = [torch.randn(2, 2, n, 3), torch.rand(2, rows, n)]
-    options = {"rule": rule, "row_normalize": row_normalize, "is_causal": n == 60}
-    check("relevancy_attention", inputs, cotangents, **options, **grouped(2, n, n, 4))
 
 
 def maps(n: int, m: int, rule: str) -> dict[str, Tensor]:
     inputs = attention(n, m, 4, b=2, hidden=0.1)
     value = inputs.pop("value")
     return inputs | ({"value": value, "grad_output": torch.randn(2, 2, n, 3)} if rule == "gradient" else {})
-
-
-@pytest.mark.parametrize("n, m", [(1, 18), (5, 900), (17, 40), (70, 65), (20, 900)])
-@pytest.mark.parametrize("rule", ("gradient", "attention"))
-def test_relevancy_step(rule: str, n: int, m: int) -> None:
-    for rows in (1, 17):
-        check("relevancy_step", {"relevancy": torch.rand(2, rows, n), **maps(n, m, rule)}, rule=rule, **grouped(2, n, m, 4))
-
-
-@pytest.mark.parametrize("n, m", [(1, 18), (5, 900), (17, 40), (70, 65), (20, 900)])
-@pytest.mark.parametrize("rule, reduction", [("gradient", "mean"), ("attention", "max"), ("attention", "mean")])
-def test_attention_map(rule: str, reduction: str, n: int, m: int) -> None:
-    for softcap in (None, 2.0):
-        options = {"rule": rule, "head_reduction": reduction, "row_normalize": m == 40, "softcap": softcap}
-        check("attention_map", maps(n, m, rule), **options, **grouped(2, n, m, 4))
-
-
-@pytest.mark.parametrize("n, m", [(1, 18), (5, 900), (17, 40), (70, 65), (20, 900)])
-def test_attention_statistics(n: int, m: int) -> None:
-    inputs = maps(n, m, "attention")
-    options = {"statistics": ("mass", "entropy", "maximum", "received"), **grouped(2, n, m, 4)}
-    more: dict[str, Any]
-    for more in ({}, {"softcap": 2.0, "key_mask": torch.rand(2, m) > 0.3}):
-        check("attention_statistics", inputs, **options, **more)
 
 
 @pytest.mark.parametrize("operator", ("relevancy_step", "attention_map", "attention_statistics"))

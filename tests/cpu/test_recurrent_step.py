@@ -54,18 +54,6 @@ def test_more_tiles_than_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5 * truth.abs().max().item())
 
 
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("rows", (1, 6))
-def test_the_bits_are_those_of_any_number_of_threads(rows: int) -> None:
-    x = tensors(200, 6, 16, 8, rows)
-    for options in ({}, {"rule": "attention"}, {"rule": "attention", "row_normalize": True}):
-        torch.set_num_threads(1)
-        one = va.recurrent_step(**x, **options, backend="cpu")
-        for threads in (2, 3, 7):
-            torch.set_num_threads(threads)
-            assert torch.equal(va.recurrent_step(**x, **options, backend="cpu"), one)
-
-
 def test_a_row_of_subnormal_numbers_has_shares() -> None:
     """A decay of exp(-90) is subnormal, and so are all of the last row's numbers, whose key is 0."""
     x = {name: tensor for name, tensor in tensors(8, 1, 4, 2, 1).items() if name not in ("value", "grad_output", "beta")}

@@ -12,17 +12,7 @@ import vlattn_fast as va
 from tests.helpers.compare import assert_close_to
 from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import LOW
-from tests.helpers.ops.relevancy_cases import MASKS, RULES, check, cotangents, padding, tensors
-
-
-@pytest.mark.parametrize("rule, mask, n", tile_edges.covering(RULES, tuple(MASKS), (60, 800)))
-def test_masks_across_tiles_and_blocks(rule: tuple[str, bool], mask: str, n: int) -> None:
-    check("cpu", tensors(n, b=2), rule=rule[0], row_normalize=rule[1], **MASKS[mask](n))
-
-
-@pytest.mark.parametrize("rows", (1, 2, 3, 16, 17, 70))
-def test_carried_rows(rows: int) -> None:
-    check("cpu", tensors(70, h=4, kv=2, rows=rows), is_causal=True)
+from tests.helpers.ops.relevancy_cases import MASKS, RULES, check, padding, tensors
 
 
 @pytest.mark.parametrize("rule, mask, rows", tile_edges.covering(RULES, tuple(MASKS), (3, 17, 40)))
@@ -39,38 +29,6 @@ def test_many_carried_rows_under_masks(rule: tuple[str, bool], mask: str, rows: 
         formula = partial(va.reference.relevancy_step, **options)
         wide = [None if x is None else x.double() for x in (carrier, query, key, *extra)]
         assert_close_to(step(carrier, query, key, *extra), formula(*wide), formula(carrier, query, key, *extra), what=str(n))
-
-
-@pytest.mark.parametrize("dtype", LOW)
-def test_keys_that_are_copied(dtype: torch.dtype) -> None:
-    """Halves and padding, under the causal mask: later tiles see more of a block."""
-    for n in tile_edges.CPU_COPIED:
-        check("cpu", tensors(n, b=2, dtype=dtype), key_mask=padding(n), is_causal=True)
-
-
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("row_normalize", (False, True))
-@pytest.mark.slow
-def test_threads_that_share_a_head_or_a_sample(row_normalize: bool) -> None:
-    """Each number of threads is right, and gives the same bits again."""
-    for batch, heads, n, rows in ((1, 1, 200, 2), (3, 3, 100, 30), (1, 2, 900, 2), (1, 3, 40, 30)):
-        inputs = tensors(n, b=batch, h=heads, kv=1, rows=rows)
-        grads = cotangents(inputs)
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            check("cpu", inputs, grads, row_normalize=row_normalize, what=f"{count} threads")
-            query, key, value, carrier = (x.requires_grad_() for x in (x.detach().clone() for x in inputs.values()))
-            twice = [
-                torch.autograd.grad(
-                    va.relevancy_attention(
-                        query, key, value, carrier, row_normalize=row_normalize, enable_gqa=heads > 1, backend="cpu"
-                    ),
-                    (query, key, value, carrier),
-                    grads,
-                )
-                for _ in range(2)
-            ]
-            assert all(torch.equal(x, y) for x, y in zip(*twice, strict=True))
 
 
 @pytest.mark.parametrize("rule", ("gradient", "attention"))

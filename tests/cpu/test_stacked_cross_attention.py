@@ -5,15 +5,9 @@ The rest stands in tests/ops/test_stacked_cross_attention.py.
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
-from torch import Tensor
 
-import vlattn_fast as va
-from tests.helpers.compare import outputs_and_grads
-from tests.helpers.ops.backends import assert_refused
 from tests.helpers.ops.stacked_cross_attention_cases import check, random_lengths, tensors
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -29,12 +23,6 @@ def test_sizes_either_side_of_a_block(sets: tuple[int, int], regions: int, words
     check("cpu", inputs, direction=direction, first_norm="softmax", caption_lengths=random_lengths(inputs["captions"], 0))
 
 
-def test_half_precision_with_padding_on_both_sides() -> None:
-    inputs = tensors((3, 4), 20, 30, 24, BF16)
-    lengths = {f"{side}_lengths": random_lengths(inputs[f"{side}s"]) for side in ("image", "caption")}
-    check("cpu", inputs, first_norm="l1norm", **lengths)
-
-
 def test_more_maps_than_a_chunk_of_the_backward_pass() -> None:
     check("cpu", tensors((5, 2), 300, 2000, 4, F32), image_lengths=(300, 0, 7, 300, 299), aggregation="mean")
 
@@ -44,19 +32,3 @@ def test_contexts_that_come_in_parts(regions: int) -> None:
     """More than 528 at a time are too many, and blocks have up to 128 rows of queries then."""
     inputs = tensors((2, 4), regions, 50, 24, F32)
     check("cpu", inputs, image_lengths=(regions, regions - 30), caption_lengths=(50, 40, 38, 49))
-
-
-@pytest.mark.parametrize("regions, direction", [(36, "t2i"), (36, "i2t"), (600, "t2i")])
-def test_threads_change_no_bit(regions: int, direction: str, threads: None) -> None:
-    inputs = tensors((7, 5), regions, 20, 40, F32)
-    run = partial(va.stacked_cross_attention, caption_lengths=torch.tensor([20, 3, 0, 7, 1]), direction=direction, backend="cpu")
-    results: list[dict[str, Tensor]] = []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        results.append(outputs_and_grads(run, inputs))
-    assert all(torch.equal(result[name], value) for result in results for name, value in results[0].items())
-
-
-def test_refusals() -> None:
-    inputs = tensors()
-    assert_refused("cpu", "float16, bfloat16 and float32", lambda: va.stacked_cross_attention(**inputs, backend="cpu"))

@@ -32,28 +32,6 @@ def check(inputs: dict[str, Tensor], **options: Any) -> None:
     assert_all_close_to(*calls, inputs, [torch.randn(1, heads, inputs["query"].shape[2])])
 
 
-@pytest.mark.parametrize(
-    "kind, n, m, dtype, options",
-    [
-        ("kl", 70, 131, BF16, {}),
-        ("js", 33, 97, F32, {"beta": 0.8}),
-        ("hellinger", 131, 131, BF16, {"is_causal": True}),
-        ("reverse_kl", 65, 64, F16, {"is_causal": True}),
-        ("total_variation", 1, 65, F32, {}),
-        ("kl", 70, 131, BF16, {"head_mean": True}),
-        ("js", 131, 131, F32, {"head_mean": True, "is_causal": True}),
-    ],
-)
-def test_sizes_either_side_of_a_tile(kind: str, n: int, m: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """Both sides have other features, and other numbers of key heads."""
-    check(as_dtype(make(n, m, 17, 8), dtype), kind=kind, **options)
-
-
-@pytest.mark.parametrize("d, other_d, dtype", [(65, 128, BF16), (5, 160, F32), (200, 9, BF16), (160, 160, F16)])
-def test_head_dims(d: int, other_d: int, dtype: torch.dtype) -> None:
-    check(as_dtype(make(9, 20, d, other_d), dtype), kind="js", scale=0.1, other_scale=0.2)
-
-
 def test_a_mean_of_rows_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 64, 64 and 12 rows, whose gradients of keys are added."""
     kernels = importlib.import_module("vlattn_fast.kernels.attention_divergence")

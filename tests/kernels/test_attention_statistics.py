@@ -12,20 +12,13 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype
-from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import assert_refused
-from tests.helpers.ops.map_cases import B, check_statistics, groups, key_mask, statistics_inputs
+from tests.helpers.ops.map_cases import B, check_statistics, groups, statistics_inputs
 from vlattn_fast.backends.inputs import Attention, AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics
 from vlattn_fast.kernels import attention_statistics as kernels
 
 F32, BF16 = torch.float32, torch.bfloat16
-
-
-@pytest.mark.parametrize("n, m, causal", tile_edges.TRITON_SUMS)
-def test_sizes_either_side_of_a_tile(n: int, m: int, causal: bool) -> None:
-    inputs = as_dtype(statistics_inputs(n, m, b=1, h=1, kv=1), torch.float32)
-    check_statistics("triton", inputs, is_causal=causal, **groups(m))
 
 
 # a tile has 64 queries and 64 keys, beyond 512 of them 128; rows of 577 keys are CLIP ViT-L/14@336's
@@ -43,11 +36,6 @@ def test_sizes_either_side_of_a_tile(n: int, m: int, causal: bool) -> None:
 def test_sizes_either_side_of_a_tile_in_half_precision(n: int, m: int, num_groups: int, causal: bool) -> None:
     inputs = as_dtype(statistics_inputs(n, m, 16, b=1, h=1, kv=1), torch.bfloat16)
     check_statistics("triton", inputs, is_causal=causal, **groups(m, num_groups))
-
-
-def test_masks_take_tiles_of_their_own_in_half_precision() -> None:
-    masks = {"attn_mask": torch.rand(65, 70) > 0.2, "key_mask": key_mask(70)}
-    check_statistics("triton", as_dtype(statistics_inputs(65, 70, 16, h=1, kv=1), torch.bfloat16), **masks, **groups(70))
 
 
 # one by one up to four groups, as a product beyond, in more than one program above 64
@@ -81,11 +69,6 @@ def test_a_group_out_of_range_is_none() -> None:
     }
     got, want = (kernels.backward(AttentionStatisticsBackwardInputs(attention=x, **options)) for x in (unknown, known))
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and not got[2].any()
-
-
-@pytest.mark.parametrize("d, m, dtype", [(1, 37, F32), (16, 20, F32), (256, 37, F32), (65, 70, BF16), (256, 70, BF16)])
-def test_head_dims(d: int, m: int, dtype: torch.dtype) -> None:
-    check_statistics("triton", as_dtype(statistics_inputs(20, m, d, b=1, h=1, kv=1), dtype), **groups(m))
 
 
 def test_what_it_cannot_run_is_refused() -> None:

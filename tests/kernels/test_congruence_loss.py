@@ -20,21 +20,6 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @pytest.mark.parametrize(
-    "kind, L, V",
-    [
-        ("cacr", 17, 63),
-        ("cacr", 65, 1),
-        ("iais_singular", 33, 17),
-        ("iais_singular", 1, 15),
-        ("iais_distributed", 31, 65),
-        ("iais_distributed", 1, 16),
-    ],
-)
-def test_sizes_either_side_of_a_tile(kind: str, L: int, V: int) -> None:
-    check("triton", as_dtype(make(L, V, h=1, d=5), F32), kind=kind)
-
-
-@pytest.mark.parametrize(
     "kind, L, V, direction",
     [
         ("cacr", 5, 130, "both"),
@@ -71,13 +56,6 @@ def test_the_only_real_tokens_stand_behind_a_tile_of_padding(kind: str) -> None:
 def test_half_precision(kind: str, dtype: torch.dtype, L: int, V: int) -> None:
     x = as_dtype(make(L, V, h=1, d=16, cross=True), dtype)
     check("triton", x, kind=kind, text_mask=prefix(L, L - 9), image_mask=prefix(V, V - 3))
-
-
-@pytest.mark.parametrize(
-    "kind, d, dtype", [("iais_singular", 17, F32), ("iais_distributed", 65, F32), ("cacr", 160, F32), ("cacr", 160, BF16)]
-)
-def test_head_dims(kind: str, d: int, dtype: torch.dtype) -> None:
-    check("triton", as_dtype(make(9, 20, h=1, d=d), dtype), kind=kind, scale=0.1)
 
 
 def test_samples_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

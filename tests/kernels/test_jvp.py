@@ -13,37 +13,9 @@ from torch import Tensor
 from tests.helpers.ops import score_cases
 from tests.helpers.ops.interpreter import reads_outside
 from tests.helpers.ops.jvp_cases import BF16, F32, FP16, TANGENT, by_formula, check, ours, tensors
-from tests.helpers.ops.score_cases import MASKS
 from vlattn_fast.kernels import score_attention
 
-DTYPES = (F32, BF16, FP16)
 pytestmark = score_cases.TORCH_JIT
-
-
-@pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize("n, m, dtype", [(31, 33, F32), (1, 1, F32), (65, 63, F32), (65, 130, BF16), (0, 3, F32)])
-def test_sizes_either_side_of_a_tile(n: int, m: int, dtype: torch.dtype, causal: bool) -> None:
-    check(score_attention, tensors(n, m, dtype=dtype), is_causal=causal)
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_masks(dtype: torch.dtype, mask: str) -> None:
-    """Rows without keys are among these, and rows of finfo.min, whose log-sum-exp does not hold the sum."""
-    n, m = 35, 41
-    check(score_attention, tensors(n, m, b=score_cases.B, dtype=dtype), **MASKS[mask](n, m))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d, dv", [(17, 64), (5, 1), (72, 80), (128, 128), (256, 192)])
-def test_head_dims(d: int, dv: int, dtype: torch.dtype) -> None:
-    check(score_attention, tensors(20, 70, h=1, d=d, dv=dv, dtype=dtype), scale=d**-0.5)
-
-
-@pytest.mark.parametrize("dtype", (F32, BF16))
-@pytest.mark.parametrize("kv", (1, 2))
-def test_grouped_heads(kv: int, dtype: torch.dtype) -> None:
-    check(score_attention, tensors(20, 37, b=2, h=4, kv=kv, dtype=dtype))
 
 
 @pytest.mark.parametrize("score", ("dot_tanh", "dot_relu", "dot_leaky_relu", "dot_sigmoid", "dot_softcap"))
@@ -136,15 +108,6 @@ def test_a_row_of_one_large_number_attends_evenly() -> None:
     x = 0.3 * (given["query_tangent"][:, :, 5:6] @ given["key"].mT + given["query"][:, :, 5:6] @ given["key_tangent"].mT)
     exact = ((x - x.mean(-1, keepdim=True)) @ given["value"] + given["value_tangent"].sum(2, keepdim=True)) / 50
     torch.testing.assert_close(out[:, :, 5:6], exact, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", (F32, BF16))
-def test_a_sample_has_the_same_bits_in_a_batch(dtype: torch.dtype) -> None:
-    given = tensors(20, 40, b=3, dtype=dtype)
-    batch, again = (ours(score_attention, given, is_causal=True) for _ in range(2))
-    alone = ours(score_attention, {name: x[1:2] for name, x in given.items()}, is_causal=True)
-    for one, two, three in zip(batch, again, alone, strict=True):
-        assert torch.equal(one, two) and torch.equal(one[1:2], three)
 
 
 @pytest.mark.parametrize("dtype", (F32, BF16))

@@ -14,7 +14,6 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import LargestAllocation, assert_all_close_to
-from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import F64, assert_refused
 from tests.helpers.ops.relevancy_cases import MASKS, check, tensors
 from vlattn_fast.backends.inputs import Attention, RelevancyStepInputs
@@ -22,26 +21,9 @@ from vlattn_fast.kernels import _configurations
 from vlattn_fast.kernels import relevancy_attention as kernels
 
 
-@pytest.mark.parametrize("n", tile_edges.TRITON_SQUARES)
-@pytest.mark.parametrize("causal", (False, True))
-def test_sizes_either_side_of_a_tile(causal: bool, n: int) -> None:
-    check("triton", tensors(n, h=1, kv=1, d=3, rows=2), is_causal=causal)
-
-
-@pytest.mark.parametrize("n", tile_edges.TRITON_SQUARES_16_BIT)
-@pytest.mark.parametrize("causal", (False, True))
-def test_sizes_either_side_of_a_tile_in_16_bit(causal: bool, n: int) -> None:
-    check("triton", tensors(n, h=1, kv=1, d=8, dv=8, rows=1, dtype=torch.bfloat16), is_causal=causal, row_normalize=True)
-
-
 @pytest.mark.parametrize("n, rows, causal", [(520, 1, False), (577, 2, True), (513, 17, False)])
 def test_tiles_of_128_keys(n: int, rows: int, causal: bool) -> None:
     check("triton", tensors(n, h=1, kv=1, d=8, dv=8, rows=rows, dtype=torch.bfloat16), is_causal=causal)
-
-
-@pytest.mark.parametrize("mask", ("bool", "key causal"))
-def test_masks_over_several_tiles(mask: str) -> None:
-    check("triton", tensors(130, b=2, d=8, rows=1, dtype=torch.float16), row_normalize=True, **MASKS[mask](130))
 
 
 class OneRow(dict[str, Any]):
@@ -145,12 +127,6 @@ def test_an_infinite_value_beside_rows_that_are_not_there(rows: int) -> None:
     value[0, 0, 20] = torch.inf
     step = va.relevancy_step(torch.ones(1, rows, 35), query, key, value, torch.ones(1, 1, 35, 1), backend="triton")
     assert torch.equal(step.isfinite(), (torch.arange(35) != 20).expand(1, rows, 35)) and step[0, 0, 20] == torch.inf
-
-
-@pytest.mark.parametrize("d, dv", [(1, 1), (17, 3), (64, 40), (80, 128), (130, 72), (24, 256)])
-def test_head_dims(d: int, dv: int) -> None:
-    for rows, dtype in ((1, torch.float32), (20, torch.bfloat16)):
-        check("triton", tensors(24, h=1, kv=1, d=d, dv=dv, rows=rows, dtype=dtype), row_normalize=True)
 
 
 @pytest.mark.parametrize("mask", ("bool", "key causal"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.ops.backends import DEVICE, INTERPRET, PTX, backend, cuda_library  # noqa: F401  fixtures
 from vlattn_fast.backends.streaming import _tiles
@@ -32,3 +34,11 @@ def _of_device(item: pytest.Item) -> bool:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streaming has several tiles in every dimension, and torch's fused kernel for dot products."""
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 30)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The test may set the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

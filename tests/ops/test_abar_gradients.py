@@ -24,45 +24,12 @@ def everywhere(cases: list[tuple[Any, ...]]) -> dict[str, list[tuple[Any, ...]]]
     return {"streaming": cases, "cpu": cases, "triton": list(each_once.values())}
 
 
-@each("case", **everywhere(covering(LOW, RULES, (False, True), tuple(MASKS))))
-def test_step(backend: str, case: tuple[torch.dtype, str, bool, str]) -> None:
-    dtype, rule, row_normalize, mask = case
-    torch.manual_seed(0)
-    options = {"rule": rule, "row_normalize": row_normalize, **MASKS[mask](17, 19)}
-    check(backend, "step", lambda seed: inputs(17, 19, seed=seed), dtype, **options)
-
-
 @each("case", **everywhere(covering(LOW, RULES, (False, True), REDUCTIONS, tuple(MASKS))))
 def test_map(backend: str, case: tuple[torch.dtype, str, bool, str, str]) -> None:
     dtype, rule, row_normalize, reduction, mask = case
     torch.manual_seed(0)
     options = {"rule": rule, "row_normalize": row_normalize, "head_reduction": reduction, **MASKS[mask](17, 19)}
     check(backend, "map", lambda seed: inputs(17, 19, seed=seed), dtype, **options)
-
-
-@each("case", **everywhere(covering(LOW, ("step", "map"), RULES)))
-def test_grouped_heads(backend: str, case: tuple[torch.dtype, str, str]) -> None:
-    dtype, operator, rule = case
-    check(backend, operator, lambda seed: inputs(9, 21, h=6, kv=2, rows=3, seed=seed), dtype, rule=rule)
-
-
-@on("streaming", "cpu")
-@pytest.mark.parametrize("d, dv", [(1, 1), (40, 24), (64, 128), (257, 255)])
-def test_head_sizes(backend: str, d: int, dv: int) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        check(backend, "step", lambda seed: inputs(5, 33, d=d, dv=dv, seed=seed), dtype, rule="gradient")
-    check(backend, "map", lambda seed: inputs(5, 33, d=d, dv=dv, seed=seed), rule="gradient", head_reduction="max")
-
-
-@on("streaming", "cpu", "triton")
-@pytest.mark.parametrize("n, m", [(1, 1), (1, 30), (2, 30), (30, 1)])
-def test_few_queries_or_keys(backend: str, n: int, m: int) -> None:
-    """The gradient of the logits of a row with one key is zero: errors are held to the size of what is subtracted, of which the
-    gradient of a key sums n terms."""
-    scales = {"query": 1.0, "key": n**0.5}
-    for rule in RULES:
-        for operator in ("step", "map"):
-            check(backend, operator, lambda seed: inputs(n, m, h=3, kv=3, seed=seed), rule=rule, scales=scales)
 
 
 @on("streaming", "cpu", "triton")
@@ -156,21 +123,3 @@ def test_equal_heads_share_the_gradient(backend: str, reduction: str) -> None:
     for whole, one in zip(grads, torch.autograd.grad(single, [query, key], weight), strict=True):
         assert backend == "streaming" or all(torch.equal(whole[:, h], whole[:, 0]) for h in range(4))
         torch.testing.assert_close(4 * whole, one[:, :1].expand_as(whole), rtol=1e-5, atol=1e-7)
-
-
-@on("streaming", "cpu", "triton")
-@pytest.mark.parametrize("row_normalize", [False, True])
-def test_relevancy_alone_and_inputs_alone(backend: str, row_normalize: bool) -> None:
-    """Each is what it is beside the others."""
-    made = [x.float() for x in inputs(20, 30).values()]
-    weight = torch.randn(2, 2, 30, generator=torch.Generator().manual_seed(1))
-
-    def gradients(chosen: slice) -> tuple[torch.Tensor, ...]:
-        leaves = [x.clone() for x in made]
-        needed = [x.requires_grad_() for x in leaves[chosen]]
-        result = va.relevancy_step(*leaves, row_normalize=row_normalize, backend=backend)
-        return torch.autograd.grad(result, needed, weight)
-
-    whole = gradients(slice(None))
-    for actual, expected in zip((*gradients(slice(1)), *gradients(slice(1, None))), whole, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))

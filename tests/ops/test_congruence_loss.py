@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.helpers.compare import LargestAllocation, as_dtype, outputs_and_grads
 from tests.helpers.ops.backends import F64, LOW, each, finest, on
-from tests.helpers.ops.congruence_loss_cases import CROSS, NAMES, call, check, make, masks, prefix
+from tests.helpers.ops.congruence_loss_cases import CROSS, NAMES, call, check, make, masks
 from tests.helpers.ops.tile_edges import covering
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.ops.congruence_loss import DIRECTIONS, KINDS, congruence_loss
@@ -134,37 +132,6 @@ def test_cross_block_is_a_constant(kind: str, backend: str) -> None:
     assert all((grads[f"grad {name}"] != 0).any() for name in NAMES)
 
 
-@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype: torch.dtype) -> None:
-    x, run = as_dtype(make(4, 5, b=2), dtype), call(congruence_loss)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = outputs_and_grads(run, x)
-    # float64 stays as it is; of the others the inputs are rounded, nothing else
-    want = outputs_and_grads(run, x if dtype == F64 else as_dtype(x, torch.bfloat16))
-    assert torch.equal(got["out0"], want["out0"]) and got["out0"].dtype == want["out0"].dtype
-    assert all(got[f"grad {key}"].dtype == dtype for key in x)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.slow
-def test_fullgraph_five_lengths_two_graphs(kind: str) -> None:
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager" if kind == "cacr" else "eager")
-    torch._dynamo.reset()
-
-    def step(text: Any, image: Any, text_mask: Tensor) -> Tensor:
-        return congruence_loss(text, image, kind=kind, text_mask=text_mask)
-
-    compiled = torch.compile(step, backend=counter, fullgraph=True)
-    for n in (0, 1, 3, 5, 9):
-        x = {key: value.requires_grad_() for key, value in make(5 + n, 7 + 2 * n, b=2, h=3, d=4).items()}
-        arguments = (x["text_query"], x["text_key"]), (x["image_query"], x["image_key"]), prefix(5 + n, 5, 3)
-        got, want = (f(*arguments) for f in (compiled, step))
-        torch.testing.assert_close(got, want)
-        for a, b in zip(*(torch.autograd.grad(loss, list(x.values())) for loss in (got, want)), strict=True):
-            torch.testing.assert_close(a, b)
-    assert counter.frame_count <= 2
-
-
 def bad(**change: Any) -> dict[str, Any]:
     text, image = (torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)), (torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8))
     return {"text": text, "image": image, **change}
@@ -172,32 +139,11 @@ def bad(**change: Any) -> dict[str, Any]:
 
 T, V = torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 5, 8)
 BAD_INPUT = [
-    (bad(kind="soft"), ValueError, "kind must be one of.*'soft'"),
-    (bad(kind=None), ValueError, "kind must be one of"),
-    (bad(direction="up"), ValueError, "direction must be one of.*'up'"),
-    (bad(direction=1), TypeError, "direction must be one of.*int 1"),
-    (bad(reduction="sum"), ValueError, "reduction must be one of.*'sum'"),
-    (bad(backend="nonsense"), ValueError, "backend must be one of.*'nonsense'"),
-    (bad(backend="cuda"), ValueError, "backend='cuda' cannot run congruence_loss"),
-    (bad(scale="1"), TypeError, "scale must be a real number; got str"),
-    (bad(scale=math.nan), ValueError, "scale must be a finite number"),
     (bad(text=T), TypeError, r"text must be the pair \(query.*got a torch.float32 tensor"),
     (bad(image=(V,)), TypeError, "image must be the pair"),
-    (bad(image=(V, [1.0])), TypeError, "image key must be a torch.Tensor.*got list"),
-    (bad(text=(T[0], T[0])), ValueError, r"text query must have 4 dimensions.*\(3, 4, 8\)"),
-    (bad(text=(T, T[:, :, :3])), ValueError, r"text key must have the shape \(2, 3, 4, 8\).*\(2, 3, 3, 8\)"),
-    (bad(image=(V[:, :2], V[:, :2])), ValueError, r"image query must have the shape \(2, 3, 5, 8\).*\(2, 2, 5, 8\)"),
-    (bad(image=(V[:1], V)), ValueError, r"image query must have the shape .*\(1, 3, 5, 8\)"),
-    (bad(image=(V[..., :7], V)), ValueError, r"image query must have the shape .*\(2, 3, 5, 7\)"),
-    (bad(image=(V, V.double())), TypeError, "image key must have the dtype of text query, torch.float32"),
-    (bad(text=(T.long(), T), image=(V, V)), TypeError, "text query must be float16, bfloat16, float32 or float64"),
-    (bad(text=(T, T.to("meta"))), ValueError, "text key must be on the device of text query"),
     (bad(cross=(T, V, V)), TypeError, "cross must be the pair"),
     (bad(cross=((T, V), V)), TypeError, r"cross\[1\] must be the pair \(image query, text key\)"),
     (bad(cross=((T, V), (T, V))), ValueError, r"cross image query must have the shape \(2, 3, 5, 8\)"),
-    (bad(text_mask=torch.ones(2, 9, dtype=torch.bool)), ValueError, r"text_mask must have shape \(B, L\) = \(2, 4\)"),
-    (bad(image_mask=torch.ones(2, 5)), TypeError, "image_mask must be bool"),
-    (bad(image_mask=[[True] * 5] * 2), TypeError, "image_mask must be a torch.Tensor"),
 ]
 
 

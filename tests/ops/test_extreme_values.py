@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import assert_all_close_to
-from tests.helpers.ops.backends import core, each, on
+from tests.helpers.ops.backends import each, on
 from vlattn_fast import scores as S
 from vlattn_fast._ground.tensors import unit_vectors
-from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.scores import cosine
 
 # the interpreter's numpy warns of Inf in numbers that no result takes
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered in:RuntimeWarning")
 BACKENDS = ("reference", "streaming", "cpu", "triton")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 # ---------------------------------------------------------------------------------------------------------------- cosine
 
 
@@ -186,79 +179,7 @@ def test_hidden_units_of_any_size(size: float, center: float, backend: str) -> N
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- no keys
-
-
-@each("dtype", auto=FLOATS, **{backend: core(backend) for backend in BACKENDS})
-def test_without_keys_attention_is_zero(backend: str, dtype: torch.dtype) -> None:
-    query, key, value = (torch.randn(2, 3, n, 8, dtype=dtype, requires_grad=True) for n in (5, 0, 0))
-    scores: tuple[Any, ...] = ("scaled_dot", "cosine", S.Additive(torch.randn(8, dtype=dtype)))
-    for score, is_causal in itertools.product(scores, (False, True)):
-        out = va.score_attention(query, key, value, score=score, is_causal=is_causal, backend=backend)
-        assert torch.equal(out, torch.zeros(2, 3, 5, 8, dtype=dtype))
-        grads = torch.autograd.grad(out, (query, key, value), torch.randn_like(out))
-        assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
-        _, lse = va.score_attention(query, key, value, score=score, return_lse=True, backend=backend)
-        assert torch.isneginf(lse).all()
-
-
-@each("dtype", auto=FLOATS, **{backend: core(backend) for backend in BACKENDS})
-def test_without_keys_every_operator_is_zero(backend: str, dtype: torch.dtype) -> None:
-    query, key = (
-        torch.randn(2, 3, 5, 8, dtype=dtype, requires_grad=True),
-        torch.randn(2, 3, 0, 8, dtype=dtype, requires_grad=True),
-    )
-    wide = torch.promote_types(dtype, torch.float32)
-    none = torch.randn(2, 3, 0, 8, dtype=dtype, requires_grad=True)
-    carrier = torch.zeros(2, 1, 0, dtype=wide, requires_grad=True)
-    out, carried = va.relevancy_attention(none, none, none, carrier, backend=backend)
-    grads = torch.autograd.grad([out, carried], [none, carrier], [torch.zeros_like(out), torch.zeros_like(carried)])
-    assert out.shape == (2, 3, 0, 8) and [x.shape for x in grads] == [none.shape, carrier.shape]
-    with torch.no_grad():
-        for rule in ("attention", "gradient"):
-            values = (key, torch.randn(2, 3, 5, 8, dtype=dtype)) if rule == "gradient" else ()
-            for row_normalize in (False, True):
-                rows = torch.rand(2, 4, 5, dtype=wide)
-                step = va.relevancy_step(rows, query, key, *values, rule=rule, row_normalize=row_normalize, backend=backend)
-                assert step.shape == (2, 4, 0)
-                abar = va.attention_map(query, key, *values, rule=rule, row_normalize=row_normalize, backend=backend)
-                assert abar.shape == (2, 5, 0)
-    groups = torch.zeros(2, 0, dtype=torch.int64)
-    statistics = va.attention_statistics(query, key, key_groups=groups, num_groups=2, backend=backend)
-    assert torch.equal(statistics.mass, torch.zeros(2, 3, 5, 2, dtype=wide)) and (statistics.argmax == -1).all()
-    assert not statistics.entropy.any() and not statistics.maximum.any() and statistics.received.shape == (2, 3, 0)
-    (grad,) = torch.autograd.grad(statistics.mass.sum() + statistics.entropy.sum() + statistics.maximum.sum(), query)
-    assert torch.equal(grad, torch.zeros_like(query))
-    loss = va.congruence_loss((query, query), (key, key), backend=backend)
-    (grad,) = torch.autograd.grad(loss, query)
-    assert loss == 0.0 and torch.equal(grad, torch.zeros_like(query))
-    images, captions = torch.randn(2, 0, 8, dtype=dtype), torch.randn(3, 4, 8, dtype=dtype, requires_grad=True)
-    similarity = va.stacked_cross_attention(images, captions, backend=backend)
-    (grad,) = torch.autograd.grad(similarity.sum(), captions)
-    assert torch.equal(similarity, torch.zeros(2, 3, dtype=wide)) and torch.equal(grad, torch.zeros_like(captions))
-
-
 # -------------------------------------------------------------------------------------------------------- NaN, overflow
-
-
-@pytest.mark.parametrize("where", ("query", "key", "value"))
-@pytest.mark.parametrize("tile", (1 << 19, 64))
-@on("auto", *BACKENDS)
-def test_nan_reaches_what_the_formula_says(backend: str, tile: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", tile)
-    tensors = {name: torch.randn(2, 2, 24, 8) for name in ("query", "key", "value")}
-    tensors[where][0, 1, 3, 2] = torch.nan
-    for score in ("scaled_dot", "cosine", S.General(torch.eye(8), activation="relu")):
-        got = va.score_attention(**tensors, score=score, is_causal=True, backend=backend)
-        formula = va.reference.score_attention(**tensors, score=score, is_causal=True)
-        assert torch.equal(torch.isnan(got).any(-1), torch.isnan(formula).any(-1)), score
-    rows, grad = torch.rand(2, 3, 24), torch.randn(2, 2, 24, 8)
-    for row_normalize in (False, True):
-        step = [
-            module.relevancy_step(rows, *tensors.values(), grad, row_normalize=row_normalize, **options)
-            for module, options in ((va, {"backend": backend}), (va.reference, {}))
-        ]
-        assert torch.isnan(step[0][0]).any() and torch.equal(torch.isnan(step[0]), torch.isnan(step[1]))
 
 
 @on("auto", *BACKENDS)

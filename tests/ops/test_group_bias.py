@@ -18,9 +18,8 @@ import vlattn_fast as va
 from tests.helpers.compare import assert_all_close_to, outputs_and_grads
 from tests.helpers.ops.backends import F64, HALVES, finest, on
 from tests.helpers.ops.backends import each as on_each
-from tests.helpers.ops.group_cases import DV, GK, GQ, ON_GROUPS, TITLES, B, D, H, M, N, groups, operator_calls, tensors
+from tests.helpers.ops.group_cases import DV, GK, GQ, ON_GROUPS, B, D, H, M, N, groups, tensors
 from vlattn_fast import scores as S
-from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.checking.cases import Sizes, cases_of
 from vlattn_fast.dispatch.call import CallShape
 from vlattn_fast.dispatch.table import refusals
@@ -140,46 +139,6 @@ def run(backend: str, operator: str = "score_attention", **options: Any) -> tupl
     return lambda **x: public(**x, **options, backend=backend), lambda **x: formula(**x, **options)
 
 
-MASKS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "causal": {"is_causal": True},
-    "key": {"key_mask": torch.arange(M).expand(B, M) % 5 != 0},
-    "bool": {"attn_mask": torch.arange(N * M).view(N, M) % 3 != 0},
-    "float": {"attn_mask": torch.linspace(-2, 2, M).masked_fill(torch.arange(M) == 3, -torch.inf)},
-    "softcap": {"softcap": 1.5},
-    "grouped heads": {"enable_gqa": True},
-    "lse": {"return_lse": True},
-}
-
-
-@on(*backends()[1:])
-@pytest.mark.parametrize("options", MASKS)
-def test_against_the_formula(backend: str, options: str) -> None:
-    x = tensors(backend, heads=2 if options == "grouped heads" else H)
-    outputs = 1 + (options == "lse")
-    shapes = [(B, H, N, DV), (B, H, N)][:outputs]
-    both = run(backend, **groups(), **MASKS[options])
-    assert_all_close_to(*both, x, [torch.randn(*shape) for shape in shapes], what=backend)
-
-
-@on(*backends()[1:])
-@pytest.mark.parametrize("queries", [1, 2, 7])
-def test_few_queries_of_heads_that_share_a_key(backend: str, queries: int) -> None:
-    x = tensors(backend, heads=2, n=queries)
-    both = run(backend, **groups(n=queries), enable_gqa=True)
-    assert_all_close_to(*both, x, [torch.randn(B, H, queries, DV)], what=backend)
-
-
-@on(*backends()[1:])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.slow("triton")
-def test_low_precision(backend: str, dtype: torch.dtype) -> None:
-    x = {name: each.to(dtype) for name, each in tensors(backend).items()}
-    got = outputs_and_grads(run(backend, **groups())[0], x)
-    assert all(each.dtype == dtype for each in got.values())
-    assert_all_close_to(*run(backend, **groups()), x, [torch.randn(B, H, N, DV)], what=backend)
-
-
 @on(*backends())
 @pytest.mark.slow("triton")
 def test_sink_and_other_scores(backend: str) -> None:
@@ -283,22 +242,6 @@ def test_empty_sizes(backend: str, empty: str) -> None:
     assert not torch.autograd.grad(out.sum(), x["group_bias"])[0].any()
 
 
-def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    """First and second derivatives, in tiles of some rows."""
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 12)
-    x, of = tensors(n=4, m=5, batch=1), groups(n=4, m=5, batch=1)
-    x["group_bias"] = x["group_bias"].nan_to_num(neginf=1.0)
-    gate = torch.linspace(0.5, 2.0, H, dtype=F64)
-    inputs = tuple(leaves({**x, "head_gate": gate}).values())
-    options: dict[str, Any] = {**of, "return_lse": True, "backend": "streaming"}
-
-    def call(query: Tensor, key: Tensor, value: Tensor, group_bias: Tensor, head_gate: Tensor) -> Any:
-        return va.score_attention(query, key, value, group_bias=group_bias, head_gate=head_gate, **options)
-
-    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
-
-
 @on(*backends())
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_head_gate(backend: str, per_sample: bool) -> None:
@@ -315,37 +258,6 @@ def test_head_gate(backend: str, per_sample: bool) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- the other operators
-
-
-CASES = [
-    pytest.param(backend, title, id=f"{backend}-{title}")
-    for title in TITLES
-    for backend in backends(title.split(",")[0])
-    if backend != "reference"
-]
-
-
-@pytest.mark.parametrize(("backend", "title"), CASES, indirect=["backend"])
-def test_every_operator_against_its_formula(backend: str, title: str) -> None:
-    """Streaming also in tiles of some rows."""
-    x, options = operator_calls(backend)[title]
-    operator = title.split(",")[0]
-
-    def named(call: Callable[..., Any]) -> Callable[..., Any]:
-        def outputs(**given: Tensor) -> Any:
-            result = call(**given)
-            some = [result] if isinstance(result, Tensor) else [each for each in result if each is not None]
-            return tuple(each for each in some if each.is_floating_point())
-
-        return outputs
-
-    public, formula = (named(call) for call in run(backend, operator, **options))
-    cotangents = [torch.randn(each.shape) for each in public(**x)]
-    for tile in (None, 3 * M) if backend == "streaming" else (None,):
-        with pytest.MonkeyPatch.context() as patch:
-            if tile is not None:
-                patch.setattr(_tiles, "TILE_ELEMENTS", tile)
-            assert_all_close_to(public, formula, x, cotangents, what=title)
 
 
 def test_the_cases_of_verify_have_groups() -> None:
@@ -368,33 +280,6 @@ def test_statistics_take_groups_of_keys_alone() -> None:
 # ---------------------------------------------------------------------------------------------------- memory, compilation
 
 
-@pytest.mark.parametrize(("n", "trains"), [(20_000, False), (5_000, True)])
-@pytest.mark.slow
-def test_memory_is_linear(n: int, trains: bool) -> None:
-    """No tensor is larger than a tile, or than the inputs with their biases of rows."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Largest(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            for each in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(each, Tensor):
-                    largest = max(largest, each.untyped_storage().nbytes() // each.element_size())
-            return result
-
-    query, key = torch.randn(1, 1, n, 2), torch.randn(1, 1, n, 2)
-    bias = torch.randn(1, 2, 3, requires_grad=trains)
-    of = {"query_groups": torch.arange(n) % 2, "key_groups": torch.arange(n) % 3}
-    with Largest():
-        out = va.score_attention(query, key, key, group_bias=bias, **of, backend="streaming")
-        if trains:
-            out.sum().backward()
-    assert out.shape == query.shape and 0 < largest <= _tiles.TILE_ELEMENTS * 2
-
-
 @on(*backends())
 @pytest.mark.slow
 def test_compiles(backend: str) -> None:
@@ -410,12 +295,3 @@ def test_compiles(backend: str) -> None:
     want = torch.autograd.grad(call(x, of), tuple(x.values()))
     for each in (of, beyond):
         torch.testing.assert_close(torch.autograd.grad(compiled(x, each), tuple(x.values())), want)
-
-
-@on("streaming")
-def test_under_autocast(backend: str) -> None:
-    x, of = leaves({name: each.float() for name, each in tensors(backend).items()}), groups()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = va.score_attention(**x, **of, head_gate=torch.ones(H), backend=backend)
-    assert out.dtype == torch.bfloat16
-    assert all(each.dtype == torch.float32 for each in torch.autograd.grad(out.sum(), tuple(x.values())))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import assert_close_to, draws
-from tests.helpers.ops.backends import F64, HALVES, each, finest, on
+from tests.helpers.ops.backends import F64, finest, on
 from tests.helpers.ops.relevancy_cases import BACKENDS, RULES, padding, some, tensors
 
 
@@ -90,21 +89,6 @@ def test_matches_the_formula(h: int, kv: int, n: int, m: int, rows: int, masks: 
         check(backend, inputs, lse=lse, rule=rule, row_normalize=row_normalize, enable_gqa=True, **masks)
     if given == "float32":  # an lse of the dtype of sums, as attention gives it for 16-bit and float32 inputs
         check(backend, step_tensors(n, m, h=h, kv=kv, rows=rows, dtype=torch.float32), lse=lse, enable_gqa=True, **masks)
-
-
-@each(
-    "case",
-    streaming=itertools.product(HALVES, RULES),
-    cpu=itertools.product(HALVES[:1], RULES),
-    triton=itertools.product(HALVES[:1], RULES),
-    cuda=itertools.product(HALVES, RULES),
-)
-def test_half_precision(backend: str, case: tuple[torch.dtype, tuple[str, bool]]) -> None:
-    dtype, (rule, row_normalize) = case
-    for rows, like in ((1, torch.float32), (9, dtype)):
-        inputs = step_tensors(33, 50, rows=rows, d=16, dv=8, dtype=dtype)
-        inputs[0] = inputs[0].to(like)
-        check(backend, inputs, rule=rule, row_normalize=row_normalize)
 
 
 @on(*BACKENDS)

@@ -77,22 +77,6 @@ def test_low_precision(backend: str, dtype: torch.dtype) -> None:
     check(backend, inputs | {"sink": torch.tensor([3.0, -4.0], dtype=dtype)}, score="dot", softcap=50.0)
 
 
-@each("scale", streaming=(0.7, -0.7, 0.0), cpu=(0.7, -0.7, 0.0), triton=(-0.7,))
-def test_scales_and_shared_heads(backend: str, scale: float) -> None:
-    """The scale comes before the cap; query heads that share a key have sinks of their own."""
-    inputs, _ = tensors(backend, "dot", h=4, kv=2, **({"b": 1} if backend == "triton" else {}))
-    sink, softcap = options_of("both", 4, inputs["query"].dtype)
-    check(backend, inputs | sink, score="dot", scale=scale, enable_gqa=True, **softcap)
-
-
-@on("streaming", "cpu")
-def test_long_rows(backend: str) -> None:
-    """Keys in several blocks, where the log-sum-exp is that of the forward pass."""
-    inputs, _ = tensors(backend, "scaled_dot", b=1, n=20, m=1100)
-    sink, softcap = options_of("both", dtype=inputs["query"].dtype)
-    check(backend, inputs | sink, **softcap)
-
-
 @on("reference", *BACKENDS)
 def test_a_row_without_a_key_has_the_sink_alone(backend: str) -> None:
     """Its output is zero, its log-sum-exp the sink; a sink of -inf is none."""
@@ -301,17 +285,6 @@ def test_step_and_map(backend: str, rule: str, which: str) -> None:
             torch.testing.assert_close(got, va.reference.relevancy_step(relevancy, *inputs.values(), **options))
 
 
-def test_rows_of_relevancy_beyond_one_program() -> None:
-    """More rows than a Triton program carries go through stored maps, with their softcap."""
-    with torch.no_grad():
-        relevancy, sink = torch.rand(1, 70, 5), torch.tensor([0.5, -1.0])
-        query, key, value, grad = (torch.randn(1, 2, 5, 4) for _ in range(4))
-        for backend in ("streaming", "cpu"):
-            got = va.relevancy_step(relevancy, query, key, value, grad, softcap=1.5, sink=sink, backend=backend)
-            exact = va.reference.relevancy_step(relevancy, query, key, value, grad, softcap=1.5, sink=sink)
-            torch.testing.assert_close(got, exact)
-
-
 # ----------------------------------------------------------------------------------------------------------- statistics
 
 
@@ -329,31 +302,12 @@ def test_statistics(backend: str, which: str, mask: str) -> None:
         map_cases.check_statistics(backend, inputs | sink, **options)
 
 
-@each("only", streaming=map_cases.STATISTICS, cpu=map_cases.STATISTICS, triton=map_cases.STATISTICS)
-def test_each_statistic_alone(backend: str, only: str) -> None:
-    """Asked for alone, it is what it is among all."""
-    inputs = as_dtype(map_cases.statistics_inputs(), finest(backend))
-    sink, softcap = options_of("both", map_cases.H, finest(backend))
-    map_cases.check_statistics(backend, inputs | sink, only=only, **softcap, **map_cases.groups())
-    options = {**sink, **softcap, **map_cases.groups(), "backend": backend}
-    alone = va.attention_statistics(**inputs, statistics=[only], **options)
-    torch.testing.assert_close(getattr(alone, only), getattr(va.attention_statistics(**inputs, **options), only))
-
-
 @each("dtype", streaming=LOW, cpu=LOW, triton=LOW)
 def test_statistics_in_low_precision(backend: str, dtype: torch.dtype) -> None:
     inputs = map_cases.statistics_inputs(17, 40, 16, b=1)
     inputs["query"] = inputs["query"] * 10
     inputs = as_dtype(inputs, dtype) | {"sink": torch.tensor([3.0, -4.0], dtype=dtype)}
     map_cases.check_statistics(backend, inputs, softcap=50.0, **map_cases.groups())
-
-
-@on("streaming", "cpu")
-def test_statistics_of_long_rows(backend: str) -> None:
-    """Keys in several blocks, whose logits are made anew in the backward pass."""
-    inputs = as_dtype(map_cases.statistics_inputs(20, 1100, b=1), finest(backend))
-    sink, softcap = options_of("both", map_cases.H, finest(backend))
-    map_cases.check_statistics(backend, inputs | sink, **softcap, **map_cases.groups(1100))
 
 
 @on("reference", *BACKENDS)
@@ -391,39 +345,6 @@ def test_what_backends_refuse(backend: str) -> None:
     for name, option in (("no softcap", {"softcap": 2.0}), ("no attention sinks", {"sink": sink})):
         assert_refused(backend, name, lambda o=option: va.relevancy_attention(x, x, x, carrier, backend=backend, **o))
         assert_refused(backend, name, lambda o=option: va.relevancy_step(carrier, x, x, rule="attention", backend=backend, **o))
-
-
-OPERATORS = ("score_attention", "relevancy_attention", "relevancy_step", "attention_map", "attention_statistics")
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize(
-    ("option", "error", "words"),
-    (
-        ({"softcap": 0}, ValueError, "softcap must be above 0"),
-        ({"softcap": -2.0}, ValueError, "softcap must be above 0"),
-        ({"softcap": math.nan}, ValueError, "softcap must be a finite number"),
-        ({"softcap": math.inf}, ValueError, "softcap must be a finite number"),
-        ({"softcap": True}, TypeError, "softcap must be a real number"),
-        ({"softcap": torch.ones(())}, TypeError, "softcap must be a real number"),
-        ({"sink": 0.5}, TypeError, "sink must be a torch.Tensor"),
-        ({"sink": torch.zeros(3)}, ValueError, "sink must have one logit for each of query's 2 heads"),
-        ({"sink": torch.zeros(1, 2)}, ValueError, "sink must have 1 dimensions"),
-        ({"sink": torch.zeros(2, dtype=torch.int64)}, TypeError, "sink must be floating point"),
-        ({"sink": torch.zeros(2, device="meta")}, ValueError, "sink must be on the device of query"),
-    ),
-)
-def test_wrong_options(operator: str, option: dict[str, Any], error: type[Exception], words: str) -> None:
-    x, rows = torch.randn(1, 2, 3, 4), torch.zeros(1, 1, 3)
-    calls: dict[str, Callable[..., Any]] = {
-        "score_attention": lambda **o: va.score_attention(x, x, x, **o),
-        "relevancy_attention": lambda **o: va.relevancy_attention(x, x, x, rows, **o),
-        "relevancy_step": lambda **o: va.relevancy_step(rows, x, x, rule="attention", **o),
-        "attention_map": lambda **o: va.attention_map(x, x, **o),
-        "attention_statistics": lambda **o: va.attention_statistics(x, x, **o),
-    }
-    with pytest.raises(error, match=words):
-        calls[operator](**option)
 
 
 @pytest.mark.parametrize("score", ("cosine", S.General(torch.eye(4)), S.Additive(torch.ones(4))))

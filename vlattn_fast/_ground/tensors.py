@@ -19,11 +19,11 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 EMULATED_MULTIPROCESSORS = 132  # those of an H100 or H200
 
 
-def resolve_scale(scale: Any, default: float) -> float:
-    """Returns `scale` as a float (0.0 included), or the default if it is None."""
+def resolve_scale(scale: Any, default: float, name: str = "scale") -> float:
+    """Returns `scale` as a float (0.0 included), or the default if it is None. Errors call it by the argument's name."""
     if scale is None:
         return default
-    check_number("scale", scale)
+    check_number(name, scale)
     return float(scale)
 
 

@@ -126,7 +126,7 @@ def attention_divergence(
             return reference.attention_divergence(query, key, other_query, other_key, **own, **masks)
     key, other_key = mask_padding(key_mask, key, other_key)
     tensors = query, key, other_query, other_key, attn_mask, key_mask
-    scales = plan.scale, resolve_scale(other_scale, scaled_dot_default(other_query.shape[3]))
+    scales = plan.scale, resolve_scale(other_scale, scaled_dot_default(other_query.shape[3]), "other_scale")
     inputs = AttentionDivergenceInputs(*tensors, kind, float(beta), head_mean, is_causal, *scales, plan.backend)
     divergence: Tensor = _forward_op(inputs)
     return divergence

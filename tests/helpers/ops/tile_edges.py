@@ -26,9 +26,6 @@ CPU_COPIED = (100, 800)  # tiles, and blocks, of keys that are copied: halves, p
 # those of maps hold whole rows of up to 64, 128 and 256 keys. 577 tokens are CLIP ViT-L/14@336's.
 TRITON: Pairs = [(1, 1), (31, 33), (32, 32), (33, 64), (65, 31)]
 TRITON_16_BIT: Pairs = [(64, 64), (63, 65), (65, 128), (129, 130), (65, 256), (33, 257), (20, 577)]
-TRITON_SUMS = [(1, 1, False), (31, 33, True), (32, 32, False), (33, 64, False), (65, 31, True), (2, 129, False)]  # causal or not
-TRITON_SQUARES = (1, 15, 17, 31, 65)
-TRITON_SQUARES_16_BIT = (1, 63, 65, 130)
 
 # csrc/cuda/: score_attention has tiles of 16 and of 32 queries and keys. In relevancy_attention a warp has 16 rows and a block 8
 # warps: beyond 128 rows a warp takes two slabs.

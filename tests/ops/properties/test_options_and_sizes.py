@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.helpers.compare import outputs_and_grads
 from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import DTYPES
+from tests.helpers.ops.choices import CHOICES, chosen
 from tests.helpers.ops.properties import BACKENDS, SMALL, Turn, calls, check, every, every_choice, floating
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.checking.cases import Example
@@ -106,3 +107,28 @@ def test_equal_bits(backend: str, operator: str) -> None:
 
         first, second = (outputs_and_grads(run, tensors) if call.differentiable else {"": run(**tensors)[0]} for _ in range(2))
         assert all(torch.equal(x, second[name]) for name, x in first.items()), call.title
+
+
+SHARING = ("key", "value", "other_key")
+
+
+@every("cpu", "triton")
+@pytest.mark.slow("triton")
+@pytest.mark.parametrize("part", range(6))
+def test_all_of_these_at_once(backend: str, operator: str, part: int, threads: None) -> None:
+    """Sizes at edges, features, dtypes, masks, layouts, heads that share keys, rows and threads, each with others."""
+    for n, choice in enumerate(CHOICES[backend][part::6]):
+        some = chosen(operator, backend, choice)
+        call = some[(n + part) % len(some)]
+        tensors, options = dict(call.tensors), dict(call.options)
+        if operator not in WITHOUT_SHARED_HEADS and "enable_gqa" not in options and backend != "triton":
+            tensors = {name: x[:, : choice.heads] if name in SHARING else x for name, x in tensors.items()}
+            options["enable_gqa"] = True
+        if options.get("rule") == "gradient" or operator == "relevancy_step" and "grad_output" in tensors:
+            # in odd numbers of columns they never add up to 0, at which gradients jump
+            odd = tensors["value"].shape[-1] - 1 + tensors["value"].shape[-1] % 2
+            tensors |= {name: tensors[name].sign()[..., :odd] for name in ("value", "grad_output")}
+        call = replace(call, name=f"{call.name} {choice}", tensors=tensors, options=options)
+        torch.set_num_threads(choice.threads)
+        place = lambda _, x, layout=choice.layout: lay_out(x, layout if x.dim() > 1 else "contiguous")  # noqa: E731
+        check(call, backend, choice.dtype, place, scale=1.0)

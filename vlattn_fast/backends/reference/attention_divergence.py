@@ -39,9 +39,10 @@ def attention_divergence(
     check_choice("kind", kind, KINDS)
     dtype = compute_dtype(query)
     maps = []
-    for q, k, factor in ((query, key, scale), (other_query, other_key, other_scale)):
+    sides = (query, key, scale, "scale"), (other_query, other_key, other_scale, "other_scale")
+    for q, k, factor, name in sides:
         (k,) = mask_padding(key_mask, k)
-        factor = resolve_scale(factor, scaled_dot_default(q.shape[-1]))
+        factor = resolve_scale(factor, scaled_dot_default(q.shape[-1]), name)
         scores = factor * product(q.to(dtype), expand_heads(k, q.shape[1]).to(dtype).mT)
         maps.append(log_attention(logits(scores, attn_mask, key_mask, is_causal, None), head_mean))
     (a, visible), (b, _) = maps
