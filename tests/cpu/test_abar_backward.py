@@ -1,5 +1,4 @@
-"""Gradients of relevancy_step and attention_map by the CPU kernel: sizes around tiles of queries and blocks of keys, carried
-rows, threads, and key heads that are taken some at a time. The rest stands in tests/ops/test_abar_gradients.py."""
+"""Gradients of relevancy_step by the CPU kernel: key heads that are taken some at a time."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""attention_divergence and indexer_divergence by the CPU kernels: keys that are copied, heads that threads
-share, and extreme differences. The rest stands in tests/ops/."""
+"""attention_divergence and indexer_divergence by the CPU kernels: chosen keys, and extreme differences."""
 
 from __future__ import annotations
 

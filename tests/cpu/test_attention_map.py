@@ -1,5 +1,4 @@
-"""attention_map by the CPU kernels: keys that are copied, masks, threads. The rest stands in
-tests/ops/test_attention_map.py."""
+"""attention_map by the CPU kernels: NaN among heads that threads share."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""attention_statistics by the CPU kernels: keys that are copied, few queries, heads that threads share. The rest
-stands in tests/ops/test_attention_statistics.py."""
+"""attention_statistics by the CPU kernels: few queries, keys that are alike, groups in any order."""
 
 from __future__ import annotations
 

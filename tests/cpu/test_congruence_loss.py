@@ -1,7 +1,4 @@
-"""congruence_loss by the CPU kernels: samples beyond a chunk, threads, and what it refuses.
-
-The rest stands in tests/ops/test_congruence_loss.py.
-"""
+"""congruence_loss by the CPU kernels: gradients that the forward pass makes, and what they take."""
 
 from __future__ import annotations
 

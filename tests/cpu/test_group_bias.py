@@ -1,5 +1,5 @@
-"""Biases of pairs of token groups in the CPU kernels of every operator: sizes around tiles of queries and blocks of keys, numbers
-of groups, other masks, blocks of keys that a tile does not see, threads."""
+"""Biases of pairs of token groups in the CPU kernels: sizes around tiles of queries and blocks of keys, numbers of groups, other
+masks, blocks of keys that a tile does not see, threads."""
 
 from __future__ import annotations
 

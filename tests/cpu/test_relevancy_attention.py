@@ -1,5 +1,4 @@
-"""relevancy_attention and relevancy_step by the CPU kernels: masks across tiles, carried rows,
-threads. The rest stands in tests/ops/test_relevancy_*.py."""
+"""relevancy_attention and relevancy_step by the CPU kernels: many carried rows, the log-sum-exp of more keys, few queries."""
 
 from __future__ import annotations
 

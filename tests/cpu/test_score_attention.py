@@ -1,5 +1,4 @@
-"""score_attention by the CPU kernels: masks across tiles and blocks, keys that are copied, threads. The rest stands in
-tests/ops/test_score_attention*.py."""
+"""score_attention by the CPU kernels: single masked pairs, samples of one head, no features, many keys that are alike."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""stacked_cross_attention by the CPU kernels: sizes around blocks of rows, lanes and spans, chunks, and threads.
-
-The rest stands in tests/ops/test_stacked_cross_attention.py.
-"""
+"""stacked_cross_attention by the CPU kernels: sizes around blocks of rows, lanes and spans, and chunks."""
 
 from __future__ import annotations
 

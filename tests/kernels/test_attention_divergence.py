@@ -1,7 +1,4 @@
-"""attention_divergence in Triton: sizes around its tiles, strips of rows of a mean, small gradients, and what it refuses.
-
-The rest stands in tests/ops/test_attention_divergence.py.
-"""
+"""attention_divergence in Triton: strips of rows of a mean, small gradients, and what it refuses."""
 
 from __future__ import annotations
 

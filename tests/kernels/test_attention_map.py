@@ -1,4 +1,4 @@
-"""attention_map in Triton: sizes around its tiles, and what it refuses. The rest stands in tests/ops/test_attention_map.py."""
+"""attention_map in Triton: what it refuses."""
 
 from __future__ import annotations
 

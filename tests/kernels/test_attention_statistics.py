@@ -1,7 +1,4 @@
-"""attention_statistics in Triton: sizes around its tiles, groups around its blocks, and what it refuses.
-
-The rest stands in tests/ops/test_attention_statistics.py.
-"""
+"""attention_statistics in Triton: tiles in 16 bits, groups around its blocks, and what it refuses."""
 
 from __future__ import annotations
 

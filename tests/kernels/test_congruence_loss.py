@@ -1,7 +1,4 @@
-"""congruence_loss in Triton: sizes around its tiles, rows longer than one, and what it refuses.
-
-The rest stands in tests/ops/test_congruence_loss.py.
-"""
+"""congruence_loss in Triton: rows longer than a tile, padding, chunks, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""indexer_divergence in Triton: sizes around its tiles, strips of rows, small gradients, and what it refuses.
-
-The rest stands in tests/ops/test_indexer_divergence.py.
-"""
+"""indexer_divergence in Triton: strips of rows, small gradients, and what it refuses."""
 
 from __future__ import annotations
 

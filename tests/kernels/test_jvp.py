@@ -1,6 +1,5 @@
-"""The Triton kernel of score_attention's tangents against torch.func.jvp of the formula.
-
-Tiles are 32 x 32 in float32, and 16 x 32 under a mask; in 16 bit 64 x 32 and 64 x 16."""
+"""The Triton kernel of score_attention's tangents against torch.func.jvp of the formula: functions of products, groups, digits,
+and what is read."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Gradients of relevancy_step and attention_map in Triton: sizes around tiles, numbers of carried rows and of heads. The rest
-stands in tests/ops/test_abar_gradients.py."""
+"""Gradients of relevancy_step and attention_map in Triton: numbers of carried rows and of heads, small gradients."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Gradients of relevancy_step and attention_map in the dtypes of the kernels, by the tolerance rule. In float64 they stand in
-test_relevancy_gradients.py."""
+"""Gradients of relevancy_step and attention_map in the dtypes of the kernels, by the tolerance rule."""
 
 from __future__ import annotations
 

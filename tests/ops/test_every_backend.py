@@ -1,4 +1,4 @@
-"""Every backend gives the formula with all masks and grouped heads at once, and a key that a float mask hides may be infinite."""
+"""A key that a float mask hides may be infinite, in every operator and backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values at the ends of a dtype's range, sizes of zero, and NaN: as the formula has them, in every backend."""
+"""Values at the ends of a dtype's range: as the formula has them, in every backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No per-head N x M map, forward or backward: what score_attention and the relevancy operators allocate."""
+"""No per-head N x M map: second derivatives, relevancy at high resolution, and the recorder itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forward mode and second derivatives of recurrent_step, against torch.func of the formula in float64."""
+"""Second derivatives of recurrent_step where a derivative jumps, and their memory."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """score_attention on every backend against its formula: scores, heads, sizes, values, refusals.
 
-Masks: test_score_attention_masks.py. Dropout, autograd, registration: test_score_attention_autograd.py. tests/kernels/ and
+Masks: test_score_attention_masks.py. Dropout, autograd: test_score_attention_autograd.py. tests/kernels/ and
 tests/cuda/ have the tile edges of their kernels.
 """
 

@@ -74,7 +74,7 @@ def test_tiles_of_streaming(backend: str, operator: str, turn: Turn, monkeypatch
 
 
 @every_choice({"cpu": tile_edges.CPU, "triton": tile_edges.TRITON, "cuda": tile_edges.CUDA})
-@pytest.mark.slow("triton", "cuda")  # tests/kernels/ and tests/cuda/ have quick ones
+@pytest.mark.slow("triton", "cuda")  # calls of the other tests have more keys than a tile, too
 def test_edges_of_tiles(backend: str, operator: str, turn: Turn) -> None:
     pairs = [pair for pair in turn.choices if len(turn.choices) == 1 or max(pair) < 200]  # blocks of keys each by itself
     for n, m in pairs:
