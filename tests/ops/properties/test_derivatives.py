@@ -41,7 +41,7 @@ def of(call: Example, backend: str) -> Any:
     return tangents
 
 
-QUICK = ("relevancy_step", "attention_map", "maxsim", "relevancy_residual")
+QUICK = ("maxsim", "relevancy_residual")
 
 
 @every(*CHOICES, without=WITHOUT)
