@@ -17,7 +17,7 @@ from vlattn_fast.backends import native
 
 
 def test_tests_that_compare_are_marked() -> None:
-    assert compares(test_score_attention.test_low_precision)
+    assert compares(test_score_attention.test_every_score)
     assert compares(test_power.test_a_planted_flaw_is_caught)  # through a helper of its own file
     assert any(compares(test) for name, test in vars(test_congruence_loss).items() if name.startswith("test_"))
     assert not compares(test_tests_that_compare_are_marked)

@@ -65,6 +65,7 @@ BACKENDS = table(
 )
 DEFAULT = AttentionStatistics._fields
 BY_PLACE = "diagonal", "distance"
+_LARGEST = "maximum", "argmax"
 OUTPUTS = (*DEFAULT, "max_logit", "row_max", "mean_x")  # of the operator; the last two are numbers for a backend's backward pass
 
 
@@ -200,8 +201,10 @@ def make_statistics_plan(
     backend = choice.select(BACKENDS, _describe(x, None, num_groups, row_weight), x.backend)
     asked = statistics.split()
     needed, leaves = [*asked], (x.query, x.key, row_weight, x.group_bias, x.sink if "received" in asked else None)
-    if {"lse", "diagonal"} & {*asked}:
+    if "lse" in asked:
         needed += ["max_logit", "maximum"]
+    if "diagonal" in asked:
+        needed += ["maximum", "argmax"]
     if is_differentiated(*leaves) and {*needed} & {*OUTPUTS}:
         needed += BACKENDS[backend].saves
         if "maximum" in asked:
@@ -222,7 +225,7 @@ def statistics_of(
     outputs = dict(zip(OUTPUTS, _forward_op(features.inputs) if plan.outputs else (None,) * len(OUTPUTS), strict=True))
     (x,) = cast(x)
     if "diagonal" in plan.asked:
-        outputs["diagonal"] = _diagonal(x, plan.dot, outputs["max_logit"], outputs["maximum"])
+        outputs["diagonal"] = _diagonal(x, plan.dot, outputs["maximum"], outputs["argmax"])
     if "distance" in plan.asked:
         outputs["distance"] = _distance(x, plan.dot)
     return _finish(outputs, features, plan.asked)
@@ -248,17 +251,21 @@ def _features(x: AttentionArguments, num_groups: int, weight: Tensor | None, pla
     return Features(AttentionStatisticsInputs(attention, row_weight, num_groups, statistics, plan.dot.backend), logit, share)
 
 
-def _diagonal(x: AttentionArguments, plan: DotPlan, max_logit: Tensor, maximum: Tensor) -> Tensor:
-    """Returns A_ii (B, H, N) without the sink's share: the largest weight times what the logits differ by. A log-sum-exp has
-    fewer digits, and is taken for derivatives alone."""
-    own, queries = _own_logits(x, plan), x.query.shape[2]
-    max_logit, maximum = (y.detach()[:, :, : own.shape[2]] for y in (max_logit, maximum))
+def _diagonal(x: AttentionArguments, plan: DotPlan, maximum: Tensor, argmax: Tensor) -> Tensor:
+    """Returns A_ii (B, H, N) without the sink's share: the largest weight times e to the difference of the two logits, which both
+    have what is common to a row. A log-sum-exp, which is rounded with it, is taken for derivatives alone."""
+    queries, tokens = x.query.shape[2], min(x.query.shape[2], x.key.shape[2])
+    if tokens == 0:
+        return torch.zeros_like(maximum)
+    own = _logits_at(x, plan, torch.arange(tokens, device=x.query.device).expand(*x.query.shape[:2], -1))
+    top = _logits_at(x, plan, argmax[:, :, :tokens].clamp(0, x.key.shape[2] - 1)).detach()
     visible = ~torch.isneginf(own)
-    weight = torch.where(visible, maximum * (own.detach() - torch.where(visible, max_logit, 0.0)).clamp(max=0.0).exp(), 0.0)
+    less = (own.detach() - torch.where(visible, top, 0.0)).clamp(max=0.0).exp()
+    weight = torch.where(visible, maximum.detach()[:, :, :tokens] * less.to(maximum.dtype), 0.0)
     if is_differentiated(x.query, x.key, x.group_bias):
-        log = torch.where(visible, own - attention_lse(x, plan)[:, :, : own.shape[2]], 0.0)
-        weight = weight * (log - log.detach()).exp()
-    return F.pad(weight, (0, queries - weight.shape[2]))
+        log = torch.where(visible, own - attention_lse(x, plan)[:, :, :tokens], 0.0)
+        weight = weight * (log - log.detach()).exp().to(weight.dtype)
+    return F.pad(weight, (0, queries - tokens))
 
 
 def _distance(x: AttentionArguments, plan: DotPlan) -> Tensor:
@@ -271,33 +278,47 @@ def _distance(x: AttentionArguments, plan: DotPlan) -> Tensor:
         distance = torch.where(visible, signed, 0.0)
         if not x.is_causal:  # |i - j| = 2 max(i - j, 0) - (i - j): the keys up to the query count twice
             before, lse_before = _mean_distance(x._replace(is_causal=True), plan)
-            distance = 2.0 * (lse_before - torch.where(visible, lse, 0.0)).exp() * before - distance
+            distance = 2.0 * _share_before(x, plan, lse_before, lse) * before - distance
     return distance
 
 
-def _own_logits(x: AttentionArguments, plan: DotPlan) -> Tensor:
-    """Returns the logit of each query and the key of its place, (B, H, min(N, M))."""
+def _share_before(x: AttentionArguments, plan: DotPlan, lse_before: Tensor, lse: Tensor) -> Tensor:
+    """Returns what the keys up to a query get of its attention, (B, H, N). As in `_diagonal`, the two log-sum-exps are taken for
+    derivatives alone: the value is made of the largest weights of both calls, and of the logits that these have."""
+    largest, logits = [], []
+    for each in (x._replace(is_causal=True), x):
+        own = AttentionArguments(each.query.detach(), each.key.detach(), *each[2:])
+        found = attention_statistics(**own._asdict() | {"scale": plan.scale, "backend": plan.backend}, statistics=_LARGEST)
+        largest.append(found.maximum.detach())
+        logits.append(_logits_at(each, plan, found.argmax.clamp(0, x.key.shape[2] - 1)).detach())
+    visible = largest[0] > 0
+    share = largest[1] / torch.where(visible, largest[0], 1.0) * torch.where(visible, logits[0] - logits[1], -torch.inf).exp()
+    if is_differentiated(x.query, x.key, x.group_bias):
+        log = torch.where(visible, lse_before - torch.where(visible, lse, 0.0), 0.0)
+        share = share * (log - log.detach()).exp()
+    return share.to(largest[0].dtype)
+
+
+def _logits_at(x: AttentionArguments, plan: DotPlan, places: Tensor) -> Tensor:
+    """Returns the logits (B, H, n) of the first n queries, each with the key of its place in int64 (B, H, n)."""
     (key,) = mask_padding(x.key_mask, x.key)
-    tokens, dtype = min(x.query.shape[2], key.shape[2]), compute_dtype(x.query)
-    query, key = (y[:, :, :tokens].to(dtype) for y in (x.query, expand_heads(key, x.query.shape[1])))
-    score = plan.scale * (query * key).sum(-1)
+    count, dtype, (batch, heads) = places.shape[2], compute_dtype(x.query), places.shape[:2]
+    key = torch.take_along_dim(expand_heads(key, heads), places[..., None], 2)
+    score = plan.scale * (x.query[:, :, :count].to(dtype) * key.to(dtype)).sum(-1, keepdim=True)
     if x.softcap is not None:
         score = x.softcap * torch.tanh(score / x.softcap)
-
-    def alone(y: Tensor) -> Tensor:  # each token as a sample with one key
-        return y.transpose(1, 2).flatten(0, 1)[..., None, None]
-
-    mask, key_mask, bias = x.attn_mask, x.key_mask, None
+    mask, bias = x.attn_mask, None
     if mask is not None:
-        mask = alone(mask.expand(*x.query.shape[:3], x.key.shape[2]).diagonal(dim1=2, dim2=3))
-    if key_mask is not None:
-        key_mask = key_mask[:, :tokens].reshape(-1, 1)
+        mask = mask.expand(batch, heads, x.query.shape[2], x.key.shape[2])[:, :, :count].gather(3, places[..., None])
     rows, groups = group_bias_inputs(x.query, x.query_groups, x.key_groups, x.group_bias)
     if rows is not None and groups is not None:
-        own = groups[:, None, :tokens, None]
-        bias = rows[:, :, :tokens].take_along_dim(own.clamp(0, rows.shape[3] - 1), 3)
-        bias = alone(torch.where((own >= 0) & (own < rows.shape[3]), bias, 0.0)[..., 0])
-    return masked_logits(alone(score), mask, key_mask, None, bias)[..., 0, 0].unflatten(0, (-1, tokens)).transpose(1, 2)
+        of_key = groups[:, None].expand(-1, heads, -1).gather(2, places)[..., None]
+        bias = torch.take_along_dim(rows[:, :, :count], of_key.clamp(0, rows.shape[3] - 1), 3)
+        bias = torch.where((of_key >= 0) & (of_key < rows.shape[3]), bias, 0.0)
+    logits = masked_logits(score, mask, None, None, bias)[..., 0]
+    if x.key_mask is None:
+        return logits
+    return torch.where(x.key_mask[:, None].expand(-1, heads, -1).gather(2, places), logits, -torch.inf)
 
 
 def _mean_distance(x: AttentionArguments, plan: DotPlan) -> tuple[Tensor, Tensor]:
