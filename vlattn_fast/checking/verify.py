@@ -155,11 +155,7 @@ def outputs_and_gradients(
     """
     leaves = {name: x.detach().requires_grad_(differentiable) for name, x in tensors.items()}
     out = call(leaves)
-    outputs = {
-        f"output {i}": x
-        for i, x in enumerate(out if isinstance(out, tuple) else (out,))
-        if x is not None and x.is_floating_point()
-    }
+    outputs = {f"output {i}": x for i, x in enumerate(out if isinstance(out, tuple) else (out,)) if x.is_floating_point()}
     results = {name: x.detach() for name, x in outputs.items()}
     if used := [x for x in outputs.values() if x.requires_grad]:
         grads = torch.autograd.grad(used, list(leaves.values()), cotangents(used), materialize_grads=True)

@@ -79,8 +79,9 @@ class Example:
         return {name: placed(x) for name, x in self.options.items()}
 
     def run(self, tensors: Tensors, **options: Any) -> Any:
-        """The result of the call with these tensors; `options` come before the example's own."""
-        return self.call(**{**self.arguments(tensors), **options})
+        """The result of the call with these tensors, without what is not asked for; `options` come before the example's own."""
+        out = self.call(**{**self.arguments(tensors), **options})
+        return tuple([x for x in out if x is not None]) if isinstance(out, tuple) else out
 
 
 def normal(generator: torch.Generator) -> Callable[..., Tensor]:
