@@ -53,6 +53,7 @@ for name in ("score_attention backward_kv dot D128", "relevancy_attention step D
 """
 
 
+@pytest.mark.slow
 def test_what_is_timed_and_what_is_checked_is_compiled_ahead() -> None:
     done = programs.run(COMPILED)
     assert done.returncode == 0, done.stderr

@@ -227,6 +227,7 @@ def test_cosine_at_its_clamp(backend: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
 
 
+@pytest.mark.slow  # properties/test_memory.py asks every operator
 @pytest.mark.parametrize("title", ("score_attention, softcap and sink", "relevancy_step", "attention_statistics"))
 def test_no_map_is_in_memory(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is larger than a tile or an input."""

@@ -156,6 +156,7 @@ def logged(model: Any, batch: dict[str, Any]) -> dict[str, float]:
     return log.take()
 
 
+@pytest.mark.slow  # terms have two ranks, too
 def test_two_ranks(tmp_path: Path) -> None:
     """Each process logs its own samples. All run the sharded model for a picture, and one stores it."""
     first, second = results_of("tests.train.test_logs", "logs_of_ranks", tmp_path)

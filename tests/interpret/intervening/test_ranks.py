@@ -13,6 +13,7 @@ from tests.helpers.interpret import edited_ranks
 from tests.helpers.two_ranks import results_of
 
 
+@pytest.mark.slow  # explaining/test_parallel.py divides explanations, which edits go through
 def test_each_way_of_dividing(tmp_path: Path) -> None:
     ranks = results_of(edited_ranks.__name__, "each_way", tmp_path)
     for way, names in edited_ranks.WAYS.items():
