@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -81,7 +82,10 @@ class Example:
     def run(self, tensors: Tensors, **options: Any) -> Any:
         """The result of the call with these tensors, without what is not asked for; `options` come before the example's own."""
         out = self.call(**{**self.arguments(tensors), **options})
-        return tuple([x for x in out if x is not None]) if isinstance(out, tuple) else out
+        if not isinstance(out, tuple) or not hasattr(out, "_asdict"):
+            return out
+        given = {name: x for name, x in out._asdict().items() if x is not None}
+        return namedtuple(type(out).__name__, given)(**given)
 
 
 def normal(generator: torch.Generator) -> Callable[..., Tensor]:
