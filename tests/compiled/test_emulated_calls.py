@@ -111,7 +111,8 @@ def test_each_kernel_is_right_and_nothing_is_reported(operator: str) -> None:
 @pytest.mark.parametrize("architecture", CALLED)
 def test_calls_are_right_and_nothing_is_reported(operator: str, architecture: int) -> None:
     kernels = {*KERNELS[operator].split()} - {*WITHOUT[architecture].get(operator, "").split()}
-    assert assert_right(operator, architecture, ()) == kernels
+    of_lse = {*KERNELS["score_attention"].split()}  # which other operators take a log-sum-exp of
+    assert kernels <= assert_right(operator, architecture, ()) <= kernels | of_lse
 
 
 @pytest.mark.parametrize("architecture", [90, pytest.param(100, marks=[needs_fences, pytest.mark.slow])])
