@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import io
 import os
 import subprocess
@@ -24,6 +25,9 @@ from vlattn_fast.nn import ScoreAttention, replace_attention
 from vlattn_fast.nn.score_attention import LearnedScore
 
 COUNTS = {"LXMERT": 2 + 1 + 2 * 3, "CLIP, sdpa": 5, "CLIP, eager": 5}
+
+
+replacing: Any = importlib.import_module("vlattn_fast.nn.replace_attention")  # the name is also the function's
 
 
 def run(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -114,6 +118,23 @@ def test_layers() -> None:
         replace_attention(nn.Linear(2, 2), score="cosine")
     with pytest.raises(ValueError, match="score must be one of"):
         replace_attention(other, score="cosinus")
+
+
+def test_a_failure_half_way_leaves_nothing_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = MODELS["BERT"]()
+    plain, replace, count = run(model, inputs), replacing._replace, []
+
+    def fails(*args: Any) -> None:
+        if count:
+            raise MemoryError
+        count.append(replace(*args))
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(replacing, "_replace", fails)
+        replace_attention(model, score="dot")
+    assert count and torch.equal(run(model, inputs), plain)
+    with replace_attention(model, score="dot") as handle:  # none of its modules is replaced already
+        assert len(handle.scores) == 2
 
 
 def test_a_module_with_heads_that_is_no_attention_is_left_alone() -> None:
