@@ -13,12 +13,12 @@ from vlattn_fast._ground.checks import check_bool
 from vlattn_fast.attach.session import at_rest, never_compiled
 from vlattn_fast.interpret.adapters.tokens import Tokens
 from vlattn_fast.interpret.evaluating.grounding_table import BY_HEAD, SHARES, TokenGrounding
-from vlattn_fast.interpret.explaining.answer import Answer
+from vlattn_fast.interpret.explaining.answer import Answer, explained_number
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.explaining.inputs import packing
 from vlattn_fast.interpret.explaining.request import Prompt, Request, lay_out
 from vlattn_fast.interpret.relevancy.last_attention import attention_rows
-from vlattn_fast.interpret.relevancy.method import Method
+from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, Method
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
@@ -115,7 +115,7 @@ def _of_predictions(prompt: Prompt, outputs: Any) -> dict[str, Tensor]:
     rows, ids = answer.predicting(scoring.logits(outputs), prompt.arguments.get("logits_to_keep"))
     logs = rows.double().log_softmax(-1)
     entropy = -torch.where(logs.isneginf(), 0.0, logs.exp() * logs).sum(-1)
-    return {"log_probability": logs.gather(-1, ids[..., None])[..., 0], "entropy": entropy}
+    return {"log_probability": explained_number(LOG_PROBABILITY, rows.double(), ids), "entropy": entropy}
 
 
 def _blanked(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
