@@ -123,7 +123,7 @@ def paged_attention_statistics(
             return reference.paged_attention_statistics(**requests._asdict(), statistics=statistics, **options)
     asked = DEFAULT if statistics is None else statistics
     groups, window = groups if "mass" in asked else 0, 0 if window is None else window
-    needed = asked
+    needed: Sequence[str] = asked
     if "diagonal" in asked:
         needed = [name for name in OUTPUTS if name in (*asked, "maximum", "max_logit")]
     inputs = PagedAttentionStatisticsInputs(*requests, groups, " ".join(needed), window, *plan.core, plan.backend)
