@@ -32,11 +32,6 @@ if "VLATTN_PTX" in os.environ:
         return package.emulated(arch, options)
 
 
-try:
-    import hypothesis
-except ModuleNotFoundError:  # `make gpu`, whose tests do not use it, asks for no more than pytest
-    hypothesis = None
-
 if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu" and not {"VLATTN_PTX", "VLATTN_TEST_SANITIZED"} & {*os.environ}:
     # triton.jit asks when it decorates: Triton's own functions at its import, which other packages do, too, and the kernels at
     # theirs, whichever test module is collected first. The variable must not reach what tests start. Under a sanitizer the CPU's
@@ -57,17 +52,6 @@ if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu" and not {"VLATTN_PTX", "
 
 with torch.device("cpu"):  # torch keeps which functions obey a default device at the first use: its own, not those of `_poison`
     torch.empty(0)
-
-if hypothesis is not None:
-    hypothesis.settings.register_profile(
-        "vlattn",
-        derandomize=True,  # a red test is red for everyone
-        deadline=None,
-        database=None,
-        max_examples=40,
-        suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
-    )
-    hypothesis.settings.load_profile("vlattn")
 
 
 @pytest.hookimpl(tryfirst=True)  # before the plugin reads its options

@@ -184,21 +184,6 @@ def test_a_hidden_group_has_no_gradient_in_a_row_of_nan() -> None:
     assert not grad[:, :, 0].any() and grad[:, :, 1].isnan().all()
 
 
-@pytest.mark.parametrize("n", (5, 40))
-def test_dropout(n: int) -> None:
-    """A call of groups drops the weights that the same call with a mask drops."""
-    inputs, groups = attention(n, 900, 4, hidden=0.2), grouped(1, n, 900, 4)
-    rows = torch.nn.functional.pad(inputs["group_bias"], (0, 1, 0, 1))[:, groups["query_groups"][0]]
-    mask = rows[:, :, groups["key_groups"][0]]
-    runs = []
-    for masks in (groups, {"attn_mask": mask}):
-        torch.manual_seed(3)
-        some = {name: x for name, x in inputs.items() if name != "group_bias" or masks is groups}
-        runs.append(outputs_and_grads(_named(va.score_attention, {"dropout_p": 0.3, "backend": "cpu", **masks}), some))
-    for name, x in runs[1].items():
-        torch.testing.assert_close(runs[0][name], x, msg=name)
-
-
 @pytest.mark.usefixtures("threads")
 def test_the_gradient_has_the_same_bits_on_every_number_of_threads() -> None:
     """Each row is summed by itself. A group for each query leaves nothing to sum behind it."""
@@ -210,9 +195,6 @@ def test_the_gradient_has_the_same_bits_on_every_number_of_threads() -> None:
             torch.set_num_threads(threads)
             found.append(outputs_and_grads(_named(va.score_attention, {"backend": "cpu", **groups}), inputs)["grad group_bias"])
         assert all(torch.equal(x, found[0]) for x in found)
-
-
-# ---- second derivatives
 
 
 # ---- the other operators

@@ -12,9 +12,8 @@ COMPARATORS = ("assert_close_to", "assert_all_close_to")
 def compares(function: Callable[..., Any], seen: set[int] | None = None) -> bool:
     """Whether the test calls a comparator of compare.py, by itself or through helpers of the tests."""
     seen = set() if seen is None else seen
-    function = getattr(function, "__wrapped__", function)  # hypothesis's and others' wrappers
-    inner = getattr(getattr(function, "hypothesis", None), "inner_test", None)
-    if not isinstance(function := inner or function, types.FunctionType) or id(function) in seen:
+    function = getattr(function, "__wrapped__", function)
+    if not isinstance(function, types.FunctionType) or id(function) in seen:
         return False
     seen.add(id(function))
     for name in _names(function.__code__):

@@ -262,17 +262,6 @@ def test_a_row_that_sees_no_group() -> None:
     assert (grad[0, 1] == 0).all() and (grad[0, 0] != 0).all()
 
 
-def test_bits_repeat() -> None:
-    inputs = tensors(40, 75)
-    results = []
-    for _ in range(2):
-        table = torch.ones(1, 2, 4, requires_grad=True)
-        groups = {"query_groups": torch.arange(40) % 2, "key_groups": GROUPS["runs"](75), "group_bias": table}
-        out = va.score_attention(*list(inputs.values())[:3], backend="triton", **groups)
-        results.append((out, *torch.autograd.grad(out.square().sum(), table)))
-    assert all(map(torch.equal, *results))
-
-
 @pytest.mark.parametrize("m", (1, 2047, 2049, 5000))
 def test_the_words_of_keys(m: int) -> None:
     """Equal words say that all keys between have one group; a program reads 2,048 keys at a time."""

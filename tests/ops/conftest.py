@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.ops.backends import DEVICE, INTERPRET, PTX, backend, cuda_library  # noqa: F401  fixtures
+from tests.helpers.ops.backends import INTERPRET, PTX, backend, cuda_library  # noqa: F401  fixtures
 from vlattn_fast.backends.streaming import _tiles
-
-# `make gpu` asks for no more than pytest: what needs hypothesis lies in files of this name
-collect_ignore_glob = [] if DEVICE == "cpu" else ["*_properties.py"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""attention_statistics: the formulas by hand, and every backend against them. Loops: test_attention_statistics_properties.py."""
+"""attention_statistics: the formulas by hand, and every backend against them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The formula of congruence_loss against hand-worked numbers, loops, a closed form and its own symmetries."""
+"""The formula of congruence_loss against hand-worked numbers, loops and its own symmetry."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.compare import outputs_and_grads
 from tests.helpers.ops.backends import F64, on
-from tests.helpers.ops.congruence_loss_cases import CROSS, NAMES, call, make, masks, prefix
+from tests.helpers.ops.congruence_loss_cases import CROSS, NAMES, call, make, masks
 from vlattn_fast.backends.reference.congruence_loss import congruence_loss as reference
 from vlattn_fast.ops.congruence_loss import DIRECTIONS, KINDS, congruence_loss
 
@@ -105,35 +104,6 @@ def test_reference_matches_loops(name: str | None, kind: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-15)
 
 
-def test_reference_gradient_is_the_closed_form() -> None:
-    x = {name: value.requires_grad_() for name, value in make(4, 6, h=3, d=5).items()}
-
-    def block(query: str, key: str) -> Tensor:
-        return torch.softmax(x[query] @ x[key].mT * 5**-0.5, -1).mean(1)[0]
-
-    ll, vv, cross = block("text_query", "text_key"), block("image_query", "image_key"), block("text_query", "image_key").detach()
-    target = cross @ vv @ cross.T
-    p, t = torch.softmax(ll, -1), torch.softmax(target, -1)
-    d = (ll - ll.logsumexp(-1, keepdim=True)) - (target - target.logsumexp(-1, keepdim=True))
-    by_p, by_t = (d + 1 - t / p) / 4, (-d + 1 - p / t) / 4
-    by_ll = p * (by_p - (p * by_p).sum(-1, keepdim=True))
-    by_target = t * (by_t - (t * by_t).sum(-1, keepdim=True))
-    want = torch.autograd.grad([ll, vv], list(x.values()), [by_ll.detach(), (cross.T @ by_target @ cross).detach()])
-    got = outputs_and_grads(call(reference, direction="text"), x)
-    for name, grad in zip(NAMES, want, strict=True):
-        torch.testing.assert_close(got[f"grad {name}"], grad, rtol=1e-11, atol=1e-15)
-
-
-@on("reference", "streaming")
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_by_finite_differences(kind: str, backend: str) -> None:
-    x = make(3, 4, b=2, d=2, cross=True)
-    leaves = NAMES + CROSS if kind == "iais_distributed" else NAMES  # else the cross block is a constant of the loss
-    free = [x[name].clone().requires_grad_() for name in leaves]
-    run = call(congruence_loss, kind=kind, backend=backend, text_mask=prefix(3, 3, 2), image_mask=prefix(4, 3, 4))
-    assert torch.autograd.gradcheck(lambda *t: run(**{**x, **dict(zip(leaves, t, strict=True))}), free)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_image_direction_is_the_text_direction_of_the_other_modality(kind: str) -> None:
     x, options = make(6, 9, b=3, cross=True), masks("scattered")
@@ -141,12 +111,3 @@ def test_image_direction_is_the_text_direction_of_the_other_modality(kind: str) 
     swapped = {"text_mask": options["image_mask"], "image_mask": options["text_mask"]}
     got = call(reference, kind=kind, direction="image", **options)(**x)
     torch.testing.assert_close(got, call(reference, kind=kind, direction="text", **swapped)(**other))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_order_of_tokens_does_not_matter(kind: str) -> None:
-    x, options = make(6, 9, b=3), masks("ragged")
-    order = {"text": torch.randperm(6), "image": torch.randperm(9)}
-    permuted = {name: value[:, :, order[name.split("_")[0]]] for name, value in x.items()}
-    given = {f"{side}_mask": options[f"{side}_mask"][:, order[side]] for side in order}
-    torch.testing.assert_close(call(reference, kind=kind, **given)(**permuted), call(reference, kind=kind, **options)(**x))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import grad, jvp
 from torch.utils._pytree import tree_leaves
@@ -298,20 +297,3 @@ def test_third_derivatives_and_forward_mode_of_it_are_refused_by_name() -> None:
         grad(lambda q: (grad(lambda y: (grad(total)(y) * x).sum())(q) * x).sum())(x)
     with pytest.raises(RuntimeError, match="has no forward mode of forward mode; use reverse mode inside"):
         twice(lambda q: va.score_attention(q, x, x, backend="streaming"), x)
-
-
-def constants() -> dict[str, tuple[Callable[[Tensor], Any], Tensor]]:
-    q, carrier, weight = torch.randn(1, 2, 4, 8), torch.randn(1, 3, 4), torch.rand(1, 4)
-    return {
-        "attn_mask": (lambda x: va.score_attention(q, q, q, attn_mask=x), torch.randn(4, 4)),
-        "residual_weight": (lambda x: va.relevancy_attention(q, q, q, carrier, residual_weight=x), weight),
-        "attention_weight": (lambda x: va.relevancy_attention(q, q, q, carrier, attention_weight=x), weight),
-    }
-
-
-@pytest.mark.parametrize("name", constants())
-def test_a_tangent_of_a_constant_raises(name: str) -> None:
-    call, x = constants()[name]
-    call(x)
-    with forward_ad.dual_level(), pytest.raises(ValueError, match=f"^{name} must not have a forward-mode tangent"):
-        call(forward_ad.make_dual(x, torch.ones_like(x)))

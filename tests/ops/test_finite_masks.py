@@ -4,14 +4,12 @@ backward, in every backend that takes float masks."""
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.helpers.compare import assert_all_close_to
 from tests.helpers.ops.backends import core, each, on
 from vlattn_fast.backends.streaming import _tiles
 
@@ -42,19 +40,6 @@ def inputs(dtype: torch.dtype, b: int = 2, h: int = 2) -> dict[str, Tensor]:
     return {name: torch.randn(b, h, ROWS, SIZE, dtype=dtype) for name in ("query", "key", "value")}
 
 
-@on(*BACKENDS)
-def test_the_gradient_of_one_masked_row_is_spread_once(backend: str) -> None:
-    query, key, value = (torch.randn(1, 1, ROWS, SIZE, requires_grad=True) for _ in range(3))
-    mask = torch.zeros(ROWS, ROWS)
-    mask[0] = torch.finfo(torch.float32).min
-    grad = torch.zeros(1, 1, ROWS, SIZE)
-    grad[0, 0, 0] = 1.0
-    out = va.score_attention(query, key, value, attn_mask=mask, backend=backend)
-    (grad_value,) = torch.autograd.grad(out, value, grad)
-    torch.testing.assert_close(grad_value.sum(), torch.tensor(8.0))
-    torch.testing.assert_close(grad_value, torch.full_like(value, 1 / ROWS))
-
-
 @each("dtype", **{backend: core(backend) for backend in BACKENDS})
 def test_each_row_of_probabilities_sums_to_one_in_the_backward_pass(backend: str, dtype: torch.dtype) -> None:
     """The gradient of value, summed over the keys, is the cotangent, summed over the rows."""
@@ -67,34 +52,6 @@ def test_each_row_of_probabilities_sums_to_one_in_the_backward_pass(backend: str
         (grad_value,) = torch.autograd.grad(out, leaves["value"], grad)
         tolerance = 8 * torch.finfo(dtype).eps + 1e-3  # 1e4 in float32 has three digits behind the point
         torch.testing.assert_close(grad_value.float().sum(2), grad.float().sum(2), rtol=tolerance, atol=tolerance)
-
-
-@each("dtype", **{backend: core(backend) for backend in BACKENDS})
-def test_score_attention_is_the_formula(backend: str, dtype: torch.dtype) -> None:
-    for scale, is_causal in ((None, False), (0.5, True)):
-        options = {"attn_mask": mask_of(torch.finfo(torch.float32).min), "is_causal": is_causal, "scale": scale}
-        assert_all_close_to(
-            lambda query, key, value, options=options: va.score_attention(query, key, value, backend=backend, **options),
-            lambda query, key, value, options=options: va.reference.score_attention(query, key, value, **options),
-            inputs(dtype),
-            [torch.randn(2, 2, ROWS, SIZE)],
-            what=f"{backend}, {dtype}, causal {is_causal}",
-        )
-
-
-@pytest.mark.parametrize("rule", ("gradient", "attention"))
-@each("dtype", **{backend: (torch.float32, torch.bfloat16) for backend in RELEVANCY})
-def test_relevancy_attention_is_the_formula(backend: str, dtype: torch.dtype, rule: str) -> None:
-    options = {"attn_mask": mask_of(torch.finfo(torch.float32).min), "rule": rule}
-    assert_all_close_to(
-        lambda query, key, value, carrier: va.relevancy_attention(query, key, value, carrier, backend=backend, **options),
-        lambda query, key, value, carrier: va.reference.relevancy_attention(
-            query, key, value, carrier.to(torch.promote_types(query.dtype, torch.float32)), **options
-        ),
-        {**inputs(dtype), "carrier": torch.rand(2, 3, ROWS)},
-        [torch.randn(2, 2, ROWS, SIZE), torch.rand(2, 3, ROWS)],
-        what=f"{backend}, {dtype}, {rule}",
-    )
 
 
 @on(*RELEVANCY)
@@ -120,19 +77,6 @@ def test_an_lse_that_counts_more_keys_is_taken_as_it_is(backend: str) -> None:
     ]
     whole = va.reference.relevancy_step(rows, query, key, rule="attention", attn_mask=mask)
     torch.testing.assert_close(torch.cat(halves, dim=-1), whole, rtol=1e-3, atol=1e-6)
-
-
-@on(*BACKENDS)
-def test_maps_and_statistics_attend_evenly(backend: str) -> None:
-    tensors, mask = inputs(torch.bfloat16), mask_of(torch.finfo(torch.float32).min)
-    query, key = tensors["query"], tensors["key"]
-    abar = va.attention_map(query, key, attn_mask=mask, backend=backend)
-    torch.testing.assert_close(abar[:, MASKED].float(), torch.full((2, 3, ROWS), 1 / ROWS), rtol=2**-8, atol=0.0)
-    statistics = va.attention_statistics(query, key, attn_mask=mask, backend=backend)
-    torch.testing.assert_close(
-        statistics.entropy[:, :, MASKED].float(), torch.full((2, 2, 3), math.log(ROWS)), rtol=2e-2, atol=0.0
-    )
-    torch.testing.assert_close(statistics.maximum[:, :, MASKED].float(), torch.full((2, 2, 3), 1 / ROWS), rtol=2**-8, atol=0.0)
 
 
 @each("dtype", cpu=core("cpu"), triton=core("triton"), cuda=core("cuda"))

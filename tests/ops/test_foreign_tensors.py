@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -171,22 +170,6 @@ def test_a_tangent_is_no_zero_in_silence(name: str) -> None:
     torch.testing.assert_close(torch.zeros(()) if made is None else made, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["score_attention", "attention_statistics", "congruence_loss", "stacked_cross_attention"])
-def test_gradients_of_torch_func(name: str) -> None:
-    every = every_call(name, 5)
-    x = every.tensors
-    first = next(iter(x))
-
-    def total(value: Tensor, backend: str) -> Tensor:
-        outputs = every.run(x | {first: value}, backend=backend)
-        return sum(each.sum() for each in outputs_of(outputs) if each.is_floating_point())
-
-    leaf = x[first].clone().requires_grad_()
-    (expected,) = torch.autograd.grad(total(leaf, "reference"), leaf)
-    torch.testing.assert_close(torch.func.grad(total)(x[first], "reference"), expected)
-    torch.testing.assert_close(torch.func.grad(total)(x[first], "streaming"), expected)
-
-
 @pytest.mark.parametrize("name", CALLS)
 def test_float64_beside_float32_under_autocast(name: str) -> None:
     every = every_call(name, 5)
@@ -232,14 +215,3 @@ def test_groups_on_a_gpu_are_read_once_or_not_at_all() -> None:
     groups = OnDevice([0, 2, 1])
     for num_groups, number, reads in ((2, 2, 0), (None, 3, 1)):
         assert resolve_groups(groups, num_groups) == number and groups.reads == reads  # type: ignore[arg-type]
-
-
-def test_a_group_out_of_range_counts_as_none() -> None:
-    """Where it cannot be seen: the operator itself, as under torch.compile."""
-    q, key = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 3, 8)
-    mass = torch.compile(
-        lambda groups: va.attention_statistics(q, key, key_groups=groups, num_groups=2).mass, backend="eager", fullgraph=True
-    )
-    torch.testing.assert_close(mass(torch.tensor([0, 7, 1])), mass(torch.tensor([0, -1, 1])))
-    with pytest.raises(ValueError, match=re.escape("below num_groups = 2; got values from 0 to 7")):
-        va.attention_statistics(q, key, key_groups=torch.tensor([0, 7, 1]), num_groups=2)

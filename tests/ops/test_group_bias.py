@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.helpers.compare import assert_all_close_to, outputs_and_grads
-from tests.helpers.ops.backends import F64, HALVES, finest, on
+from tests.helpers.compare import assert_all_close_to
+from tests.helpers.ops.backends import HALVES, finest, on
 from tests.helpers.ops.backends import each as on_each
 from tests.helpers.ops.group_cases import DV, GK, GQ, ON_GROUPS, B, D, H, M, N, groups, tensors
 from vlattn_fast import scores as S
@@ -95,26 +95,6 @@ def test_a_dense_mask_made_by_hand(backend: str, per_sample: bool, causal: bool)
         torch.testing.assert_close(x_, hands[name], rtol=0, atol=1e-12, msg=name)
 
 
-@on(*backends())
-def test_the_gradient_is_the_papers(backend: str) -> None:
-    """d / d bias[h, g, g'] = the sum over the pairs of the groups of A (dA - sum_j A dA), over the batch as well."""
-    x, of = leaves(tensors(backend)), groups()
-    x["group_bias"] = torch.zeros_like(x["group_bias"]).requires_grad_()
-    out = va.score_attention(**x, **of, backend=backend)
-    cotangent = torch.randn(out.shape, dtype=out.dtype)
-    (got,) = torch.autograd.grad((out * cotangent).sum(), x["group_bias"])
-    wide = {name: each.detach().double() for name, each in x.items()}
-    _, prob = by_formula(wide["query"], wide["key"], wide["value"], torch.zeros(N, M, dtype=F64))
-    grad_prob = cotangent.double() @ wide["value"].mT
-    each = prob * (grad_prob - (prob * grad_prob).sum(-1, keepdim=True))
-    rows, columns = (
-        (of[name][..., None] == torch.arange(n)).double()[:, None] for name, n in (("query_groups", GQ), ("key_groups", GK))
-    )
-    want = (rows.mT @ each @ columns).sum(0)
-    tolerance = 1e-12 if got.dtype == F64 else 1e-4
-    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
-
-
 # in the interpreter bfloat16 alone, which loses more than float16 and takes the same way
 @on_each("dtype", **{name: HALVES[:1] if name == "triton" else HALVES for name in backends()})
 @pytest.mark.slow("triton")
@@ -149,25 +129,6 @@ def test_sink_and_other_scores(backend: str) -> None:
     of = {name: each for name, each in tensors(backend).items() if name != "sink"}
     for score in ("cosine", S.Distance(1.5), S.Additive(torch.linspace(-1, 1, D, dtype=finest(backend)))):
         assert_all_close_to(*run(backend, **groups(), score=score), of, [torch.randn(B, H, N, DV)], what=f"{backend} {score}")
-
-
-@on(*backends())
-@pytest.mark.slow("triton")
-def test_minus_infinity_is_a_bool_mask(backend: str) -> None:
-    """Bit for bit where the rest of the bias is zero, and a row without a key gives zeros, as do its gradients."""
-    x, of = tensors(backend), groups()
-    x["group_bias"] = torch.zeros_like(x["group_bias"])
-    x["group_bias"][:, 1, 1] = x["group_bias"][2, 0] = -torch.inf
-    of["key_groups"] = of["key_groups"].clamp(min=0)  # so that the rows of group 0 see nothing in head 2
-    visible = dense(x["group_bias"], **of) == 0
-    bias = x.pop("group_bias")
-    mine = outputs_and_grads(lambda **t: va.score_attention(**t, group_bias=bias, **of, return_lse=True, backend=backend), x)
-    theirs = outputs_and_grads(lambda **t: va.score_attention(**t, attn_mask=visible, return_lse=True, backend=backend), x)
-    for name, each in mine.items():
-        torch.testing.assert_close(each, theirs[name], msg=name)
-    empty = (of["query_groups"] == 0)[:, None] & (torch.arange(H) == 2)[:, None]
-    assert empty.any()
-    assert not mine["out0"][empty].any() and mine["out1"][empty].isneginf().all() and not mine["grad query"][empty].any()
 
 
 @on(*backends())
@@ -275,23 +236,3 @@ def test_statistics_take_groups_of_keys_alone() -> None:
     assert va.attention_statistics(query, key, **of, group_bias=bias).mass.shape == (B, H, N, GK)
     with pytest.raises(ValueError, match="num_groups must be None or group_bias's number of groups of keys, 2; got 5"):
         va.attention_statistics(query, key, **of, group_bias=bias, num_groups=5)
-
-
-# ---------------------------------------------------------------------------------------------------- memory, compilation
-
-
-@on(*backends())
-@pytest.mark.slow
-def test_compiles(backend: str) -> None:
-    """One graph, forward and backward, where a group out of range counts as none."""
-    torch._dynamo.reset()
-    x, of = leaves({**tensors(backend), "head_gate": torch.ones(H, dtype=finest(backend))}), groups()
-
-    def call(x: dict[str, Tensor], of: dict[str, Tensor]) -> Tensor:
-        return va.score_attention(**x, **of, backend=backend).square().sum()
-
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    beyond = {name: torch.where(each < 0, 99, each) for name, each in of.items()}
-    want = torch.autograd.grad(call(x, of), tuple(x.values()))
-    for each in (of, beyond):
-        torch.testing.assert_close(torch.autograd.grad(compiled(x, each), tuple(x.values())), want)

@@ -58,15 +58,6 @@ def test_by_hand(backend: str) -> None:
 # ------------------------------------------------------------------ every backend against the formula
 
 
-@on(*FAST)
-@pytest.mark.parametrize(
-    "sizes", [(1, 1, 1, 1, 1), (2, 64, 2, 65, 16), (5, 3, 2, 130, 33), (2, 70, 3, 17, 129), (1, 5, 9, 64, 200), (3, 33, 1, 1, 8)]
-)
-def test_edges_of_tiles(backend: str, sizes: tuple[int, ...]) -> None:
-    inputs = as_dtype(tensors(*sizes), finest(backend))
-    check(backend, inputs)
-
-
 @on("reference", *FAST)
 def test_products_that_are_all_infinite(backend: str) -> None:
     """And below 0: so is their sum, which is not that of a document without tokens."""

@@ -18,7 +18,6 @@ from tests.helpers.ops.backends import DEVICE, F64, finest, on
 from tests.helpers.ops.score_cases import lay_out
 from vlattn_fast.backends.reference.paged_attention_statistics import STATISTICS
 from vlattn_fast.backends.streaming import _tiles
-from vlattn_fast.checking import verify
 
 FAST = ("streaming", "cpu", "triton")
 LENGTHS, COUNTS = (37, 70, 9, 0, 64), (37, 1, 0, 0, 5)  # keys and queries of each request
@@ -270,25 +269,6 @@ def test_without_groups(backend: str) -> None:
 
 
 @on("reference", *FAST)
-def test_empty_sizes(backend: str) -> None:
-    dtype = torch.float32
-    of = requests()
-    none = {"block_table": torch.zeros(0, 3, dtype=torch.int32), "lengths": torch.zeros(0, dtype=torch.int64)}
-    none |= {"query_starts": torch.zeros(1, dtype=torch.int64)}
-    call = partial(va.paged_attention_statistics, backend=backend, statistics=STATISTICS, num_groups=2)
-    for given, query in ((of, torch.randn(0, 4, 8)), (none, torch.randn(0, 4, 8)), (none, torch.randn(3, 4, 8))):
-        if given is of:
-            given = {**of, "query_starts": torch.zeros_like(of["query_starts"])}
-        cache, requests_ = torch.randn(20, 2, 16, 8, dtype=dtype), len(given["lengths"])
-        found = call(query, cache, **given, key_groups=torch.zeros(requests_, 4, dtype=torch.int64))
-        assert found.mass.shape == (len(query), 4, 2) and found.received.shape[:2] == (requests_, 4)
-        assert not found.received.any() and not found.entropy.any() and (found.lse == -torch.inf).all()
-    no_columns = {"block_table": torch.zeros(5, 0, dtype=torch.int64), "lengths": torch.zeros(5, dtype=torch.int64)}
-    found = call(torch.randn(43, 4, 8), torch.randn(0, 2, 16, 8), **{**of, **no_columns}, key_groups=groups(of)["key_groups"] * 0)
-    assert found.received.shape == (5, 4, 0) and not found.mass.any()
-
-
-@on("reference", *FAST)
 def test_more_queries_than_keys(backend: str) -> None:
     """The first stand in front of all keys, and see none."""
     of = requests((3,), (5,))
@@ -431,9 +411,3 @@ def test_what_it_refuses(name: str, backend: str) -> None:
     of = requests()
     with pytest.raises(error, match=words):
         va.paged_attention_statistics(**{**as_dtype(tensors(of), torch.float32), **of, **wrong}, backend=backend)
-
-
-def test_verify_has_calls_without_softcap_and_window() -> None:
-    """A case that adds options to those of another one must not change the other one."""
-    plain, more, _ = (case.options for case in verify.cases(operators=["paged_attention_statistics"]))
-    assert {*more} - {*plain} == {"softcap", "window"}

@@ -1,7 +1,6 @@
 """relevancy_attention on every backend: the row form in one backward pass against the whole maps.
 
-relevancy_step, which takes r Abar alone: test_relevancy_step.py. Registration and torch.compile:
-test_relevancy_attention_compile.py. tests/kernels/ and tests/cuda/ have the tile edges of their kernels.
+relevancy_step, which takes r Abar alone: test_relevancy_step.py. Edges of tiles: tests/kernels/ and tests/cuda/.
 """
 
 from __future__ import annotations
@@ -152,72 +151,6 @@ def test_frozen_inputs(rule: str, row_normalize: bool, backend: str, dtype: torc
     assert got[:3] == (None, None, None)
     exact = va.reference.relevancy_step(*(x.double() for x in (r, query, key, value, grad_out)), **options)
     assert_close_to(got[3], exact, va.reference.relevancy_step(r, query, key, value, grad_out, **options), what="frozen")
-
-
-PRODUCTS = (  # rule, row_normalize, weighted
-    ("gradient", True, True),
-    ("attention", True, False),
-    ("gradient", False, False),
-    ("gradient", False, True),
-    ("attention", False, True),
-)
-
-
-@each("case", streaming=PRODUCTS, cpu=PRODUCTS, triton=PRODUCTS[:2], cuda=PRODUCTS)
-@pytest.mark.slow("triton")
-def test_rows_of_the_full_product_over_layers(backend: str, case: tuple[str, bool, bool]) -> None:
-    """R = (a_L + b_L Abar_L) ... (a_1 + b_1 Abar_1) from stored maps; one backward pass gives its rows."""
-    rule, row_normalize, weighted = case
-    got, exact, formula = [], [], []
-    for _ in range(1 if finest(backend) == F64 else 4):
-        problem = a_model(weighted, finest(backend))
-        got.append(by_backward(problem, rule=rule, row_normalize=row_normalize, backend=backend))
-        exact.append(by_maps(problem, F64, rule, row_normalize))
-        formula.append(by_maps(problem, got[-1].dtype, rule, row_normalize))
-    assert_close_to(got, exact, formula, what="rows")
-
-
-Problem = tuple[list[list[Tensor]], list[list[Tensor | None]], Tensor, Tensor, Tensor]
-
-
-def a_model(weighted: bool, dtype: torch.dtype) -> Problem:
-    """Three layers: projections, weights of the residual and of the attention; input, readout, rows to start from."""
-    b, h, n, d, layers = 1, 2, 8, 8, range(3)
-    projections = [[0.7 * torch.randn(h, d, d, dtype=dtype) / d**0.5 for _ in range(3)] for _ in layers]
-    weights = [[torch.rand(b, n, dtype=dtype) if weighted else None for _ in range(2)] for _ in layers]
-    x, readout = (torch.randn(b, h, n, d, dtype=dtype) for _ in range(2))
-    return projections, weights, x, readout, torch.rand(b, 3, n, dtype=dtype)
-
-
-def by_backward(problem: Problem, **options: Any) -> Tensor:
-    projections, weights, x, readout, seed = problem
-    x, start = x.clone().requires_grad_(), torch.zeros_like(seed, requires_grad=True)
-    carrier: Tensor = start
-    for projection, (kept, attended) in zip(projections, weights, strict=True):
-        inputs = (x @ w for w in projection)
-        out, carrier = va.relevancy_attention(*inputs, carrier, residual_weight=kept, attention_weight=attended, **options)
-        x = x + out
-    return torch.autograd.grad([(x * readout).sum(), carrier], [start], [torch.ones_like(seed[0, 0, 0]), seed])[0]
-
-
-def by_maps(problem: Problem, dtype: torch.dtype, rule: str, row_normalize: bool) -> Tensor:
-    projections, weights, x, readout, seed = problem
-    z, maps = x.to(dtype).requires_grad_(), []
-    for projection in projections:
-        q, k, v = (z @ w.to(dtype) for w in projection)
-        prob = torch.softmax(q @ k.mT / q.shape[3] ** 0.5, -1)
-        prob.retain_grad()
-        maps.append(prob)
-        z = z + prob @ v
-    (z * readout.to(dtype)).sum().backward()
-    relevancy = torch.eye(seed.shape[2], dtype=dtype).expand(seed.shape[0], -1, -1)
-    for prob, (kept, attended) in zip(maps, weights, strict=True):
-        assert prob.grad is not None
-        abar = ((prob * prob.grad).clamp(min=0) if rule == "gradient" else prob).mean(1).detach()
-        abar = abar / (abar.sum(-1, keepdim=True) if row_normalize else 1.0)
-        residual = relevancy if kept is None else kept[..., None].to(dtype) * relevancy
-        relevancy = residual + (1.0 if attended is None else attended[..., None].to(dtype)) * (abar @ relevancy)
-    return seed.to(dtype) @ relevancy
 
 
 # ------------------------------------------------------------------------------------------------- values, layouts, sizes

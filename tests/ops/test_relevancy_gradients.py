@@ -1,4 +1,4 @@
-"""Gradients of relevancy_step and attention_map in float64: log-sum-exps, sinks, and nothing that nobody asked for."""
+"""Gradients of relevancy_step and attention_map in float64: log-sum-exps, and nothing that nobody asked for."""
 
 import pytest
 import torch
@@ -45,19 +45,6 @@ def test_the_lse_of_the_forward_pass_attached_to_its_graph_or_not(attached):
         return va.relevancy_step(relevancy, query, key, value, grad_output, lse=lse, **options)
 
     check_equal(gradients(with_lse, [relevancy, query, key, value, grad_output], step_weights()), expected)
-
-
-def test_a_sink_has_a_gradient():
-    sink = torch.tensor([0.3, -1.0, 2.0, -torch.inf], dtype=torch.float64, requires_grad=True)
-    tensors = [*inputs(), sink]
-
-    def step(*tensors, backend):
-        *rest, sink = tensors
-        return va.relevancy_step(*rest, sink=sink, backend=backend)
-
-    expected = gradients(step, tensors, step_weights(), backend="reference")
-    assert expected[-1][:3].abs().min() > 1e-4 and expected[-1][3] == 0
-    check_equal(gradients(step, tensors, step_weights(), backend="streaming"), expected)
 
 
 def test_only_what_is_asked_for_is_computed(monkeypatch):

@@ -165,15 +165,6 @@ def test_half_precision_weights_are_taken_in_float32(backend: str, dtype: torch.
     torch.testing.assert_close(grads[2], torch.full_like(c, 0.5))
 
 
-@on("reference", *FAST)
-def test_carriers_alone_require_a_gradient(backend: str) -> None:
-    x, o = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
-    c, d = carriers()
-    _, carrier = va.relevancy_residual(x, o, c, d, backend=backend)
-    grads = torch.autograd.grad(carrier.sum(), (c, d))  # no gradient of the sum: both contributions are zero
-    assert all(torch.equal(g, torch.full_like(g, 0.5)) for g in grads)
-
-
 # ------------------------------------------------------------------ every backend against the formula
 
 
@@ -262,30 +253,6 @@ def test_a_weighting_that_returns_something_else(returned: Any) -> None:
     _, carrier = va.relevancy_residual(X, Y, c, d, weighting=lambda *_: returned)
     with pytest.raises(ValueError, match=r"weighting must return two tensors \(a, b\) of shape \(B, N\) = \(1, 3\)"):
         carrier.sum().backward()
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch tracing an autograd.Function
-@pytest.mark.parametrize("name", WEIGHTINGS)
-@pytest.mark.slow
-def test_fullgraph(name: str) -> None:
-    torch._dynamo.reset()
-    weights, x = projections()[: 2 if name == "contribution" else 1], torch.randn(B, N, C, dtype=F64)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    found = []
-    for fn in (model, compiled):
-        start = torch.zeros(B, T, N, dtype=F64, requires_grad=True)
-        out, carrier = fn(x, start, weights, WEIGHTINGS[name])
-        found.append(torch.autograd.grad([carrier], [start], [torch.ones_like(carrier)])[0])
-        x_leaf = x.clone().requires_grad_()
-        start = torch.zeros(B, T, N, dtype=F64, requires_grad=True)
-        out, carrier = fn(x_leaf, start, weights, WEIGHTINGS[name])
-        found.append(
-            torch.autograd.grad([out.pow(2).sum(), carrier], [start], [torch.tensor(1.0, dtype=F64), torch.ones_like(carrier)])[0]
-        )
-    torch.testing.assert_close(found[2:], found[:2])
-    assert counter.frame_count <= 2
-    torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

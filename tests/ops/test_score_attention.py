@@ -1,4 +1,4 @@
-"""score_attention on every backend against its formula: scores, heads, sizes, values, refusals.
+"""score_attention on every backend against its formula: scores, heads, values.
 
 Masks: test_score_attention_masks.py. Dropout, autograd: test_score_attention_autograd.py. tests/kernels/ and
 tests/cuda/ have the tile edges of their kernels.
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import assert_all_close_to
-from tests.helpers.ops.backends import DTYPES, F64, INTERPRET, assert_refused, each, finest, on
+from tests.helpers.ops.backends import F64, INTERPRET, assert_refused, each, finest, on
 from tests.helpers.ops.score_cases import ADDITIVE, DOT_PRODUCTS, DV, PUBLIC, SCORES, B, D, H, M, N, call, check, tensors
 from vlattn_fast import scores as S
 
@@ -53,17 +52,6 @@ def test_grouped_heads_map_one_to_one(backend: str) -> None:
     score = S.Additive(torch.ones(D, dtype=dtype)) if backend == "cuda" else "dot"
     out = va.score_attention(query, key, value, score=score, enable_gqa=True, backend=backend)
     torch.testing.assert_close(out[0, :, 0, 0], torch.tensor([0, 0, 1, 1, 2, 2], dtype=dtype))
-
-
-# ------------------------------------------------------------------------------------------------- layouts and sizes
-
-
-@pytest.mark.parametrize("n", (1, 15, 17, 577))
-def test_sizes_of_real_sequences(n: int) -> None:
-    """Streaming's tiles: one row, either side of a power of two, and CLIP ViT-L/14@336's 577; the default tile size."""
-    for score in ("scaled_dot", "general-tanh-key", "additive-weights=none") if n < 577 else ("scaled_dot", "general-tanh-key"):
-        inputs, make = tensors("streaming", score, torch.float32, b=1, n=n, m=n, dv=8)
-        check("streaming", inputs, make, cancels=n == 1)
 
 
 # ------------------------------------------------------------------------------------------------- values
@@ -137,19 +125,6 @@ def test_default_scale_belongs_to_scaled_dot_alone() -> None:
         torch.testing.assert_close(lse, torch.logsumexp(scale * query @ key.mT, -1))
 
 
-@each("dtype", **DTYPES)
-def test_lse_dtype(backend: str, dtype: torch.dtype) -> None:
-    """float32, and float64 for float64."""
-    x = torch.randn(1, 1, 3, 4, dtype=dtype)
-    additive = S.Additive(torch.ones(4, dtype=dtype))
-    if backend == "sdpa":
-        assert_refused(backend, "log-sum-exp", lambda: va.score_attention(x, x, x, return_lse=True, backend=backend))
-        return
-    for score in (additive,) if backend == "cuda" else ("dot", additive, S.General(torch.eye(4, dtype=dtype))):
-        out, lse = va.score_attention(x, x, x, score=score, return_lse=True, backend=backend)
-        assert (out.dtype, lse.dtype) == (dtype, torch.promote_types(dtype, torch.float32))
-
-
 @on("streaming", "cpu", "triton")
 def test_cosine_of_a_zero_vector_has_no_slope(backend: str) -> None:
     inputs, _ = tensors(backend, "cosine")
@@ -171,36 +146,3 @@ def test_the_cosine_of_an_infinite_vector_is_nan(backend: str) -> None:
             assert lost[0].tolist() == [False, True, False, False], eps
         for x in run(query, bad_key, key):
             assert x.isnan().all(), eps
-
-
-# ------------------------------------------------------------------------------------------------- refusals
-
-
-def series() -> S.Score:
-    return S.Additive(torch.randn(D), method="series", tolerance=0.1)
-
-
-def made(x: Any) -> Any:
-    return x() if callable(x) else x
-
-
-@pytest.mark.parametrize(
-    "backend, score, options, words",
-    [
-        ("sdpa", "cosine", {}, "dot product of features"),
-        ("sdpa", lambda: S.Additive(torch.randn(D)), {}, "dot product of features"),
-        ("sdpa", "dot", {"attn_mask": lambda: torch.zeros(N, M)}, "attn_mask"),
-        ("sdpa", "dot", {"dropout_p": 0.1}, "dropout"),
-        ("triton", series, {}, "sine series"),
-        ("cuda", series, {}, "exact additive scores"),
-        ("cuda", lambda: S.Hadamard(torch.randn(D), activation="tanh"), {}, "exact additive scores"),
-        ("cuda", "dot", {}, "exact additive scores"),
-        ("cuda", lambda: S.Additive(torch.randn(D)), {"dropout_p": 0.1}, "no dropout"),
-    ],
-    indirect=["backend"],
-)
-def test_what_a_backend_cannot_run_is_refused(backend: str, score: Any, options: dict[str, Any], words: str) -> None:
-    """Tensors are made here, where the backend's device is the default one."""
-    score, options = made(score), {name: made(x) for name, x in options.items()}
-    query, key = torch.randn(1, 1, N, D), torch.randn(1, 1, M, D)
-    assert_refused(backend, words, lambda: va.score_attention(query, key, key, score=score, backend=backend, **options))

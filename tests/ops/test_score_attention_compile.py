@@ -1,8 +1,6 @@
-"""score_attention: registration and torch.compile."""
+"""score_attention under torch.compile: Inductor, dropout."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -11,35 +9,8 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import outputs_and_grads
-from tests.helpers.ops.backends import F64
-from tests.helpers.ops.score_cases import SCORES, TORCH_JIT, attention_inputs, call
+from tests.helpers.ops.score_cases import TORCH_JIT
 from vlattn_fast import scores as S
-
-
-@pytest.mark.parametrize(
-    "score", ("general-key-bias", "general-tanh-per_head", "concat-unequal", "hadamard-leaky_relu-key", "hadamard-offset=tensor")
-)
-@pytest.mark.slow
-def test_fullgraph_equals_eager_in_two_graphs_over_five_lengths(score: str) -> None:
-    """test_compile_options.py has the plain scores, and aot_eager for all that AOT autograd treats in another way."""
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager" if score == "general-tanh-per_head" else "eager")
-    inputs, make = attention_inputs(SCORES[score])
-    names = list(inputs)
-
-    def fn(*xs: Tensor) -> Any:
-        return call(va.score_attention, make, return_lse=True)(**dict(zip(names, xs, strict=True)))
-
-    compiled = torch.compile(fn, backend=counter, fullgraph=True)
-    for n in (11, 12, 15, 16, 17):
-        for name in ("query", "key", "value"):
-            inputs[name] = torch.randn(*inputs[name].shape[:2], n, inputs[name].shape[3], dtype=F64)
-        found = outputs_and_grads(lambda **xs: compiled(*xs.values()), inputs)
-        expected = outputs_and_grads(lambda **xs: fn(*xs.values()), inputs)
-        for name, x in found.items():
-            torch.testing.assert_close(x, expected[name], rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
-    assert counter.frame_count <= 2
-    torch._dynamo.reset()
 
 
 @TORCH_JIT

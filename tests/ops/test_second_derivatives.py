@@ -1,4 +1,4 @@
-"""Second derivatives by create_graph=True: of relevancy_residual, which is linear, and of dot products."""
+"""Second derivatives by create_graph=True: of dot products, and those that relevancy_residual has not."""
 
 from __future__ import annotations
 
@@ -8,57 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import gradgradcheck
 
 import vlattn_fast as va
 from tests.helpers.compare import assert_all_close_to, assert_close_to, outputs_and_grads
 from tests.helpers.ops.backends import each, on
-from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS
 from vlattn_fast.dispatch.choice import load
 from vlattn_fast.ops.score_attention import BACKENDS
-
-A, B = torch.rand(2, 4, dtype=torch.float64), torch.rand(2, 4, dtype=torch.float64)
-
-
-def constants(residual: Tensor, branch: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return A, B
 
 
 def residual_inputs() -> list[Tensor]:
     shapes = ((2, 4, 3), (2, 4, 3), (2, 5, 4), (2, 5, 4))
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-
-
-@pytest.mark.parametrize("weighting", [*WEIGHTINGS, constants])
-def test_the_sum_of_relevancy_residual(weighting: object) -> None:
-    residual, branch, *carriers = residual_inputs()
-
-    def cubed(x: Tensor, o: Tensor) -> Tensor:
-        return va.relevancy_residual(x, o, *carriers, weighting=weighting)[0] ** 3
-
-    assert gradcheck(cubed, (residual, branch))
-    assert gradgradcheck(cubed, (residual, branch))
-
-
-@pytest.mark.parametrize("weighting", ["equal", constants])
-def test_the_carrier_of_relevancy_residual(weighting: object) -> None:
-    """Constant weights: then the derivatives by differences know of no other part either."""
-    residual, branch, *carriers = residual_inputs()
-
-    def carrier(r: Tensor, s: Tensor) -> Tensor:
-        return va.relevancy_residual(residual.detach(), branch.detach(), r, s, weighting=weighting)[1] ** 3
-
-    cotangent = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
-    first = torch.autograd.grad(carrier(*carriers), carriers, cotangent, create_graph=True)
-    a, b = (A, B) if weighting is constants else (torch.ones_like(A), torch.ones_like(B))
-    third = 3 * carriers[0] ** 2
-    torch.testing.assert_close(first[0], cotangent * third * a[:, None])
-    torch.testing.assert_close(first[1], cotangent * third * b[:, None])
-    seeds = [torch.randn_like(x) for x in first]
-    (by_cotangent,) = torch.autograd.grad(first, cotangent, seeds, retain_graph=True)
-    torch.testing.assert_close(by_cotangent, third * (seeds[0] * a[:, None] + seeds[1] * b[:, None]))
-    (by_carrier,) = torch.autograd.grad(first[0], carriers[0], seeds[0])
-    torch.testing.assert_close(by_carrier, seeds[0] * cotangent * 6 * carriers[0] * a[:, None] * a[:, None])
 
 
 def test_weights_are_constants() -> None:
@@ -133,17 +94,6 @@ def test_gradgradcheck_with_dropout_and_a_learned_matrix(fast_mode: bool) -> Non
         return va.score_attention(query, key, value, score=score, dropout_p=0.4, backend="streaming")
 
     assert gradgradcheck(dropped, (*tensors, matrix), fast_mode=fast_mode)
-
-
-def test_the_third_is_refused() -> None:
-    query, key, value = attention_inputs()
-    (second,) = torch.autograd.grad(
-        torch.autograd.grad(va.score_attention(query, key, value, backend="streaming").sum(), query, create_graph=True)[0].sum(),
-        query,
-        create_graph=True,
-    )
-    with pytest.raises(RuntimeError, match="score_attention has no third derivative"):
-        second.sum().backward()
 
 
 def test_the_whole_gradient_of_relevancy() -> None:
