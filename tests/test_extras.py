@@ -49,6 +49,14 @@ def test_a_missing_package_names_its_extra(name: str, tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_a_package_that_fails_in_transformers_is_not_missing() -> None:
+    """Such as a torchvision of another build: transformers raises a ModuleNotFoundError of its own class, without a name."""
+    with pytest.raises(ImportError, match="^Could not import module 'CLIPModel': operator x does not exist. `vlattn info` shows"):
+        with extras.extra("explain"):
+            said = "Could not import module 'CLIPModel'. Are this object's requirements defined correctly?"
+            raise ModuleNotFoundError(said) from RuntimeError("operator x does not exist")
+
+
 @pytest.mark.parametrize(
     ("version", "words"),
     [

@@ -50,6 +50,35 @@ def test_a_template_has_the_first_token_already(tmp_path: Path) -> None:
     assert read(processor, templated) == read(processor, plain) and read(processor, plain).count("<start>") == 1
 
 
+@pytest.mark.parametrize(
+    ("template", "token", "text", "message"),
+    [
+        (True, "<image>", "<image> a red", "text must be without <image> for LlavaProcessor: the image is put in front"),
+        (True, "<pad>", "<pad> a red", "text must be without <pad> for"),
+        (
+            False,
+            "<pad>",
+            "<image> a red",
+            "without <image> for LlavaProcessor: whose place for the image is <pad>; got '<image> a",
+        ),
+        (False, None, "<image> a red", "text must be without <image> for"),
+        (False, "<image>", "a <image> red", None),  # the user puts it there
+    ],
+)
+def test_a_placeholder_of_another_model_is_no_text(
+    template: bool, token: str | None, text: str, message: str | None, tmp_path: Path
+) -> None:
+    """As in data sets of LLaVA: a second token for the image, or words that the model was never trained with."""
+    _, processor = loading.load_model(str(saved_models.save_llava(tmp_path)))
+    processor.image_token = token
+    processor.chat_template = saved_models.TEMPLATE if template else None
+    if message is None:
+        assert loading._prompt(processor, text) == text
+    else:
+        with pytest.raises(ValueError, match=message):
+            loading._prompt(processor, text)
+
+
 def test_a_prompt_of_paligemma_has_no_line_of_its_own() -> None:
     images = transformers.SiglipImageProcessor(size={"height": 24, "width": 24})
     images.image_seq_length = 16

@@ -479,8 +479,9 @@ def intervene(
     """Cut attention edges or scale heads, and compare the model's answer with and without the edit.
 
     Information flows from keys to queries: "image->last" is the attention of the last token to the image. Quote it, since the
-    shell treats > as a redirection. Names of tokens are image, text, question, answer, last, special and all. Layers and heads
-    count from 0, negative ones from the end: -1 is the last.
+    shell treats > as a redirection. Names of tokens are image, text, question, answer, last, special and all; image[0,0,0.5,1]
+    is the left half of the image, a box x1, y1, x2, y2 relative to it. Layers and heads count from 0, negative ones from the
+    end: -1 is the last.
     """
     _check_outcome(model, ("", ""), None, dtype, device)
     with _as_usage_errors(ImportError, TypeError, ValueError, command=intervene):

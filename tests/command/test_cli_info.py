@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -36,6 +37,18 @@ def test_info_names_every_operator_and_backend():
     assert result.exit_code == 0, result.output
     for name in (*OPERATORS, *cli.BACKENDS, "torch"):
         assert name in result.output
+
+
+def test_info_says_that_torchvision_is_of_another_torch(tmp_path, monkeypatch):
+    package, known = tmp_path / "torchvision", tmp_path / "torchvision-0.1.dist-info"
+    package.mkdir(), known.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (known / "METADATA").write_text("Name: torchvision\nVersion: 0.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, module)
+    said = f"0.1, built for another torch: operator torchvision::nms does not exist. Install the one of torch {torch.__version__}"
+    assert f"torchvision   {said}" in vlattn("info").output
 
 
 def table_of_info():

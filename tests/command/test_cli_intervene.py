@@ -22,7 +22,7 @@ from vlattn_fast.interpret.intervening.intervene_command import cut_of, generate
 
 
 def run(*arguments: str):
-    return CliRunner().invoke(app, ["intervene", *arguments], env={"COLUMNS": "300"})
+    return CliRunner().invoke(app, ["intervene", *arguments], env={"COLUMNS": "400"})
 
 
 @pytest.fixture
@@ -85,6 +85,8 @@ def test_scores_of_a_dual_encoder(tmp_path: Path, photo: str) -> None:
         ),
         (["--cut", "all->all"], "queries, keys or heads must be given, since Knockout without them edits all attention"),
         (["--scale", "1:2"], "--scale must be LAYER:HEADS:FACTOR, e.g. 14:3,7:0; got '1:2'"),
+        (["--cut", "image[0,0,12,12]->last"], "with x1 < x2 and y1 < y2 relative to the image, in [0, 1]; got ('image', (0.0,"),
+        (["--cut", "image[0,0,x,1]->last"], "or a box image[x1,y1,x2,y2]; got"),
         (["--cut", "image->last:9"], "layers must be from -2 to 1 in tower 'language', which has 2; got 9"),
         (["--cut", "image->last", "--tower", "text"], "--tower must be one of 'language'; got 'text'"),
         (["--cut", "image->last", "--dtype", "int8"], "--dtype must be one of"),
@@ -102,5 +104,7 @@ def test_numbers_are_spans_and_lists() -> None:
     cut = cut_of("question - last->last:-3--2,-1", None)
     assert (cut.queries, cut.keys, cut.layers, cut.heads) == ("last", "question - last", (-3, -2, -1), None)
     assert cut_of("image:1->last", None).keys == "image:1"
+    box = cut_of("image:0[0,0,.5,1]->image[.5,0,1,1]:0", None)
+    assert (box.keys, box.queries, box.layers) == (("image:0", (0, 0, 0.5, 1)), ("image", (0.5, 0, 1, 1)), (0,))
     scale = scale_of("14:3,7:0.5", "vision")
     assert dict(scale.heads) == {14: (3, 7)} and scale.factor == 0.5 and scale.tower == "vision"

@@ -417,7 +417,7 @@ def test_refused_arguments() -> None:
         with pytest.raises((ValueError, TypeError), match=says):
             capture_relevancy(model, **options)
     captured, logits = captured_vit(method=va.methods.Gradient(start_layer=3))
-    with pytest.raises(ValueError, match="start_layer must be from -1"):
+    with pytest.raises(ValueError, match="start_layer must be from -3 to 2"):
         captured.relevancy(logits.sum())
 
 

@@ -24,10 +24,16 @@ def extra(name: str) -> Iterator[None]:
 
     Raises:
         ModuleNotFoundError: naming the package and the command that installs it.
+        ImportError: transformers' own, with its cause, if a package that it imports is there and fails.
     """
     try:
         yield
     except ModuleNotFoundError as missing:
+        if missing.name is None:
+            said = str(missing).partition(". ")[0]
+            raise ImportError(
+                f"{said}: {missing.__cause__}. `vlattn info` shows packages that do not fit each other"
+            ) from missing
         command = f"pip install 'vlattn_fast[{name}]'"
         raise ModuleNotFoundError(f"{missing.name} is needed here and not installed: {command}", name=missing.name) from missing
 

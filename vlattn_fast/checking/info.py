@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import platform
 import textwrap
@@ -13,7 +14,7 @@ from vlattn_fast.dispatch.call import CallShape, capability
 from vlattn_fast.dispatch.choice import select
 from vlattn_fast.dispatch.table import BACKEND_NAMES, refusals
 
-PACKAGES = ("torch", "numpy", "triton", "transformers", "matplotlib", "scikit-learn")
+PACKAGES = ("torch", "torchvision", "numpy", "triton", "transformers", "matplotlib", "scikit-learn")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WIDTH = 118
 
@@ -28,7 +29,7 @@ def lines() -> Iterator[str]:
     missing = []
     for name in ("vlattn_fast", *PACKAGES):
         try:
-            yield f"{name:14}{importlib.metadata.version(name)}"
+            yield f"{name:14}{importlib.metadata.version(name)}{_fault(name) if name == 'torchvision' else ''}"
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
     yield f"{'python':14}{platform.python_version()} on {platform.system()} {platform.machine()}"
@@ -50,6 +51,15 @@ def lines() -> Iterator[str]:
     for number, (reason, calls) in enumerate(notes.items(), 1):
         concerned = f" ({'; '.join(calls)})" if calls else ""
         yield from textwrap.wrap(f"{f'[{number}]':5}{reason}{concerned}", WIDTH, subsequent_indent=" " * 5)
+
+
+def _fault(package: str) -> str:
+    """What is wrong with a package that is installed: it has operators that only the torch of its own build runs."""
+    try:
+        importlib.import_module(package)
+    except Exception as error:
+        return f", built for another torch: {error}. Install the one of torch {torch.__version__}, or none"
+    return ""
 
 
 def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> Iterator[str]:

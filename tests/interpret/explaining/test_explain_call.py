@@ -158,8 +158,16 @@ def test_a_tensor_alone_is_refused_with_its_name(case):
             explain(case.model, case.inputs[name])
 
 
+@pytest.mark.parametrize("case", ["vit"], indirect=True)
+def test_a_start_layer_counts_from_the_end_as_layers_of_edits_do(case):
+    for kind in (va.methods.Gradient, va.methods.Rollout, va.methods.Glimpse):
+        two, all_three = (explain(case.model, case.inputs, method=kind(start_layer=n)).relevancy["vision"] for n in (-2, -3))
+        assert torch.equal(two, explain(case.model, case.inputs, method=kind(start_layer=1)).relevancy["vision"])
+        assert torch.equal(all_three, explain(case.model, case.inputs, method=kind()).relevancy["vision"])
+
+
 METHOD = "method must be one of gradient, .*, gradcam, .*; got"
-LAYER = "start_layer must be from -1 .* to 2 for tower 'vision'; got"
+LAYER = "start_layer must be from -3 to 2 for tower 'vision', -1 = the last layer; got"
 
 
 @pytest.mark.parametrize("case", ["vit"], indirect=True)
@@ -169,7 +177,7 @@ def test_bad_arguments(case):
     for make, error, words in (
         (lambda: {"method": "gradient(freeze)"}, ValueError, options),
         *((lambda method=method: {"method": method}, ValueError, METHOD) for method in ("grad", "", None, 3)),
-        *((lambda n=n: {"method": methods.Gradient(start_layer=n)}, ValueError, LAYER) for n in (3, -2, 99)),
+        *((lambda n=n: {"method": methods.Gradient(start_layer=n)}, ValueError, LAYER) for n in (3, -4, 99)),
         (lambda: {"method": methods.Gradient(start_layer=1.0)}, TypeError, "start_layer"),
         (lambda: {"method": methods.Gradient(through_connector=0)}, TypeError, "through_connector must be True or False"),
         (lambda: {"method": methods.Weighted(weighting="mean")}, ValueError, "weighting"),

@@ -171,12 +171,13 @@ def test_means_of_a_data_set_are_those_of_its_tokens_and_one_item_is_a_run() -> 
     rows = [{name: value[row : row + 1] for name, value in inputs.items()} for row in range(2)]
     record, whole = va.record_heads(model, rows), va.record_heads(model, inputs)
     assert record.outputs is None and record.count == whole.count == 15
-    one = va.record_heads(model, [inputs])
+    one, states, whole_states = va.record_heads(model, [inputs]), *(va.record_states(model, x) for x in ([inputs], inputs))
+    assert states.states is not None and states.means.keys() == whole_states.means.keys()
+    assert all(torch.equal(states.means[layer], means) for layer, means in whole_states.means.items())
     assert one.outputs is not None and whole.outputs is not None and one.count == 15
     for layer, means in whole.means.items():
         torch.testing.assert_close(record.means[layer], means, **CLOSE)
-        torch.testing.assert_close(one.means[layer], means, **CLOSE)
-        assert torch.equal(one.outputs[layer], whole.outputs[layer])
+        assert torch.equal(one.means[layer], means) and torch.equal(one.outputs[layer], whole.outputs[layer])
 
 
 def test_a_record_of_an_encoder_decoder_needs_no_decoder_tokens() -> None:

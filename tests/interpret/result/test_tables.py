@@ -74,7 +74,7 @@ def test_top_refuses():
 def test_data_frame():
     explanation = answered()
     frame = explanation.to_pandas()
-    assert list(frame) == ["sample", "answer", "tower", "part", "position", "image", "y", "x", "word", "value"]
+    assert list(frame) == ["sample", "answer", "answer_word", "tower", "part", "position", "image", "y", "x", "word", "value"]
     assert len(frame) == 3 * (6 + 7) + 2 * (6 + 3)
     patches = frame[(frame.part == "patch") & (frame["sample"] == 1) & (frame.answer == 1)]
     np.testing.assert_allclose(patches.pivot(index="y", columns="x", values="value"), explanation.image[1, 1])
@@ -82,7 +82,9 @@ def test_data_frame():
     assert list(words.word) == explanation.tokens[0] and words.x.isna().all()
     np.testing.assert_allclose(words.value, explanation.text[0, 2])
     plain = made().to_pandas()
-    assert plain.answer.isna().all() and isinstance(plain, pandas.DataFrame)
+    said = {(sample, n, word) for sample, words in enumerate(explanation.answer_tokens) for n, word in enumerate(words)}
+    assert {*zip(frame["sample"], frame.answer, frame.answer_word, strict=True)} == said
+    assert plain.answer.isna().all() and plain.answer_word.isna().all() and isinstance(plain, pandas.DataFrame)
     assert len(Explanation({"vision": torch.zeros(0, 5)}).to_pandas()) == 0
 
 

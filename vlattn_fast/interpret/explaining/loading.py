@@ -177,14 +177,20 @@ def build_inputs(model: Any, processor: Any, image: Any, texts: Sequence[str]) -
 
 
 def _prompt(processor: Any, text: str) -> str:
-    """The text after the image's token, as the model was trained."""
-    if getattr(processor, "chat_template", None):
+    """The text after the image's token, as the model was trained. ValueError for a text with another token for the image."""
+    name, templated = type(processor).__name__, bool(getattr(processor, "chat_template", None))
+    token = None if templated or name in _ADDS_IMAGE_TOKENS else getattr(processor, "image_token", None)
+    of_image = {"<image>", str(getattr(processor, "image_token", None) or "<image>")}
+    for wrong in sorted(of_image - {token}):
+        if wrong in text:
+            place = "the image is put in front of it" if token is None else f"whose place for the image is {token}"
+            raise ValueError(f"text must be without {wrong} for {name}: {place}; got {text!r:.80}. Leave it out")
+    if templated:
         content = [{"type": "image"}, {"type": "text", "text": text}]
         return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-    token = getattr(processor, "image_token", None)
-    if token is None or type(processor).__name__ in _ADDS_IMAGE_TOKENS or str(token) in text:
+    if token is None or str(token) in text:
         return text
-    return f"{token}{text}" if type(processor).__name__ == "PaliGemmaProcessor" else f"{token}\n{text}"
+    return f"{token}{text}" if name == "PaliGemmaProcessor" else f"{token}\n{text}"
 
 
 def on_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -158,8 +158,8 @@ def record_states(
     check_choice("of", of, KINDS)
     chosen = check_numbers("layers", layers)
     check_tower_name(tower)
-    record, _ = _recorded(inputs, lambda one: _states_of_run(model, one, chosen, of, tower))
-    return record if isinstance(inputs, Mapping) else replace(record, states=None)
+    record, runs = _recorded(inputs, lambda one: _states_of_run(model, one, chosen, of, tower))
+    return record if runs == 1 else replace(record, states=None)
 
 
 R = TypeVar("R", HeadRecord, StateRecord)
@@ -182,6 +182,8 @@ def _recorded(inputs: Any, of_one: Callable[[Mapping[str, Any]], R]) -> tuple[R,
         runs, count = runs + 1, count + record.count
     if record is None:
         raise ValueError("inputs must have at least one item; got an empty data set")
+    if runs == 1:
+        return record, 1  # without rounding
     return replace(record, means={layer: total / count for layer, total in sums.items()}, count=count), runs
 
 

@@ -20,28 +20,36 @@ from vlattn_fast.interpret.intervening.token_sets import NAMES, is_name
 from vlattn_fast.interpret.result.figures.photos import open_image
 
 _CUT = re.compile(r"([^>]+)->([^:>]+)(?::([^:]+))?(?::([^:]+))?$")
+_BOX = re.compile(r"(image(?::\d+)?)\[(.+)\]$")
 _SPAN = re.compile(r"(-?\d+)(?:-(-?\d+))?$")
 
 
 def cut_of(text: str, tower: str | None) -> Knockout:
-    """The knockout of "image->last", "image->last:10-15" or "image->last:10-15:0,3": keys, queries, layers and heads."""
+    """The knockout of "image->last", "image[0,0,.5,1]->last:10-15" or "image->last:10-15:0,3": keys, queries, layers, heads."""
     known, match = (*NAMES, "all"), _CUT.match(text)
     try:
         if match is None:
             raise ValueError
         keys, queries, *numbers = match.groups()
-        if not all(name == "all" or is_name(name) for name in (keys, queries)):
-            raise ValueError
+        groups = {"keys": _group(keys), "queries": _group(queries)}
         layers, heads = (None if each is None else _numbers(each) for each in numbers)
     except ValueError:
-        form = f'"KEYS->QUERIES[:LAYERS[:HEADS]]" in quotes, e.g. "image->last:10-15", with names among {", ".join(known)}'
+        form = f'"KEYS->QUERIES[:LAYERS[:HEADS]]" in quotes, e.g. "image->last:10-15", with names among {", ".join(known)}, or '
+        form += "a box image[x1,y1,x2,y2]"
         first, second, *rest = [*text.split(":"), ""]
         if first in known and second in known:  # the order in which one says "A attends to B"
             form += f'; information flows from keys to queries: "{":".join([f"{second}->{first}", *rest]).rstrip(":")}"'
         raise ValueError(f"cut must be {form}; got {text!r}") from None
-    sides = {"keys": keys, "queries": queries}
-    groups = {side: None if name == "all" else name for side, name in sides.items()}
     return Knockout(**groups, layers=layers, heads=heads, tower=tower)
+
+
+def _group(text: str) -> Any:
+    """The group of "image" or "image[x1,y1,x2,y2]"; None for all tokens. ValueError for other texts."""
+    if (box := _BOX.match(text)) is not None:
+        return box[1], tuple(float(number) for number in box[2].split(","))
+    if text != "all" and not is_name(text):
+        raise ValueError
+    return None if text == "all" else text
 
 
 def scale_of(text: str, tower: str | None) -> ScaleHeads:

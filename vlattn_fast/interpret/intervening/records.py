@@ -35,7 +35,7 @@ class StateRecord:
         of: "residual" or "mlp".
         tower: the name of the tower.
         means: layer -> (C), over all real tokens of all samples.
-        states: layer -> (B, N, C) of one run; None for a data set.
+        states: layer -> (B, N, C) of one run; None for a data set of several items.
         count: the number of tokens in the means.
         model: the class of the model. Edits of a model of another class raise a ValueError.
     """

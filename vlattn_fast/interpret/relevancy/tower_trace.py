@@ -360,17 +360,18 @@ class TowerTrace:
                 f"model must run tower '{self.name}' with gradients on; got attention '{self.carriers.without_gradients}' in a "
                 "part that turns them off"
             )
-        if not -1 <= start_layer <= self.layer:
+        if not -self.layer - 1 <= start_layer <= self.layer:
             raise ValueError(
-                f"start_layer must be from -1 (the last layer) to {self.layer} for tower '{self.name}'; got {start_layer}"
+                f"start_layer must be from {-self.layer - 1} to {self.layer} for tower '{self.name}', -1 = the last layer; got "
+                f"{start_layer}"
             )
 
     def first_layer(self, start_layer: int) -> int:
-        """The number of layer `start_layer` (-1 = the last)."""
-        return self.layer if start_layer == -1 else start_layer
+        """The number of layer `start_layer`, from the end if it is negative."""
+        return self.layer + 1 + start_layer if start_layer < 0 else start_layer
 
     def edges(self, start_layer: int) -> list[GradientEdge]:
-        """Where gradients enter the attention of layer `start_layer` (-1 = the last) and later ones."""
+        """Where gradients enter the attention of layer `start_layer` and later ones."""
         return self.gradients.from_layer(self.first_layer(start_layer))
 
 

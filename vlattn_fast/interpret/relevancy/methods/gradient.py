@@ -60,8 +60,8 @@ class Gradient(GradientMethod):
     ) -> None:
         """
         Args:
-            start_layer: 0 = all layers, -1 = only the last, i = layers i and later. Layers are the model's blocks, numbered by
-                their index in its list of blocks; -1 is the last one that mixes tokens.
+            start_layer: i = layers i and later, negative from the end: 0 = all layers, -1 = only the last. Layers are the model's
+                blocks, numbered by their index in its list of blocks; -1 is the last one that mixes tokens.
             through_connector: True = carry the relevancy of the image tokens on into the vision tower, as
                 `relevancy["vision"]`; each image token's is divided equally among its patches. It only supports decoders that
                 take images.

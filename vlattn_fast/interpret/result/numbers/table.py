@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _COLUMNS: dict[str, Any] = {  # of a data frame, with types
-    **{"sample": int, "answer": int, "tower": object, "part": object, "position": int},
+    **{"sample": int, "answer": int, "answer_word": object, "tower": object, "part": object, "position": int},
     **{"image": int, "y": int, "x": int, "word": object, "value": float},
 }
 
@@ -126,12 +126,14 @@ def to_frame(explanation: Explained) -> pd.DataFrame:
     import pandas as pd
 
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    said = explanation.answer_tokens
     for sample, answer, tower, parts in _groups(explanation):
+        token = (-1, None) if answer is None or said is None else (answer, said[sample][answer])
         for part in parts:
             values = part.values[answer or 0]
             position = np.arange(len(values))
             place = (part.image, position // part.width, position % part.width) if part.image is not None else (-1, -1, -1)
-            line = (sample, -1 if answer is None else answer, tower, part.kind, position, *place, part.words, values)
+            line = (sample, *token, tower, part.kind, position, *place, part.words, values)
             for name, column in zip(_COLUMNS, line, strict=True):
                 kind = _COLUMNS[name]
                 columns[name].append(np.broadcast_to(np.asarray(column, dtype=kind), len(values)))
