@@ -127,3 +127,12 @@ def test_small_gradients_of_float16_survive() -> None:
 def test_what_it_cannot_run_is_refused(a: int, dv: int, words: str) -> None:
     inputs = tensors(3, 4, a, dv)
     assert_refused("cuda", words, lambda: call(va.score_attention, additive, backend="cuda")(**inputs))
+
+
+@pytest.mark.parametrize(
+    "score, options, words", [("dot", {}, "exact additive scores"), (None, {"dropout_p": 0.1}, "no dropout")]
+)
+def test_other_scores_and_dropout_are_refused(score: Any, options: dict[str, Any], words: str) -> None:
+    x = torch.randn(1, 1, 3, 8)
+    options = {"score": score or S.Additive(torch.randn(8)), "backend": "cuda", **options}
+    assert_refused("cuda", words, lambda: va.score_attention(x, x, x, **options))

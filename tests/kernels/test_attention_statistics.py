@@ -1,15 +1,11 @@
-"""attention_statistics in Triton: tiles in 16 bits, groups around its blocks, and what it refuses."""
+"""attention_statistics in Triton: tiles in 16 bits, groups around its blocks."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import pytest
 import torch
 
-import vlattn_fast as va
 from tests.helpers.compare import as_dtype
-from tests.helpers.ops.backends import assert_refused
 from tests.helpers.ops.map_cases import B, check_statistics, groups, statistics_inputs
 from vlattn_fast.backends.inputs import Attention, AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics
@@ -66,10 +62,3 @@ def test_a_group_out_of_range_is_none() -> None:
     }
     got, want = (kernels.backward(AttentionStatisticsBackwardInputs(attention=x, **options)) for x in (unknown, known))
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and not got[2].any()
-
-
-def test_what_it_cannot_run_is_refused() -> None:
-    run = partial(va.attention_statistics, backend="triton")
-    for d, dtype, words in ((8, torch.float64, "float16, bfloat16 and float32"), (257, torch.float32, "head_dim of at most 256")):
-        x = torch.randn(1, 1, 3, d, dtype=dtype)
-        assert_refused("triton", words, partial(run, x, x))

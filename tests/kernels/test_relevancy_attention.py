@@ -14,7 +14,6 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import LargestAllocation, assert_all_close_to
-from tests.helpers.ops.backends import F64, assert_refused
 from tests.helpers.ops.relevancy_cases import MASKS, check, tensors
 from vlattn_fast.backends.inputs import Attention, RelevancyStepInputs
 from vlattn_fast.kernels import _configurations
@@ -151,18 +150,3 @@ def test_no_partial_sum_is_larger_than_the_output_where_there_are_many_rows() ->
     with LargestAllocation() as largest:
         kernels.step(inputs)
     assert largest.bytes <= 4 * rows * n
-
-
-@pytest.mark.parametrize(
-    "d, dv, dtype, words",
-    [
-        (8, 8, F64, "float16, bfloat16 and float32"),
-        (257, 8, torch.float32, "head_dim of at most 256"),
-        (8, 257, torch.float32, "head_dim of at most 256"),
-    ],
-)
-def test_what_it_cannot_run_is_refused(d: int, dv: int, dtype: torch.dtype, words: str) -> None:
-    inputs = tensors(3, d=d, dv=dv, dtype=dtype)
-    assert_refused("triton", words, lambda: va.relevancy_attention(**inputs, backend="triton"))
-    query, key, value, r = inputs.values()
-    assert_refused("triton", words, lambda: va.relevancy_step(r, query, key, value, torch.zeros_like(value), backend="triton"))

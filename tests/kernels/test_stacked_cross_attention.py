@@ -69,9 +69,6 @@ def test_chunks_grow_with_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels._map_elements(torch.device("cpu")) == 1 << 22
 
 
-@pytest.mark.parametrize(
-    "dtype, regions, words", [(torch.float64, 3, "float16, bfloat16 and float32"), (F32, 4097, "at most 4096 contexts")]
-)
-def test_what_it_cannot_run_is_refused(dtype: torch.dtype, regions: int, words: str) -> None:
-    images, captions = torch.randn(1, regions, 4, dtype=dtype), torch.randn(1, 3, 4, dtype=dtype)
-    assert_refused("triton", words, partial(va.stacked_cross_attention, images, captions, backend="triton"))
+def test_many_contexts_are_refused() -> None:
+    run = partial(va.stacked_cross_attention, torch.randn(1, 4097, 4), torch.randn(1, 3, 4), backend="triton")
+    assert_refused("triton", "at most 4096 contexts", run)

@@ -15,7 +15,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import vlattn_fast as va
 from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of
 from tests.helpers.ops.backends import DEVICE, F64, finest, on
-from tests.helpers.ops.score_cases import lay_out
 from vlattn_fast.backends.reference.paged_attention_statistics import STATISTICS
 from vlattn_fast.backends.streaming import _tiles
 
@@ -158,30 +157,29 @@ def test_options(name: str, backend: str) -> None:
     check(backend, as_dtype(tensors(of), finest(backend)), {**of, **groups(of), **OPTIONS[name]})
 
 
+# lengths and counts of requests; heads, heads of keys, block size, features; groups; options
+SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, int, int, int], int, dict[str, Any]]] = {
+    "one of each": ((65, 130, 5), (65, 1, 3), (1, 1, 1, 1), 1, {}),
+    "blocks of 3": ((65, 130, 5), (65, 1, 3), (3, 3, 3, 5), 5, {}),
+    "blocks of 7": ((65, 130, 5), (65, 1, 3), (6, 2, 7, 33), 9, {}),
+    "blocks of 32": ((65, 130, 5), (65, 1, 3), (8, 1, 32, 64), 2, {}),
+    "blocks of 128, many groups": ((65, 130, 5), (65, 1, 3), (5, 1, 128, 128), 70, {}),
+    "256 features": ((65, 130, 5), (65, 1, 3), (4, 4, 10, 256), 4, {}),
+    "many keys": ((1500, 1), (2, 1), (4, 2, 16, 8), 3, {}),
+    "prompts": ((130, 129), (130, 129), (4, 2, 16, 8), 3, {}),
+    # of some tokens that are computed together the first see keys of one tile more than the last
+    "a window that begins within a tile": ((90, 70), (70, 3), (4, 2, 16, 8), 3, {"window": 20}),
+    "a window longer than a tile": ((90, 70), (70, 3), (4, 2, 16, 8), 3, {"window": 45}),
+}
+
+
 @on(*FAST)
-@pytest.mark.parametrize(
-    "heads, key_heads, block_size, size, count",
-    [(1, 1, 1, 1, 1), (3, 3, 3, 5, 5), (6, 2, 7, 33, 9), (8, 1, 32, 64, 2), (5, 1, 128, 128, 70), (4, 4, 10, 256, 4)],
-)
-def test_sizes(backend: str, heads: int, key_heads: int, block_size: int, size: int, count: int) -> None:
-    of = requests((65, 130, 5), (65, 1, 3), block_size)
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes(backend: str, name: str) -> None:
+    lengths, counts, (heads, key_heads, block_size, size), number, options = SIZES[name]
+    of = requests(lengths, counts, block_size)
     inputs = as_dtype(tensors(of, heads, key_heads, block_size, size), finest(backend))
-    check(backend, inputs, {**of, **groups(of, 131, count)})
-
-
-@on(*FAST)
-@pytest.mark.parametrize("lengths, counts", [((300,), (1,)), ((1500, 1), (2, 1)), ((130, 129), (130, 129)), ((1,) * 9, (1,) * 9)])
-def test_lengths(backend: str, lengths: tuple[int, ...], counts: tuple[int, ...]) -> None:
-    of = requests(lengths, counts, more=0)
-    check(backend, as_dtype(tensors(of, more=0), finest(backend)), {**of, **groups(of, max(lengths))})
-
-
-@on(*FAST)
-@pytest.mark.parametrize("window", [20, 45])
-def test_windows_that_begin_within_a_tile_of_keys(window: int, backend: str) -> None:
-    """Of some tokens that are computed together the first see keys of one tile more than the last."""
-    of = requests((90, 70), (70, 3))
-    check(backend, as_dtype(tensors(of), finest(backend)), {**of, **groups(of, 90), "window": window})
+    check(backend, inputs, {**of, **groups(of, max(lengths) + 1, number), **options})
 
 
 @on(*FAST)
@@ -206,26 +204,6 @@ def test_integers_of_32_bits(backend: str) -> None:
     call = partial(va.paged_attention_statistics, **inputs, statistics=STATISTICS, backend=backend)
     for got, want in zip(call(**narrow, **small), call(**of, **of_keys), strict=True):
         assert torch.equal(got, want)
-
-
-CACHES = {
-    "heads behind tokens": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "keys beside values": lambda x: torch.stack([x, torch.full_like(x, torch.nan)]).contiguous()[0],
-    "keys and values in turn": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], 1)[:, 0],
-    "blocks last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    "features first": lambda x: x.mT.contiguous().mT,
-    "tokens far apart": lambda x: torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., : x.shape[-1]],
-}
-
-
-@on(*FAST)
-@pytest.mark.parametrize("layout", CACHES)
-def test_caches_of_any_strides(layout: str, backend: str) -> None:
-    of = requests()
-    inputs = as_dtype(tensors(of), finest(backend))
-    inputs = {"query": lay_out(inputs["query"], "transposed"), "key_cache": CACHES[layout](inputs["key_cache"])}
-    wide = {**of, "block_table": torch.cat([of["block_table"]] * 2, 1)[:, : of["block_table"].shape[1]]}  # rows with gaps
-    check(backend, inputs, {**wide, **groups(of)})
 
 
 @on(*FAST)

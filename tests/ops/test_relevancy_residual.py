@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, assert_close_to, bytes_of
 from tests.helpers.ops.backends import F64, HALVES, assert_refused, each, finest, on
-from tests.helpers.ops.score_cases import lay_out
 from tests.helpers.ops.tile_edges import covering
 from vlattn_fast.backends.reference.relevancy_residual import BY_ROWS
 from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS as NAMES
@@ -209,42 +207,19 @@ def test_rows_are_widened_in_no_copy(backend: str) -> None:
     assert 0 < largest.bytes <= 1024 < bytes_of(inputs["residual"])
 
 
-@on("cpu", "triton", "streaming")
-def test_opcheck(backend: str) -> None:
+def test_the_weights_have_no_gradient() -> None:
     x = tensors(n=3, c=4)["residual"].float()
-    for rows in (x, lay_out(x, "transposed")):
-        arguments = rows, rows + 1, rows.cos(), "contribution", backend
-        torch.library.opcheck(torch.ops.vlattn.residual_weights, arguments, test_utils=("test_schema", "test_faketensor"))
     with pytest.raises(RuntimeError, match="the weights are constants of the rule"):
-        torch.ops.vlattn.residual_weights(x.requires_grad_(), x, x, "norm", backend)[0].sum().backward()
+        torch.ops.vlattn.residual_weights(x.requires_grad_(), x, x, "norm", "streaming")[0].sum().backward()
 
 
 X, Y = torch.zeros(1, 3, 4), torch.zeros(1, 3, 4)
-K = torch.zeros(1, 1, 3)
-BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "carriers differ": (
-        lambda: va.relevancy_residual(X, Y, K, K.expand(1, 2, 3)),
-        ValueError,
-        "branch_carrier must have residual_carrier's",
-    ),
-    "carrier dtypes": (
-        lambda: va.relevancy_residual(X, Y, K, K.double()),
-        ValueError,
-        "branch_carrier must have residual_carrier's",
-    ),
-    "carriers of integers": (
-        lambda: va.relevancy_residual(X, Y, K.long(), K.long()),
-        TypeError,
-        "residual_carrier must be floating point",
-    ),
-}
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input(name: str) -> None:
-    call, error, words = BAD[name]
-    with pytest.raises(error, match=words):
-        call()
+def test_carriers_of_two_dtypes_are_refused() -> None:
+    carrier = torch.zeros(1, 1, 3)
+    with pytest.raises(ValueError, match="branch_carrier must have residual_carrier's"):
+        va.relevancy_residual(X, Y, carrier, carrier.double())
 
 
 @pytest.mark.parametrize("returned", (None, (torch.ones(1, 3),), (torch.ones(1, 3), torch.ones(3)), (1.0, 1.0)), ids=str)

@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tests.helpers.ops.backends import assert_refused
 from tests.helpers.ops.properties import PADDED, calls, every, floating
-from vlattn_fast.checking.cases import Example, Sizes
+from vlattn_fast.checking.cases import Example, Sizes, cases_of
 from vlattn_fast.ops import OPERATORS
 from vlattn_fast.scores import SCORES
 
@@ -111,3 +112,12 @@ def test_kernels_refuse_float64(backend: str, operator: str) -> None:
     call = calls(operator, backend, SIZES, torch.float32)[0]
     tensors = call.in_dtype(torch.float64, torch.get_default_device())
     assert_refused(backend, "float16, bfloat16 and float32", lambda: call.run(tensors, backend=backend))
+
+
+@every("triton", without=dict.fromkeys(("stacked_cross_attention", "relevancy_residual"), "rows of any size"))
+def test_kernels_refuse_more_than_256_features(backend: str, operator: str) -> None:
+    for size in ("head_dim", "value_dim", "features"):
+        for call in cases_of(operator).verify(torch.Generator().manual_seed(0), SIZES._replace(**{size: 257})):
+            tensors = call.in_dtype(torch.float32, torch.get_default_device())
+            if any(x.shape[-1:] == (257,) for x in tensors.values()):
+                assert_refused(backend, "of at most 256", partial(call.run, tensors, backend=backend))
