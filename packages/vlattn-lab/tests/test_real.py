@@ -22,6 +22,7 @@ from vlattn_fast.interpret.relevancy.methods.registry import METHODS
 from vlattn_lab.real import cuts, measures, models, page, sinks
 from vlattn_lab.real.photos import SIDE, SOURCES, pixels, square
 from vlattn_lab.real.reading_page import Readings
+from vlattn_lab.weights import package
 
 CHANNELS = (8, 6, 4)
 
@@ -101,7 +102,7 @@ def test_the_saliency_head_is_its_formula():
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it():
     with pytest.raises(ModuleNotFoundError, match="no_such_package.*tools.environments real"):
-        models.package("no_such_package")
+        package("no_such_package")
 
 
 def test_the_surest_box():

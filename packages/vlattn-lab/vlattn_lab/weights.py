@@ -1,9 +1,11 @@
-"""Weights of the lab's models: shipped in packages/vlattn-lab/vlattn_lab/data, or written to a directory by a training."""
+"""Weights of the lab's models: shipped in packages/vlattn-lab/vlattn_lab/data, or written to a directory by a training; and the
+folders of packages that carry models of others."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,3 +28,13 @@ def load_model(directory: str | Path, name: str, training: str, build: Callable[
     model = build(json.loads(weights.with_suffix(".json").read_text())["config"])
     model.load_state_dict(load_file(weights))
     return model.eval()
+
+
+def package(name: str) -> Path:
+    """The folder of an installed package, which is not imported: its imports need more packages than its files do."""
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            f"the package {name} with a trained model is missing; `python -m tools.environments real` installs it"
+        )
+    return Path(spec.origin).parent

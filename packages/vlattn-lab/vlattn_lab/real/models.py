@@ -7,9 +7,7 @@ products: an exporter numbered these, and only the names of the graph's nodes sa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
 from vlattn_lab.real.photos import SIDE
+from vlattn_lab.weights import package
 
 RENAMED = {
     ".attention.attention.query.": ".attention.q_proj.",
@@ -92,16 +91,6 @@ def convert(arrays: Arrays, products: Products, heads: int) -> tuple[Dinov2Model
     model.load_state_dict(backbone)
     head.load_state_dict(decoder)
     return model.eval().requires_grad_(False), head.eval().requires_grad_(False)
-
-
-def package(name: str) -> Path:
-    """The folder of an installed package, which is not imported: its imports need more packages than its files do."""
-    spec = find_spec(name)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            f"the package {name} with a trained model is missing; `python -m tools.environments real` installs it"
-        )
-    return Path(spec.origin).parent
 
 
 def load_dino() -> tuple[Dinov2Model, SaliencyHead, Any]:

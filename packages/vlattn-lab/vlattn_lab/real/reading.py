@@ -24,7 +24,7 @@ from vlattn_fast.interpret.relevancy.methods.registry import METHODS
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 from vlattn_lab.real import rival
 from vlattn_lab.real.formulas import HEIGHT, PATCH, WIDTH, Drawing, Formula, draw, places
-from vlattn_lab.real.models import package
+from vlattn_lab.weights import package
 
 PACKAGE = "latex_ocr_junia"
 GRID = (HEIGHT // PATCH, WIDTH // PATCH)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from vlattn_lab.real.models import package
+from vlattn_lab.weights import package
 
 PACKAGE = "lxt"
 
