@@ -357,6 +357,27 @@ def test_states_whose_first_size_is_that_of_tokens(sizes: tuple[int, int]) -> No
         assert states is not None and states[1].shape == (*sizes, 32)
 
 
+class FlatLayer(nn.Module):
+    """Its MLP takes the tokens of all samples as one row of them, as mixtures of experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.mlp(x.flatten(0, 1)).view_as(x)
+
+
+def test_an_mlp_over_flattened_tokens() -> None:
+    model, x = lively(nn.Sequential(FlatLayer(), FlatLayer())).double().eval(), torch.randn(2, 6, 16, dtype=torch.float64)
+    with torch.no_grad(), hooked(model[1].mlp, lambda output: 0.5 * output):
+        expected = model(x)
+    with torch.no_grad(), va.intervene(model, {"input": x}, va.Mlp(1, scale=0.5)):
+        torch.testing.assert_close(model(x), expected, **CLOSE)
+
+
 class Apart(nn.Module):
     """Attention and MLPs in lists of their own: no module returns the residual stream."""
 
