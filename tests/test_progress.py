@@ -75,6 +75,16 @@ def test_a_bar_without_items_is_told_its_count(monkeypatch: pytest.MonkeyPatch) 
         assert "5/7" in screen.getvalue()
 
 
+def test_a_log_file_has_a_line_each_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, clock = watched(monkeypatch, terminal=False)
+    for _ in extras.with_progress(range(8), "counting"):
+        for _ in extras.with_progress(range(3), "inside", leave=False):
+            clock.now += 10.0
+    lines = screen.getvalue().splitlines()
+    assert [line.split("|")[0] for line in lines[:-1]] == [f"counting:  {n * 100 // 8}%" for n in (2, 4, 6)]
+    assert lines[-1].startswith("counting: 100%") and "\r" not in screen.getvalue() and "\x1b" not in screen.getvalue()
+
+
 @pytest.mark.parametrize("switch", ["file", "context", "environment", "no tqdm"])
 def test_what_switches_bars_off(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     screen, clock = watched(monkeypatch, terminal=switch != "file")

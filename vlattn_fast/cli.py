@@ -515,9 +515,9 @@ def evaluate(
 ) -> None:
     """Evaluate how well maps show the parts of an input that a model's output depends on.
 
-    Prints a table of the tests. The columns of the data set are image, text, target, answer, id and boxes: a list of
-    boxes x1, y1, x2, y2, relative to the image as the model processes it, or the file of a mask. Options of methods are
-    as in explain.
+    Prints a table of the tests. The columns of the data set are image, text, target, answer, id, boxes: a list of
+    boxes x1, y1, x2, y2, relative to the image as the model processes it, or the file of a mask; and text_truth: a word or a
+    list of words of the text. Options of methods are as in explain.
     """
     from vlattn_fast.interpret.dataset.samples import samples
     from vlattn_fast.interpret.evaluating.evaluate import evaluate as run

@@ -7,14 +7,16 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
 SECONDS = 2.0  # of a call before its bar appears
+MINUTE = 60.0  # between two lines of a log file
 _bars: ContextVar[bool] = ContextVar("_bars", default=True)
 
 
@@ -53,7 +55,8 @@ def missing(package: str, *lowest: int) -> str:
 def with_progress(items: Iterable[T], what: str, **options: Any) -> Iterable[T]:
     """Returns `items`, with a progress bar that appears after two seconds; `options` are tqdm's.
 
-    Bars are drawn on a terminal or in a notebook, if tqdm is installed. `without_progress` and TQDM_DISABLE=1 in the
+    Bars are drawn on a terminal or in a notebook, if tqdm is installed; elsewhere, such as in a log file, a line is written each
+    minute. `without_progress` and TQDM_DISABLE=1 in the
     environment switch all of them off.
     """
     bar = _bar(items, what, options)
@@ -88,8 +91,27 @@ def _bar(items: Any, what: str, options: dict[str, Any]) -> Any:
     with contextlib.suppress(ModuleNotFoundError):
         from tqdm.auto import tqdm
 
+        if not sys.stderr.isatty() and tqdm.__name__ == "tqdm_asyncio":  # not that of a notebook
+            lines: Any = _Lines(sys.stderr)
+            return tqdm(items, desc=what, file=lines, delay=MINUTE, mininterval=MINUTE, maxinterval=MINUTE, **options)
         return tqdm(items, desc=what, disable=None, delay=SECONDS, **options)  # None = only if stderr is a terminal
     return None
+
+
+class _Lines:
+    """A file in which each state of a bar is a line."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.last = file, ""
+
+    def write(self, text: str) -> None:
+        shown = text.replace("\x1b[A", "").strip()
+        if shown not in ("", self.last):
+            self.last = shown
+            self.file.write(f"{shown}\n")
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def warn_of_two_trees() -> None:

@@ -122,6 +122,42 @@ def test_an_answer_as_a_whole() -> None:
     assert found.tokens == []
 
 
+def test_the_true_words_of_a_token_are_pointed_at() -> None:
+    model, inputs, _ = llava()
+    ids = inputs["input_ids"][0]
+    words = [n for n in range(len(ids)) if int(ids[n]) != decoder_cases.IMAGE]  # columns
+    maps = va.explain(model, inputs, answer=[ANSWER], processor=Names()).text[0].double()
+    mask = torch.zeros(len(ids), dtype=torch.bool)
+    mask[words[1]] = True
+    first, second = [words[0], words[2] - len(ids)], " ".join(str(int(ids[words[n]])) for n in (2, 3))
+    dataset = [{"inputs": inputs, "answer": [ANSWER], "text_truth": {0: first, 1: second, 2: mask}}]
+    tests = ("pointing", "iou", "mass")
+    found = va.evaluate(model, dataset, tests=tests, processor=Names(), tokens="all")
+    values = {(one["position"], one["test"]): one["value"] for one in found.tokens}
+    for n, truth in enumerate(([0, 2], [2, 3], [1])):
+        shown = maps[n, : len(words) - (n == 0)]  # without the explained token, and the answer's own words
+        inside = torch.zeros(len(shown), dtype=torch.bool)
+        inside[truth] = True
+        above, positive = shown > shown.mean(), shown.clamp(min=0)
+        assert values[n, "pointing"] == float(inside[shown.argmax()])
+        assert values[n, "iou"] == pytest.approx(float((above & inside).sum() / (above | inside).sum()))
+        assert values[n, "mass"] == pytest.approx(float(positive[inside].sum() / positive.sum()))
+    assert {one["part"] for one in found.tokens} == {"text"} and found.value("gradient", "mass", "text") is not None
+    batch = {"inputs": {name: torch.cat([x, x]) for name, x in inputs.items()}, "target": 5, "text_truth": [None, first]}
+    row = next(one for one in va.evaluate(model, [batch], tests=["mass"]).table if one["part"] == "text")
+    assert (row["samples"], row["left_out"]) == (1, 1)
+    for truth, said in (
+        ([len(ids)], f"columns of input_ids.* got {len(ids)}"),
+        ("5 9", "got '5 9'"),
+        ([words[1] + 1], "may be removed.*got"),
+        (mask[1:], "got"),
+    ):
+        with pytest.raises(ValueError, match=f"text_truth must be .*{said}"):
+            va.evaluate(model, [{"inputs": inputs, "target": 5, "text_truth": truth}], tests=["mass"], processor=Names())
+    with pytest.raises(ValueError, match="processor must be given for a text_truth of words; got"):
+        va.evaluate(model, [{"inputs": inputs, "target": 5, "text_truth": second}], tests=["mass"])
+
+
 @pytest.mark.parametrize(
     ("tokens", "positions"),
     [
@@ -155,7 +191,7 @@ def test_every_test_runs_on_an_answer() -> None:
         (
             {"answer": [ANSWER]},
             {},
-            "dataset must give mappings with 'inputs' and among inputs, target, answer, boxes; got answer",
+            "dataset must give mappings with 'inputs' and among inputs, target, answer, boxes, text_truth; got answer",
         ),
         ({"inputs": {}, "text": 1}, {}, "dataset must give mappings with 'inputs' .*; got inputs, text"),
         ({"inputs": {}, "answer": [ANSWER], "target": 1}, {}, "a target or an answer for each input; got both"),

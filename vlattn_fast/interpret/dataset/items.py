@@ -19,7 +19,7 @@ from vlattn_fast.interpret.explaining.loading import json_lines, open_lines
 from vlattn_fast.interpret.result.figures.photos import open_image, to_rgb
 
 COLUMNS = ("image", "text", "target", "answer", "id")
-BOXES = "boxes"  # a column that only `evaluate` reads
+TRUTHS = ("boxes", "text_truth")  # columns that only `evaluate` reads
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -33,6 +33,7 @@ class Item:
     target: int | None = None
     answer: Any = None  # a text, or token ids
     boxes: Any = None  # of the parts of the image that the answer rests on: JSON or a list; the path of a mask, or an image
+    text_truth: Any = None  # of the text: JSON or a list of words or of columns
     problem: str | None = None  # why the input cannot be used, if known already
     inputs: Mapping[str, Any] | None = None  # the model's, if they are given in place of image and texts
 
@@ -117,12 +118,13 @@ class Items(Sequence[Item]):
             target = int(target)
         if target is not None and (not isinstance(target, int) or isinstance(target, bool)):
             return Item(identity, problem=f"target must be an int; got {target!r}")
-        folder, boxes = self.source if self.source.is_dir() else self.source.parent, _filled(entry, BOXES)
+        folder = self.source if self.source.is_dir() else self.source.parent
+        boxes, text_truth = (_filled(entry, name) for name in TRUTHS)
         if isinstance(image, str):
             image = folder / image
         if isinstance(boxes, str) and not boxes.lstrip().startswith("["):
             boxes = folder / boxes
-        return Item(identity, image, texts, target, answer, boxes, inputs=entry.get("inputs"))
+        return Item(identity, image, texts, target, answer, boxes, text_truth, inputs=entry.get("inputs"))
 
 
 def _in_memory(entry: Any) -> dict[str, Any]:
@@ -132,7 +134,7 @@ def _in_memory(entry: Any) -> dict[str, Any]:
         raise TypeError(
             f"dataset must give mappings, with the columns {', '.join(COLUMNS)} or the model's inputs; got {entry!r:.80}"
         )
-    known = {name: entry.get(name) for name in (*COLUMNS, BOXES)}
+    known = {name: entry.get(name) for name in (*COLUMNS, *TRUTHS)}
     if (inputs := entry.get("inputs")) is not None:
         if not isinstance(inputs, Mapping) or not any(isinstance(x, Tensor) for x in inputs.values()):
             raise TypeError(f"inputs must be a mapping with the model's tensors; got {type(inputs).__name__}")
@@ -191,7 +193,7 @@ def _csv(source: Path) -> list[dict[str, Any]]:
                     problem = f"line {reader.line_num} must have {expected}; got {got}"
                     entries.append({"id": entry.get("id"), "problem": problem})
                 else:
-                    entries.append({name: entry.get(name) for name in (*COLUMNS, BOXES)})
+                    entries.append({name: entry.get(name) for name in (*COLUMNS, *TRUTHS)})
         except csv.Error as error:
             raise ValueError(f"dataset must be CSV; got {source}, line {reader.line_num}: {error}") from None
     return entries
@@ -201,7 +203,7 @@ def _from_json(source: Path) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for number, entry in json_lines(source):
         if isinstance(entry, dict):
-            entries.append({name: entry.get(name) for name in (*COLUMNS, BOXES)})
+            entries.append({name: entry.get(name) for name in (*COLUMNS, *TRUTHS)})
         else:
             entries.append({"problem": f"line {number} must be a JSON object; got {entry!r}"})
     if entries and not any(entry.get("image") is not None or entry.get("text") is not None for entry in entries):
@@ -219,6 +221,6 @@ def _saved(source: Path) -> tuple[Any, Any]:
     if hasattr(entries, "keys"):
         raise ValueError(f"dataset must be one split; got {', '.join(entries.keys())}. Pass the folder of one, {source}/...")
     _check_columns(entries.column_names, source)
-    names = [name for name in (*COLUMNS, BOXES) if name in entries.column_names]
+    names = [name for name in (*COLUMNS, *TRUTHS) if name in entries.column_names]
     without_images = [name for name in names if name != "image"]
     return entries.select_columns(names), entries.select_columns(without_images) if without_images else [{}] * len(entries)

@@ -19,8 +19,8 @@ from vlattn_fast.interpret.result.figures.photos import read_mask
 def samples(
     model: Any, processor: Any, source: str | Path, texts: Sequence[str] = (), answer: str | None = None, most: int | None = None
 ) -> Iterator[Mapping[str, Any]]:
-    """ "inputs", "boxes", and "target" or "answer", of each input of `source`, see `Items`; `texts` and `answer` are for inputs
-    without any. `most`: the most tokens of the model's own answer, if an input has none.
+    """ "inputs", "boxes", "text_truth", and "target" or "answer", of each input of `source`, see `Items`; `texts` and `answer`
+    are for inputs without any. `most`: the most tokens of the model's own answer, if an input has none.
 
     "boxes" is a list of [x1, y1, x2, y2], relative to the image as the model sees it, or the path of a mask, an image of the same
     extent: its pixels that are not black are inside. A ValueError names the input that is wrong.
@@ -34,10 +34,13 @@ def samples(
                 boxes = torch.tensor(boxes, dtype=torch.float32)
             elif boxes is not None:
                 boxes = read_mask(boxes)
+            truth = item.text_truth
+            if isinstance(truth, str) and truth.lstrip().startswith("["):  # in a .csv
+                truth = json.loads(truth)
             inputs = on_device(build_inputs(model, processor, item.load_image(), item.texts or texts), model)
             known: dict[str, Any] = {"target": item.target} if item.target is not None else {"answer": item.answer or answer}
             if most is not None and known.get("answer", 0) is None:
                 known["answer"] = with_prompts(generate(model, inputs, most), inputs, find_adapter(model))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{error}, in input {item.id!r} of the dataset") from error
-        yield {"inputs": inputs, "boxes": boxes, **known}
+        yield {"inputs": inputs, "boxes": boxes, "text_truth": truth, **known}

@@ -5,7 +5,7 @@ A score takes the map's values (n,), the box of each entry (n, 4), x1, y1, x2, y
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import describe
 from vlattn_fast.interpret.evaluating.ties import constant, levelled
+from vlattn_fast.interpret.result.numbers.words import join_tokens
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,45 @@ def check_truth(boxes: Any, count: int) -> list[Truth | None]:
     if len(boxes) != count:
         raise ValueError(f"boxes must be None or one set of boxes or one mask for each of the {count} samples; got {len(boxes)}")
     return [None if part is None or len(part) == 0 else _checked(part) for part in boxes]
+
+
+def check_text_truth(truth: Any, texts: Sequence[tuple[Tensor, Tensor] | None], tokenizer: Any) -> list[Truth | None]:
+    """The true words of each sample, in a row with its words. Of a text: its ids (N,), and the columns of its words; or None.
+    ValueError for a truth that names no word of the text."""
+    if truth is None or len(texts) == 1:
+        truth = [truth] * len(texts)
+    if len(truth) != len(texts):
+        raise ValueError(f"text_truth must be given for each of the {len(texts)} samples, or None; got {len(truth)}")
+    return [
+        None if one is None or text is None else _true_words(one, *text, tokenizer)
+        for one, text in zip(truth, texts, strict=True)
+    ]
+
+
+def _true_words(truth: Any, ids: Tensor, words: Tensor, tokenizer: Any) -> Truth:
+    chosen = torch.zeros(len(ids), dtype=torch.bool)
+    form = f"text_truth must be words of the text that may be removed, columns of input_ids, or bool (N,) = ({len(ids)},)"
+    if isinstance(truth, Tensor) and truth.dtype == torch.bool and truth.numel() == len(ids):
+        chosen = truth.detach().cpu().flatten()
+    else:
+        for one in [truth] if isinstance(truth, str) else truth.tolist() if isinstance(truth, Tensor) else truth:
+            found = _columns_of(one, ids, words, tokenizer) if isinstance(one, str) else [one]
+            if not found or not all(type(column) is int and -len(ids) <= column < len(ids) for column in found):
+                raise ValueError(f"{form}; got {one!r}")
+            chosen[found] = True
+    if not bool(chosen[words].any()):
+        raise ValueError(f"{form}; got {truth!r:.80}")
+    return Truth.from_mask(chosen[words][None])
+
+
+def _columns_of(phrase: str, ids: Tensor, words: Tensor, tokenizer: Any) -> list[int]:
+    """Where a word, or several in a row, stand among the columns of words."""
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise ValueError(f"processor must be given for a text_truth of words; got {phrase!r} without it")
+    known = join_tokens([str(token) for token in tokenizer.convert_ids_to_tokens(ids[words].tolist())])
+    said = phrase.split()
+    starts = [n for n in range(len(known)) if said and [word.text for word in known[n : n + len(said)]] == said]
+    return [int(words[token]) for n in starts for word in known[n : n + len(said)] for token in word.tokens]
 
 
 def _of_one_sample(boxes: Any) -> bool:

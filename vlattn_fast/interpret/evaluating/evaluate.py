@@ -84,7 +84,7 @@ def evaluate(
       steps. It is high for a map that finds the patches and words that the model needs together, and 0 for parts that can replace
       each other. (The published code blurs pixels and pads words; here both are removed, as in all other tests.)
 
-    Tests of the image against ground truth, boxes or a mask:
+    Tests against ground truth: of the image, boxes or a mask; of the text, true words, each of the same area:
 
     - "pointing": 1 if the centre of the largest entry lies inside (Zhang et al., ECCV 2016).
     - "iou": the intersection over union of the ground truth and the entries above the map's mean. Areas are exact.
@@ -121,10 +121,12 @@ def evaluate(
         dataset: (inputs, target, boxes) for each sample or batch. inputs and target as for `explain`. target None = the model's
             answer to the whole input: the class, the token or, for an image with several texts, the text. boxes: ground truth (K,
             4), x1, y1, x2, y2 relative to the image; or a mask, bool (h, w) of any size, which covers the whole image; for a
-            batch, one of these or None per sample; or None. Or a mapping: {"inputs", "target", "boxes"}, or {"inputs", "answer",
-            "boxes"} of one sample, whose answer is as for `explain`, and whose boxes are those of all tokens, or a dict by the
-            number of a token or by its word. Each token of an answer is then a sample, with the answer before it in place: its
-            map explains its log-probability, and the tests ask for its probability. The answer's own words are not removed.
+            batch, one of these or None per sample; or None. Or a mapping: {"inputs", "target", "boxes", "text_truth"}, or
+            {"inputs", "answer", "boxes", "text_truth"} of one sample. The answer is as for `explain`, and the truths are those of
+            all its tokens, or a dict by the number of a token or by its word. Each token of an answer is then a sample, with the
+            answer before it in place: its map explains its log-probability, and the tests ask for its probability. The answer's
+            own words are not removed. text_truth: the true words of the text: a word or phrase, or several, as they stand there
+            (this needs `processor`); columns of `input_ids`; or bool (N,) over these.
         methods: names of `explain`'s methods and ablations, objects of `va.methods`, "random", "attribute_edges" (the
             first-order effects, only for the test "intervention"), or callables (model, inputs, target) -> an object
             with `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as in an `Explanation`, tensors or NumPy arrays. T is

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from vlattn_fast._ground.extras import extra
+from vlattn_fast.interpret.evaluating.box_scores import BOX_SCORES
 from vlattn_fast.interpret.evaluating.curves import BOTH, CURVES
 from vlattn_fast.interpret.evaluating.items import TokenPlace
 from vlattn_fast.interpret.result.figures.report import Report, panels
@@ -105,6 +106,7 @@ class Tally:
         self.place: TokenPlace | None = None  # of the token of an answer that is judged
         self.tokens: list[dict[str, Any]] = []
         self.lacks = dict.fromkeys(keys, "")  # what a sample must have; the note of an entry without samples
+        self.asks_words = False  # whether an input of the data set has true words
         self.changed: set[tuple[str, str]] = set()  # (measure, part) that differ between inputs with more and less of the part
 
     def add(self, key: tuple[str, str, str], value: float | None, curve: list[float] | None = None) -> None:
@@ -123,6 +125,8 @@ class Tally:
     def table(self) -> list[dict[str, Any]]:
         entries = []
         for (method, test, part), values in self._values.items():
+            if part == "text" and test in BOX_SCORES and not self.asks_words:
+                continue
             numbers = torch.tensor(values, dtype=torch.float64)
             mean, sd = float(numbers.mean()) if values else None, float(numbers.std()) if len(values) > 1 else None
             counts: dict[str, Any] = {"samples": len(values), "left_out": self._left_out[method, test, part]}

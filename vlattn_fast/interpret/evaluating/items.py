@@ -15,7 +15,7 @@ from vlattn_fast.interpret.explaining.request import tokenizer_of
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY
 from vlattn_fast.interpret.result.numbers.words import join_tokens
 
-KEYS = "inputs", "target", "answer", "boxes"
+KEYS = "inputs", "target", "answer", "boxes", "text_truth"
 ALL, WORDS = "all", "words"
 
 
@@ -33,7 +33,7 @@ class Item:
     """One question.
 
     Args:
-        inputs, target, boxes: see `evaluate`; for a token of an answer the inputs end with the answer in front of it.
+        inputs, target, boxes, text_truth: see `evaluate`; for a token of an answer the inputs end with the answer in front of it.
         before: where the answer begins among the columns of `input_ids`: words from there on stay. None = no answer there.
         place: of a token of an answer.
         whole: the prompt, and the ids of an answer that is one question.
@@ -45,6 +45,7 @@ class Item:
     before: int | None = None
     place: TokenPlace | None = None
     whole: tuple[Mapping[str, Any], list[int]] | None = None
+    text_truth: Any = None
 
 
 def check_tokens(tokens: Any) -> None:
@@ -68,9 +69,9 @@ def items_of(model: nn.Module, number: int, item: Any, tokens: Any, per_token: b
     if "inputs" not in item or set(item) - {*KEYS}:
         raise ValueError(f"dataset must give mappings with 'inputs' and among {', '.join(KEYS)}; got {', '.join(map(str, item))}")
     inputs: Mapping[str, Any] = item["inputs"]
-    target, answer, boxes = (item.get(name) for name in KEYS[1:])
+    target, answer, boxes, truth = (item.get(name) for name in KEYS[1:])
     if answer is None:
-        yield Item(inputs, target, boxes)
+        yield Item(inputs, target, boxes, text_truth=truth)
         return
     if target is not None:
         raise ValueError("dataset must give a target or an answer for each input; got both")
@@ -83,7 +84,7 @@ def items_of(model: nn.Module, number: int, item: Any, tokens: Any, per_token: b
     if not per_token:
         if before is not None and before + len(ids) != made.arguments["input_ids"].shape[1]:
             raise ValueError("inputs must have no padding after the prompt if per_token=False; got some. Leave it out")
-        yield Item(made.arguments, _Whole(ids), boxes, before, None, (inputs, ids))
+        yield Item(made.arguments, _Whole(ids), boxes, before, None, (inputs, ids), truth)
         return
     begin = inputs
     if not is_text and adapter.answers not in inputs:
@@ -94,7 +95,8 @@ def items_of(model: nn.Module, number: int, item: Any, tokens: Any, per_token: b
         prefix = with_prompts([ids[:n]], begin, adapter)
         arguments = prepare_answer(prefix, None, begin, adapter, model).arguments if n else begin
         place = TokenPlace(number, n, names[n], word_of[n])
-        yield Item(arguments, ids[n], _of_token(boxes, n, word_of[n]), before, place)
+        of_image, of_text = (_of_token(part, n, word_of[n]) for part in (boxes, truth))
+        yield Item(arguments, ids[n], of_image, before, place, None, of_text)
 
 
 def _names(tokenizer: Any) -> bool:

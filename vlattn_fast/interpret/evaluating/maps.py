@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import describe
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.interpret.adapters.registry import find_adapter
-from vlattn_fast.interpret.evaluating.box_scores import Truth, check_truth
+from vlattn_fast.interpret.evaluating.box_scores import Truth, check_text_truth, check_truth
 from vlattn_fast.interpret.evaluating.curves import PARTS
 from vlattn_fast.interpret.evaluating.items import Item
 from vlattn_fast.interpret.evaluating.model_answers import Judge, Question
@@ -41,14 +41,13 @@ class Batch:
     question: Question
     samples: list[Sample]
     maps: dict[str, Maps]  # of each method
-    truths: list[Truth | None]  # of each sample with boxes or a mask
+    truths: dict[str, list[Truth | None]]  # of each part, of each sample with ground truth
 
 
 def explain_batch(plan: Plan, judge: Judge, item: Item, generator: torch.Generator) -> Batch | None:
     """The item with the maps of every method; None for an empty batch."""
-    inputs, target = item.inputs, item.target
+    inputs, target, tokenizer = item.inputs, item.target, tokenizer_of(plan.options.get("processor"))
     if judge.adapter is not None:
-        tokenizer = tokenizer_of(plan.options.get("processor"))
         target = token_target(target, tokenizer, plan.model, judge.adapter, plan.options.get("position"))
     if isinstance(target, Similarity):
         raise ValueError(f"target must be of one sample, whose input is changed; got {item.target!r}, of two. Pass a callable")
@@ -69,7 +68,9 @@ def explain_batch(plan: Plan, judge: Judge, item: Item, generator: torch.Generat
         for part, value in parts.items():
             if value is not None and not bool(value.isfinite().all()):
                 raise ValueError(f"methods must return finite maps; got {value.tolist()} of {name!r} for the {part}")
-    return Batch(item, question, samples, maps, check_truth(item.boxes, question.count))
+    texts = [None if sample.words is None else (sample.inputs["input_ids"][0, : item.before], sample.words) for sample in samples]
+    truths = {"image": check_truth(item.boxes, question.count), "text": check_text_truth(item.text_truth, texts, tokenizer)}
+    return Batch(item, question, samples, maps, truths)
 
 
 def run_method(

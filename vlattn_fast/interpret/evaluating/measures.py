@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.attachments import add_pre_hook
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest
-from vlattn_fast.interpret.evaluating.box_scores import BOX_SCORES
+from vlattn_fast.interpret.evaluating.box_scores import BOX_SCORES, grid_entries
 from vlattn_fast.interpret.evaluating.curves import BOTH, CURVES, PARTS
 from vlattn_fast.interpret.evaluating.evaluation import Tally
 from vlattn_fast.interpret.evaluating.maps import Batch, maps_of, run_method
@@ -51,19 +51,21 @@ def lacks(tally: Tally, batch: Batch, plan: Plan) -> None:
     for name, test, part in plan.keys:
         unnamed = texts and part != "image" and isinstance(plan.methods[name], (str, Method))
         hint = "; pass processor= to find the words" if unnamed and batch.maps[name][0]["text"] is None else ""
-        tally.lacks[name, test, part] = f"no sample has {_NEEDS[test]}{hint}"
+        needs = "true words" if part == "text" and test in BOX_SCORES else _NEEDS[test]
+        tally.lacks[name, test, part] = f"no sample has {needs}{hint}"
 
 
 def score_boxes(plan: Plan, batch: Batch, tally: Tally) -> None:
-    """The agreement of each map with the ground truth."""
+    """The agreement of each map with the ground truth. Words are in a row, each with its width."""
+    tally.asks_words |= batch.item.text_truth is not None
     for name, maps in batch.maps.items():
-        for sample, parts, truth in zip(batch.samples, maps, batch.truths, strict=True):
-            values = parts["image"]
-            for test in (test for test in plan.tests if test in BOX_SCORES):
-                if truth is None or sample.boxes is None or values is None or not len(values):
-                    tally.add((name, test, "image"), None)
-                else:
-                    tally.add((name, test, "image"), BOX_SCORES[test](values, sample.boxes, truth))
+        for sample, parts, *truths in zip(batch.samples, maps, batch.truths["image"], batch.truths["text"], strict=True):
+            places = {"image": sample.boxes, "text": grid_entries(1, sample.count("text"))}
+            for (part, boxes), truth in zip(places.items(), truths, strict=True):
+                values = parts[part]
+                for test in (test for test in plan.tests if test in BOX_SCORES):
+                    known = truth is not None and boxes is not None and values is not None and len(values)
+                    tally.add((name, test, part), BOX_SCORES[test](values, boxes, truth) if known else None)
 
 
 def perturb(plan: Plan, judge: Judge, batch: Batch, tally: Tally) -> None:

@@ -16,7 +16,7 @@ from vlattn_fast.interpret.evaluating.perturbation import Words
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS
 
-PARTS_OF = {**{test: curve.parts for test, curve in CURVES.items()}, **dict.fromkeys(BOX_SCORES, ("image",)), "sanity": PARTS}
+PARTS_OF = {**{test: curve.parts for test, curve in CURVES.items()}, **dict.fromkeys((*BOX_SCORES, "sanity"), PARTS)}
 INTERVENTION = "intervention"
 PARTS_OF[INTERVENTION] = PARTS
 TESTS = tuple(PARTS_OF)
