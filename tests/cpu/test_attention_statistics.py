@@ -7,7 +7,8 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype
-from tests.helpers.ops.map_cases import check_statistics, groups, key_mask, statistics_inputs
+from tests.helpers.ops.map_cases import check_statistics, groups, statistics_inputs
+from tests.helpers.ops.masks import real_keys
 
 
 # either dtype with each number of queries, and each number of keys once
@@ -54,7 +55,7 @@ def test_few_queries_of_shared_keys(n: int, group: int) -> None:
     inputs = as_dtype(statistics_inputs(n, m, 24, b=2, h=2 * group, kv=2), torch.float32)
     options = {"enable_gqa": True, **groups(m)}
     check_statistics("cpu", inputs, **options)
-    check_statistics("cpu", inputs, attn_mask=torch.rand(2, 1, n, m) > 0.3, key_mask=key_mask(m), **options)
+    check_statistics("cpu", inputs, attn_mask=torch.rand(2, 1, n, m) > 0.3, key_mask=real_keys(2, m), **options)
     mask = torch.randn(n, m, dtype=torch.float64).masked_fill(torch.rand(n, m) > 0.7, -torch.inf)
     check_statistics("cpu", inputs, attn_mask=mask, softcap=2.0, is_causal=True, **options)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.ops import relevancy_cases, tile_edges
-from tests.helpers.ops.score_cases import MASKS, check
+from tests.helpers.ops.masks import COMMON, masks_of
+from tests.helpers.ops.score_cases import check
 
 BF16 = torch.bfloat16
 # Query rows come in tiles of 32, two strips of 16, and eight tiles are a block. Keys are equal panels of at most 512, beyond 64
@@ -44,9 +45,9 @@ def formula(tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
     check("cpu", tensors, lambda _: "scaled_dot", cancels=True, **options)
 
 
-@pytest.mark.parametrize("size, features, mask", tile_edges.covering(SIZES, FEATURES, ("none", *MASKS)))
+@pytest.mark.parametrize("size, features, mask", tile_edges.covering(SIZES, FEATURES, ("none", *COMMON)))
 def test_edges_of_panels_in_gradients(size: tuple[int, int], features: tuple[int, int], mask: str) -> None:
-    formula(inputs(*size, *features), MASKS[mask](*size) if mask != "none" else {})
+    formula(inputs(*size, *features), masks_of(mask, *size))
 
 
 @pytest.mark.parametrize("visible", (256, 257, 288, 289, 1))

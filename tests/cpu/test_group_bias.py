@@ -15,8 +15,9 @@ import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_grads
 from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import LOW
-from tests.helpers.ops.score_cases import MASKS, attention_inputs, call, tensors
+from tests.helpers.ops.masks import COMMON, masks_of
 from tests.helpers.ops.score_cases import SCORES as CASES
+from tests.helpers.ops.score_cases import attention_inputs, call, tensors
 
 SCORES = ("dot", "cosine-eps=5", "general-tanh-key", "additive")
 MANY = (1, 3, 8, 16, 33, 64)  # groups of keys
@@ -72,11 +73,11 @@ def test_sizes_either_side_of_a_tile(size: tuple[int, int], groups: int) -> None
     check("score_attention", attention(n, m, groups), return_lse=True, **grouped(1, n, m, groups))
 
 
-@pytest.mark.parametrize("mask, size, dtype", tile_edges.covering(("none", *MASKS), tile_edges.CPU_SEVERAL, LOW))
+@pytest.mark.parametrize("mask, size, dtype", tile_edges.covering(("none", *COMMON), tile_edges.CPU_SEVERAL, LOW))
 def test_beside_masks(mask: str, size: tuple[int, int], dtype: torch.dtype) -> None:
     n, m = size
     inputs = as_dtype(attention(n, m, 5, b=2, hidden=0.2), dtype)
-    found = check("score_attention", inputs, **grouped(2, n, m, 5), **(MASKS[mask](n, m) if mask in MASKS else {}))
+    found = check("score_attention", inputs, **grouped(2, n, m, 5), **masks_of(mask, n, m))
     assert not any(x.isnan().any() for x in found.values())
 
 

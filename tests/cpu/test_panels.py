@@ -15,7 +15,7 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers.compare import assert_all_close_to
 from tests.helpers.ops import tile_edges
-from tests.helpers.ops.score_cases import MASKS
+from tests.helpers.ops.masks import COMMON, masks_of
 
 BF16 = torch.bfloat16
 # Query rows come in tiles of 32, two strips of 16; up to 8 queries are a case apart. Up to 768 keys are one panel, more are equal
@@ -44,9 +44,9 @@ def check(tensors: dict[str, Tensor], **options: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("size, features, mask", tile_edges.covering(SIZES, FEATURES, ("none", *MASKS)))
+@pytest.mark.parametrize("size, features, mask", tile_edges.covering(SIZES, FEATURES, ("none", *COMMON)))
 def test_edges_of_panels(size: tuple[int, int], features: tuple[int, int], mask: str) -> None:
-    check(inputs(*size, *features), **(MASKS[mask](*size) if mask != "none" else {}))
+    check(inputs(*size, *features), **masks_of(mask, *size))
 
 
 @pytest.mark.parametrize("visible", (352, 353, 384, 385, 1))

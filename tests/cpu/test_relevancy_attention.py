@@ -11,16 +11,19 @@ import vlattn_fast as va
 from tests.helpers.compare import assert_close_to
 from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import LOW
-from tests.helpers.ops.relevancy_cases import MASKS, RULES, check, padding, tensors
+from tests.helpers.ops.masks import COMMON, masks_of, real_keys
+from tests.helpers.ops.relevancy_cases import RULES, check, tensors
 
 
-@pytest.mark.parametrize("rule, mask, rows", tile_edges.covering(RULES, tuple(MASKS), (3, 17, 40)))
+@pytest.mark.parametrize(
+    "rule, mask, rows", tile_edges.covering(RULES, (*COMMON, "bool of each H", "float, transposed", "no pair"), (3, 17, 40))
+)
 def test_many_carried_rows_under_masks(rule: tuple[str, bool], mask: str, rows: int) -> None:
     """The step reduces the heads of a tile first where rows are more than two; the backward pass does where they are many for a
     head_dim, here more than 22."""
     for n in (60, 800):
         inputs = tensors(n, b=2, rows=rows)
-        options = {"rule": rule[0], "row_normalize": rule[1], **MASKS[mask](n)}
+        options = {"rule": rule[0], "row_normalize": rule[1], **masks_of(mask, n, n)}
         check("cpu", inputs, what=str(n), **options)
         query, key, value, carrier = inputs.values()
         extra = (value, torch.randn_like(value)) if rule[0] == "gradient" else (None, None)
@@ -54,7 +57,7 @@ def test_step_of_few_queries_over_many_keys(n: int, case: tuple[str, bool], dtyp
     """Three blocks of keys, whose exponentials are kept from the pass that finds the rows' statistics."""
     rule, row_normalize = case
     m, draws = 1300, 6  # errors of a row's sum are in all its numbers: one draw has few of them
-    real = padding(m)
+    real = real_keys(2, m)
     real[0, :600] = False  # a block and more
     bias = torch.randn(2, 1, n, m)
     bias[0, :, 0] = -torch.inf  # a row without keys

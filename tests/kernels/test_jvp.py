@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.helpers.ops import score_cases
 from tests.helpers.ops.interpreter import reads_outside
 from tests.helpers.ops.jvp_cases import BF16, F32, FP16, TANGENT, by_formula, check, ours, tensors
+from tests.helpers.ops.masks import hidden
 from vlattn_fast.kernels import score_attention
 
 pytestmark = score_cases.TORCH_JIT
@@ -42,7 +43,7 @@ def groups_of(m: int, groups: int, how: str) -> Tensor:
 def test_bias_of_groups(groups: int, dtype: torch.dtype, options: dict[str, Any], how: str) -> None:
     """A product adds that of up to eight groups in 16 bit. Tangents of pairs that it masks are NaN."""
     n, m = 40, 200
-    masks = {"attn_mask": score_cases.float_mask(n, m), "key_mask": torch.arange(m)[None] < 150}
+    masks = {"attn_mask": hidden(n, m), "key_mask": torch.arange(m)[None] < 150}
     given = tensors(n, m, h=1, groups=groups, dtype=dtype)
     if options.pop("constant", False):
         del given["row_bias" + TANGENT]

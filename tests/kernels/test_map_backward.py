@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import vlattn_fast as va
-from tests.helpers.ops.abar_cases import MASKS, check, inputs
+from tests.helpers.ops.abar_cases import check, inputs
+from tests.helpers.ops.masks import masks_of
 from vlattn_fast.kernels import relevancy_attention as kernels
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -27,12 +28,12 @@ def test_number_of_carried_rows(rows: int, row_normalize: bool, monkeypatch: pyt
     check("triton", "step", partial(made, 20, 33, rows=rows), dtype, rule="gradient", row_normalize=row_normalize)
 
 
-@pytest.mark.parametrize("mask", ["bool", "key"])
+@pytest.mark.parametrize("mask", ["bool of each H", "keys"])
 def test_many_carried_rows_by_stored_maps(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sample at a time, with masks that are a sample's own or shared."""
     monkeypatch.setattr(kernels, "_stored_maps", lambda *_: 1)
     make = partial(made, 9, 20, b=2, h=2, rows=65)
-    check("triton", "step", make, rule="gradient", row_normalize=mask == "key", **MASKS[mask](9, 20))
+    check("triton", "step", make, rule="gradient", row_normalize=mask == "keys", **masks_of(mask, 9, 20))
 
 
 @pytest.mark.parametrize("reduction", ["max", "min"])

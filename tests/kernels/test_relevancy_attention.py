@@ -14,7 +14,8 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import LargestAllocation, assert_all_close_to
-from tests.helpers.ops.relevancy_cases import MASKS, check, tensors
+from tests.helpers.ops.masks import COMMON, masks_of
+from tests.helpers.ops.relevancy_cases import check, tensors
 from vlattn_fast.backends.inputs import Attention, RelevancyStepInputs
 from vlattn_fast.kernels import _configurations
 from vlattn_fast.kernels import relevancy_attention as kernels
@@ -95,14 +96,14 @@ def test_grouped_heads_with_many_carried_rows() -> None:
     check("triton", tensors(40, h=4, kv=2, rows=70), row_normalize=True)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", (*COMMON, "bool of each H", "float, transposed", "no pair"))
 def test_many_carried_rows_by_stored_maps(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sample at a time, with masks that are a sample's own or shared, and all at once."""
-    for samples in (1, 5) if mask in ("bool", "float key causal") else (1,):
+    for samples in (1, 5) if mask in ("bool of each H", "all") else (1,):
         monkeypatch.setattr(kernels, "_stored_maps", lambda r, *_, samples=samples: samples if r.shape[1] > kernels.MAX_T else 0)
         inputs = tensors(20, b=2, h=2, kv=1, rows=65, dtype=torch.bfloat16 if samples == 1 else torch.float32)
         options = {"rule": "attention" if samples == 1 else "gradient", "row_normalize": samples == 5}
-        check("triton", inputs, **options, **MASKS[mask](20))
+        check("triton", inputs, **options, **masks_of(mask, 20, 20))
 
 
 def test_maps_are_stored_where_they_are_small() -> None:
@@ -128,10 +129,10 @@ def test_an_infinite_value_beside_rows_that_are_not_there(rows: int) -> None:
     assert torch.equal(step.isfinite(), (torch.arange(35) != 20).expand(1, rows, 35)) and step[0, 0, 20] == torch.inf
 
 
-@pytest.mark.parametrize("mask", ("bool", "key causal"))
+@pytest.mark.parametrize("mask", ("bool of each H", "keys and causal"))
 def test_float32_rows_that_are_multiplied_in_parts(mask: str) -> None:
     """Of more than 128 features, 64 at a time; query heads that share a key, over several tiles of 64."""
-    check("triton", tensors(70, b=2, kv=1, d=192, dv=136, rows=1), row_normalize=True, **MASKS[mask](70))
+    check("triton", tensors(70, b=2, kv=1, d=192, dv=136, rows=1), row_normalize=True, **masks_of(mask, 70, 70))
 
 
 def test_no_partial_sum_is_larger_than_the_output_where_there_are_many_rows() -> None:

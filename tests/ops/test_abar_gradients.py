@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import vlattn_fast as va
-from tests.helpers.ops.abar_cases import MASKS, check, inputs
+from tests.helpers.ops.abar_cases import check, inputs
 from tests.helpers.ops.backends import LOW, each, on
+from tests.helpers.ops.masks import COMMON, masks_of
 from tests.helpers.ops.tile_edges import covering
 
 RULES = ("gradient", "attention")
@@ -23,11 +24,12 @@ def everywhere(cases: list[tuple[Any, ...]]) -> dict[str, list[tuple[Any, ...]]]
     return {"streaming": cases, "cpu": cases, "triton": list(each_once.values())}
 
 
-@each("case", **everywhere(covering(LOW, RULES, (False, True), REDUCTIONS, tuple(MASKS))))
+@each("case", **everywhere(covering(LOW, RULES, (False, True), REDUCTIONS, ("none", "softcap", "bool of each H", *COMMON))))
 def test_map(backend: str, case: tuple[torch.dtype, str, bool, str, str]) -> None:
     dtype, rule, row_normalize, reduction, mask = case
     torch.manual_seed(0)
-    options = {"rule": rule, "row_normalize": row_normalize, "head_reduction": reduction, **MASKS[mask](17, 19)}
+    options = {"rule": rule, "row_normalize": row_normalize, "head_reduction": reduction}
+    options |= {"softcap": 0.8, "is_causal": True} if mask == "softcap" else masks_of(mask, 17, 19)
     check(backend, "map", lambda seed: inputs(17, 19, seed=seed), dtype, **options)
 
 

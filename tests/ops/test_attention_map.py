@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of
 from tests.helpers.ops.backends import DEVICE, F64, finest, on
-from tests.helpers.ops.map_cases import MASKS, SMALL_TILE, bool_mask, check_map, map_inputs, sharp
+from tests.helpers.ops.map_cases import SMALL_TILE, B, M, N, check_map, map_inputs, sharp
+from tests.helpers.ops.masks import COMMON, masks_of, visible
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.reference.attention_map import attention_map as formula
 from vlattn_fast.backends.streaming import _tiles
@@ -74,7 +75,7 @@ def test_by_hand(rule: str, head_reduction: str, backend: str) -> None:
 @pytest.mark.parametrize("row_normalize", (False, True))
 @pytest.mark.parametrize("head_reduction", HEAD_REDUCTIONS)
 def test_head_reductions_and_row_normalize(head_reduction: str, row_normalize: bool, backend: str) -> None:
-    mask = bool_mask()
+    mask = visible(B, 1, N, M)
     for rule in RULES:
         tensors = as_dtype(map_inputs(rule), finest(backend))
         check_map(backend, tensors, rule=rule, head_reduction=head_reduction, row_normalize=row_normalize, attn_mask=mask)
@@ -114,13 +115,13 @@ def check_with_lse(
 
 
 @on(*FAST)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", ("none", *COMMON))
 def test_with_the_lse_of_the_attention(mask: str, backend: str) -> None:
-    masks = MASKS[mask]()
+    options = masks_of(mask, N, M)
     for rule, sign in zip(RULES, (-1.0, 1.0), strict=True):
         tensors = as_dtype(map_inputs(rule), finest(backend))
         for row_normalize in (False, True):
-            check_with_lse(backend, tensors, masks, F64, sign, rule=rule, row_normalize=row_normalize)
+            check_with_lse(backend, tensors, options, F64, sign, rule=rule, row_normalize=row_normalize)
 
 
 @on(*FAST)

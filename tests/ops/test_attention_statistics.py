@@ -21,12 +21,12 @@ from tests.helpers.ops.map_cases import (
     H,
     M,
     N,
-    bool_mask,
     check_statistics,
     groups,
     sharp,
     statistics_inputs,
 )
+from tests.helpers.ops.masks import visible
 from vlattn_fast.backends.reference.attention_statistics import attention_statistics as formulas
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.ops.attention_statistics import AttentionStatistics, attention_statistics
@@ -106,7 +106,7 @@ def test_gradients_by_hand(backend: str) -> None:
 @pytest.mark.parametrize("only", STATISTICS)
 def test_the_gradient_of_each_statistic(only: str, backend: str) -> None:
     inputs = as_dtype(statistics_inputs(), finest(backend))
-    check_statistics(backend, inputs, only=only, attn_mask=bool_mask(), **groups())
+    check_statistics(backend, inputs, only=only, attn_mask=visible(B, 1, N, M), **groups())
 
 
 GROUPS: dict[str, Any] = {
@@ -134,7 +134,7 @@ def test_row_weight_of_every_sample_alike_and_none(backend: str) -> None:
     inputs = as_dtype(statistics_inputs(), finest(backend))
     check_statistics(backend, inputs | {"row_weight": inputs["row_weight"][0]}, only="received")
     del inputs["row_weight"]
-    check_statistics(backend, inputs, attn_mask=bool_mask(), **groups())
+    check_statistics(backend, inputs, attn_mask=visible(B, 1, N, M), **groups())
 
 
 @on(*FAST)

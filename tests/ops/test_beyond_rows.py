@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import vlattn_fast as va
 from tests.helpers.ops.amx import TILE, AmxProducts
 from tests.helpers.ops.backends import F64, HALVES
 from tests.helpers.ops.every_call import CALLS, every_call, outputs_of
-from tests.helpers.ops.score_cases import DOT_PRODUCTS, FEW, SCORES, Params, attention_inputs, lay_out
+from tests.helpers.ops.score_cases import DOT_PRODUCTS, FEW, SCORES, Params, attention_inputs
 from vlattn_fast._ground import tensors as ground
 from vlattn_fast.nn.score_attention import ScoreAttention
 
@@ -26,6 +27,15 @@ def pads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within these tests every CPU pads as one with AMX does, also the few numbers that are multiplied in float32 elsewhere."""
     monkeypatch.setattr(ground, "_TILE", TILE)
     monkeypatch.setattr(ground, "_IN_FLOAT32", range(0))
+
+
+def sliced(x: Tensor) -> Tensor:
+    """The values of x in a wider tensor, whose rest is NaN."""
+    return torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., : x.shape[-1]] if x.dim() else x
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def attend(tensors: Params, make: Any, backend: str, cotangent: Tensor) -> dict[str, Tensor]:
@@ -46,17 +56,17 @@ def test_gaps_between_rows(backend: str, dtype: torch.dtype) -> None:
     for score in DOT_PRODUCTS if backend == "sdpa" else SCORES:
         tensors, make = attention_inputs(SCORES[score])
         shape = (*tensors["query"].shape[:3], tensors["value"].shape[3])
-        tensors = {name: lay_out(x.to(dtype), "sliced") for name, x in tensors.items()}
-        got = attend(tensors, make, backend, lay_out(torch.randn(shape, dtype=dtype), "sliced"))
+        tensors = {name: sliced(x.to(dtype)) for name, x in tensors.items()}
+        got = attend(tensors, make, backend, sliced(torch.randn(shape, dtype=dtype)))
         spoiled = [name for name, x in got.items() if not x.isfinite().all()]
         wrong |= {score: spoiled} if spoiled else {}
     assert not wrong
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("layout", ("contiguous", "transposed"))
+@pytest.mark.parametrize("layout", (torch.clone, transposed))
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_other_rows_and_heads(backend: str, layout: str, dtype: torch.dtype) -> None:
+def test_other_rows_and_heads(backend: str, layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     """A NaN in a query, a key or a value spoils what it spoils in float64, and no row or head beside it in memory."""
     wrong = {}
     for score in ("dot", "general-query") if backend == "sdpa" else FEW["streaming"]:
@@ -65,8 +75,8 @@ def test_other_rows_and_heads(backend: str, layout: str, dtype: torch.dtype) -> 
             tensors[place][0, 1, 2, 0] = torch.nan
             cotangent = torch.randn(*tensors["query"].shape[:3], tensors["value"].shape[3], dtype=F64)
             exact = attend(tensors, make, "reference", cotangent)
-            low = {name: lay_out(x.to(dtype), layout) if x.dim() == 4 else x.to(dtype) for name, x in tensors.items()}
-            got = attend(low, make, backend, lay_out(cotangent.to(dtype), layout))
+            low = {name: layout(x.to(dtype)) if x.dim() == 4 else x.to(dtype) for name, x in tensors.items()}
+            got = attend(low, make, backend, layout(cotangent.to(dtype)))
             spoiled = [name for name, x in got.items() if not torch.equal(x.isnan(), exact[name].isnan())]
             wrong |= {(score, place): spoiled} if spoiled else {}
     assert not wrong
@@ -76,11 +86,11 @@ def test_other_rows_and_heads(backend: str, layout: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("name", CALLS)
 def test_every_operator(name: str, backend: str) -> None:
     every = every_call(name, 5)
-    low = {n: lay_out(x, "sliced").requires_grad_(every.differentiable) for n, x in every.in_dtype(torch.bfloat16).items()}
+    low = {n: sliced(x).requires_grad_(every.differentiable) for n, x in every.in_dtype(torch.bfloat16).items()}
     with AmxProducts():
         outputs = [x for x in outputs_of(every.run(low, backend=backend)) if x is not None]
         used = [x for x in outputs if x.requires_grad]
-        cotangents = [lay_out(torch.randn_like(x), "sliced") if x.dim() else torch.ones_like(x) for x in used]
+        cotangents = [sliced(torch.randn_like(x)) if x.dim() else torch.ones_like(x) for x in used]
         grads = torch.autograd.grad(used, [*low.values()], cotangents, materialize_grads=True, allow_unused=True) if used else ()
     assert all(x[x != -torch.inf].isfinite().all() for x in (*outputs, *grads))  # -inf: the logits of a row without keys
 
@@ -107,13 +117,13 @@ def test_the_weights_of_a_layer() -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_few_numbers_are_projected_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ground, "_IN_FLOAT32", IN_FLOAT32)
-    weight = lay_out(torch.randn(1, 1, 20, 20, dtype=dtype), "sliced")[0, 0].requires_grad_()
+    weight = sliced(torch.randn(1, 1, 20, 20, dtype=dtype))[0, 0].requires_grad_()
     bias = torch.randn(20, dtype=dtype, requires_grad=True)
     for rows, padded in ((50, False), (4000, True)):
-        x = lay_out(torch.randn(1, 1, rows, 20, dtype=dtype), "sliced").requires_grad_()
+        x = sliced(torch.randn(1, 1, rows, 20, dtype=dtype)).requires_grad_()
         with AmxProducts() as products:
             out = ground.linear(x, weight, bias)
-            grads = torch.autograd.grad(out, (x, weight, bias), lay_out(torch.randn(out.shape, dtype=dtype), "sliced"))
+            grads = torch.autograd.grad(out, (x, weight, bias), sliced(torch.randn(out.shape, dtype=dtype)))
         assert out.dtype == dtype and all(y.isfinite().all() for y in (out, *grads))
         assert bool(products.products) == padded
 
@@ -124,7 +134,7 @@ def test_this_processor_needs_no_more_padding(dtype: torch.dtype, monkeypatch: p
     monkeypatch.setattr(ground, "_TILE", OF_THIS_CPU)
     wrong = []
     for size, rows, columns in itertools.product((1, 7, 16, 31, 33, 68, 88, 100), (1, 17, 65), (3, 16, 33)):
-        x, weight = (lay_out(torch.ones(1, 2, n, size, dtype=dtype), "sliced") for n in (rows, columns))
+        x, weight = (sliced(torch.ones(1, 2, n, size, dtype=dtype)) for n in (rows, columns))
         results = ground.linear(x, weight[0, 0]), ground.linear(x, weight[0]), ground.product(x, weight.mT)
         wrong += [(size, rows, columns, n) for n, y in enumerate(results) if not torch.equal(y, torch.full_like(y, size))]
     assert not wrong

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests.helpers.compare import as_dtype, outputs_and_grads
 from tests.helpers.ops.backends import arguments_of, finest, on
-from tests.helpers.ops.map_cases import groups, key_mask, statistics_inputs
+from tests.helpers.ops.map_cases import B, M, groups, statistics_inputs
+from tests.helpers.ops.masks import real_keys
 from vlattn_fast.backends.inputs import AttentionStatisticsInputs
 from vlattn_fast.ops.attention_statistics import AttentionStatistics, attention_statistics
 
@@ -24,7 +25,7 @@ FAST = ("streaming", "cpu", "triton")
 def test_only_what_is_named(asked: tuple[str, ...], backend: str) -> None:
     """The same as beside the others, with the same gradients; None for the others."""
     inputs = as_dtype(statistics_inputs(), finest(backend))
-    fixed = {"key_mask": key_mask(), "backend": backend, **groups()}
+    fixed = {"key_mask": real_keys(B, M), "backend": backend, **groups()}
     whole = attention_statistics(**inputs, **fixed)
     found = attention_statistics(**inputs, statistics=asked, **fixed)
     for name in AttentionStatistics._fields:

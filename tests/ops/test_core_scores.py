@@ -11,8 +11,9 @@ import torch
 
 from tests.helpers.ops.backends import F64, HALVES, each, finest, on
 from tests.helpers.ops.core_cases import FEW, check, core_of, made
-from tests.helpers.ops.relevancy_cases import RULES, padding, some
-from tests.helpers.ops.score_cases import KINDS, finite_rows
+from tests.helpers.ops.masks import COMMON, masks_of, real_keys
+from tests.helpers.ops.relevancy_cases import RULES
+from tests.helpers.ops.score_cases import KINDS
 from vlattn_fast.dispatch import choice
 from vlattn_fast.ops.core_scores import core_lse, core_map, core_step
 
@@ -25,7 +26,7 @@ def test_every_kind(backend: str, score: str) -> None:
     """Heads that share keys, or with weights of their own values alone; more keys than a tile has, and padding."""
     for rule, row_normalize in RULES:
         inputs, make = made(score, 7, 37, kv=1, dtype=finest(backend))
-        check(backend, inputs, make, rule=rule, row_normalize=row_normalize, key_mask=padding(37))
+        check(backend, inputs, make, rule=rule, row_normalize=row_normalize, key_mask=real_keys(2, 37))
 
 
 @each("score", **{backend: FEW for backend in BACKENDS})
@@ -44,32 +45,24 @@ def test_half_precision(backend: str, dtype: torch.dtype) -> None:
             check(backend, inputs, make, maps=rows == 1)
 
 
-def masks(n: int, m: int) -> dict[str, dict[str, Any]]:
-    """For two samples and two heads."""
-    groups = {"query_groups": torch.arange(n) % 3 - 1, "key_groups": torch.arange(m) % 3 - 1}
-    return {
-        "bool": {"attn_mask": torch.stack([some(n, m), some(n, m).roll(1, 0)])[None]},  # each head hides another row
-        "float": {"attn_mask": torch.randn(1, 2, n, m).masked_fill(~some(n, m), -torch.inf)},
-        "finite rows": {"attn_mask": finite_rows(n, m)},
-        "causal": {"is_causal": True},
-        "all": {"attn_mask": some(n, m), "key_mask": padding(m), "is_causal": True},
-        "groups": {**groups, "group_bias": torch.randn(2, 2, 2).masked_fill(torch.rand(2, 2, 2) < 0.2, -torch.inf)},
-        "fully masked": {"attn_mask": torch.zeros(n, m, dtype=torch.bool)},
-    }
+def groups(n: int, m: int) -> dict[str, Any]:
+    bias = torch.randn(2, 2, 2).masked_fill(torch.rand(2, 2, 2) < 0.2, -torch.inf)
+    return {"group_bias": bias, "query_groups": torch.arange(n) % 3 - 1, "key_groups": torch.arange(m) % 3 - 1}
 
 
 @each("score", **{backend: FEW for backend in BACKENDS})
-@pytest.mark.parametrize("mask", masks(3, 3))
+@pytest.mark.parametrize("mask", (*COMMON, "bool of each H", "no pair", "groups"))
 def test_masks(mask: str, backend: str, score: str) -> None:
     inputs, make = made(score, 19, 21, dtype=finest(backend))
-    check(backend, inputs, make, rule="attention" if mask == "finite rows" else "gradient", **masks(19, 21)[mask])
+    options = groups(19, 21) if mask == "groups" else masks_of(mask, 19, 21)
+    check(backend, inputs, make, rule="attention" if "finite" in mask else "gradient", **options)
 
 
 @each("score", **{backend: ("general-key-bias", *FEW[1:]) for backend in BACKENDS})
 def test_sinks(backend: str, score: str) -> None:
     """The bias of a score cancels in a softmax, but not beside a sink."""
     inputs, make = made(score, 6, 9, dtype=finest(backend))
-    check(backend, inputs, make, sink=torch.randn(2), key_mask=padding(9))
+    check(backend, inputs, make, sink=torch.randn(2), key_mask=real_keys(2, 9))
 
 
 @each("score", **{backend: FEW for backend in BACKENDS})
@@ -78,7 +71,7 @@ def test_the_attentions_own_lse(backend: str, score: str) -> None:
     for dtype, share in ((torch.bfloat16, 0.5), (torch.float32, 1.0)):
         inputs, make = made(score, 6, 9, dtype=dtype)
         core = core_of(inputs, make)
-        options: dict[str, Any] = {**PLAIN, "key_mask": padding(9), "backend": backend}
+        options: dict[str, Any] = {**PLAIN, "key_mask": real_keys(2, 9), "backend": backend}
         of_map = core, inputs["value"], inputs["grad_output"]
         lse = core_lse(core, **options)
         expected = core_step(inputs["relevancy"], *of_map, rule="gradient", row_normalize=False, **options)
@@ -92,7 +85,7 @@ def test_the_attentions_own_lse(backend: str, score: str) -> None:
 @each("score", **{backend: FEW for backend in BACKENDS})
 def test_what_stands_in_padding_shows_nowhere(backend: str, score: str) -> None:
     inputs, make = made(score, 6, 9, dtype=finest(backend))
-    real, found = padding(9), []
+    real, found = real_keys(2, 9), []
     for filler in (torch.nan, 0.5):
         core = core_of(inputs, make)
         core = core._replace(key=core.key.masked_fill(~real[:, None, :, None], filler))

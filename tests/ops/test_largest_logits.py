@@ -11,7 +11,8 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype
 from tests.helpers.ops.backends import F64, core, each, on
-from tests.helpers.ops.map_cases import MASKS, N, groups, statistics_inputs
+from tests.helpers.ops.map_cases import M, N, groups, statistics_inputs
+from tests.helpers.ops.masks import COMMON, masks_of
 
 FAST = ("streaming", "cpu", "triton")
 NAMES = ("max_logit", "lse")
@@ -38,10 +39,10 @@ def assert_right(backend: str, inputs: dict[str, Tensor], **options: Any) -> Non
         torch.testing.assert_close(got[~low].double(), wanted[~low], rtol=0, atol=(1e-13 if exact else 2e-6) * size)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", ("none", *COMMON))
 @each("dtype", **{name: core(name) for name in FAST})
 def test_against_the_formula(backend: str, dtype: torch.dtype, mask: str) -> None:
-    assert_right(backend, as_dtype(statistics_inputs(), dtype), **MASKS[mask]())
+    assert_right(backend, as_dtype(statistics_inputs(), dtype), **masks_of(mask, N, M))
 
 
 def wide_mask(heads: int, m: int) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_close_to, outputs_and_grads
 from tests.helpers.ops.backends import F64, HALVES, LOW, each, finest, on
-from tests.helpers.ops.relevancy_cases import BACKENDS, MASKS, RULES, WEIGHTS, call, check, cotangents, padding, tensors
+from tests.helpers.ops.masks import masks_of, real_keys
+from tests.helpers.ops.relevancy_cases import BACKENDS, RULES, WEIGHTS, call, check, cotangents, tensors
 from tests.helpers.ops.tile_edges import covering
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, schema_of
 from vlattn_fast.backends.reference.relevancy_attention import head_mean
@@ -84,9 +85,9 @@ def test_rules_and_weights(backend: str, case: tuple[str, str, bool]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's, in the interpreter: finfo.min log2(e)
-@each("mask", **{backend: ("float", "finite rows", "key") for backend in BACKENDS})
+@each("mask", **{backend: ("float", "finite numbers over a row", "keys") for backend in BACKENDS})
 def test_masks_of_float32_under_16_bit(backend: str, mask: str) -> None:
-    options = MASKS[mask](20)
+    options = masks_of(mask, 20, 20)
     if mask == "float":
         options["attn_mask"] = 40.0 + options["attn_mask"]  # where bfloat16 has a spacing of 1/4
     check(backend, tensors(20, b=2, dtype=torch.bfloat16), row_normalize=True, **options)
@@ -187,7 +188,7 @@ def test_nan_comes_out(rule: str, where: str, backend: str) -> None:
 @each("dtype", cuda=(torch.float32, torch.float16))
 def test_what_is_masked_has_zero_gradients_whatever_comes_in(backend: str, dtype: torch.dtype) -> None:
     """0 * inf is NaN: a fully masked row, and keys that are padding, have exact zeros nevertheless."""
-    inputs, mask = tensors(20, b=2, dtype=dtype), padding(20)
+    inputs, mask = tensors(20, b=2, dtype=dtype), real_keys(2, 20)
     grads = cotangents(inputs)
     grads[0][:, :, 1] = torch.inf
     visible = torch.ones(20, 20, dtype=torch.bool)
@@ -208,5 +209,5 @@ def test_an_lse_far_below_zero(backend: str) -> None:
     inputs["query"] = -8.0 * inputs["query"].abs() - 8.0
     inputs["key"] = inputs["key"].abs() + 4.0
     inputs = as_dtype(inputs, torch.bfloat16) | {"carrier": inputs["carrier"]}
-    found = check(backend, inputs, key_mask=padding(20), row_normalize=True, scale=1.0)
+    found = check(backend, inputs, key_mask=real_keys(2, 20), row_normalize=True, scale=1.0)
     assert all(torch.isfinite(x).all() for x in found.values())

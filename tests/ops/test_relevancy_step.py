@@ -13,7 +13,8 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers.compare import assert_close_to, draws
 from tests.helpers.ops.backends import F64, finest, on
-from tests.helpers.ops.relevancy_cases import BACKENDS, RULES, padding, some, tensors
+from tests.helpers.ops.masks import real_keys, visible
+from tests.helpers.ops.relevancy_cases import BACKENDS, RULES, tensors
 
 
 def t(*rows: object) -> Tensor:
@@ -71,7 +72,7 @@ def lse_of(query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
     [
         (4, 2, 9, 14, 3, dict),
         (2, 1, 10, 10, 9, lambda: {"is_causal": True}),
-        (2, 2, 14, 9, 1, lambda: {"key_mask": padding(9)[:1], "attn_mask": some(14, 9), "is_causal": True}),
+        (2, 2, 14, 9, 1, lambda: {"key_mask": real_keys(2, 9)[:1], "attn_mask": visible(14, 9), "is_causal": True}),
     ],
     ids=("cross", "causal", "masks"),
 )

@@ -19,7 +19,8 @@ import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_grads
 from tests.helpers.ops import map_cases, relevancy_cases
 from tests.helpers.ops.backends import F64, HALVES, LOW, assert_refused, each, finest, on
-from tests.helpers.ops.score_cases import MASKS, H, N, tensors
+from tests.helpers.ops.masks import masks_of
+from tests.helpers.ops.score_cases import H, N, tensors
 from vlattn_fast import scores as S
 from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
 
@@ -54,19 +55,14 @@ def check(backend: str, inputs: dict[str, Tensor], **options: Any) -> None:
 # ------------------------------------------------------------------------------------------------------ score_attention
 
 
-@each(
-    "case",
-    streaming=itertools.product(OPTIONS, ("none", *MASKS)),
-    cpu=itertools.product(OPTIONS, ("none", *MASKS)),
-    triton=[("both", "none"), ("both", "bool key causal"), ("both", "finite rows"), ("sink", "float"), ("softcap", "causal")],
-)
-def test_score_attention(backend: str, case: tuple[str, str]) -> None:
-    which, mask = case
-    inputs, _ = tensors(backend, "scaled_dot", **({} if backend == "triton" and mask != "none" else SIZES[backend]))
+@each("which", streaming=OPTIONS, cpu=OPTIONS, triton=OPTIONS)
+@pytest.mark.parametrize("mask", ("none", "float"))
+def test_score_attention(backend: str, which: str, mask: str) -> None:
+    """Other masks, of both at once: tests/ops/properties/test_masks.py."""
+    inputs, _ = tensors(backend, "scaled_dot", **({} if mask != "none" else SIZES[backend]))
     sink, softcap = options_of(which, dtype=inputs["query"].dtype)
     n, m = inputs["query"].shape[2], inputs["key"].shape[2]
-    masks = {} if mask == "none" else MASKS[mask](n, m)
-    check(backend, inputs | sink, **softcap, **masks)
+    check(backend, inputs | sink, **softcap, **masks_of(mask, n, m))
 
 
 @each("dtype", streaming=LOW, cpu=LOW, triton=LOW)
@@ -198,16 +194,16 @@ FEW = (
 
 
 @each("case", streaming=CASES, cpu=CASES, triton=FEW)
-@pytest.mark.parametrize("mask", ("none", "float key causal", "bool"))
+@pytest.mark.parametrize("mask", ("none", "all", "bool of each H"))
 def test_relevancy_attention(backend: str, case: tuple[str, tuple[str, bool]], mask: str) -> None:
     which, (rule, row_normalize) = case
-    if backend == "triton" and mask == "bool":
+    if backend == "triton" and mask == "bool of each H":
         pytest.skip("the interpreter takes long, and masks are those of the tests without a softcap")
     n = 21 if backend == "cpu" else 9
     inputs = relevancy_cases.tensors(n, b=2, h=2, kv=2 if mask != "none" else 1, dtype=finest(backend))
     sink, softcap = options_of(which, 2, finest(backend))
     options = {"rule": rule, "row_normalize": row_normalize, "enable_gqa": True, **softcap}
-    options |= {} if mask == "none" else relevancy_cases.MASKS[mask](n)
+    options |= masks_of(mask, n, n)
     weights = {"residual_weight": 0.5, "attention_weight": torch.rand(2, n)}
     names = "query", "key", "value", "carrier"
     assert_all_close_to(

@@ -16,7 +16,6 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import SETTLED, SLOW, _KernelsOnTheCpu, as_dtype
-from tests.helpers.ops.relevancy_cases import padding, some
 from vlattn_fast.checking.tolerance import settle
 
 NARROWEST = 4e-6  # relative distance of two heads that float32 tells apart
@@ -35,17 +34,6 @@ def inputs(
         x = torch.randint(-largest, largest + 1, shape, generator=generator) if whole else torch.randn(shape, generator=generator)
         made[name] = x.double().transpose(1, 2)
     return made
-
-
-MASKS: dict[str, Callable[[int, int], dict[str, Any]]] = {
-    "none": lambda n, m: {},
-    "bool": lambda n, m: {"attn_mask": torch.stack([some(n, m), some(n, m).roll(1, 0)])[None]},  # a row without keys
-    "float": lambda n, m: {"attn_mask": torch.randn(2, n, m).masked_fill(~some(n, m), -torch.inf)},
-    "finite row": lambda n, m: {"attn_mask": torch.randn(n, m).index_fill(0, torch.tensor(0), torch.finfo(torch.float32).min)},
-    "key": lambda n, m: {"key_mask": padding(m)},
-    "key causal": lambda n, m: {"key_mask": padding(m), "is_causal": True, "scale": 0.7},
-    "softcap": lambda n, m: {"softcap": 0.8, "is_causal": True},
-}
 
 
 def check(

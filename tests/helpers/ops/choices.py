@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tests.helpers.ops import tile_edges
+from tests.helpers.ops.masks import MASKS
 from tests.helpers.ops.properties import SMALL, calls
 from vlattn_fast.checking.cases import Example
 from vlattn_fast.checking.cases._dice import lay_out
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-LOWEST = torch.finfo(torch.float32).min
-
-
-def visible(*shape: int) -> Tensor:
-    """Most pairs; of the second query none."""
-    seen = torch.rand(shape) < 0.7
-    seen[..., 1 % shape[-2], :] = False
-    return seen
-
-
 WITHOUT_MASKS = {
     "paged_attention_statistics": "requests have lengths and a window",
     "congruence_loss": "it masks tokens, not pairs",
@@ -35,42 +24,6 @@ WITHOUT_MASKS = {
     "recurrent_step": "a recurrence is causal",
     "relevancy_residual": "it adds token by token",
     ("score_attention", "sdpa"): "it has masks of keys alone: tests/ops/test_sdpa.py",
-}
-
-
-def hidden(*shape: int) -> Tensor:
-    return torch.randn(shape).masked_fill(~visible(*shape), -torch.inf)
-
-
-def real(batch: int, keys: int) -> Tensor:
-    """Padding between the first sample's keys and after them; all keys of the second."""
-    mask = (torch.arange(keys) % 3 != 1).repeat(batch, 1)
-    mask[0, -2:] = mask[1] = False
-    return mask
-
-
-SHAPES = ("", "N1", "1M", "1NM", "B1N1", "H1M", "1HNM", "BHNM")  # that broadcast to (B, H, N, M)
-
-
-def shaped(shape: str, **sizes: int) -> dict[str, Tensor]:
-    size = [{**sizes, "1": 1}[letter] for letter in shape]
-    return {"attn_mask": torch.randn(size) if len(shape) % 2 else torch.rand(size) < 0.7}
-
-
-MASKS: dict[str, Callable[..., dict[str, Any]]] = {
-    "all": lambda B, H, N, M: {"attn_mask": hidden(N, M), "key_mask": real(B, M), "is_causal": True},
-    "bool": lambda B, H, N, M: {"attn_mask": visible(B, 1, N, M)},
-    "float": lambda B, H, N, M: {"attn_mask": hidden(B, 1, N, M)},
-    "bool, strided": lambda B, H, N, M: {"attn_mask": visible(N, 2 * M)[:, ::2]},
-    "float, transposed": lambda B, H, N, M: {"attn_mask": hidden(M, N).mT},
-    "float, expanded": lambda B, H, N, M: {"attn_mask": torch.randn(B, 1, 1, M).expand(B, 1, N, M)},
-    "finite numbers over a row": lambda B, H, N, M: {"attn_mask": torch.where(visible(N, M), torch.randn(N, M), LOWEST)},
-    "keys": lambda B, H, N, M: {"key_mask": real(B, M)},
-    "keys of each sample": lambda B, H, N, M: {"key_mask": torch.arange(M) % torch.tensor([[2], [3]]) == 0},
-    "causal": lambda B, H, N, M: {"is_causal": True},
-    "keys and causal": lambda B, H, N, M: {"key_mask": real(B, M), "is_causal": True},
-    "no pair": lambda B, H, N, M: {"attn_mask": torch.zeros(N, M, dtype=torch.bool)},
-    **{f"shape {shape}": partial(shaped, shape) for shape in SHAPES},
 }
 
 
@@ -97,7 +50,6 @@ def choices(pairs: tile_edges.Pairs, features: tile_edges.Pairs, *dtypes: torch.
     return [Choice(*each) for _, each in zip(range(count), rows, strict=False)]
 
 
-TRITON_FEATURES = [(17, 9), (64, 81), (5, 1), (128, 129), (130, 193)]
 CHOICES = {
     "streaming": choices([(5, 7), (1, 18), (17, 16)], [(8, 6), (3, 9)], torch.float64, F32, BF16),
     "cpu": choices(tile_edges.CPU, [(17, 9), (4, 4), (64, 65), (1, 257), (16, 33)], F32, BF16, F16),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.helpers.compare import as_dtype, assert_all_close_to
 from tests.helpers.ops.backends import F64
-from tests.helpers.ops.relevancy_cases import padding
+from tests.helpers.ops.masks import real_keys
 from tests.helpers.ops.score_cases import SCORES, attention_inputs
 from vlattn_fast import scores as S
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
@@ -76,7 +76,7 @@ def check(backend: str, inputs: dict[str, Tensor], make: Callable[..., S.Score],
 def ratios(case: str, dtype: torch.dtype) -> dict[str, float]:
     """The worst error of Triton's kernels, as a multiple of the allowed one, in one draw."""
     inputs, make = made(case, 40, 70, kv=1, rows=1, dtype=dtype)
-    run, formula = functions("triton", make, key_mask=padding(70))
+    run, formula = functions("triton", make, key_mask=real_keys(2, 70))
     given = [(run, inputs), (formula, as_dtype(inputs, torch.float64)), (formula, inputs)]
     step, exact, rounded = (dict(zip(("step", "map"), of(**named), strict=True)) for of, named in given)
     return {f"{case} {name}": error.ratio() for name, error in settle([(step, exact, rounded)], 1e-3, lambda: 1).items()}

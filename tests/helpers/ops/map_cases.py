@@ -17,45 +17,6 @@ B, H, N, M, D, DV = 2, 2, 7, 40, 5, 3
 SMALL_TILE = 3 * M
 
 
-def bool_mask(n: int = N, m: int = M) -> Tensor:
-    """(B, 1, n, m), one query of the first sample masked throughout."""
-    mask = torch.rand(B, 1, n, m) > 0.4
-    mask[0, :, n // 2] = False
-    return mask
-
-
-def float_mask(m: int = M) -> Tensor:
-    """(H, 1, m) with -inf, and with the most negative number, which masks nothing."""
-    mask = torch.randn(H, 1, m).masked_fill(torch.rand(H, 1, m) > 0.7, -torch.inf)
-    return mask.masked_fill(torch.rand(H, 1, m) > 0.9, torch.finfo(torch.float32).min)
-
-
-def finite_rows(n: int = N, m: int = M) -> Tensor:
-    """(n, m) with a row of the most negative number throughout: this query attends to all keys alike."""
-    mask = torch.randn(n, m)
-    mask[n // 2] = torch.finfo(torch.float32).min
-    return mask
-
-
-def key_mask(m: int = M) -> Tensor:
-    """(B, m), all keys of the second sample masked."""
-    mask = torch.rand(B, m) > 0.3
-    mask[1] = False
-    return mask
-
-
-# Float masks stay float32 whatever the dtype of the query is.
-MASKS: dict[str, Callable[[], dict[str, Any]]] = {
-    "none": lambda: {},
-    "bool": lambda: {"attn_mask": bool_mask()},
-    "float": lambda: {"attn_mask": float_mask()},
-    "finite rows": lambda: {"attn_mask": finite_rows()},
-    "key": lambda: {"key_mask": key_mask()},
-    "causal": lambda: {"is_causal": True},
-    "joined": lambda: {"attn_mask": float_mask(), "key_mask": key_mask(), "is_causal": True, "scale": -0.6},
-}
-
-
 def sharp(inputs: dict[str, Tensor], m: int = M) -> tuple[dict[str, Tensor], Tensor]:
     """Logits in the hundreds that grow with the key, and a key mask (B, m) that masks those of the larger half."""
     key = 8 * inputs["key"].abs() * torch.linspace(-1, 1, m, dtype=inputs["key"].dtype)[:, None]

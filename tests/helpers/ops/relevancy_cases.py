@@ -11,7 +11,6 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import assert_all_close_to
-from tests.helpers.ops.score_cases import finite_rows
 
 RULES = tuple(itertools.product(("gradient", "attention"), (False, True)))  # rule, row_normalize
 BACKENDS = ("streaming", "cpu", "triton", "cuda")
@@ -54,34 +53,9 @@ def check(
     )
 
 
-def some(n: int, m: int | None = None) -> Tensor:
-    """(N,M) About two thirds visible, the second row not at all."""
-    mask = torch.rand(n, m or n) > 0.35
-    mask[1] = False
-    return mask
-
-
-def padding(n: int) -> Tensor:
-    """(B,N): some tokens of the first sample are padding, early ones too; all of the second are."""
-    mask = (torch.arange(n) % 5 != 1).repeat(2, 1)
-    mask[1] = False
-    return mask
-
-
 # For two samples of n tokens and two heads.
 WEIGHTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "none": lambda n: {},
     "numbers": lambda n: {"residual_weight": 0.0, "attention_weight": 2},
     "tensors": lambda n: {"residual_weight": torch.rand(n, 2).T, "attention_weight": torch.randn(2, n)},
-}
-MASKS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "bool": lambda n: {"attn_mask": torch.stack([some(n), some(n).roll(1, 0)])[None]},  # each head hides another row
-    "float": lambda n: {"attn_mask": torch.randn(1, 2, n, n).masked_fill(~some(n), -torch.inf)},
-    "float transposed": lambda n: {"attn_mask": torch.randn(2, n, n).masked_fill(~some(n), -torch.inf)[:, None].mT},
-    "finite rows": lambda n: {"attn_mask": finite_rows(n, n)},
-    "key": lambda n: {"key_mask": padding(n)},
-    "causal": lambda n: {"is_causal": True},
-    "key causal": lambda n: {"is_causal": True, "key_mask": padding(n)},
-    "float key causal": lambda n: {"attn_mask": torch.randn(n, n).masked_fill(~some(n), -torch.inf), **MASKS["key causal"](n)},
-    "fully masked": lambda n: {"attn_mask": torch.zeros(n, n, dtype=torch.bool)},
 }

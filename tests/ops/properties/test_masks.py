@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.helpers.ops.choices import MASKS, WITHOUT_MASKS
+from tests.helpers.ops.choices import WITHOUT_MASKS
+from tests.helpers.ops.masks import MASKS
 from tests.helpers.ops.properties import Turn, calls, check, every_choice
 
 
