@@ -303,34 +303,3 @@ def test_no_argument_is_taken_by_its_number() -> None:
     folders = ("vlattn_fast.ops", "vlattn_fast.backends", "vlattn_fast.kernels")
     found = {module: counted(tree) for module, tree in trees().items() if module.startswith(folders)}
     assert not any(found.values()), {module: lines for module, lines in found.items() if lines}
-
-
-@cache
-def fields_of_inputs() -> dict[str, list[str]]:
-    """The fields of each NamedTuple that a backend takes, and of their attention."""
-    classes = [node for tree in trees().values() for node in tree.body if isinstance(node, ast.ClassDef)]
-    return {
-        each.name: [ast.unparse(field.target) for field in each.body if isinstance(field, ast.AnnAssign)]
-        for each in classes
-        if each.name.endswith("Inputs") or each.name == "Attention"
-    }
-
-
-def misplaced(tree: ast.Module) -> list[str]:
-    """Variables that pass, by position, a field of another name to the inputs of a backend."""
-    wrong = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            for argument, field in zip(node.args, fields_of_inputs().get(getattr(node.func, "id", ""), ()), strict=False):
-                if isinstance(argument, ast.Starred):
-                    break
-                name = getattr(argument, "id", getattr(argument, "attr", field))  # constants have none
-                if not field.startswith(name):
-                    wrong.append(f"{argument.lineno}: {name} as {field}")
-    return wrong
-
-
-def test_positional_inputs_have_the_names_of_their_fields() -> None:
-    assert misplaced(ast.parse("RelevancyStepInputs(relevancy, x.key, None, *rest)")) == ["1: key as attention"]
-    wrong = {module: misplaced(tree) for module, tree in trees().items()}
-    assert not any(wrong.values()), {module: lines for module, lines in wrong.items() if lines}

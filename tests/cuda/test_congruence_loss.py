@@ -13,7 +13,7 @@ import torch
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype
 from tests.helpers.ops.backends import assert_refused
-from tests.helpers.ops.congruence_loss_cases import check, make, prefix
+from tests.helpers.ops.congruence_loss_cases import check, make
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -34,23 +34,6 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 )
 def test_sizes_either_side_of_a_strip(kind: str, L: int, V: int) -> None:
     check("cuda", as_dtype(make(L, V, h=1, d=5), F32), kind=kind)
-
-
-@pytest.mark.parametrize(
-    "kind, dtype, L, V",
-    [
-        ("cacr", F16, 70, 20),
-        ("cacr", F16, 20, 70),
-        ("iais_distributed", F16, 40, 33),
-        ("cacr", BF16, 33, 70),
-        ("cacr", BF16, 40, 17),
-        ("iais_distributed", BF16, 17, 40),
-    ],
-)
-@pytest.mark.slow
-def test_half_precision(kind: str, dtype: torch.dtype, L: int, V: int) -> None:
-    x = as_dtype(make(L, V, h=1, d=16, cross=True), dtype)
-    check("cuda", x, kind=kind, text_mask=prefix(L, L - 9), image_mask=prefix(V, V - 3))
 
 
 @pytest.mark.parametrize(

@@ -61,16 +61,6 @@ def test_blocks_of_keys_in_ranges(ranges: int, monkeypatch: pytest.MonkeyPatch) 
     check(inputs, is_causal=ranges == 2, enable_gqa=True)
 
 
-@pytest.mark.slow
-def test_gradients_have_the_same_bits_in_any_order_of_threads() -> None:
-    """Each launch draws another order."""
-    inputs = as_dtype(tensors(41, 140, 70, h=2, kv=2), torch.bfloat16)
-    grad = [torch.randn(1, 2, 41, 5)]
-
-    first, second = (outputs_and_grads(call(va.score_attention, additive, backend="cuda"), inputs, grad) for _ in range(2))
-    assert all(torch.equal(x, second[name]) for name, x in first.items())
-
-
 @pytest.mark.parametrize(
     "offset, dtype", [*((x, torch.float32) for x in (8.0, 13.0, 21.0, 30.0, 1000.0)), (13.0, torch.bfloat16)]
 )

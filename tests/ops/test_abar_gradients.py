@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -44,25 +43,6 @@ def test_logits_far_from_zero(backend: str, rule: str) -> None:
 
     for dtype in (torch.float32, torch.float16):
         check(backend, "step", shifted, dtype, rule=rule)
-
-
-@on("streaming", "cpu")
-def test_a_float64_mask_keeps_its_digits_beside_a_large_offset(backend: str) -> None:
-    bias = torch.randn(17, 19, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for operator in ("step", "map"):
-        make = partial(_seeded, 17, 19)
-        check(
-            backend,
-            operator,
-            make,
-            rule="gradient",
-            attn_mask=bias + 1e7,
-            formula_options={"rule": "gradient", "attn_mask": bias.float()},
-        )
-
-
-def _seeded(n: int, m: int, seed: int) -> dict[str, torch.Tensor]:
-    return inputs(n, m, seed=seed)
 
 
 @on("streaming", "cpu", "triton")

@@ -110,7 +110,7 @@ def same(backend: str, operator: str, x: dict[str, Tensor], options: dict[str, A
 @pytest.mark.parametrize("hides", (False, True), ids=("", "hidden keys"))
 @pytest.mark.parametrize("n, m", SIZES)
 @pytest.mark.parametrize("operator", OPERATORS)
-@on("cpu")
+@on("streaming", "cpu")
 def test_an_offset_of_a_million_is_exact(backend: str, operator: str, n: int, m: int, hides: bool) -> None:
     """Also where keys that other masks hide have the largest value of their row."""
     x, bias = inputs(n, m), torch.randn(n, m, dtype=F64)
@@ -124,7 +124,7 @@ def test_an_offset_of_a_million_is_exact(backend: str, operator: str, n: int, m:
 
 @pytest.mark.parametrize("n, m", SIZES)
 @pytest.mark.parametrize("operator", OPERATORS)
-@on("cpu")
+@on("streaming", "cpu")
 def test_huge_values_keep_their_order(backend: str, operator: str, n: int, m: int) -> None:
     """-1e300 beside -1e299: one key is attended to. -1e300 throughout: all are alike. Only -inf masks."""
     x, mask = inputs(n, m), torch.randn(n, m, dtype=F64)
@@ -136,7 +136,7 @@ def test_huge_values_keep_their_order(backend: str, operator: str, n: int, m: in
         assert found[name][:, :, 1:4].flatten(0, 1).unique(dim=0).tolist() == [[lowest, lowest, -torch.inf]]
 
 
-@on("cpu")
+@on("streaming", "cpu")
 def test_masks_of_any_layout(backend: str) -> None:
     """One mask for all heads, rows or samples, and one whose keys do not lie side by side."""
     x = inputs(17, 30)

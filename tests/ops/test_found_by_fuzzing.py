@@ -46,20 +46,6 @@ def test_leaky_hadamard_has_the_slope_of_leaky_relu_at_zero(backend: str, slope:
         torch.testing.assert_close(grad, exact)
 
 
-@on("streaming", "triton")
-def test_bfloat16_projections_of_odd_size_read_nothing_between_rows(backend: str) -> None:
-    """torch's product in bfloat16 read the NaN beside a row of 65 numbers, on CPUs with AMX (docs/bugs.md)."""
-    joint = torch.full((2, 3, 5, 195), torch.nan, dtype=torch.bfloat16)
-    joint[..., 65:130] = torch.randn(2, 3, 5, 65)
-    query = joint[..., 65:130].requires_grad_()
-    key, value = (torch.randn(2, 3, 32, 65, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    weight = (torch.randn(65, 65) / 8).bfloat16().requires_grad_()
-    score = va.scores.General(weight, activation="tanh", projects="query")
-    out = va.score_attention(query, key, value, score=score, backend=backend)
-    gradients = torch.autograd.grad(out.sum(), (query, key, value, weight))
-    assert all(x.isfinite().all() for x in (out, *gradients))
-
-
 def test_cosine_of_one_feature_has_no_gradient() -> None:
     """It is 1 or -1. The gradient was the rounding of two sums of up to 1e3, one over pairs and one over features."""
     query, key = ((torch.randn(1, 2, n, 1) / 1e3).requires_grad_() for n in (9, 7))

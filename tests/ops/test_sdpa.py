@@ -1,4 +1,4 @@
-"""torch's own attention as a backend: what it refuses, what "auto" takes, and masks joined to one."""
+"""torch's own attention as a backend: what it refuses and what "auto" takes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 import vlattn_fast as va
-from tests.helpers.compare import LargestAllocation, assert_all_close_to, bytes_of
-from tests.helpers.ops.backends import DEVICE, on
+from tests.helpers.compare import LargestAllocation, bytes_of
 from vlattn_fast import scores as S
 from vlattn_fast.backends import native
 from vlattn_fast.checking import verify
@@ -210,35 +208,6 @@ def test_where_cudnn_loses_gradients_under_a_mask_it_is_refused() -> None:
     assert BACKENDS["sdpa"].refusals(on_hopper(192, is_causal=True)) == []
 
 
-MASKS: dict[str, dict[str, Any]] = {
-    "key, causal": {"key_mask": KEYS, "is_causal": True},
-    "bool, key": {"attn_mask": PAIRS, "key_mask": KEYS},
-    "bool, causal": {"attn_mask": PAIRS, "is_causal": True},
-    "bool of one row, key": {"attn_mask": PAIRS[:1], "key_mask": KEYS},
-    "bool per head, key, causal": {"attn_mask": torch.rand(2, 2, 6, 9) > 0.3, "key_mask": KEYS, "is_causal": True},
-    "causal, negative scale": {"is_causal": True, "scale": -0.5},
-    "causal, scale of zero": {"is_causal": True, "scale": 0.0},
-    "bool": {"attn_mask": PAIRS},
-    "a bool of no dimension, causal": {"attn_mask": torch.tensor(True), "is_causal": True},
-}
-
-
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
-@on("streaming", "auto")
-@pytest.mark.parametrize("mask", MASKS)
-def test_masks_combine(mask: str, backend: str, dtype: torch.dtype) -> None:
-    """One row of them sees no key at all."""
-    options = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in MASKS[mask].items()}
-    query, key = torch.randn(2, 2, 6, 8, dtype=dtype), torch.randn(2, 2, 9, 8, dtype=dtype)
-    assert_all_close_to(
-        lambda query, key, value: va.score_attention(query, key, value, backend=backend, **options),
-        lambda query, key, value: va.reference.score_attention(query, key, value, **options),
-        {"query": query, "key": key, "value": torch.randn(2, 2, 9, 5, dtype=dtype)},
-        [torch.randn(2, 2, 6, 5)],
-        what=f"{mask}, {dtype}",
-    )
-
-
 def test_joined_masks_bring_no_head_axis() -> None:
     """In float64, which runs on streaming, where torch's fused kernel gets them as one."""
     query, key, value = (torch.randn(2, 16, 256, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
@@ -246,25 +215,6 @@ def test_joined_masks_bring_no_head_axis() -> None:
     with LargestAllocation() as seen:
         va.score_attention(query, key, value, key_mask=key_mask, is_causal=True).sum().backward()
     assert seen.bytes <= bytes_of(query), (seen.by, seen.bytes)
-
-
-@pytest.mark.parametrize("options", ({}, {"is_causal": True}, {"is_causal": True, "masked": True}), ids=str)
-def test_it_compiles_to_few_graphs(options: dict[str, Any]) -> None:
-    """One graph for the first length, one for all others, and one for those with too many pairs for float64."""
-    masked = options.get("masked", False)
-
-    def run(query: Tensor, key_mask: Tensor) -> Tensor:
-        chosen = {"key_mask": key_mask} if masked else {}
-        return va.score_attention(query, query, query, is_causal=options.get("is_causal", False), **chosen)
-
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    compiled = torch.compile(run, backend=counter, fullgraph=True)
-    for n in (20, 40, 100, 150, 577, 600):
-        inputs = torch.randn(1, 2, n, 8), torch.arange(n)[None] % 5 != 2
-        torch.testing.assert_close(compiled(*inputs), run(*inputs))
-    assert counter.frame_count <= 3
-    torch._dynamo.reset()
 
 
 def _in_float64(score: Any) -> Any:

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import vlattn_fast as va
-from tests.helpers.ops.backends import each, on
-from tests.helpers.ops.every_call import CALLS, WITH_CPU, every_call, outputs_of
+from tests.helpers.ops.backends import on
 from vlattn_fast import scores as S
 from vlattn_fast.backends import native
 
@@ -73,25 +72,6 @@ def test_a_series_is_refused(trace: str) -> None:
             torch.func.vmap(call, (None, 0, None))(x[0], x[1][None], x[2])
 
 
-def batched(names: list[str]) -> list[str]:
-    """The calls that torch.func.vmap takes."""
-    return [name for name in names if not name.startswith(("congruence_loss", "relevancy_residual"))]
-
-
-@each("name", streaming=batched(CALLS), cpu=batched(WITH_CPU))
-def test_vmap_runs_sample_by_sample(name: str, backend: str) -> None:
-    every = every_call(name, 5)
-    samples = [every_call(name, 5).tensors for _ in range(3)]
-    names = list(samples[0])
-
-    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(outputs_of(every.run(dict(zip(names, tensors, strict=True)), backend=backend)))
-
-    got = torch.func.vmap(call)(*[torch.stack([x[each] for x in samples]) for each in names])
-    want = [call(*x.values()) for x in samples]
-    torch.testing.assert_close(list(got), [torch.stack(each) for each in zip(*want, strict=True)])
-
-
 @pytest.mark.parametrize("backend", ["auto", "streaming", "cpu", "reference"])
 def test_vmap_over_a_congruence_loss(backend: str) -> None:
     def loss(text: Tensor, image: Tensor, text_mask: Tensor) -> Tensor:
@@ -100,9 +80,3 @@ def test_vmap_over_a_congruence_loss(backend: str) -> None:
     text, image, mask = torch.randn(3, 2, 2, 5, 4), torch.randn(2, 2, 6, 4), torch.rand(3, 2, 5) > 0.3
     got = torch.func.vmap(loss, (0, None, 0))(text, image, mask)
     torch.testing.assert_close(got, torch.stack([loss(each, image, which) for each, which in zip(text, mask, strict=True)]))
-
-
-def test_vmap_over_a_residual() -> None:
-    (residual, branch), (one, two) = torch.randn(2, 3, 2, 5, 8), torch.randn(2, 3, 2, 1, 5)
-    total, carrier = torch.func.vmap(va.relevancy_residual)(residual, branch, one, two)
-    assert torch.equal(total, residual + branch) and torch.equal(carrier, one)

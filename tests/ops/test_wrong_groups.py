@@ -12,7 +12,6 @@ from tests.helpers.ops.backends import on
 from tests.helpers.ops.group_cases import GK, GQ, ON_GROUPS, H, M, N, groups, tensors
 from tests.helpers.ops.properties import calls
 
-LONG = torch.int64
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no bias": ({"group_bias": None}, ValueError, "group_bias must be given if one of query_groups"),
     "no pairs": ({"group_bias": torch.ones(H, 0, GK)}, ValueError, "Gq > 0 and Gk > 0; got a torch.float32 tensor"),
