@@ -27,7 +27,7 @@ from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings
 
 NAMES = (
     *("scores", "congruence", "value", "weighted_relevancy", "robust", "flow", "pruning", "sinks", "hybrid"),
-    *("planted_circuits", "distillation", "evidence"),
+    *("planted_circuits", "distillation", "evidence", "recipes"),
 )
 # Experiments that take trained models, and the trainings of these.
 MODELS = {
@@ -35,6 +35,7 @@ MODELS = {
     "flow": "vqa and captions",
     "sinks": "vqa and captions",
     "hybrid": "hybrid and transformer",
+    "recipes": "transformer",
 }
 RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/experiments")
 
