@@ -55,10 +55,6 @@ def test_a_run_goes_on_with_the_same_constants(vit: Path, pictures: Path, tmp_pa
     assert va.explain_dataset(vit, pictures, out, method=va.methods.Gradient(freeze=("norms", "attention"))).skipped == 3
     with pytest.raises(ValueError, match=r'freeze must be \["norms", "attention"\], as in the earlier runs in .*; got \[\]'):
         va.explain_dataset(vit, pictures, out, method=va.methods.Gradient(freeze=()))
-    (out / SETTINGS).write_text(json.dumps({**stored, "format": "vlattn_fast.explanations.1", "read": None}))  # as before
-    assert len(va.load_explanations(out)) == 3
-    with pytest.raises(ValueError, match='format must be "vlattn_fast.explanations.1", as in the earlier runs'):
-        va.explain_dataset(vit, pictures, out)
 
 
 def test_a_model_and_inputs_in_memory(vit: Path, pictures: Path, tmp_path: Path) -> None:

@@ -132,25 +132,6 @@ def test_a_damaged_shard_is_named_and_explained_anew(models, four, tmp_path, dam
         assert_same(explanation, alone(models["clip"], row["image"], [row["text"]]))
 
 
-@pytest.mark.parametrize("damage", ["nothing", "header"])
-@pytest.mark.slow
-def test_a_shard_of_an_earlier_version_is_opened(four, tmp_path, damage):
-    """It stored no seal, so its shards are opened to see whether they are whole."""
-    rows, run = four
-    assert vlattn(*run).exit_code == 0
-    out = tmp_path / "out"
-    for lines in (out / store.SHARDS).glob("*.jsonl"):
-        lines.write_text("".join(line for line in lines.read_text().splitlines(True) if "seal" not in line))
-    if damage != "nothing":
-        shard = sorted((out / store.SHARDS).glob("*.safetensors"))[1]
-        shard.write_bytes(damaged(shard.read_bytes(), damage))
-        with pytest.raises(ValueError, match="is truncated, damaged or missing"):
-            va.load_explanations(out)
-        with pytest.warns(UserWarning, match="its inputs are explained again"):
-            vlattn(*run)
-    assert len(va.load_explanations(out)) == len(rows)
-
-
 def test_a_folder_that_takes_no_file_is_refused_before_the_model_is_loaded(models, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "load_model", None)
     dataset = write_lines(tmp_path / "one.jsonl", [{"text": "a"}])

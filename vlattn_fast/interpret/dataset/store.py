@@ -25,13 +25,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.dataset.pieces import pack
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.tensor_files import write_tensors
 
 FORMAT = "vlattn_fast.explanations.2"
-_OLDER = ("vlattn_fast.explanations.1",)  # names options of the method otherwise
 _HALF = re.compile("[\ud800-\udfff]")
 SETTINGS, FAILURES, SHARDS = "settings.json", "failures.jsonl", "shards"
 
@@ -88,8 +86,7 @@ def read_settings(directory: Path, form: str = FORMAT) -> dict[str, Any] | None:
         return None
     except ValueError:
         settings = None
-    readable = (FORMAT, *_OLDER) if form == FORMAT else (form,)
-    if not isinstance(settings, dict) or settings.get("format") not in readable:
+    if not isinstance(settings, dict) or settings.get("format") != form:
         writer = "`vlattn explain --dataset`" if form == FORMAT else "an earlier run"
         raise ValueError(f"directory must be one that {writer} wrote ({form}); got {directory}")
     return settings
@@ -144,7 +141,7 @@ def finished(directory: Path) -> Iterator[Shard]:
             yield Shard(path.stem, [], f"{path} is broken")
             continue
         shard, seal = path.with_suffix(".safetensors"), lines.pop()["seal"] if lines and "seal" in lines[-1] else None
-        whole = all("error" in line for line in lines) or (_opens(shard) if seal is None else seal == _seal(shard))
+        whole = all("error" in line for line in lines) or seal is not None and seal == _seal(shard)
         yield Shard(path.stem, lines, None if whole else f"{shard} is truncated, damaged or missing")
 
 
@@ -177,17 +174,6 @@ def _seal(shard: Path) -> str | None:
             return f"{size} {zlib.crc32(length + file.read(min(size, int.from_bytes(length, 'little')))):08x}"
     except FileNotFoundError:
         return None
-
-
-def _opens(shard: Path) -> bool:
-    """Whether a file of safetensors, of a run that stored no seal, has a header for all its bytes."""
-    with extra("explain"):
-        from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(shard, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
 
 
 def clean(directory: Path) -> list[Shard]:
