@@ -13,7 +13,7 @@ import transformers as t
 from torch import Tensor
 
 from tests.helpers.interpret.cases import lively
-from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE, LLAMA, VISION, VOCABULARY, Decoder, image, words
+from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE, VOCABULARY, Decoder, image, words
 from tests.helpers.interpret.decoder_cases import mllama as of_mllama
 from tests.helpers.releases import LLAMA4_FAILS
 
@@ -76,29 +76,6 @@ def gemma3() -> Crops:
         return {**made, "token_type_ids": (made["input_ids"] == IMAGE).long()}
 
     return Crops(_model("Gemma3ForConditionalGeneration").model, inputs)
-
-
-def aya() -> Crops:
-    torch.manual_seed(0)
-    config = t.AyaVisionConfig(
-        vision_config=dict(VISION, model_type="siglip_vision_model"),
-        text_config={**LLAMA, "model_type": "cohere2", "sliding_window": 64},
-        image_token_id=IMAGE,
-        downsample_factor=2,
-        adapter_layer_norm_eps=1e-6,
-        alignment_intermediate_size=64,
-    )
-    processor = t.GotOcr2ImageProcessorPil(size=TILE, crop_to_patches=True, max_patches=12)
-
-    def inputs(photos: Sequence[Any]) -> dict[str, Any]:
-        made = processor(list(photos), return_tensors="pt")
-        parts = [
-            [80, *sum(([81, 30 + number, *image(4)] for number in range(count - 1)), []), 82, *image(4), 83]
-            for count in made["num_patches"].tolist()
-        ]
-        return _made([1, *sum(parts, []), *words(4, 20)], pixel_values=made["pixel_values"])
-
-    return Crops(lively(t.AyaVisionForConditionalGeneration(config)).eval(), inputs)
 
 
 def _llava(name: str, processor: Any) -> Crops:
@@ -208,7 +185,6 @@ def llama4() -> Crops:
 CASES: dict[str, Callable[[], Crops]] = {
     "InternVL": internvl,
     "Gemma 3": gemma3,
-    "Aya": aya,
     "LLaVA-NeXT": llava_next,
     "LLaVA-OneVision": llava_onevision,
     "Idefics 3": idefics3,

@@ -14,34 +14,11 @@ from tests.helpers.interpret.cases import Case, TowerCase, attention_mask, last_
 from tests.helpers.releases import LLAMA4_FAILS
 
 IMAGE, VOCABULARY = 98, 99
-LLAMA = dict(
-    model_type="llama",
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    vocab_size=VOCABULARY,
-    max_position_embeddings=128,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+IDS = dict(vocab_size=VOCABULARY, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+GPT = dict(IDS, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+LLAMA = dict(GPT, model_type="llama", num_key_value_heads=2, head_dim=8)
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
-OPT = dict(
-    model_type="opt",
-    hidden_size=32,
-    ffn_dim=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    word_embed_proj_dim=32,
-    vocab_size=VOCABULARY,
-    max_position_embeddings=128,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+OPT = dict(IDS, model_type="opt", hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=32)
 Q_FORMER = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, encoder_hidden_size=32, vocab_size=30
 )
@@ -364,7 +341,6 @@ def text(kind: str, layers: str = "model.layers", name: str = "{}ForCausalLM", p
     return Decoder(model, [[1, *words(9)], [1, *words(5, 30)]], {}, layers=layers, **places)
 
 
-GPT = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "head_dim")}
 GEMMA = dict(summed="pre_feedforward_layernorm", query_pre_attn_scalar=8)
 DECODERS: dict[str, Callable[[], Decoder]] = {
     "LlavaForConditionalGeneration": llava,

@@ -120,11 +120,6 @@ def roberta() -> Encoder:
     return text_model(model, "roberta.encoder.layer")
 
 
-def xlm_roberta() -> Encoder:
-    model = transformers.XLMRobertaForSequenceClassification(transformers.XLMRobertaConfig(**T5, num_labels=3))
-    return text_model(model, "roberta.encoder.layer")
-
-
 def distilbert() -> Encoder:
     config = transformers.DistilBertConfig(dim=32, hidden_dim=48, n_layers=3, n_heads=4, vocab_size=60, num_labels=3)
     model = transformers.DistilBertForSequenceClassification(config)
@@ -182,14 +177,6 @@ def chinese_clip() -> Encoder:
 
 def alt_clip() -> Encoder:
     return dual(both("AltCLIP", project_dim=16), "text_model.roberta.encoder.layers", eot=False)
-
-
-def metaclip_2() -> Encoder:
-    return dual(both("MetaClip2"))
-
-
-def clipseg() -> Encoder:
-    return dual(both("CLIPSeg"))
 
 
 def owlvit() -> Encoder:
@@ -300,41 +287,6 @@ def git() -> Encoder:
     return Encoder(transformers.GitForCausalLM(config), inputs, {"language": place}, score, facts=facts)
 
 
-MADE = [
-    deit,
-    deit_with_teacher,
-    dinov3,
-    roberta,
-    xlm_roberta,
-    distilbert,
-    electra,
-    albert,
-    albert_groups,
-    mpnet,
-    align_text,
-    align,
-]
-MADE += [chinese_clip, alt_clip, metaclip_2, clipseg, owlvit, blip, siglip2]
+MADE = [deit, deit_with_teacher, dinov3, roberta, distilbert, electra, albert, albert_groups, mpnet, align_text, align]
+MADE += [chinese_clip, alt_clip, owlvit, blip, siglip2]
 MADE += [vilt, visual_bert, visual_bert_vqa, layoutlmv3, flava, git]
-
-
-def bare() -> list[tuple[Callable[[], Encoder], torch.nn.Module]]:
-    """Classes that share a tower with one of the above: the case whose inputs they take, and the model."""
-    t = transformers
-    words, joint = dict(T5, num_labels=3), {**VISION, **T5}
-    siglip = dict({name: value for name, value in VISION.items() if name != "image_size"}, num_patches=PATCHES)
-    layout = dict(input_size=24, patch_size=6, coordinate_size=6, shape_size=4)
-    return [
-        (deit, t.DeiTModel(t.DeiTConfig(**VISION))),
-        (roberta, t.RobertaModel(t.RobertaConfig(**words))),
-        (xlm_roberta, t.XLMRobertaModel(t.XLMRobertaConfig(**words))),
-        (distilbert, t.DistilBertModel(t.DistilBertConfig(dim=32, hidden_dim=48, n_layers=3, n_heads=4, vocab_size=60))),
-        (electra, t.ElectraModel(t.ElectraConfig(**words, embedding_size=16))),
-        (albert, t.AlbertModel(t.AlbertConfig(**words, embedding_size=16))),
-        (mpnet, t.MPNetModel(t.MPNetConfig(**words))),
-        (siglip2, t.Siglip2VisionModel(t.Siglip2VisionConfig(**siglip))),
-        (vilt, t.ViltModel(t.ViltConfig(**joint))),
-        (vilt, t.ViltForImageAndTextRetrieval(t.ViltConfig(**joint))),
-        (visual_bert, t.VisualBertModel(t.VisualBertConfig(**T5, visual_embedding_dim=10))),
-        (layoutlmv3, t.LayoutLMv3Model(t.LayoutLMv3Config(**T5, **layout))),
-    ]

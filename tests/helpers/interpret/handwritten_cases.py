@@ -14,7 +14,9 @@ import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tests.helpers.interpret import encoder_cases
 from tests.helpers.interpret.cases import TEXT, VISION
+from tests.helpers.interpret.encoder_cases import Encoder
 from tests.helpers.releases import OLDER
 from tools.tiny_models.inputs import inputs_of
 from tools.tiny_models.shrink import small_model
@@ -107,42 +109,11 @@ def lxmert() -> Made:
     return transformers.LxmertModel(transformers.LxmertConfig(**sizes, **layers)), inputs, 1 + 1 + 2 * (2 + 2)
 
 
-def vilt() -> Made:
-    config = transformers.ViltConfig(**{**VISION, **TEXT, **POSITIONS}, qkv_bias=True)
-    mask = torch.ones(2, 24, 24, dtype=torch.long)
-    mask[1, :, 12:] = 0
-    return transformers.ViltModel(config), {**text(), "pixel_values": pixels(), "pixel_mask": mask}, 3
-
-
-def visual_bert() -> Made:
-    config = transformers.VisualBertConfig(**TEXT, **POSITIONS, visual_embedding_dim=10)
-    inputs = {**text(), "visual_embeds": pixels(5, 10), "visual_attention_mask": padding(2, 5).float()}
-    return transformers.VisualBertModel(config), inputs, 3
-
-
-def flava() -> Made:
-    parts = dict(image_config=VISION, text_config={**TEXT, **POSITIONS}, multimodal_config=TEXT, projection_dim=16)
-    model = transformers.FlavaModel(transformers.FlavaConfig(**parts, hidden_size=32))
-    return model, {**text(), "pixel_values": pixels()}, 9
-
-
 def blip() -> Made:
     bert = dict(TEXT, **POSITIONS, encoder_hidden_size=32, bos_token_id=1, sep_token_id=2, pad_token_id=0)
     config = transformers.BlipConfig(text_config=bert, vision_config=VISION, projection_dim=16)
     model = transformers.BlipForConditionalGeneration(config)
     return model, {**text(), "pixel_values": pixels()}, 3 + 3 * 2  # its decoder fills a cache
-
-
-def git() -> Made:
-    model = transformers.GitForCausalLM(transformers.GitConfig(**TEXT, **POSITIONS, vision_config=VISION))
-    return model, {**text(), "pixel_values": pixels()}, 3  # and three by the attention interface, in the vision tower
-
-
-def layoutlmv3() -> Made:
-    boxes = dict(coordinate_size=5, shape_size=6, has_relative_attention_bias=True, has_spatial_attention_bias=True)
-    config = transformers.LayoutLMv3Config(**TEXT, **POSITIONS, **boxes, input_size=24, patch_size=6)
-    model = transformers.LayoutLMv3Model(config)
-    return model, {**text(), "bbox": torch.randint(0, 50, (2, 7, 4)).sort(-1).values, "pixel_values": pixels()}, 3
 
 
 def rembert() -> Made:
@@ -166,6 +137,20 @@ def donut() -> Made:
 def timesformer() -> Made:
     config = transformers.TimesformerConfig(**VISION, num_frames=2)
     return transformers.TimesformerModel(config), {"pixel_values": pixels(2, 3, 24, 24)}, 6
+
+
+def of_encoder(make: Callable[[], Encoder], calls: int = 3) -> Callable[[], Made]:
+    def made() -> Made:
+        case = make()
+        return case.model, case.inputs, calls
+
+    made.__name__ = make.__name__
+    return made
+
+
+vilt, visual_bert, layoutlmv3 = map(of_encoder, (encoder_cases.vilt, encoder_cases.visual_bert, encoder_cases.layoutlmv3))
+git = of_encoder(encoder_cases.git)  # and three by the attention interface, in the vision tower
+flava = of_encoder(encoder_cases.flava, 9)
 
 
 def of_whole(name: str, calls: int) -> Callable[[], Made]:

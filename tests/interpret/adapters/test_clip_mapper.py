@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 import transformers
 
-from tests.helpers.interpret.cases import TEXT, VISION, in_double, lively
+from tests.helpers.interpret.cases import TEXT, VISION, lively
 from tests.helpers.interpret.linked_maps import METHODS, published, with_gradients
 from tests.helpers.interpret.stored_maps import assert_rows, literal_attention
 from vlattn_fast.interpret import explain
@@ -186,23 +184,6 @@ def test_an_answer_as_a_whole():
     torch.testing.assert_close(got.scores, score.detach()[None])
 
 
-class Words:
-    """A tokenizer of numbers."""
-
-    def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [57] * add_special_tokens + [int(word) for word in text.split()]}
-
-    def convert_ids_to_tokens(self, ids):
-        return [f"w{i}" for i in ids]
-
-
-def test_an_answer_as_text():
-    model, inputs = mapper(vocab_size=60), inputs_of(PROMPTS)
-    want = explain(model, inputs, answer=[[17, 30], [17, 30]])
-    got = explain(model, inputs, answer="17 30", processor=Words())
-    assert torch.equal(got.relevancy["vision"], want.relevancy["vision"])
-
-
 def test_what_is_refused():
     classes, inputs = mapper(), inputs_of(IDS)
     with pytest.raises(ValueError, match=r"model must be a decoder with an adapter, .*; got CLIPMapper\. For a class"):
@@ -256,39 +237,3 @@ def test_captions_of_blip():
             if place:
                 assert_rows(got.relevancy["text"][:, place], text, what=method)
         assert (got.relevancy["text"][0, 0] == 0).all()
-
-
-@pytest.mark.parametrize("decoder", ["mllama"], indirect=True)
-@pytest.mark.slow
-def test_answers_of_mllama(decoder):
-    """Every token's rows equal those of a call that names its position and score itself."""
-    inputs, answer = in_double(decoder.case(decoder.inputs())), [[7, 12], [9, 5]]
-    size = inputs["input_ids"].shape[1]
-    for method in METHODS:
-        got = explain(decoder.model, inputs, answer=answer, method=method)
-        assert got.relevancy["language"].shape == (2, 2, size + 2)
-        assert got.relevancy["vision"].shape[:2] == (2, 2) and got.image[0].shape[0] == 2
-        place = got.position["language"]
-        longer = explain_inputs(inputs, answer, place)
-        for number in range(2):
-            rows = torch.zeros(2, size + 2).scatter_(1, place[:, number : number + 1], 1.0)
-            score = functools.partial(spoken, place[:, number], [ids[number] for ids in answer])
-            one = explain(decoder.model, longer, target=score, position={"language": rows}, method=method)
-            for name, want in one.relevancy.items():
-                assert_rows(got.relevancy[name][:, number], want, what=(method, name), bound=1e-6)  # norms are in float32
-
-
-def spoken(places, tokens, outputs):
-    rows = torch.arange(len(places))
-    return outputs.logits[rows, places].log_softmax(-1)[rows, torch.tensor(tokens)]
-
-
-def explain_inputs(inputs, answer, place):
-    """The inputs with the answers behind the prompts, padded on the right."""
-    ids, mask, cross = (torch.cat([inputs[name], inputs[name][:, -2:]], 1) for name in
-                        ("input_ids", "attention_mask", "cross_attention_mask"))  # fmt: skip
-    for row, tokens in enumerate(answer):
-        start = int(place[row, 0]) + 1
-        ids[row, start : start + 2], mask[row, start : start + 2] = torch.tensor(tokens), 1
-        cross[row, start : start + 2] = cross[row, start - 1]
-    return {**inputs, "input_ids": ids, "attention_mask": mask, "cross_attention_mask": cross}

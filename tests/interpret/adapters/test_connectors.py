@@ -9,8 +9,8 @@ import torch
 import transformers
 
 import vlattn_fast as va
-from tests.helpers.interpret.cases import last_real_row, lively
-from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE, image, next_logits, pixels
+from tests.helpers.interpret.cases import last_real_row
+from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE, LLAMA, image, next_logits, pixels
 from tests.helpers.interpret.stored_maps import Kept, assert_rows
 from tests.interpret.adapters.test_decoder_images import pixels_at
 from vlattn_fast.interpret import ADAPTERS, explain
@@ -18,82 +18,38 @@ from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.dataset.pieces import split
 from vlattn_fast.interpret.explaining.fields import vision_maps
 
-VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8)
-TEXT = dict(
-    model_type="llama",
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=99,
-    head_dim=8,
-)
 
-
-def llava():
-    vision = dict(VISION, model_type="clip_vision_model")
-    config = transformers.LlavaConfig(vision_config=vision, text_config=TEXT, image_token_id=98, image_token_index=98)
-    return transformers.LlavaForConditionalGeneration(config), "model.vision_tower.encoder.layers", torch.arange(16), 1, 16
-
-
-def two_images(count):
-    """Two prompts of `count` image tokens at other places, in float64."""
-    ids = torch.randint(3, 90, (2, count + 6))
-    ids[0, 1 : count + 1], ids[1, 3 : count + 3] = 98, 98
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 32, 32).double()}
-
-
-def test_each_prompt_has_a_row_of_all_its_images():
+@pytest.mark.parametrize("decoder", ["LlavaForConditionalGeneration"], indirect=True)
+def test_each_prompt_has_a_row_of_all_its_images(decoder):
     """As many images as prompts, but both are of the first."""
-    torch.manual_seed(0)
-    model, layers, token_of_patch, before, count = llava()
-    lively(model).eval()
-    inputs = two_images(count)
+    inputs, through = in_double(decoder, "right"), va.methods.Gradient(through_connector=True)
     first = inputs["input_ids"].flatten()
-    ids = torch.stack([first, first.where(first != 98, 7)])
+    ids = torch.stack([first, first.where(first != IMAGE, 7)])
     got, alone = (
-        explain(
-            model,
-            inputs | {"input_ids": some, "attention_mask": torch.ones_like(some)},
-            method=va.methods.Gradient(through_connector=True),
-        )
+        explain(decoder.model, inputs | {"input_ids": some, "attention_mask": torch.ones_like(some)}, method=through)
         for some in (ids, ids[:1])
     )
-    assert got.relevancy["vision"].shape == (2, 2 * (16 + before)) and not got.relevancy["vision"][1].any()
+    assert got.relevancy["vision"].shape == (2, 2 * 17) and not got.relevancy["vision"][1].any()
     assert_rows(got[0].relevancy["vision"], alone.relevancy["vision"])
     assert got[0].image_samples == [0, 0] and not got[1].relevancy["vision"].any() and not len(got[1].image)
 
 
-def test_what_is_refused():
-    torch.manual_seed(0)
-    model = llava()[0].eval()
-    ids = torch.randint(3, 90, (1, 22))
-    ids[0, 1:17] = 98
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32)}
+@pytest.mark.parametrize("decoder", ["LlavaForConditionalGeneration"], indirect=True)
+def test_what_is_refused(decoder):
+    model, inputs, through = decoder.model, decoder.inputs(), va.methods.Gradient(through_connector=True)
     with pytest.raises(ValueError, match="start_layer must be 0 with through_connector=True; got 1"):
         va.methods.Gradient(through_connector=True, start_layer=1)
     for kind in (va.methods.Rollout, va.methods.Weighted):
         with pytest.raises(TypeError, match="unexpected keyword argument 'through_connector'"):
             kind(through_connector=True)
     words = r"only supports image tokens made from one layer's patches; got vision_feature_layer \[-1, -2\]"
-    many = transformers.LlavaConfig(
-        vision_config=dict(VISION, model_type="clip_vision_model"),
-        text_config=TEXT,
-        image_token_index=98,
-        vision_feature_layer=[-1, -2],
-    )
     with pytest.raises(ValueError, match=words):
-        explain(
-            transformers.LlavaForConditionalGeneration(many).eval(), inputs, method=va.methods.Gradient(through_connector=True)
-        )
+        explain(model, {**inputs, "vision_feature_layer": [-1, -2]}, method=through)
+    model.config.vision_feature_layer = [-1, -2]
     with pytest.raises(ValueError, match=words):
-        explain(model, {**inputs, "vision_feature_layer": [-1, -2]}, method=va.methods.Gradient(through_connector=True))
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{k: v for k, v in TEXT.items() if k != "model_type"}))
-    with pytest.raises(
-        ValueError, match="must have an adapter with a connector for through_connector=True; got LlamaForCausalLM"
-    ):
-        explain(llama, {"input_ids": ids}, method=va.methods.Gradient(through_connector=True))
+        explain(model, inputs, method=through)
+    with pytest.raises(ValueError, match="must have an adapter with a connector .*; got LlamaForCausalLM"):
+        explain(DECODERS["LlamaForCausalLM"]().model, {"input_ids": inputs["input_ids"]}, method=through)
 
 
 # --- every record with a connector ---
@@ -344,6 +300,6 @@ def test_edges_that_are_in_no_square():
 
 def test_llava_over_another_vision_tower_has_no_record_of_its_connector():
     vision = dict(model_type="dinov2", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=8)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=TEXT, image_token_index=98)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=LLAMA, image_token_index=98)
     family = find_adapter(transformers.LlavaForConditionalGeneration(config))
     assert family.towers == ADAPTERS["LlavaForConditionalGeneration"].towers and family.vision is None

@@ -99,13 +99,6 @@ def test_prompts_without_images_leave_out_cross_attention(decoder):
 # --- batches without rows, prompts without images ---
 
 
-@pytest.mark.parametrize("decoder", [*DECODERS, "mllama"], indirect=True)
-def test_empty_batches(decoder):
-    inputs = decoder.inputs()
-    got = explain(decoder.model, {name: value[:0] for name, value in inputs.items()})
-    assert got.relevancy["language"].shape == (0, inputs["input_ids"].shape[1]) and got.target == []
-
-
 # BLIP-2 and InstructBLIP must see an image.
 @pytest.mark.parametrize("decoder", [name for name in DECODERS if "blip" not in name.lower()], indirect=True)
 def test_prompts_without_images(decoder):

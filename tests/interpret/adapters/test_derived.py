@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import transformers
@@ -117,22 +115,6 @@ def test_targets_of_an_unlisted_language_model(unlisted, side):
     got = explain(unlisted.model, inputs, target=[7, 8])
     assert got.target == [7, 8]
     assert got.token_ids == [words(9), words(5, 30)]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_answers_of_an_unlisted_language_model(unlisted, side):
-    """Each token of an answer has the row that it has as the target behind the tokens before it."""
-    answer = [7, 11]
-    got = explain(unlisted.model, unlisted.inputs(side), answer=answer)
-    for number, token in enumerate(answer):
-        before = replace(unlisted, prompts=[[*prompt, *answer[:number]] for prompt in unlisted.prompts])
-        inputs = before.inputs(side)
-        score = lambda o, i=inputs, t=token: next_logits(o, i).log_softmax(-1)[:, t]  # noqa: E731
-        want = explain(unlisted.model, inputs, target=score, position="last").relevancy["language"]
-        for row in range(2):
-            entries = got.relevancy["language"][row, number]
-            expected = want[row][inputs["attention_mask"][row].bool()]
-            assert torch.allclose(entries[entries != 0], expected, atol=BOUNDS[torch.float64]), token
 
 
 # --- what is not derived, and says so ---

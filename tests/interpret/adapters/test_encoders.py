@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 
 from tests.helpers.interpret.cases import lively, one_hot
-from tests.helpers.interpret.encoder_cases import (
-    IMAGE,
-    MADE,
-    PATCHES,
-    WORDS,
-    Encoder,
-    bare,
-    chinese_clip,
-    git,
-    layoutlmv3,
-    siglip2,
-    vilt,
-    visual_bert,
-)
+from tests.helpers.interpret.encoder_cases import IMAGE, MADE, PATCHES, WORDS, Encoder, git, layoutlmv3, vilt, visual_bert
 from tests.helpers.interpret.stored_maps import Place, assert_rows, check, rows_of
 from vlattn_fast.interpret import explain
 
@@ -131,37 +117,12 @@ def test_answer_behind_the_patches(encoder, each):
     assert got.token_ids == [longer["input_ids"][0].tolist(), longer["input_ids"][1, :8].tolist()]
 
 
-@pytest.mark.parametrize("encoder", [vilt, visual_bert, layoutlmv3, git, siglip2, chinese_clip], indirect=True, ids=names)
-def test_empty_batch(encoder):
-    empty = explain(encoder.model, {name: value[:0] for name, value in encoder.inputs.items()})
-    for tower, place in encoder.places.items():
-        assert empty.relevancy[tower].shape == (0, place.row.shape[1] if place.pool is None else PATCHES)
-
-
 @pytest.mark.parametrize("encoder", [visual_bert, layoutlmv3, git], indirect=True, ids=names)
 def test_text_alone(encoder):
     image = ("visual_embeds", "visual_attention_mask", "pixel_values")
     got = explain(encoder.model, {name: value for name, value in encoder.inputs.items() if name not in image})
     assert next(iter(got.relevancy.values())).shape == (2, WORDS) and got.image is None and got.regions is None
     assert got.token_ids == encoder.facts["words"]
-
-
-@pytest.mark.parametrize("index", range(12))
-def test_classes_that_share_a_tower(index):
-    torch.manual_seed(0)
-    case, model = bare()[index]
-    lively(model).eval()
-    made = case()
-    inputs = made.inputs
-    if model.main_input_name != "input_ids":
-        inputs = {name: value for name, value in inputs.items() if not name.startswith(("input", "attention"))}
-    pooled = lambda outputs: outputs.get("logits", outputs.get("last_hidden_state")).flatten(1)[:, 0]  # noqa: E731
-    target = (lambda outputs: outputs.pooler_output[:, 0]) if case is siglip2 else pooled
-    name, place = next(iter(made.places.items()))
-    path = {"Vilt": "vilt." if "Retrieval" in type(model).__name__ else ""}.get(type(model).__name__[:4], "")
-    sums = tuple((path + a.partition(".")[2], path + b.partition(".")[2]) for a, b in place.sums)
-    place = replace(place, prefix="", sums=sums, pool=place.pool and place.pool.partition(".")[2])
-    check(model, inputs, {name: place}, target, stored=in_order, target=target)
 
 
 def test_a_caption_of_padding_alone_is_refused():

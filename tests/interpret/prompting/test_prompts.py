@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,37 +183,6 @@ def test_inference_mode_and_plain_runs_add_up():
             case.model(**passes[0])
         case.model(**passes[1])
     torch.testing.assert_close(maps.token_maps(), traced(case, passes).token_maps())
-
-
-def test_other_threads_do_not_count():
-    """One runs the network from beginning to end in the middle of a pass that counts."""
-    case = CASES["unet"]()
-    passes = [case.inputs(batch=1) for _ in range(2)]
-    expected, this = traced(case, passes[:1]).token_maps(), threading.current_thread()
-
-    def meanwhile(*_: Any) -> None:
-        if threading.current_thread() is this:
-            other = threading.Thread(target=lambda: case.model(**passes[1]))
-            other.start()
-            other.join()
-
-    with va.prompt_maps(case.model, guidance="calls") as maps:
-        handle = case.model.mid_block.attentions[0].register_forward_pre_hook(meanwhile)
-        case.model(**passes[0])
-        handle.remove()
-    assert maps.steps == 1
-    torch.testing.assert_close(maps.token_maps(), expected)
-
-
-def test_a_compiled_network(monkeypatch):
-    """It runs uncompiled meanwhile: what is compiled shows no attention."""
-    case = CASES["unet"]()
-    passes = [case.inputs(batch=1)]
-    expected = traced(case, passes).token_maps()
-    compiled = torch.compile(case.model, backend="eager")
-    with torch.no_grad(), va.prompt_maps(compiled, guidance="none") as maps:
-        compiled(**passes[0])
-    torch.testing.assert_close(maps.token_maps(), expected)
 
 
 # --- attention that is not seen ---

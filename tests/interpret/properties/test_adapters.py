@@ -15,6 +15,7 @@ from tests.helpers.interpret.small_models import assert_close
 from tests.helpers.interpret.traces import assert_same, state_of
 from tools.tiny_models.inputs import inputs_of
 from tools.tiny_models.shrink import small_model
+from vlattn_fast.interpret.adapters.encoders import ENCODERS
 
 WITHOUT = {
     "UNITER": "a model of this package: test_samples_and_tokens.py",
@@ -24,6 +25,11 @@ WITHOUT = {
     **dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), "its texts need an end: CLIPModel's have one"),
     **dict.fromkeys(("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"), "its tiny models do not run"),
     "PI0ForConditionalGeneration": "it takes an action: tests/interpret/adapters/test_policies.py",
+}
+ELSEWHERE = {  # encoders whose record is compared with stored maps alone: tests/interpret/adapters/test_encoders.py
+    "GitForCausalLM": "it reads the last token, as decoders do",
+    "DeiTForImageClassificationWithTeacher": "its score reads two tokens, and its record the first",
+    "OwlViTModel": "it reads the largest id of a text, which is not the end of a tiny model's",
 }
 POOLED = ("pooler_output", "text_embeds", "image_embeds", "last_hidden_state", "multimodal_embeddings")
 
@@ -92,3 +98,24 @@ def test_a_sample_of_a_batch_is_explained_as_alone_whatever_its_padding_holds(na
         assert together.token_ids is None or alone.token_ids == [together.token_ids[sample]]
         if va.interpret.ADAPTERS[name].score not in ("pair", "query") and together.target is not None:
             assert alone.target == [together.target[sample]]
+
+
+@pytest.mark.filterwarnings("ignore:.*")  # of random models
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name not in {**WITHOUT, **ELSEWHERE}])
+def test_the_record_of_an_encoder_reads_where_its_score_does(name: str) -> None:
+    """The gradient of a callable's score names the token that it is read from."""
+    model, inputs, options = found(name)
+    adapter = va.interpret.ADAPTERS[name]
+    if options:  # without logits: methods without a gradient read where the record says
+        read = {tower: positions[:, None] for tower, positions in va.explain(model, inputs, **options).position.items()}
+        by_record = va.explain(model, inputs, method="attention").relevancy
+        sizes = {tower: by_record[tower].shape[1] for tower in read}
+        rows = {tower: torch.zeros(len(at), sizes[tower]).scatter_(1, at, 1.0) for tower, at in read.items()}
+        by_score = va.explain(model, inputs, method="attention", position=rows or None).relevancy
+    else:
+        pair = adapter.score == "pair"
+        score = lambda o: o.logits_per_image.diagonal() if pair else getattr(o, adapter.logits)[:, 0]  # noqa: E731
+        by_record = va.explain(model, inputs, target=None if pair else 0).relevancy
+        by_score = va.explain(model, inputs, target=score).relevancy
+    for tower, rows_of_record in by_record.items():
+        assert_close(by_score[tower], rows_of_record, tower)
