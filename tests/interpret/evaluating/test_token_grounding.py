@@ -8,20 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    GPT2Config,
-    VisionEncoderDecoderConfig,
-    VisionEncoderDecoderModel,
-    ViTConfig,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
-)
+from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
 
 import vlattn_fast as va
 from tests.helpers.interpret import decoder_cases
+from tests.helpers.interpret.small_models import made
 from vlattn_fast.interpret.evaluating.token_grounding import map_numbers
 
-ANSWERS = [[5, 6, 7], [3, 4]]
+ANSWERS = [[5, 6, 7], [8, 4]]
 
 
 def captioner() -> tuple[Any, dict[str, Tensor]]:
@@ -34,21 +28,9 @@ def captioner() -> tuple[Any, dict[str, Tensor]]:
 
 
 def whisper() -> tuple[Any, dict[str, Tensor]]:
-    sizes = {"encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "decoder_start_token_id": 1}
-    config = WhisperConfig(
-        vocab_size=50,
-        num_mel_bins=8,
-        d_model=32,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_source_positions=12,
-        **sizes,
-        **tokens,
-    )
-    model = WhisperForConditionalGeneration(config).double().eval()
-    model.set_attn_implementation("eager")
-    return model, {"input_features": torch.randn(2, 8, 24, dtype=torch.float64)}
+    small = made("whisper")
+    small.model.set_attn_implementation("eager")
+    return small.model, {"input_features": torch.cat([each["input_features"] for each in small.samples])}
 
 
 @pytest.mark.parametrize("make", [captioner, whisper])
@@ -58,7 +40,7 @@ def test_an_encoder_decoder(make: Any) -> None:
     assert table.tokens == ANSWERS and len(table) == 5
     for sample, answer in enumerate(ANSWERS):
         own = {name: x[sample : sample + 1] for name, x in inputs.items()}
-        ids = torch.tensor([[1, *answer]])
+        ids = torch.tensor([[model.config.decoder_start_token_id, *answer]])
         with torch.no_grad():
             out = model(**own, decoder_input_ids=ids, output_attentions=True)
             silent = {name: torch.full_like(x, float(inputs[name].min()) if make is whisper else 0.0) for name, x in own.items()}

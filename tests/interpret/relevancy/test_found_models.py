@@ -6,7 +6,6 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tests.helpers.interpret.cases import VISION, lively, one_hot
 from tests.helpers.interpret.stored_maps import Place, check
@@ -45,58 +44,6 @@ def test_transformer_encoder(batch_first, norm_first, causal):
     methods = METHODS if causal else METHODS[:3]
     read = -1 if causal else "cls"
     check(model, inputs, {"tower0": Place("encoder", row, real)}, second, methods, position=read, target=second)
-
-
-class ResidualAttentionBlock(nn.Module):
-    """As in open_clip: tokens first or batch first, and a causal mask (N, N)."""
-
-    def __init__(self, width: int, batch_first: bool) -> None:
-        super().__init__()
-        self.ln_1, self.ln_2, self.mlp = nn.LayerNorm(width), nn.LayerNorm(width), nn.Linear(width, width)
-        self.attn = nn.MultiheadAttention(width, HEADS, batch_first=batch_first)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        y = self.ln_1(x)
-        x = x + self.attn(y, y, y, need_weights=False, attn_mask=None if mask is None else mask.to(y.dtype))[0]
-        return x + self.mlp(self.ln_2(x))
-
-
-class OpenCLIPLike(nn.Module):
-    def __init__(self, batch_first: bool, width: int = 32) -> None:
-        super().__init__()
-        self.batch_first, self.visual, self.token = batch_first, nn.Module(), nn.Embedding(60, width)
-        self.visual.conv1, self.visual.proj = nn.Conv2d(3, width, 6, stride=6), nn.Linear(width, 16)
-        self.visual.cls = nn.Parameter(torch.randn(width))
-        self.visual.resblocks = nn.ModuleList(ResidualAttentionBlock(width, batch_first) for _ in range(3))
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, batch_first) for _ in range(2))
-        self.text_projection = nn.Linear(width, 16)
-
-    def run(self, layers: nn.ModuleList, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x if self.batch_first else x.transpose(0, 1)
-        for layer in layers:
-            x = layer(x, mask)
-        return x if self.batch_first else x.transpose(0, 1)
-
-    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        patches = self.visual.conv1(image).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.visual.cls.expand(len(image), 1, -1), patches], 1)
-        seen = self.visual.proj(self.run(self.visual.resblocks, tokens)[:, 0])
-        mask = torch.full((text.shape[1],) * 2, -torch.inf).triu(1)
-        read = self.run(self.resblocks, self.token(text), mask)[torch.arange(len(text)), text.argmax(-1)]
-        return functional.normalize(seen, dim=-1), functional.normalize(self.text_projection(read), dim=-1)
-
-
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_open_clip(batch_first):
-    torch.manual_seed(0)
-    model = lively(OpenCLIPLike(batch_first)).eval()
-    text = torch.randint(3, 50, (2, 9))
-    text[0, 8] = text[1, 5] = 59
-    end = one_hot(text.argmax(-1), 9)
-    places = {"tower0": Place("visual.resblocks", first_rows(17)), "tower1": Place("resblocks", end)}
-    inputs = {"image": torch.randn(2, 3, 24, 24), "text": text}
-    score = lambda outputs: (outputs[0] * outputs[1]).sum(-1)  # noqa: E731
-    check(model, inputs, places, score, METHODS, position={"tower0": "cls", "tower1": end}, target=score)
 
 
 # --- transformers, without an adapter ---

@@ -57,14 +57,6 @@ def test_several_kinds_in_one_tower():
     check(stack(*SEEN, *WRITTEN), inputs, {"tower0": place}, second, METHODS, position={"tower0": "cls"}, target=second)
 
 
-@pytest.mark.parametrize("score", ["scaled_dot", "general", "biased_general", "hadamard"])
-def test_scores_that_are_products_of_features(score):
-    """Torch's attention runs them, in float64 where that costs little, beside layers in float32."""
-    model, inputs = stack("torch", f"score {score}", "torch"), sequences()
-    place = Place("blocks", first_rows(7), inputs["attention_mask"])
-    check(model, inputs, {"tower0": place}, second, METHODS, position="cls", target=second)
-
-
 @pytest.mark.parametrize("read", ["last", "mean", 3, -1, "weights", "weights of all"])
 def test_rows_that_are_read(read):
     model, inputs = stack("torch", "torch"), sequences()
@@ -138,65 +130,6 @@ def test_flex_attention_is_named():
     # On a CPU it has no backward pass, and rollout takes none.
     with pytest.raises(ValueError, match=r"got flex_attention in 'blocks\.1'"):
         explain(model, sequences(), position="cls", target=second, method="rollout")
-
-
-class Look(nn.Module):
-    """Attention from x to y with its map at hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.of_query, self.of_key, self.of_value = (nn.Linear(32, 32) for _ in range(3))
-        self.maps: list[Tensor] | None = None
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        parts = zip((self.of_query, self.of_key, self.of_value), (x, y, y), strict=True)
-        q, k, v = (project(part).unflatten(-1, (HEADS, -1)).transpose(1, 2) for project, part in parts)
-        if self.maps is None:
-            output = nn.functional.scaled_dot_product_attention(q, k, v)
-        else:
-            self.maps.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))
-            output = self.maps[-1] @ v
-        return x + output.transpose(1, 2).flatten(2)
-
-
-class LooksFirst(nn.Module):
-    """Words whose layers attend to an image first, then to themselves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"look": Look(), "attend": Look()}) for _ in range(2))
-        self.head = nn.Linear(32, 3)
-
-    def forward(self, text: Tensor, image: Tensor) -> Tensor:
-        for layer in self.layers:
-            text = layer["look"](text, image)
-            text = layer["attend"](text, text)
-        return self.head(text[:, 0])
-
-
-def test_words_that_look_at_an_image_before_they_attend():
-    torch.manual_seed(0)
-    model = made(LooksFirst()).double()
-    inputs = {"text": torch.randn(2, 7, 32).double(), "image": torch.randn(2, 4, 32).double()}
-    maps: list[Tensor] = []
-    for module in model.modules():
-        if isinstance(module, Look):
-            module.maps = maps
-    grads = torch.autograd.grad(second(model(**inputs)).sum(), maps)
-    steps = [(a * g).clamp(min=0).mean(1).detach() for a, g in zip(maps, grads, strict=True)]
-    first_look, first_attend, second_look, second_attend = steps
-    eye = torch.eye(7, dtype=torch.float64)
-    bar = first_attend / first_attend.sum(-1, keepdim=True) + eye  # equations 8 and 9 of I + Abar
-    crossed = first_look + first_attend @ first_look + bar.mT @ second_look
-    crossed = crossed + second_attend @ crossed
-    alone = (eye + second_attend) @ (eye + first_attend)
-    for module in model.modules():
-        if isinstance(module, Look):
-            module.maps = None
-    got = explain(model, inputs, position={"tower0": "cls"}, target=second).relevancy
-    assert list(got) == ["tower0", "context4"]
-    torch.testing.assert_close(got["context4"], crossed[:, 0], rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(got["tower0"][:, 1:], alone[:, 0, 1:], rtol=1e-9, atol=1e-11)
 
 
 class InChunks(nn.Module):

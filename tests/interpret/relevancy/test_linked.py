@@ -228,27 +228,6 @@ def test_answers_of_encoder_decoders(kind, prompt):
     assert "<canvas" in got.to_html()
 
 
-def test_answers_about_an_image():
-    """An encoder-decoder of a vision transformer and BERT."""
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    parts = transformers.ViTConfig(**sizes, image_size=24, patch_size=6), transformers.BertConfig(**sizes, vocab_size=60)
-    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(*parts)
-    config.decoder_start_token_id, config.pad_token_id = 1, 0
-    model = lively(transformers.VisionEncoderDecoderModel(config)).eval().double()
-    model.set_attn_implementation("literal")  # eager, with softmax in float64
-    pixels, answer = torch.randn(1, 3, 24, 24).double(), [17, 30]
-    o = model(pixel_values=pixels, decoder_input_ids=torch.tensor([[1, *answer]]), output_attentions=True)
-    got = explain(model, {"pixel_values": pixels}, answer=answer)
-    assert got.relevancy["tower0"].shape == (1, 2, 17) and got.relevancy["tower1"].shape == (1, 2, 3)
-    for place, token in enumerate(answer):
-        score = o.logits[0, place].log_softmax(-1)[token]
-        qq, qi = published("gradient", encoder_decoder_maps(o, score), [place])
-        assert_rows(got.relevancy["tower0"][:, place], qi)
-        if place:  # the start token sees itself alone
-            assert_rows(got.relevancy["tower1"][:, place], qq)
-
-
 @pytest.mark.parametrize("kind", ["Blip2", "InstructBlip"])
 def test_answers_of_blip_2_over_t5(kind):
     """The Q-Former is a tower that none attends to, too, and of as many tokens as the answer with its start token."""

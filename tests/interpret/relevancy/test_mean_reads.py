@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import vlattn_fast as va
 from tests.helpers.interpret.cases import CASES
+from tests.helpers.interpret.small_models import Pooled
 from vlattn_fast.interpret import ADAPTERS, Adapter, Explanation, Tower, register_adapter
 from vlattn_fast.interpret.relevancy.methods.registry import with_options
 
@@ -30,21 +31,7 @@ class Sentences(nn.Module):
         return self.head((states * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True))
 
 
-class Own(nn.Module):
-    """The same of torch's layers, whose mask has a name of its own: only the attention knows what is padding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(40, 16)
-        layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
-        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 3)
-
-    def forward(self, words: Tensor, padding: Tensor) -> Tensor:
-        states = self.encoder(self.embed(words), src_key_padding_mask=padding)
-        return self.head(states.masked_fill(padding[..., None], 0.0).sum(1) / (~padding).sum(1, keepdim=True))
-
-
-class Joined(Own):
+class Joined(Pooled):
     """Layers that attend to further keys, which are no tokens."""
 
     def __init__(self) -> None:
@@ -78,8 +65,7 @@ def padded(*texts: Tensor) -> tuple[Tensor, Tensor]:
 
 def inputs_of(model: nn.Module, *texts: Tensor) -> dict[str, Tensor]:
     ids, real = padded(*texts)
-    own = isinstance(model, Own)
-    return {"words": ids, "padding": ~real} if own else {"input_ids": ids, "attention_mask": real.long()}
+    return {"input_ids": ids, "seen" if isinstance(model, Pooled) else "attention_mask": real.long()}
 
 
 def alike(batch: Explanation, alone: Explanation, row: int) -> None:
@@ -92,7 +78,7 @@ def alike(batch: Explanation, alone: Explanation, row: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are not its tokens")
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", [Sentences, Own, Joined])
+@pytest.mark.parametrize("kind", [Sentences, Joined])
 def test_a_mean_leaves_padding_out(kind, method):
     torch.manual_seed(0)
     model = kind().eval()
@@ -115,7 +101,7 @@ def test_a_records_mean_leaves_padding_out(position):
         ADAPTERS.pop("Sentences", None)
 
 
-@pytest.mark.parametrize("kind", [Sentences, Own])
+@pytest.mark.parametrize("kind", [Sentences, Pooled])
 def test_a_mean_of_capture_relevancy_leaves_padding_out(kind):
     torch.manual_seed(0)
     model = kind().eval()
@@ -148,7 +134,7 @@ def weights_seen() -> tuple[list[Tensor], object]:
 @pytest.mark.parametrize(
     "method", ["gradient", "weighted", "rollout", "glimpse", "gradient:no_aggregation", "attention", "gradcam"]
 )
-@pytest.mark.parametrize("kind", [Sentences, Own])
+@pytest.mark.parametrize("kind", [Sentences, Pooled])
 def test_the_start_is_no_relevancy_of_the_attention(kind, method):
     torch.manual_seed(0)
     model, (seen, weighting) = kind().eval(), weights_seen()

@@ -278,30 +278,6 @@ def test_keys_that_are_no_tokens_own_are_refused(kind, read):
         model(**inputs)
 
 
-def segformer(depths):
-    sizes = {"sr_ratios": [4, 2], "patch_sizes": [7, 3], "strides": [4, 2], "num_encoder_blocks": 2, "mlp_ratios": [2, 2]}
-    heads = {"hidden_sizes": [16, 32], "num_attention_heads": [2, 4]}
-    return transformers.SegformerModel(transformers.SegformerConfig(**sizes, **heads, depths=depths))
-
-
-def pvt(depths):
-    sizes = {"hidden_sizes": [16, 16, 32], "num_attention_heads": [2, 2, 4], "num_encoder_blocks": 3, "mlp_ratios": [2, 2, 2]}
-    reduced = {"sequence_reduction_ratios": [4, 2, 1], "patch_sizes": [4, 2, 2], "strides": [4, 2, 2], "image_size": 64}
-    return transformers.PvtModel(transformers.PvtConfig(**sizes, **reduced, depths=depths))
-
-
-@pytest.mark.parametrize(("make", "depths"), [(segformer, [2, 2]), (segformer, [1, 1]), (pvt, [2, 1, 1]), (pvt, [1, 1, 1])])
-def test_towers_that_reduce_their_keys_are_refused(make, depths):
-    inputs = {"pixel_values": torch.randn(1, 3, 64, 64)}
-    with pytest.raises(ValueError, match=r"one key for each token of a tower; got \d+ queries and \d+ keys in '.*attention"):
-        explain(
-            lively(make(depths)).eval(),
-            inputs,
-            position="mean",
-            target=lambda outputs: outputs.last_hidden_state.flatten(1).mean(1),
-        )
-
-
 def test_edits_of_a_prefix_tuned_model():
     """Its cache counts the prefix, which has no tokens."""
     torch.manual_seed(0)

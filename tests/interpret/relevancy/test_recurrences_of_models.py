@@ -21,8 +21,12 @@ from vlattn_fast.nn import capture_relevancy
 
 KINDS = [
     *("Mamba", "FalconMamba", "Jamba", "Zamba", "Mamba2", "FalconH1", "NemotronH", "RecurrentGemma", "Rwkv", "xLSTM", "MiniMax"),
-    "Lfm3",
+    *("Lfm3", "Qwen3Next", "OlmoHybrid", "KimiLinear"),
 ]
+CONFIGS: dict[str, dict[str, Any]] = {  # beside small sizes: values that share a key's head, a last layer that recurs
+    "Qwen3Next": {"linear_num_key_heads": 2},
+    "OlmoHybrid": {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+}
 NO_MASK = {"Rwkv", "xLSTM", "RecurrentGemma"}  # padding reaches the tokens behind it
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
@@ -35,8 +39,13 @@ def double() -> Iterator[None]:
         yield
 
 
-def made(kind: str, implementation: str | None = None) -> Any:
-    return small_model(getattr(transformers, f"{kind}ForCausalLM"), attention=implementation)
+def made(kind: str, implementation: str | None = None, **config: Any) -> Any:
+    model: Any = small_model(getattr(transformers, f"{kind}ForCausalLM"), attention=implementation)
+    if changes := CONFIGS.get(kind, {}) | config:
+        for name, value in changes.items():
+            setattr(model.config, name, value)
+        model = lively(type(model)(model.config)).eval().to(torch.get_default_dtype())
+    return model
 
 
 def row(model: nn.Module, **options: Any) -> Tensor:
@@ -160,9 +169,10 @@ def test_other_runs_have_the_models_own_forward(kind: str) -> None:
         assert torch.equal(model(**INPUTS).logits, before)
 
 
-@pytest.mark.parametrize(
-    ("kind", "method"), [*((kind, "gradient") for kind in KINDS), *((kind, "rollout") for kind in ("Mamba", "FalconH1"))]
-)
+CAPTURED = [*((kind, "gradient") for kind in KINDS), *((kind, "rollout") for kind in ("Mamba", "FalconH1", "Qwen3Next"))]
+
+
+@pytest.mark.parametrize(("kind", "method"), [*CAPTURED, ("OlmoHybrid", "weighted")])
 def test_captured_rows_are_those_of_explain(kind: str, method: str, double: None) -> None:
     model = made(kind)
     expected = row(model, method=method)

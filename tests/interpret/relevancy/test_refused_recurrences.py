@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests.interpret.relevancy.test_recurrences import INPUTS, SIZES, WORDS, made, score_of
+from tests.interpret.relevancy.test_recurrences_of_models import IDS, INPUTS, made
 from vlattn_fast.interpret import explain
 from vlattn_fast.nn import capture_relevancy
 
@@ -20,25 +20,25 @@ PLACE = r"'model\.layers\.0\.linear_attn' \(Qwen3NextGatedDeltaNet\)"
 def test_heads_of_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlattn_fast.interpret.relevancy.recurrent_calls.has_dtensors", lambda module: True)
     with pytest.raises(ValueError, match=rf"got {PLACE}, which has its heads in several processes. Run it in one"):
-        explain(made("Qwen3Next", dtype=torch.float32), INPUTS, target=score_of)
+        explain(made("Qwen3Next"), INPUTS, target=7)
 
 
 @pytest.mark.parametrize("method", ["glimpse", "gradcam"])
 def test_methods_without_a_rule_refuse(method: str) -> None:
     with pytest.raises(ValueError, match=rf"method must support recurrences.*got '{method}' and 'model\.layers\."):
-        explain(made("OlmoHybrid", dtype=torch.float32), INPUTS, method=method)
+        explain(made("OlmoHybrid"), INPUTS, method=method)
 
 
 def test_a_state_of_an_earlier_pass_is_refused() -> None:
-    model = made("Qwen3Next", dtype=torch.float32)
-    cache = model(input_ids=WORDS[:, :5], use_cache=True).past_key_values
+    model = made("Qwen3Next")
+    cache = model(input_ids=IDS[:, :5], use_cache=True).past_key_values
     with pytest.raises(ValueError, match=rf"got {PLACE}, which continues from the state of an earlier pass"):
         with capture_relevancy(model, method="gradient"):
-            model(input_ids=WORDS[:, 5:], past_key_values=cache)
+            model(input_ids=IDS[:, 5:], past_key_values=cache)
 
 
 def test_a_recurrence_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = made("Qwen3Next", dtype=torch.float32)
+    model = made("Qwen3Next")
     kind = type(model.model.layers[0].linear_attn)
 
     def forward(self: Any, hidden_states: Tensor, **options: Any) -> Tensor:
@@ -48,13 +48,11 @@ def test_a_recurrence_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(
         ValueError, match=r"'model\.layers\.0\.linear_attn' \(Qwen3NextGatedDeltaNet\), whose recurrence cannot be traced"
     ):
-        explain(model, INPUTS, target=score_of)
+        explain(model, INPUTS, target=7)
 
 
 def test_a_recurrence_of_a_users_class_beside_attention_is_refused() -> None:
-    sizes = {"d_ssm": 32, "n_heads": 4, "d_head": 8, "n_groups": 1, "d_state": 8}
-    config = transformers.FalconH1Config(**SIZES, num_hidden_layers=1, **{f"mamba_{name}": size for name, size in sizes.items()})
-    model = transformers.FalconH1ForCausalLM(config).eval()
+    model = made("FalconH1")
 
     class Mine(type(model.model.layers[0].mamba)):  # type: ignore[misc]
         def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
@@ -62,7 +60,7 @@ def test_a_recurrence_of_a_users_class_beside_attention_is_refused() -> None:
 
     model.model.layers[0].mamba.__class__ = Mine
     with pytest.raises(ValueError, match=r"'model\.layers\.0\.mamba' \(Mine\), whose recurrence cannot be traced"):
-        explain(model, INPUTS, target=score_of)
+        explain(model, INPUTS, target=7)
 
 
 def test_a_convolution_in_front_of_a_recurrence_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,32 +69,21 @@ def test_a_convolution_in_front_of_a_recurrence_that_is_not_seen_is_refused(monk
     with pytest.raises(
         ValueError, match=rf"got {PLACE}, whose short convolution comes before attention or an unsupported recurrence"
     ):
-        explain(made("Qwen3Next", dtype=torch.float32), INPUTS, target=score_of)
+        explain(made("Qwen3Next"), INPUTS, target=7)
 
 
 def test_a_convolution_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = made("Qwen3Next", dtype=torch.float32)
+    model = made("Qwen3Next")
     monkeypatch.setattr("vlattn_fast.interpret.relevancy.recurrent_calls.CONVOLUTIONS", {})
     with pytest.raises(ValueError, match=r"short convolutions with causal_conv1d_fn; got 'model\.layers\.0\.linear_attn'"):
-        explain(model, INPUTS, target=score_of)
-
-
-def test_a_convolution_that_the_module_writes_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = made("Qwen3Next", dtype=torch.float32)
-    mixer = model.model.layers[0].linear_attn
-    parameters = nn.Module()  # no convolution by its class
-    parameters.weight, parameters.bias = mixer.conv1d.weight, mixer.conv1d.bias
-    mixer.conv1d = parameters
-    monkeypatch.setattr("vlattn_fast.interpret.relevancy.recurrent_calls.CONVOLUTIONS", {})
-    with pytest.raises(ValueError, match=r"short convolutions with causal_conv1d_fn; got 'model\.layers\.0\.linear_attn'"):
-        explain(model, INPUTS, target=score_of)
+        explain(model, INPUTS, target=7)
 
 
 @pytest.mark.parametrize("name", ["torch_chunk_gated_delta_rule", "causal_conv1d_fn"])
 def test_a_function_of_a_known_name_computes_what_the_name_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A class of a user may have something else under the name."""
-    model, file = made("Qwen3Next", dtype=torch.float32), transformers.models.qwen3_next.modeling_qwen3_next
-    want = explain(model, INPUTS, target=score_of).relevancy["language"]
+    model, file = made("Qwen3Next"), transformers.models.qwen3_next.modeling_qwen3_next
+    want = explain(model, INPUTS, target=7).relevancy["language"]
     original = getattr(file, name)
 
     def same(*args: Any, **options: Any) -> Any:
@@ -104,7 +91,7 @@ def test_a_function_of_a_known_name_computes_what_the_name_says(name: str, monke
 
     same.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     monkeypatch.setattr(file, name, same)
-    torch.testing.assert_close(explain(model, INPUTS, target=score_of).relevancy["language"], want, rtol=0, atol=0)
+    torch.testing.assert_close(explain(model, INPUTS, target=7).relevancy["language"], want, rtol=0, atol=0)
 
     def halved(*args: Any, **options: Any) -> Any:
         result = original(*args, **options)
@@ -117,4 +104,4 @@ def test_a_function_of_a_known_name_computes_what_the_name_says(name: str, monke
     for other in (halved, renamed):
         monkeypatch.setattr(file, name, other)
         with pytest.raises(ValueError, match=rf"got {PLACE}, whose function has the name of one in transformers, but other"):
-            explain(model, INPUTS, target=score_of)
+            explain(model, INPUTS, target=7)

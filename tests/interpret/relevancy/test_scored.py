@@ -272,23 +272,6 @@ def test_a_bias_of_groups_is_explained_as_its_dense_mask(score: str, method: str
     torch.testing.assert_close(got.scores, want.scores)
 
 
-def test_the_layers_gradient_is_its_own():
-    """What runs is the layer: outputs and gradients equal those without explain to the bit."""
-    model, inputs = scored("additive"), sequences()
-    seen = []
-
-    def score(outputs: Tensor) -> Tensor:
-        seen.append((outputs.detach().clone(), torch.autograd.grad(second(outputs).sum(), x, retain_graph=True)[0]))
-        return second(outputs)
-
-    x = inputs["x"].requires_grad_()
-    explain(model, inputs, position="cls", target=score)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    score(model(**inputs))
-    assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["cosine", "additive"])
 def test_no_map_is_held(name, method):

@@ -310,14 +310,6 @@ def test_an_empty_batch_has_none(case):
     assert explain(case.model, empty, method=va.methods.Gradient(sinks="remove")).sinks == find_sinks(case.model, empty) == []
 
 
-@pytest.mark.parametrize("case", ["vit"], indirect=True)
-def test_evaluate_passes_it_on(case):
-    boxes = [torch.tensor([[0.0, 0.0, 0.5, 0.5]])] * len(case.inputs["pixel_values"])
-    item = (case.inputs, None, boxes)
-    results = va.evaluate(case.model, [item], methods=["rollout", va.methods.Rollout(sinks="remove")], tests=["pointing"])
-    assert results.value("rollout(sinks=remove)", "pointing") >= 0
-
-
 # --- calls of other kinds ---
 
 
