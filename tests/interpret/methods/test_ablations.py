@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers
 
-from tests.helpers.interpret.cases import TEXT, lively
-from tests.helpers.interpret.evaluation_cases import made, rows
+from tests.helpers.interpret.cases import lively
+from tests.helpers.interpret.evaluation_cases import made
 from tests.helpers.interpret.linked_maps import ABLATIONS, published
 from tests.helpers.interpret.stored_maps import assert_rows
 from tests.interpret.relevancy.test_linked import LXMERT, encoder_decoder_maps, lxmert_maps, text_encoder_decoder
-from vlattn_fast.interpret import evaluate, explain
+from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.relevancy.methods.registry import with_options
 from vlattn_fast.interpret.relevancy.methods.rollout import Rollout
 
@@ -103,56 +103,3 @@ def test_one_hot_rollout_between_towers_that_see_all():
         assert_rows(row, want)
     same = explain(model, inputs, method=Rollout(one_hot=True)).relevancy.values()
     assert all(map(torch.equal, same, got))
-
-
-def first(outputs):
-    return getattr(outputs, "logits", getattr(outputs, "question_answering_score", None))[:, 0]
-
-
-@pytest.mark.parametrize("name", ["vit", "lxmert"])
-def test_without_aggregation_a_map_may_vanish(name):
-    """It is a product of the maps of all layers: of LXMERT with its published layers some eighty small numbers."""
-    torch.manual_seed(0)
-    if name == "vit":
-        config = transformers.ViTConfig(**dict(TEXT, num_hidden_layers=24), image_size=24, patch_size=6)
-        model, inputs = transformers.ViTForImageClassification(config), {"pixel_values": torch.randn(1, 3, 24, 24)}
-    else:
-        config = transformers.LxmertConfig(**{**LXMERT, "l_layers": 9, "r_layers": 5, "x_layers": 5}, num_qa_labels=5)
-        model, inputs = transformers.LxmertForQuestionAnswering(config), {"input_ids": torch.tensor([[2, 7, 9, 8, 3]])}
-        inputs |= {"visual_feats": torch.randn(1, 7, 10), "visual_pos": torch.rand(1, 7, 4)}
-    found = explain(model.eval(), inputs, method="gradient:no_aggregation").relevancy
-    assert all(row.count_nonzero() == 0 for row in found.values())
-    evaluation = evaluate(model, [(inputs, 1, None)], methods=("gradient:no_aggregation",), tests=("positive",), accuracy=first)
-    assert rows(evaluation)["gradient:no_aggregation", "positive", "image"]["samples"] == 1
-
-
-@pytest.mark.parametrize("method", [m for m in ABLATIONS if m != "gradient:no_self_attention"])
-def test_encoder_decoders(method):
-    model, inputs = text_encoder_decoder("bart")
-    inputs["decoder_input_ids"] = torch.randint(3, 60, (2, 5))
-    score = lambda o: o.logits[:, -1, 7]  # noqa: E731
-    outputs = model(**inputs, output_attentions=True)
-    qq, qi = published(method, encoder_decoder_maps(outputs, score(outputs).sum()), [4, 4])
-    got = explain(model, inputs, target=score, position="last", method=method).relevancy
-    assert_rows(got["tower0"], qi)
-    if qq.any():
-        assert_rows(got["tower1"], qq)
-    else:
-        assert not got["tower1"].any()
-
-
-def test_evaluate_knows_their_names():
-    model, inputs = made("vit")
-    names = ["gradient", *OF_ONE_TOWER]
-    others = [with_options("weighted:no_normalization", weighting=weighting) for weighting in ("norm", "equal")]
-    names += [method.label for method in others]
-    table = rows(
-        evaluate(model, [(inputs, None, None)], methods=["gradient", *OF_ONE_TOWER, *others], tests=("positive", "insertion"))
-    )
-    assert {name for name, _, _ in table} == set(names)
-    insertion = {name: table[name, "insertion", "image"]["value"] for name in names}
-    assert insertion["gradient"] == pytest.approx(insertion["weighted:no_normalization(weighting=equal)"], abs=1e-6)
-    assert len({round(value, 6) for value in insertion.values()}) == 4
-    for name in ("gradient:norm", "weighted:no_aggregation", "weighted:norm", "weighted:no_normalization:norm"):
-        with pytest.raises(ValueError, match="methods must be .* or among gradient, .*gradient:no_aggregation.*; got"):
-            evaluate(model, [(inputs, None, None)], methods=(name,))

@@ -126,65 +126,6 @@ def test_one_file_is_all(tmp_path):
         assert re.search(f"^{begin}{NAME}", run.stdout, re.M), f"{begin}\n{run.stdout}"
 
 
-INTEGRATED = """
-import torch
-
-from vlattn_fast.interpret.relevancy.method import Method
-
-STEPS = 24
-
-
-class Integrated(Method):
-    name = "layer_mean"
-    share, target = 1.0, None
-
-    def carry(self, backward):
-        (tower,) = backward.towers
-
-        def scaled(module, args):
-            self.inputs = (args[0].detach() * self.share).requires_grad_()
-            return (self.inputs, *args[1:])
-
-        with tower.model.get_submodule(f"{tower.calls.lists[0]}.0").register_forward_pre_hook(scaled):
-            whole = tower.model(**backward.arguments).logits
-            chosen = whole.argmax(-1) if self.target is None else torch.tensor(self.target)
-            inputs, row = self.inputs.detach(), 0
-            for step in range(STEPS):
-                self.share = 0.5 + (step + 0.5) / STEPS / 2
-                score = tower.model(**backward.arguments).logits.gather(1, chosen[:, None])
-                (grad,) = torch.autograd.grad(score.sum(), self.inputs)
-                row = row + (inputs * grad).sum(-1) / STEPS / 2
-        return [row[:, None]]
-"""
-
-
-@pytest.mark.parametrize("target", [None, [2, 0, 3]])
-@pytest.mark.parametrize("case", ["bert"], indirect=True)
-def test_a_method_that_runs_the_model_again(case, target, tmp_path, monkeypatch):
-    """Integrated gradients add up to the difference of the score from that of half the input; the class is that of all of it."""
-    add_file(tmp_path, monkeypatch, INTEGRATED)
-    monkeypatch.setitem(registry.METHODS, NAME, registry.methods_in_folder()[NAME])
-    monkeypatch.setattr(registry.METHODS[NAME], "target", target)
-    half = lambda module, args: (args[0] / 2, *args[1:])  # noqa: E731
-    first, model = case.model.bert.encoder.layer[0], case.model
-
-    def at_half():
-        with first.register_forward_pre_hook(half), torch.no_grad():
-            return model(**case.inputs).logits
-
-    with torch.no_grad():  # the largest class of the first text is another one at half the input
-        whole = model(**case.inputs).logits[0]
-        gained = (whole - at_half()[0]).argmax()
-        model.classifier.bias.sub_(whole)[gained] += 0.01
-    assert at_half()[0].argmax() != gained
-    got = explain(model, case.inputs, method=NAME, target=target)
-    assert got.target == target or got.target[0] == gained
-    base = at_half().gather(1, torch.tensor(got.target)[:, None])[:, 0]
-    gain = got.scores - base
-    assert gain.abs().max() > 0.1
-    torch.testing.assert_close(got.relevancy["text"].sum(-1), gain, rtol=0.01, atol=0.002)
-
-
 @pytest.mark.parametrize("case", ["siglip"], indirect=True)
 def test_what_a_method_does_not_define_is_refused(case, tmp_path, monkeypatch):
     """A class with a name alone."""

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.helpers.interpret.cases import CASES, last_real_row, lively
-from tests.helpers.interpret.decoder_cases import DECODERS, next_logits
+from tests.helpers.interpret.cases import CASES, lively
+from tests.helpers.interpret.decoder_cases import DECODERS
 from tests.helpers.interpret.stored_maps import assert_rows, with_floats
 from vlattn_fast.interpret import explain, explain_layers
 
@@ -67,22 +67,6 @@ def test_each_tower(case, request, start_layer):
         assert_rows(row, want)
         beside = want.scatter(1, got.position[tower][:, None], 0.0)
         assert (beside.amax(-1) > 1e-3).all()
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_decoder_with_padding(side):
-    torch.manual_seed(0)
-    decoder = DECODERS["LlamaForCausalLM"]()
-    model = lively(decoder.model).eval().double()
-    inputs = decoder.inputs(side)
-    got = explain(model, inputs, target=7, method="glimpse")
-    start = last_real_row(inputs, inputs["input_ids"].shape[1])
-    want = rows_of(model, inputs, lambda outputs: next_logits(outputs, inputs)[:, 7], start, inputs["attention_mask"])
-    assert_rows(got.relevancy["language"], want)
-    model.float()
-    single = explain(model, inputs, target=7, method="glimpse").relevancy["language"]
-    assert single.dtype == torch.float32
-    torch.testing.assert_close(single.double(), want, rtol=1e-4, atol=1e-5)
 
 
 def test_each_token_of_an_answer():

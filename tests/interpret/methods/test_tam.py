@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import vlattn_fast as va
 from tests.helpers.interpret.cases import CASES
 from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE
 from vlattn_fast.interpret import Explanation, explain
-from vlattn_fast.interpret.relevancy.methods.registry import with_options
 from vlattn_fast.interpret.result.numbers.interference import rank_filtered, rest_of_map
 
 ANSWER = [7, 12, 7, 30]
@@ -128,12 +126,6 @@ def test_a_text_alone_has_its_activations():
         torch.testing.assert_close(got.relevancy["language"], model(ids).logits[:, :, 5].clamp(min=0))
 
 
-def test_no_gradient_is_taken(monkeypatch):
-    model = DECODERS["LlamaForCausalLM"]().model.eval()
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: pytest.fail("a gradient"))
-    explain(model, {"input_ids": torch.tensor([[1, 4, 9]])}, answer=[5, 6], method="tam")
-
-
 # --- the subtraction, for any method ---
 
 
@@ -233,11 +225,3 @@ def test_bad_options(options, message):
     case = CASES["llava"]()
     with pytest.raises(ValueError, match=message):
         explain(case.model.eval(), case.inputs, method="tam", **options)
-
-
-def test_options_that_it_does_not_have():
-    case = CASES["llava"]()
-    with pytest.raises(ValueError, match="start_layer must be an option of method 'tam', which has none; got 1"):
-        with_options("tam", start_layer=1)
-    with pytest.raises(ValueError, match="method must be 'gradient' or 'attention', .*; got 'tam'"):
-        va.explain_layers(case.model.eval(), case.inputs, method="tam")
