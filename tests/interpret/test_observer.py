@@ -195,24 +195,3 @@ def test_a_hook_runs_the_edited_model_in_the_middle_of_its_attention() -> None:
             with model.model.language_model.layers[1].self_attn.q_proj.register_forward_pre_hook(hook):
                 assert torch.equal(model(**ids).logits, expected)
         assert torch.equal(ran[1], within)
-
-
-def test_maps_of_earlier_passes_are_let_go() -> None:
-    """Each map has a bit of its own: those of a long run, as `generate` makes one, would make ever longer numbers."""
-    from vlattn_fast.attach.events import RUNNING
-
-    class Written(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = torch.nn.ModuleList([torch.nn.Identity()])
-
-        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            query = torch.nn.functional.one_hot(input_ids, 16).float()[:, None].expand(-1, 2, -1, -1)
-            return torch.matmul(torch.softmax(torch.matmul(query, query.transpose(-1, -2)), -1), query)
-
-    model, inputs = Written(), {"input_ids": torch.tensor([[1, 2, 3]])}
-    with va.intervene(model, inputs, va.ScaleHeads({0: [1]}, 0.5)):
-        for _ in range(5):
-            assert not torch.equal(model(**inputs), Written()(**inputs))
-        observer: Any = RUNNING.get()
-        assert observer.maps.count == 1

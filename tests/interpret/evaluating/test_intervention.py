@@ -21,7 +21,6 @@ from transformers import (
 
 import vlattn_fast as va
 from tests.helpers.interpret.cases import lively
-from tests.helpers.interpret.edited_maps import decoder
 from tests.helpers.interpret.evaluation_cases import Planted, made, planted_data, rows, truth
 from vlattn_fast.interpret.evaluating.attention_cuts import overlap
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
@@ -135,41 +134,6 @@ def test_an_image_of_many_patches_has_sixteen_pieces() -> None:
     assert table["map", "intervention", "image"]["value"] == pytest.approx(rank_correlation(mass, fall), abs=1e-9)
     tops = [set(values.argsort(descending=True)[:4].tolist()) for values in (mass, fall)]
     assert table["map", "intervention:top", "image"]["value"] == len(tops[0] & tops[1]) / 4
-
-
-@pytest.mark.slow
-def test_groups_of_a_decoder_are_those_that_knockouts_cut() -> None:
-    model, inputs = decoder("LlavaForConditionalGeneration")
-    shown = va.explain(model, inputs, target=7)
-    batch, generator = len(inputs["input_ids"]), torch.Generator().manual_seed(1)
-    image = torch.rand(shown.image.shape, generator=generator)
-    text = torch.rand(batch, max(map(len, shown.text_positions)), generator=generator)
-    method = lambda *_: SimpleNamespace(image=image, text=text)  # noqa: E731
-    options = {"methods": {"map": method, "edges": "attribute_edges"}, "tests": ("intervention",), "batch_size": 5}
-    table = rows(va.evaluate(model, [(inputs, 7, None)], **options))
-
-    def fall(tokens: Tensor) -> Tensor:
-        scores = []
-        with torch.no_grad():
-            scores.append(model(**inputs).logits[:, -1, 7])
-            with va.intervene(model, inputs, va.Knockout(queries="last", keys=tokens)):
-                scores.append(model(**inputs).logits[:, -1, 7])
-        return scores[0] - scores[1]
-
-    height, width = image.shape[-2:]
-    assert height <= 4 and width <= 4  # so that each patch is a piece
-    of_image = (inputs["input_ids"] == model.config.image_token_index).nonzero()[:, 1].view(batch, -1)
-    expected = []
-    for sample in range(batch):
-        falls = []
-        for column in of_image[sample]:
-            mask = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
-            mask[sample, column] = True
-            falls.append(fall(mask)[sample])
-        expected.append(rank_correlation(image[sample].flatten(), torch.stack(falls)))
-    record = table["map", "intervention", "image"]
-    assert record["samples"] == batch and record["value"] == pytest.approx(sum(expected) / batch, abs=1e-9)
-    assert table["map", "intervention", "text"]["samples"] + table["map", "intervention", "text"]["left_out"] == batch
 
 
 def test_pieces_of_several_images_are_those_of_each() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +10,12 @@ import torch
 import transformers
 
 import vlattn_fast as va
+from tests.helpers.interpret import small_models
 from tests.helpers.interpret.cases import TEXT, lively
-from tests.helpers.interpret.decoder_cases import llama4, pixtral
+from tests.helpers.interpret.decoder_cases import pixtral
 from tests.helpers.interpret.encoder_cases import git, vilt, visual_bert
 from tests.helpers.interpret.evaluation_cases import made, rows
-from tests.helpers.releases import LLAMA4_FAILS
 from tests.interpret.relevancy.test_linked import florence
-from vlattn_fast.interpret import ADAPTERS
 from vlattn_fast.interpret.evaluating.curves import CURVES
 
 STEPS = [0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1]
@@ -106,27 +104,8 @@ def test_the_product_is_truncated():
 
 
 def test_boxes_of_lxmert_are_dropped_to_the_last():
-    config = transformers.LxmertConfig(
-        hidden_size=32,
-        num_attention_heads=4,
-        intermediate_size=48,
-        l_layers=1,
-        x_layers=2,
-        r_layers=1,
-        vocab_size=60,
-        visual_feat_dim=10,
-        num_qa_labels=5,
-    )
-    torch.manual_seed(0)
-    model = lively(transformers.LxmertForQuestionAnswering(config)).eval()
-    ids = torch.randint(5, 50, (1, 7))
-    ids[:, 0], ids[:, -1] = 2, 3
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "visual_feats": torch.randn(1, 5, 10),
-        "visual_pos": torch.rand(1, 5, 4),
-    }
+    small = small_models.made("lxmert")
+    model, inputs = small.model, {name: x for name, x in small.batch([0]).items() if name != "visual_attention_mask"}
     read = lambda outputs: outputs.question_answering_score.softmax(-1)[:, 2]  # noqa: E731
     result = va.evaluate(model, [(inputs, 2, None)], tests=("positive",), accuracy=read)
     explanation = va.explain(model, inputs, target=2)
@@ -352,21 +331,6 @@ def test_patches_of_qwen_are_merged_cells():
     assert (curve["part"], curve["samples"]) == ("image", 2)
     assert curve["mean"] == pytest.approx(torch.tensor(curves).mean(0).tolist(), abs=1e-6)
     assert rows(result)["cell", "insertion", "text"]["left_out"] == 2
-
-
-@pytest.mark.skipif(LLAMA4_FAILS, reason="transformers 5.24 cannot run Llama 4")
-def test_a_batch_whose_tiles_cannot_be_told_apart(monkeypatch):
-    torch.manual_seed(0)
-    decoder = llama4()
-    known = ADAPTERS[type(decoder.model).__name__]
-    monkeypatch.setitem(ADAPTERS, type(decoder.model).__name__, replace(known, towers=(replace(known.towers[0], grid=None),)))
-    both = decoder.inputs()
-    said = r"inputs must be of one sample if .* pixel_values.*; got 2 samples and pixel_values \(11, 3, 32, 32\). Pass"
-    with pytest.raises(ValueError, match=said):
-        va.evaluate(decoder.model, [(both, None, None)], tests=("deletion",), steps=[0, 1])
-    first = {name: value[: 7 if name == "pixel_values" else 1] for name, value in both.items()}
-    result = va.evaluate(decoder.model, [(first, None, None)], tests=("deletion",), steps=[0, 1])
-    assert rows(result)["gradient", "deletion", "text"]["samples"] == 1
 
 
 def test_a_picture_without_patches_is_no_padding():

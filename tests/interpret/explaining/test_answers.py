@@ -11,6 +11,7 @@ import transformers
 
 from tests.helpers.interpret.cases import LLAMA, in_double, last_real_row, lively
 from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE, Decoder, next_logits
+from tests.helpers.interpret.small_models import made as small
 from tests.helpers.interpret.stored_maps import METHODS, Place, assert_rows, rows_of
 from vlattn_fast.interpret import explain
 
@@ -153,11 +154,7 @@ LANGUAGES = dict(lang_to_id={"<|en|>": 51, "<|fr|>": 52}, task_to_id={"transcrib
 
 
 def whisper(**settings):
-    torch.manual_seed(0)
-    layers = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, d_model=16)
-    sizes = dict(encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=60, num_mel_bins=8, max_source_positions=20)
-    ends = dict(decoder_start_token_id=50, bos_token_id=2, eos_token_id=2, pad_token_id=3)
-    model = lively(transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**layers, **sizes, **ends))).eval()
+    model = small("whisper").model
     model.generation_config.suppress_tokens = [*range(50, 60)] if "return_timestamps" not in settings else None
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
@@ -184,7 +181,7 @@ def test_tokens_that_whisper_leaves_out_of_its_answer():
     """Its `generate` begins with a language, a task and the like, and returns what comes after. The tokens of the answer have the
     scores that they have after what the decoder began with."""
     for case, (settings, options) in WHISPERED.items():
-        model, sound = whisper(**settings), {"input_features": torch.randn(2, 8, 40)}
+        model, sound = whisper(**settings), {"input_features": torch.randn(2, 4, 10, dtype=torch.float64)}
         begun = []
         handle = model.model.decoder.register_forward_pre_hook(
             lambda *a, of=begun: of.append(a[2]["input_ids"]), with_kwargs=True
@@ -199,7 +196,7 @@ def test_tokens_that_whisper_leaves_out_of_its_answer():
 
 
 def test_answers_of_whisper_that_differ_in_length_and_one_with_a_time_in_it():
-    model, sound = whisper(**ENGLISH), {"input_features": torch.randn(2, 8, 40)}
+    model, sound = whisper(**ENGLISH), {"input_features": torch.randn(2, 4, 10, dtype=torch.float64)}
     got = explain(model, sound, answer=torch.tensor([[57, 7, 8], [9, 3, 3]]), method="attention")  # padding is 3
     start = torch.tensor([[50, 55], [50, 55]])
     given = explain(model, {**sound, "decoder_input_ids": start}, answer=[[57, 7, 8], [9]], method="attention")
@@ -207,7 +204,7 @@ def test_answers_of_whisper_that_differ_in_length_and_one_with_a_time_in_it():
 
 
 def test_a_language_that_whisper_finds_out_must_be_given():
-    model, sound = whisper(no_timestamps_token_id=55, **LANGUAGES), {"input_features": torch.randn(1, 8, 40)}
+    model, sound = whisper(no_timestamps_token_id=55, **LANGUAGES), {"input_features": torch.randn(1, 4, 10, dtype=torch.float64)}
     with pytest.raises(ValueError, match=r"must contain 'decoder_input_ids' .* got language=None.*return_dict_in_generate=True"):
         explain(model, sound, answer=model.generate(**sound, max_new_tokens=4))
     told = model.generate(**sound, max_new_tokens=4, language="fr", prompt_ids=torch.tensor([7, 8]), return_dict_in_generate=True)
@@ -290,17 +287,6 @@ def test_each_token_is_scored_as_the_model_does_that_has_seen_those_before_it(de
         inputs = answered(decoder, [row[:t] for row in answers])
         want = next_logits(decoder.model(**inputs, use_cache=False), inputs).log_softmax(-1)
         assert (got[:, t] - want[range(2), [row[t] for row in answers]]).abs().max() < 1e-6  # norms and angles are in float32
-
-
-@pytest.mark.parametrize(
-    "decoder", ["PaliGemmaForConditionalGeneration", "Gemma3ForConditionalGeneration", "GPT2LMHeadModel"], indirect=True
-)
-def test_a_score_does_not_depend_on_later_tokens(decoder):
-    for side in ("right", "left"):
-        inputs = double_inputs(decoder, side)
-        whole, other = (explain(decoder.model, inputs, answer=[7, 12, last]) for last in (9, 30))
-        torch.testing.assert_close(whole.scores[:, :2], other.scores[:, :2], rtol=1e-9, atol=1e-9)
-        assert (whole.scores[:, 2] - other.scores[:, 2]).abs().min() > 1e-3
 
 
 @pytest.mark.parametrize("decoder", ["PaliGemmaForConditionalGeneration"], indirect=True)

@@ -12,7 +12,6 @@ from torch import nn
 
 from tests.helpers.interpret.cases import lively
 from vlattn_fast.attach.events import RUNNING
-from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import _overridden, overridden
 from vlattn_fast.interpret import explain, probe
 from vlattn_fast.nn import capture_attention
@@ -118,25 +117,6 @@ def test_ctrl_c_while_a_run_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         explain(model, INPUTS)
     assert RUNNING.get() is None
     assert torch.equal(explain(model, INPUTS).relevancy["text"], expected)
-
-
-def test_a_trace_that_torch_puts_back_when_its_run_has_ended_does_nothing():
-    model, kept = bert(), []
-
-    def keep(*_):
-        kept.extend(torch.overrides._get_current_function_mode_stack())
-
-    with model.bert.encoder.layer[1].register_forward_pre_hook(keep):
-        expected = explain(model, INPUTS).relevancy["text"]
-    (observer,) = (mode for mode in kept if isinstance(mode, Observer))
-    *_, trace = observer._subscribers
-    torch.overrides._push_mode(observer)
-    try:
-        torch.softmax(torch.randn(1, 2, 3, 3), -1)
-        assert not trace.by_hand  # where a trace notes a softmax
-        assert torch.equal(explain(model, INPUTS).relevancy["text"], expected)
-    finally:
-        torch.overrides._pop_mode()
 
 
 @pytest.mark.parametrize("method", ["gradient", "rollout"])

@@ -1,4 +1,4 @@
-"""Answers of many tokens: rows of several backward passes, or several rows of one, beside a call for each token."""
+"""Answers of many tokens: rows of several backward passes, or several rows of one. properties/ has short ones token by token."""
 
 from __future__ import annotations
 
@@ -11,38 +11,14 @@ import vlattn_fast as va
 from tests.helpers.interpret.edited_maps import decoder
 from vlattn_fast.interpret.explaining import request
 
-LENGTHS = 35, 12  # a whole chunk of rows and a part of one; the second answer ends within the first chunk
-
 
 @pytest.mark.parametrize("method", ["gradient", "rollout", "attention", "weighted"])
-@pytest.mark.parametrize("family", ["Qwen2ForCausalLM", "Qwen2_5_VLForConditionalGeneration", "GPT2LMHeadModel"])
-def test_each_token_is_as_a_call_for_it_alone(family: str, method: str) -> None:
+@pytest.mark.parametrize("family", ["LlavaForConditionalGeneration", "GPT2LMHeadModel"])
+def test_several_rows_at_once_are_those_of_one_at_a_time(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole chunk of rows and a part of one; the second answer ends within the first chunk."""
     model, inputs = decoder(family)
-    answer = [torch.arange(length).add(5 + 7 * row).remainder(40).add(4).tolist() for row, length in enumerate(LENGTHS)]
     runs: list[int] = []
     model.register_forward_hook(lambda *_: runs.append(1))
-    together = va.explain(model, inputs, answer=answer, method=method)
-    assert len(runs) == 1 and together.relevancy["language"].shape[:2] == (2, 35)
-    size = inputs["input_ids"].shape[1]
-    for token in (0, 11, 31, 32, 34):
-        ids = torch.tensor([row[: token + 1] + [0] * (token + 1 - len(row)) for row in answer])
-        longer = dict(inputs, input_ids=torch.cat([inputs["input_ids"], ids[:, :-1]], 1))
-        real = torch.arange(token) < torch.tensor(LENGTHS)[:, None]
-        longer["attention_mask"] = torch.cat([inputs["attention_mask"], real.long()], 1)
-        if "mm_token_type_ids" in inputs:
-            longer["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(ids[:, :-1])], 1)
-        alone = va.explain(model, longer, answer=ids[:, -1:].tolist(), method=method)
-        for row in [row for row, length in enumerate(LENGTHS) if token < length]:
-            expected, got = alone.relevancy["language"][row, 0], together.relevancy["language"][row, token]
-            torch.testing.assert_close(got[: size + token + 1], expected, rtol=1e-9, atol=1e-12)
-            assert not bool(got[size + token + 1 :].any())
-    padding = together.relevancy["language"][1, LENGTHS[1] :]
-    assert not bool(padding.any())
-
-
-def test_a_method_without_a_score_carries_several_rows_in_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = decoder("LlavaForConditionalGeneration")
-    passes: list[int] = []
     grad = torch.autograd.grad
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -50,10 +26,12 @@ def test_a_method_without_a_score_carries_several_rows_in_a_backward_pass(monkey
         return grad(*args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "grad", counted)
-    answer = [list(range(5, 40)), list(range(7, 20))]
-    several = va.explain(model, inputs, answer=answer, method="rollout").relevancy["language"]
-    assert len(passes) == 2
-    monkeypatch.setattr(request, "_MOST_VECTORS", 1)
-    single = va.explain(model, inputs, answer=answer, method="rollout").relevancy["language"]
-    assert len(passes) == 2 + 35
-    torch.testing.assert_close(several, single, rtol=1e-12, atol=0)
+    answer, rows, counts = [list(range(5, 40)), list(range(7, 20))], [], []
+    for most in (request._MOST_VECTORS, 1):
+        passes: list[int] = []
+        monkeypatch.setattr(request, "_MOST_VECTORS", most)
+        rows.append(va.explain(model, inputs, answer=answer, method=method).relevancy["language"])
+        counts.append(len(passes))
+    assert len(runs) == 2 and rows[0].shape[:2] == (2, 35) and not rows[0][1, 13:].any()
+    assert counts == {"rollout": [2, 35], "attention": [0, 0]}.get(method, [35, 35])
+    torch.testing.assert_close(*rows, rtol=1e-9, atol=1e-12)

@@ -11,7 +11,6 @@ from tests.helpers.interpret.image_to_text import GRID, ImageToText, OfOneDict, 
 from tests.helpers.interpret.linked_maps import METHODS, published, with_gradients
 from tests.helpers.interpret.stored_maps import Kept, assert_rows
 from vlattn_fast.interpret import ADAPTERS, Adapter, explain, register_adapter
-from vlattn_fast.interpret.explaining.inputs import packing
 
 pytestmark = pytest.mark.usefixtures("published")
 
@@ -141,10 +140,3 @@ def test_what_is_refused():
         ValueError, match=r"model must return logits \(B, N, vocabulary\) if answer is given; got logits \(2, 30\)"
     ):
         explain(image_to_text(Pooled), inputs, answer=[4])
-
-
-def test_packing_leaves_whole_calls_alone():
-    model, inputs = image_to_text(OfOneDict), {"images": pictures(), "decoder_input_ids": torch.tensor(START)}
-    with packing(model, {"inputs": tuple(inputs)}):
-        assert torch.equal(model(inputs=inputs), model(**inputs))
-    assert not model._forward_pre_hooks

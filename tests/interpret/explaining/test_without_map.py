@@ -7,20 +7,12 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-import transformers
-
 import vlattn_fast as va
 from tests.helpers.interpret.cases import CASES
 from tests.helpers.interpret.decoder_cases import blip2, idefics2, instructblip
+from tests.helpers.interpret.small_models import made
 
 PHOTO = np.full((32, 32, 3), 255, np.uint8)
-
-
-def whisper() -> torch.nn.Module:
-    layers = dict(encoder_layers=2, encoder_attention_heads=4, decoder_layers=2, decoder_attention_heads=4, d_model=32)
-    tokens = dict(vocab_size=99, decoder_start_token_id=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    sizes = dict(num_mel_bins=8, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=20, max_target_positions=20)
-    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**layers, **tokens, **sizes)).eval()
 
 
 def notes(figure) -> str:
@@ -51,10 +43,11 @@ def test_learnt_queries(make, queries, tmp_path):
 
 
 def test_sound():
-    explanation = va.explain(whisper(), {"input_features": torch.randn(1, 8, 40)}, answer=[[5, 6, 7]])
+    model, sound = made("whisper").model, torch.randn(1, 4, 10, dtype=torch.float64)
+    explanation = va.explain(model, {"input_features": sound}, answer=[[5, 6, 7]])
     heard = explanation.no_map.split("explanation.relevancy['")[1].split("']")[0]
     assert explanation.no_map.startswith("the input is sound, whose tokens are stretches of time")
-    assert explanation.relevancy[heard].shape == (1, 3, 20)  # the encoder's
+    assert explanation.relevancy[heard].shape == (1, 3, 5)  # the encoder's
     assert notes(explanation.plot()) == f"No map: {explanation.no_map}."
     with pytest.raises(ValueError, match="without maps and boxes; got one, but the input is sound, "):
         explanation.plot(PHOTO)

@@ -430,20 +430,6 @@ def test_a_learned_score_is_cut_as_by_a_mask() -> None:
     assert not torch.allclose(actual, model(**inputs).logits, atol=1e-3)
 
 
-def test_the_vision_tower_behind_a_connector_is_edited_by_its_name() -> None:
-    model, inputs, _ = model_of("llava")
-    layer = model.model.vision_tower.encoder.layers[0].self_attn
-
-    def changed(states: Tensor) -> Tensor:
-        states[..., 1, :] = 0.0
-        return states
-
-    with hooked(layer.out_proj, changed, 4):
-        expected = model(**inputs).logits
-    with va.intervene(model, inputs, va.ScaleHeads({0: [1]}, 0.0, tower="vision")):
-        torch.testing.assert_close(model(**inputs).logits, expected, **CLOSE)
-
-
 class SinkLayer(nn.Module):
     """Self-attention with a sink; `dense` writes it out, with scores `cut` at some edges and heads times `scales`."""
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
-import warnings
 from functools import partial
 from typing import Any
 
@@ -443,29 +441,6 @@ def test_a_linear_probe_parts_no_input() -> None:
     assert linear_probe(features[:12], labels[:12], inputs[:12], 0).note in ("fewer than 5 inputs", "only one class")
 
 
-def test_probes_in_two_threads_leave_the_filters_of_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sklearn.cluster import KMeans
-
-    fit_predict, begun, ended = KMeans.fit_predict, threading.Event(), threading.Event()
-    states, image = np.eye(8), np.arange(8) > 3
-
-    def waiting(self: Any, x: Any) -> Any:
-        if threading.current_thread() is threading.main_thread():
-            thread.start()
-            begun.wait(0.2)
-        else:
-            begun.set()
-            assert ended.wait(10)
-        return fit_predict(self, x)
-
-    monkeypatch.setattr(KMeans, "fit_predict", waiting)
-    thread, before = threading.Thread(target=fusion, args=(states, image, 0, image)), [*warnings.filters]
-    fusion(states, image, 0, image)
-    ended.set()
-    thread.join()
-    assert before == warnings.filters
-
-
 def test_labels_are_not_shuffled_as_the_folds_are() -> None:
     """Labels that go in turns: shuffled by the folds' permutation, each fold would have one class that the others lack."""
     features = np.random.default_rng(0).normal(size=(200, 4))
@@ -498,16 +473,6 @@ def test_what_is_drawn_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatc
     shuffles = [arguments[3].tolist() for arguments in whole["fusion"]]
     assert shuffles == [arguments[3].tolist() for arguments in drawn["fusion"][len(shuffles) :]]
     assert len({tuple(shuffle) for shuffle in shuffles}) > 5, "all texts and images have the same shuffled control"
-
-
-def test_rows_of_a_batch_are_what_they_are_alone() -> None:
-    model, inputs, _, _ = case("VisualBERT")
-    first = {name: value[:1] for name, value in inputs.items()}
-    second = {name: value[1:, :5] if name in ("input_ids", "attention_mask") else value[1:] for name, value in inputs.items()}
-    whole = va.probe(model, [(inputs, [None, None])], tests=("modality", "cross_modal"))
-    single = va.probe(model, [(first, None), (second, None)], tests=("modality", "cross_modal"))
-    for one, two in zip(whole.table, single.table, strict=True):
-        assert one["value"] == pytest.approx(two["value"], abs=1e-10) and one["samples"] == two["samples"] == 2
 
 
 @pytest.mark.usefixtures("quick")

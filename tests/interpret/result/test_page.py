@@ -163,22 +163,6 @@ def test_the_photo_keeps_its_size_where_it_can(tmp_path):
     assert np.asarray(read(colored["source"])).std(axis=2).mean() > 1
 
 
-def test_an_answer_of_24_words_is_under_a_megabyte():
-    tokens, grid = 24, 36
-    patches = torch.rand(1, tokens, grid * grid)
-    ids = [list(range(60 + tokens))]
-    explanation = Explanation(
-        {"language": torch.rand(1, tokens, grid * grid + 60 + tokens)},
-        patches.reshape(1, tokens, grid, grid),
-        [0],
-        text=torch.rand(1, tokens, 60 + tokens),
-        token_ids=ids,
-        scores=torch.rand(1, tokens),
-        answer=[ids[0][60:]],
-    )
-    assert len(explanation.to_html(photo(2000, 2000)).encode()) < 1_000_000
-
-
 def test_notebooks_show_it_in_a_frame(monkeypatch):
     import sys
 
