@@ -149,12 +149,6 @@ def test_it_works_from_where_it_was_unpacked(wheel, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
 
 
-@pytest.mark.parametrize("name", MAPPED)
-def test_mapped_folders_are_found_where_the_tests_run(name):
-    module = importlib.import_module(f"vlattn_fast.{name}")
-    assert Path(module.__file__).is_relative_to(ROOT / name)
-
-
 def contents(folder: Path, kind: str = "cuda") -> tuple[str, set[str], dict[str, object], str | None]:
     """The only wheel's tags and names, and build.json and the library of this kind."""
     (built,) = folder.iterdir()
@@ -420,25 +414,6 @@ def test_what_stands_in_the_way_of_the_cpu(asked, tools, compiler, reason, tmp_p
     monkeypatch.setattr(sys, "platform", "freebsd14")
     elsewhere = "it is built on Linux and macOS; VLATTN_BUILD_CPU=1 builds anyway"
     assert setup.cpu_obstacle(asked) == (reason if asked else elsewhere)
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_lint_runs_in_a_folder_with_a_blank_in_its_name(tmp_path):
-    """`make test` begins with it. Its programs are scripts that only write down how they are called."""
-    tree = tmp_path / "a clone"
-    for folder in ("vlattn_fast", *MAPPED, ".venv/bin"):
-        (tree / folder).mkdir(parents=True)
-    (tree / "vlattn_fast" / "ops.py").touch()
-    (tree / "tools").mkdir()
-    for name in ("Makefile", "pyproject.toml", "setup.py", "tools/lock.txt"):
-        shutil.copy(ROOT / name, tree / name)
-    for name in ("python", "clang-format"):
-        (tree / ".venv/bin" / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>"{tree}/log"\n')
-        (tree / ".venv/bin" / name).chmod(0o755)
-    (tree / ".venv/.installed").touch()
-    done = subprocess.run(["make", "lint"], cwd=tree, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "-m mypy" in " ".join((tree / "log").read_text().splitlines())
 
 
 def test_mypy_finds_the_packages_that_lie_elsewhere():

@@ -1,12 +1,8 @@
 """Programs that one process forks end as those of `python -c` do."""
 
-import os
-import select
-from types import SimpleNamespace
-
 import pytest
 
-from tests.helpers import forking, programs
+from tests.helpers import programs
 
 
 @pytest.mark.parametrize(
@@ -27,29 +23,3 @@ def test_a_program_ends_with_its_status_and_its_words(code, status, said, error)
     done = programs.run(code, "a", text="line\n", OF_TEST="yes")
     assert (done.returncode, done.stdout) == (status, said) and done.stderr.endswith(error)
     assert error or not done.stderr
-
-
-@pytest.mark.slow
-def test_a_program_that_does_not_end_in_time_is_killed(tmp_path, monkeypatch):
-    """The next one has a process of its own. The time is up once the program runs, however slow this machine is."""
-    process = forking.Forking("tests.helpers.programs")
-    monkeypatch.setattr(programs, "_PROCESS", process)
-    assert programs.run("print(1)").stdout == "1\n"  # has imported torch
-    begun, at_its_end, ends = tmp_path / "begun", tmp_path / "at its end", []
-
-    def out_of_time(answers, *_):
-        while not (begun.exists() and begun.read_text().endswith("\n")):
-            if select.select(answers, [], [], 0.01)[0]:
-                return answers, [], []  # it failed
-        ends.append(os.pidfd_open(int(begun.read_text())))
-        return [], [], []
-
-    endless = "import os, sys, time; print(os.getpid(), file=open(sys.argv[1], 'w'), flush=True); "
-    endless += "time.sleep(600); open(sys.argv[2], 'w')"
-    with monkeypatch.context() as patch:
-        patch.setattr(forking, "select", SimpleNamespace(select=out_of_time))
-        with pytest.raises(AssertionError, match="no answer in 3600 seconds"):
-            programs.run(endless, begun, at_its_end)
-    assert select.select(ends, [], [])[0] and not at_its_end.exists()
-    os.close(ends[0])
-    assert programs.run("print(2)").stdout == "2\n"

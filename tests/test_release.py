@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import building, release, wheel
+from tools import release, wheel
 from tools.lists import ROOT, VERSIONED, Lists
 
 
@@ -36,13 +36,6 @@ def test_a_wheel_is_for_the_oldest_glibc_in_its_name() -> None:
     for tags in ("manylinux_2_31_x86_64.manylinux_2_34_x86_64", "linux_x86_64"):
         with pytest.raises(SystemExit, match="must run with glibc 2.28; `auditwheel show .*` names what needs a newer one"):
             wheel.oldest(Path(f"vlattn_fast-0.1.0-py3-none-{tags}.whl"))
-
-
-def test_a_processor_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wheel.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(wheel.shutil, "which", lambda name: None)
-    with pytest.raises(building.Missing, match="aarch64-linux-gnu-g.. is not installed .Debian's g..-aarch64-linux-gnu"):
-        wheel.build(tmp_path / "sources.tar.gz", "aarch64")
 
 
 def test_the_version_of_a_release(lists: Lists, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,26 +68,6 @@ def test_what_is_not_committed_is_no_part_of_a_release(lists: Lists, monkeypatch
     monkeypatch.setattr(release, "run", lambda *words: [" M setup.py", "?? new.py"])
     with pytest.raises(release.Failed, match="2 files are not committed, such as setup.py; commit or remove them"):
         release.tree(lists)
-
-
-def test_a_part_that_fails_does_not_keep_others_from_being_tried(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(lists: Lists) -> str:
-        release.run("fails", sys.executable, "-c", "print('first'); raise SystemExit('no compiler')")
-        return ""
-
-    monkeypatch.setattr(release, "LOGS", ROOT / "build" / "release-test")
-    monkeypatch.setitem(release.PARTS, "fails", fails)
-    monkeypatch.setitem(release.PARTS, "two", lambda lists: "a\nb")
-    assert release.rehearse(["fails", "two"]) == ["fails"]
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(
-        "fails     FAILED  `python -c print('first'); raise SystemExit('no compiler')` ended with 1: no compiler"
-    )
-    assert said[0].endswith("; mend what build/release-test/fails.log shows  (0 s)")
-    assert said[1:] == ["two       ok      a  (0 s)", " " * 18 + "b"]
-    assert (release.LOGS / "fails.log").read_text() == "first\nno compiler\n"
 
 
 def test_nothing_is_released_from_here() -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -183,32 +179,3 @@ def test_a_winner_that_gives_nan_has_a_row_in_json(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tiles, "settle", lambda *_, **__: {"output": wrong})
     row = tiles.checked(HOT, DOT, "cpu")
     assert not row["passed"] and json.loads(json.dumps(row, allow_nan=False))["ratio"] > 1
-
-
-DIES = """
-import os, pathlib, time
-from tools.gpu import tiles
-
-def outlive():
-    time.sleep(600)
-    pathlib.Path("outlived").touch()
-    os._exit(1)
-
-if __name__ == "__main__":
-    pool = tiles.new_pool(3)
-    for _ in range(3):
-        pool.submit(outlive)
-    print("begun", flush=True)
-    time.sleep(600)
-"""
-
-
-@pytest.mark.slow
-def test_a_process_that_dies_takes_its_pool_along(tmp_path: Path) -> None:
-    """Whoever reads what it prints would wait for processes that hold its output open."""
-    (tmp_path / "dies.py").write_text(DIES)
-    words, environment = [sys.executable, tmp_path / "dies.py"], {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "begun\n"
-        process.send_signal(signal.SIGKILL)
-        assert process.stdout.read() == "" and not (tmp_path / "outlived").exists()  # to the end of the output

@@ -196,8 +196,7 @@ def test_an_overflow_is_no_relevancy_of_zero(backend: str) -> None:
     """dA beyond what float16 holds: its relevancy is large or not a number, never 0."""
     query, key = torch.zeros(1, 1, 4, 8, dtype=torch.float16), torch.zeros(1, 1, 4, 8, dtype=torch.float16)
     value = torch.full((1, 1, 4, 8), 3e4, dtype=torch.float16)
-    for rule in ("gradient",):
-        step = va.relevancy_step(torch.ones(1, 1, 4), query, key, value, value, rule=rule, backend=backend)
-        assert not (step < 1e4).any(), step
-        abar = va.attention_map(query, key, value, value, rule=rule, backend=backend)
-        assert not (abar < 1e4).any(), abar
+    step = va.relevancy_step(torch.ones(1, 1, 4), query, key, value, value, backend=backend)
+    assert not (step < 1e4).any(), step
+    abar = va.attention_map(query, key, value, value, rule="gradient", backend=backend)
+    assert not (abar < 1e4).any(), abar

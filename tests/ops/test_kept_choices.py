@@ -57,7 +57,7 @@ class Own(scores.Dot):
     """A score function of another class."""
 
 
-TENSORS: dict[str, Callable[[], Tensor | None]] = {
+TENSORS: dict[str, Callable[[], Any]] = {
     "shape": lambda: X.mT,
     "dtype": lambda: X.to(torch.bfloat16),
     "device": lambda: X.to("meta"),
@@ -65,6 +65,7 @@ TENSORS: dict[str, Callable[[], Tensor | None]] = {
     "gradient": lambda: X.detach().requires_grad_(),
     "absent": lambda: None,
 }
+Shared = calls.AttentionArguments
 W, U = torch.zeros(3, 3), torch.zeros(3)
 SCORES: dict[str, Callable[[], scores.Score]] = {
     "class": lambda: scores.Hadamard(U, W),
@@ -77,6 +78,34 @@ SCORES: dict[str, Callable[[], scores.Score]] = {
     "number": lambda: scores.Additive(U, W, tolerance=1.0),
 }
 OPTIONS: dict[str, tuple[Any, ...]] = {"number": (2, None), "bool": (True, None), "float": (1.0, None), "word": (1, "a")}
+SEQUENCES: dict[str, Any] = {
+    "tensor": ((X, X.mT), (X, X)),
+    "length": ((X, X, X), (X,)),
+    "option": ((X, 1), (X, X)),
+    "list": ([X, X], (X, X)),  # which a check may refuse
+    "depth": ((X, (X,)), (X, X)),
+    "absent": (None, (X, X)),
+}
+# what was asked first, what is the same, and what is another
+OTHERS: dict[str, tuple[Any, Any, Callable[[], Any]]] = {
+    **{f"{what} of a tensor": ((X, X), (X + 1.0, X), lambda x=x: (X, x())) for what, x in TENSORS.items()},
+    **{f"{what} of the first": ((X, X), (X + 1.0, X), lambda x=x: (x(), X)) for what, x in TENSORS.items()},
+    # the arguments that calls of attention share come as one
+    **{
+        f"{what} of attention": ((Shared(X, X),), (Shared(X + 1.0, X),), lambda x=x: (Shared(X, x()),))
+        for what, x in TENSORS.items()
+    },
+    "scale": ((Shared(X, X),), (Shared(X + 1.0, X),), lambda: (Shared(X, X, scale=2.0),)),
+    **{
+        f"{what} of a score": ((scores.Additive(U, W),), (scores.Additive(U + 1.0, W + 1.0),), lambda score=score: (score(),))
+        for what, score in SCORES.items()
+    },
+    **{f"{what} of a sequence": (((X, X), (X, X)), ((X + 1.0, X), (X, X + 1.0)), lambda x=x: x) for what, x in SEQUENCES.items()},
+    **{
+        f"option, {what}": ((X, 1, None), (X + 1.0, 1, None), lambda options=options: (X, *options))
+        for what, options in OPTIONS.items()
+    },
+}
 
 
 def test_the_same_is_asked_once() -> None:
@@ -89,55 +118,11 @@ def test_the_same_is_asked_once() -> None:
     assert Asked().during((X, None), (1, None)) == 1  # of another operator
 
 
-@pytest.mark.parametrize("what", TENSORS)
-def test_another_tensor_is_asked_for(what: str) -> None:
-    asked, x = Asked(), TENSORS[what]()
-    asked.during((X, X), (1, None))
-    assert [asked.during((X, x), (1, None)) for _ in range(2)] == [1, 0]
-    assert asked.during((x, X), (1, None)) == 1
-
-
-@pytest.mark.parametrize("what", OPTIONS)
-def test_another_option_is_asked_for(what: str) -> None:
-    asked = Asked()
-    asked.during((X,), (1, None))
-    assert [asked.during((X,), OPTIONS[what]) for _ in range(2)] == [1, 0]
-
-
-@pytest.mark.parametrize("what", TENSORS)
-def test_another_attention_is_asked_for(what: str) -> None:
-    """The arguments that calls of attention share come as one."""
-    asked = Asked()
-    asked.during((calls.AttentionArguments(X, X),), (1,))
-    assert asked.during((calls.AttentionArguments(X + 1.0, X),), (1,)) == 0
-    assert [asked.during((calls.AttentionArguments(X, TENSORS[what]()),), (1,)) for _ in range(2)] == [1, 0]  # type: ignore[arg-type]
-    assert asked.during((calls.AttentionArguments(X, X, scale=2.0),), (1,)) == 1
-
-
-SEQUENCES: dict[str, Any] = {
-    "tensor": ((X, X.mT), (X, X)),
-    "length": ((X, X, X), (X,)),
-    "option": ((X, 1), (X, X)),
-    "depth": ((X, (X,)), (X, X)),
-    "absent": (None, (X, X)),
-}
-
-
-@pytest.mark.parametrize("what", SEQUENCES)
-def test_another_sequence_is_asked_for(what: str) -> None:
-    asked = Asked()
-    asked.during(((X, X), (X, X)), ())
-    assert asked.during(((X + 1.0, X), [X, X + 1.0]), ()) == 1  # a list, which a check may refuse
-    assert asked.during(((X + 1.0, X), (X, X + 1.0)), ()) == 0
-    assert [asked.during(SEQUENCES[what], ()) for _ in range(2)] == [1, 0]
-
-
-@pytest.mark.parametrize("what", SCORES)
-def test_another_score_is_asked_for(what: str) -> None:
-    asked = Asked()
-    asked.during((X, None), (scores.Additive(U, W),))
-    assert asked.during((X, None), (scores.Additive(U + 1.0, W + 1.0),)) == 0
-    assert [asked.during((X, None), (SCORES[what](),)) for _ in range(2)] == [1, 0]
+@pytest.mark.parametrize("what", OTHERS)
+def test_another_argument_is_asked_for(what: str) -> None:
+    asked, (first, same, another) = Asked(), OTHERS[what]
+    assert [asked.during(x, ()) for x in (first, same)] == [1, 0]
+    assert [asked.during(another(), ()) for _ in range(2)] == [1, 0]
 
 
 @pytest.mark.parametrize(
