@@ -111,18 +111,20 @@ def visible() -> Tensor:
     return mask
 
 
-@on("streaming", "cpu")
-def test_a_row_without_a_key(backend: str) -> None:
-    """Its tangents are zero, and NaN in their cotangents reaches no gradient."""
-    example = attended(attn_mask=visible())
-    empty = ~example.options["attn_mask"].any(-1).expand(2, 4, 5)
+@on("reference", "streaming", "cpu")
+@pytest.mark.parametrize("added", (False, True), ids=("bool", "float"))
+def test_a_row_without_a_key(added: bool, backend: str) -> None:
+    """Its tangents are zero, and NaN in their cotangents reaches no gradient; of the formula any other number."""
+    mask = visible()
+    example = attended(attn_mask=torch.zeros(mask.shape).masked_fill(~mask, -torch.inf) if added else mask)
+    empty = ~mask.any(-1).expand(2, 4, 5)
     x = tuple(y.to(finest(backend)) for y in example.tensors.values())
     u = tuple(y.cos() for y in x)
     f = Function(example, backend)
     (out, lse), back = torch.func.vjp(lambda *x: jvp(f, x, u)[1], *x)
     assert not out[empty].any() and not lse[empty].any()
     results = []
-    for fill in (1.0, torch.nan):
+    for fill in (1.0, 2.0 if backend == "reference" else torch.nan):
         results.append(back((torch.where(empty[..., None], fill, out.sin()), torch.where(empty, fill, lse))))
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
