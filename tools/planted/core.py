@@ -154,7 +154,7 @@ def _built() -> dict[str, str] | None:
 
 def _run(arguments: list[str], environment: dict[str, str], timeout: float | None) -> tuple[int, str]:
     command = [sys.executable, "-m", "tests.helpers.process", "-p", "no:cacheprovider", *arguments]
-    settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **environment}
+    settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "", **environment}
     try:
         done = subprocess.run(command, cwd=TREE, env={**os.environ, **settings}, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:

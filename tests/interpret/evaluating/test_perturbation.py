@@ -17,6 +17,7 @@ from tests.helpers.interpret.encoder_cases import git, vilt, visual_bert
 from tests.helpers.interpret.evaluation_cases import made, rows
 from tests.interpret.relevancy.test_linked import florence
 from vlattn_fast.interpret.evaluating.curves import CURVES
+from vlattn_fast.interpret.evaluating.perturbation import split
 
 STEPS = [0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1]
 
@@ -352,3 +353,15 @@ def test_a_picture_without_patches_is_no_padding():
     with torch.no_grad():
         ends = [model(**{**inputs, "pixel_values": pixels}).logits[:, -1, 3] for pixels in (inputs["pixel_values"], blank)]
     assert got == pytest.approx(torch.stack(ends).mean().item(), abs=1e-6)
+
+
+def test_a_mask_of_pixels_tells_the_size_of_each_picture_of_a_prompt():
+    """As of Idefics: the second picture is 4 x 8 pixels, padded to 8 x 8; patches of 4 x 4."""
+    pixels, mask = torch.rand(1, 2, 3, 8, 8), torch.ones(1, 2, 8, 8, dtype=torch.bool)
+    mask[0, 1, 4:] = False
+    shown = SimpleNamespace(image=(torch.zeros(2, 2), torch.zeros(1, 2)), image_samples=[0, 0])
+    (sample,) = split(None, {"pixel_values": pixels, "pixel_attention_mask": mask}, 1, shown, None)
+    left = sample.keeping((("image", (5,)),))["pixel_values"]  # the second patch of the second picture
+    expected = torch.zeros_like(pixels)
+    expected[0, 1, :, :4, 4:] = pixels[0, 1, :, :4, 4:]
+    torch.testing.assert_close(left, expected)

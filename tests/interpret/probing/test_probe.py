@@ -523,4 +523,8 @@ def test_the_row_of_a_padded_text_is_the_one_that_is_pooled() -> None:
     config = hf.SiglipTextConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=60)
     model, mask = hf.SiglipTextModel(config), torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
     inputs = {"input_ids": torch.randint(5, 50, (2, 9)), "attention_mask": mask}
-    assert Layouts(model, find_adapter(model), None).of(inputs, (2, 9)).position.tolist() == [8, 8]
+    layouts = Layouts(model, find_adapter(model), None)
+    assert layouts.of(inputs, (2, 9)).position.tolist() == [8, 8]
+    for other in ({}, {"input_ids": inputs["input_ids"][:1]}):
+        with pytest.raises(ValueError, match="inputs must contain 'input_ids'"):
+            layouts.of(other, (2, 9))
