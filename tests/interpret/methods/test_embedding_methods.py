@@ -166,7 +166,7 @@ def test_ids_of_a_model_without_an_adapter():
 
 
 class Sees(nn.Module):
-    """Convolutions over a picture, and features and ids beside it."""
+    """Convolutions over a picture, and features, ids and a row of numbers beside it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,29 +174,31 @@ class Sees(nn.Module):
         self.convolutions = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Tanh(), nn.Conv2d(4, 8, 3, 2, 1), nn.Tanh())
         self.words, self.other_words, self.head = nn.Embedding(60, 8), nn.Embedding(60, 8), nn.Linear(8, 3)
 
-    def forward(self, x: Tensor, sounds: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sounds: Tensor | None = None, ids: Tensor | None = None, row: Tensor | None = None) -> Tensor:
         whole = self.convolutions(x).mean((2, 3))
         if sounds is not None:
             whole = whole + sounds.tanh().sum(1)
         if ids is not None:
             whole = whole * self.words(ids).sum(1) + self.other_words(ids).sum(1)
-        return self.head(whole)
+        return self.head(whole if row is None else whole + row.tanh())
 
 
 def test_pixels_features_and_ids_of_a_model_without_an_adapter():
     model = Sees().double()
-    inputs = {"x": torch.randn(2, 3, 8, 12), "sounds": torch.randn(2, 5, 8), "ids": IDS}
+    inputs = {"x": torch.randn(2, 3, 8, 12), "sounds": torch.randn(2, 5, 8), "ids": IDS, "row": torch.randn(2, 8)}
     inputs = with_floats(inputs, torch.float64)
     before = {name: value.clone() for name, value in inputs.items()}
     got = explain(model, inputs, target=1, method="input_gradient")
     assert all(torch.equal(inputs[name], value) and not inputs[name].requires_grad for name, value in before.items())
-    x, sounds = (inputs[name].clone().requires_grad_() for name in ("x", "sounds"))
+    x, sounds, row = (inputs[name].clone().requires_grad_() for name in ("x", "sounds", "row"))
     words, others = (part(IDS).detach().requires_grad_() for part in (model.words, model.other_words))
     whole = (model.convolutions(x).mean((2, 3)) + sounds.tanh().sum(1)) * words.sum(1) + others.sum(1)
-    of_x, of_sounds, of_words, of_others = torch.autograd.grad(model.head(whole)[:, 1].sum(), (x, sounds, words, others))
+    score = model.head(whole + row.tanh())[:, 1].sum()
+    of_x, of_sounds, of_words, of_others, of_row = torch.autograd.grad(score, (x, sounds, words, others, row))
     pixels = (x * of_x).sum(1).detach()
     torch.testing.assert_close(got.relevancy["x"], pixels.flatten(1))
     torch.testing.assert_close(got.relevancy["sounds"], (sounds * of_sounds).sum(-1).detach())
+    torch.testing.assert_close(got.relevancy["row"], (row * of_row).detach())
     torch.testing.assert_close(got.relevancy["ids"], (words * of_words + others * of_others).sum(-1).detach())
     assert torch.equal(got.image, got.relevancy["x"].view(2, 8, 12))
     patched = explain(model, inputs, target=1, method="input_gradient", patches=va.PatchGrid(2, 3))

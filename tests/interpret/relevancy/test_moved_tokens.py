@@ -445,11 +445,15 @@ def and_new_ones(attend, x):
     return attend(2, torch.cat([x, torch.ones(1, 2, 1, dtype=x.dtype).expand(len(x), -1, x.shape[-1])], 1))
 
 
-def test_a_mean_is_of_the_real_tokens_that_entered():
+@pytest.mark.parametrize("read", ["mean", "last"])
+def test_a_position_by_name_is_of_the_real_tokens_that_entered(read):
     model, real = made(Planned, and_new_ones).double(), torch.ones(2, SIZE)
     real[1, 8:] = 0
     given = {"x": inputs()["x"].double(), "attention_mask": real}
     model.register_forward_pre_hook(lambda _, __, named: ((), {"x": named["x"]}), with_kwargs=True)
-    weights = functional.pad(real.double() / real.sum(1, keepdim=True), (0, 2))
-    got, want = (explain(model, given, position=read, target=target).relevancy["tower0"] for read in ("mean", weights))
+    weights = real.double() / real.sum(1, keepdim=True)
+    if read == "last":
+        weights = functional.one_hot(torch.tensor([SIZE - 1, 7]), SIZE).double()
+    weights = functional.pad(weights, (0, 2))
+    got, want = (explain(model, given, position=each, target=target).relevancy["tower0"] for each in (read, weights))
     assert_close(got, want)
