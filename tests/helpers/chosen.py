@@ -1,13 +1,16 @@
 """A plug-in of pytest: `-p tests.helpers.chosen`, as `make test` asks for it, keeps the tests that run in minutes.
 
 A test in FOLDERS keeps its first case of each operator on each backend. A test that is marked `slow` is left out, or its cases
-with a word that the mark names: `@pytest.mark.slow("triton")`. `make test-all` runs every case.
+with a word that the mark names: `@pytest.mark.slow("triton")`. What saw a planted fault (`python -m tools.planted --core`) stays.
+`make test-all` runs every case.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +19,7 @@ os.environ["VLATTN_QUICK"] = "ON"  # tests/helpers/cuda/building.py
 FOLDERS = tuple(
     f"tests/{name}/" for name in ("attach", "cpu", "cuda", "interpret", "kernels", "model_classes", "nn", "ops", "power")
 )
+SEES_A_FAULT = {row.get("by") for row in json.loads((Path(__file__).parents[1] / "planted.json").read_text()).values()}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -26,7 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         test, _, words = item.nodeid.partition("[")
         case = test, *(word for word in re.findall(r"\w+", words) if word in names)
-        if not (test.startswith(FOLDERS) and case in seen) and not slow(item, words):
+        if item.nodeid in SEES_A_FAULT or (not (test.startswith(FOLDERS) and case in seen) and not slow(item, words)):
             kept.append(item)
         seen.add(case)
     config.hook.pytest_deselected(items=list({*items} - {*kept}))

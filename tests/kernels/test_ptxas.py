@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import triton
+from triton.backends.nvidia import compiler
+from triton.runtime import _async_compile
 from triton.runtime.jit import JITFunction
 
 from vlattn_fast.kernels import _ptxas
@@ -65,6 +68,26 @@ def test_only_kernels_of_this_package(monkeypatch: pytest.MonkeyPatch, compiled_
     assert compiled_by("vlattn_fast.kernels.score_attention") is not None
     assert compiled_by("somebody_else.kernels") is None and compiled_by(None) is None
     assert "ptxas" not in triton.knobs.nvidia.__dict__
+
+
+def test_a_compilation_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    version, mode, before = functools.cache(lambda: 12), object(), triton.knobs.nvidia.ptxas.path
+
+    def compile_it(self: Any, *_: Any) -> None:
+        assert _async_compile.active_mode.get() is None and version() == 12
+        raise KeyError
+
+    monkeypatch.setattr(compiler, "get_ptxas_version", version)
+    monkeypatch.setattr(JITFunction, "_do_compile", compile_it)
+    for name, value in (("is_faulty", True), ("newer_ptxas", before)):
+        monkeypatch.setattr(_ptxas, name, lambda value=value: value)
+    _ptxas.install()
+    token = _async_compile.active_mode.set(mode)
+    with pytest.raises(KeyError):
+        JITFunction._do_compile(SimpleNamespace(fn=SimpleNamespace(__module__="vlattn_fast.kernels.maxsim")), "key")
+    assert _async_compile.active_mode.get() is mode and version.cache_info().currsize == 0
+    assert "ptxas" not in triton.knobs.nvidia.__dict__
+    _async_compile.active_mode.reset(token)
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
