@@ -19,7 +19,7 @@ from tests.helpers.ops.backends import each, finest, on
 from tests.helpers.ops.derivative_cases import PRODUCTS, Function
 from tests.helpers.ops.every_call import CALLS, WITH_CPU, every_call, small
 from tests.helpers.ops.score_cases import TORCH_JIT
-from vlattn_fast.backends.streaming import _tiles
+from vlattn_fast.backends.streaming import _forward_mode, _tiles
 from vlattn_fast.checking.cases import Example, cases_of
 from vlattn_fast.checking.tolerance import draws, settle
 from vlattn_fast.ops import OPERATORS
@@ -299,3 +299,10 @@ def test_third_derivatives_and_forward_mode_of_it_are_refused_by_name() -> None:
         grad(lambda q: (grad(lambda y: (grad(total)(y) * x).sum())(q) * x).sum())(x)
     with pytest.raises(RuntimeError, match="has no forward mode of forward mode; use reverse mode inside"):
         twice(lambda q: va.score_attention(q, x, x, backend="streaming"), x)
+
+
+def test_an_error_ends_forward_mode() -> None:
+    """Else every later call of the thread would keep what only tangents need."""
+    with pytest.raises(KeyError), _forward_mode.forward_mode():
+        raise KeyError
+    assert not _forward_mode.differentiates() and not _forward_mode.has_forward_mode()
