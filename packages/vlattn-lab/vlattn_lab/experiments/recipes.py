@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 SCENES = 100
 KINDS = {"one sequence": "caption", "cross-attention": "which"}  # and what is asked
-SHADES = {"clear": 1.0, "faint": 0.6}  # the ink of the scenes
+SHADES = {"clear": 1.0, "faint": 0.5}  # the ink of the scenes
 WEIGHTS = (0.25, 0.5, 2.0, 4.0, 16.0)
 NONE = "no edit"
 SHARE = 0.25  # of the heads
