@@ -138,6 +138,7 @@ def test_an_atom_is_masked_and_scored_at_its_place():
 
 def test_the_chosen_atoms_are_known_and_need_the_reactants(monkeypatch):
     of, one = chemist(), reaction()
+    monkeypatch.setattr(reactions, "ATOMS", 2)
     monkeypatch.setattr(reactions, "KNOWN", 0.0)
     monkeypatch.setattr(reactions, "NEEDED", -torch.inf)
     found = {atom["place"]: atom for atom in reactions.chosen(of, one)}

@@ -21,21 +21,15 @@ from vlattn_lab.real.voice import RATE, SENTENCES, VOICES, Speech, spoken
 
 COUNT = 12  # right sentences of each voice
 STEP, MARGIN = 0.02, 0.1  # seconds of a position of the encoder, and around a word
-RULES = [  # by what a run that is stopped should have
-    va.methods.Gradient(),
-    va.methods.Attention(),
-    va.methods.Rollout(),
-    va.methods.Rollout(one_hot=True),
-    va.methods.Weighted(),
-    va.methods.Weighted(sinks="remove"),
-    va.methods.InputGradient(),
-    va.methods.GradCam(),
-    va.methods.Attention(sinks="remove"),
-    va.methods.Rollout(sinks="remove"),
-    va.methods.Rollout(one_hot=True, sinks="remove"),
-    va.methods.Gradient(freeze=()),
-    va.methods.Gradient(of="logit"),
-    va.methods.Gradient(sinks="remove"),
+FEW = 6  # sentences of a rule that takes minutes for each
+RULES = [  # by what a run that is stopped should have; and the number of sentences
+    *((method, 2 * COUNT) for method in (va.methods.Gradient(), va.methods.Attention(), va.methods.Rollout())),
+    (va.methods.Rollout(one_hot=True), 2 * COUNT),
+    *((va.methods.Weighted(sinks=mode), FEW) for mode in ("keep", "remove")),
+    *((method, 2 * COUNT) for method in (va.methods.GradCam(), va.methods.Attention(sinks="remove"))),
+    (va.methods.Rollout(sinks="remove"), 2 * COUNT),
+    (va.methods.InputGradient(), FEW),
+    *((va.methods.Gradient(**options), FEW) for options in ({"freeze": ()}, {"of": "logit"}, {"sinks": "remove"})),
 ]
 Row = dict[str, Any]
 
@@ -106,7 +100,7 @@ def rows(listener: Listener, kept: Kept) -> Iterator[Row]:
             for row in kept.get(f"sentence {number}", partial(heard, listener, number)):
                 yield row
                 right += [row] if row["right"] else []
-    for method in RULES:
-        for sentence in right:
+    for method, count in RULES:
+        for sentence in right[:count]:
             yield from kept.get(f"{method.label}: sentence {sentence['number']}", partial(map_row, listener, sentence, method))
     yield {"task": "sentence time", "seconds": round(kept.seconds, 1)}

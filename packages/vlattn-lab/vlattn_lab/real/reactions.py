@@ -23,7 +23,7 @@ from vlattn_lab.real.reading import Kept
 from vlattn_lab.weights import package
 
 FOLDER = "models/transformers/albert_heads_8_uspto_all_1310k"  # in the package
-PER_KIND, ATOMS = 24, 2  # reactions of each kind, and explained atoms of each
+PER_KIND, ATOMS = 24, 1  # reactions of each kind, and explained atoms of each
 KNOWN, NEEDED = 0.5, 0.5  # an explained atom's probability, and the nats that the reactants add to it
 TOKEN = re.compile(r"(\[[^\]]+]|Br|Cl|[BCNOSPFIbcnosp]|>>|%[0-9]{2}|.)")
 ATOM = re.compile(r"\[.+]|Br|Cl|[BCNOSPFIbcnosp]")
@@ -164,9 +164,9 @@ def chosen(chemist: Chemist, reaction: Reaction) -> list[Row]:
 
 
 def methods() -> dict[str, va.methods.Method]:
-    """Those of photos, and `weighted` without sinks; the slow ones last."""
+    """Those of photos, and `weighted` without sinks: defaults first, and the slow ones last."""
     listed = [*measures.methods().values(), va.methods.Weighted(sinks="remove")]
-    return {method.label: method for method in sorted(listed, key=lambda method: method.name in SLOW)}
+    return {one.label: one for one in sorted(listed, key=lambda one: (one.name in SLOW, one.label != one.name))}
 
 
 def map_row(chemist: Chemist, reaction: Reaction, atoms: Sequence[Row], method: va.methods.Method) -> Row:
