@@ -11,6 +11,7 @@ from vlattn_fast.interpret.adapters.actions import Action
 from vlattn_fast.interpret.adapters.adapter import Adapter, Tower
 from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
 from vlattn_fast.interpret.adapters.registry import ADAPTERS, register_adapter
+from vlattn_fast.interpret.adapters.sound import Seconds
 from vlattn_fast.interpret.dataset import Explanations, explain_dataset, load_explanations
 from vlattn_fast.interpret.evaluating.evaluate import evaluate
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation
@@ -60,6 +61,7 @@ __all__ = [
     "Residual",
     "ScaleHeads",
     "ScoreParts",
+    "Seconds",
     "SideBySide",
     "StateRecord",
     "Steer",

@@ -44,7 +44,8 @@ class Tower:
             number of other tokens), "packed_patches", "text", "clip_text", "bert_text", "prompted_text" (after learned tokens),
             "image_text" (text with image tokens in it), "image" (only image tokens), "regions" and "text_patches" (BERT's text,
             then regions or patches), "patches_text", "boxes" (only regions), "features" (a backbone's), "queries" (of objects),
-            "decoded" (a decoder's text after an encoder's prompt) or "actions" (a robot's state, then the steps of its actions).
+            "decoded" (a decoder's text after an encoder's prompt), "sound" (in the order of time) or "actions" (a robot's state,
+            then the steps of its actions).
         prefix: the number of tokens of the image before its patches (CLS); register tokens are added from the config.
         grid: for "image_text" and "image", a function of (config, inputs) that gives the grids of the image tokens, see
             `image_grids`. None = the tokens are not patches, such as the queries of a Q-Former.

@@ -26,6 +26,7 @@ from vlattn_fast.interpret.adapters.image_grids import (
     stacked,
 )
 from vlattn_fast.interpret.adapters.pixels import Box, Shape, numbered, real_grids
+from vlattn_fast.interpret.adapters.sound import Seconds, Sound, sound_in
 
 
 class Named:
@@ -339,6 +340,34 @@ class Boxes(Tokens, name="boxes"):
 
     def fields(self, row: Tensor) -> dict[str, Any]:
         return {"regions": row, "boxes": self.inputs["visual_pos"][..., :4].detach()}
+
+
+class Sounds(Tokens, name="sound"):
+    """A sound in the order of time, in tokens of equal length."""
+
+    @cached_property
+    def sound(self) -> Sound | None:
+        return sound_in(self.inputs, self.shape)
+
+    def between(self, stretch: Seconds) -> Tensor | None:
+        """bool (B, N), True = the middle of the token lies in a stretch of the sound."""
+        if self.sound is None:
+            return None
+        middle = (torch.arange(self.shape[1], dtype=torch.float64) + 0.5) * (self.sound.seconds / self.shape[1])
+        return ((stretch.begin <= middle) & (middle <= stretch.end)).expand(self.shape)
+
+    def maps(self, relevancy: Tensor) -> Maps | None:
+        """A strip (1, n) of each sample, which ends with the sound."""
+        if self.sound is None:
+            return None
+        ends = self.sound.ends(self.shape[1])
+        return stacked([row[None, :end] for row, end in zip(relevancy, ends, strict=True)]), list(range(len(ends)))
+
+    def seconds(self) -> list[float] | None:
+        """The length of each strip."""
+        if self.sound is None:
+            return None
+        return [end * self.sound.seconds / self.shape[1] for end in self.sound.ends(self.shape[1])]
 
 
 class Queries(_WithoutPadding, name="queries"):

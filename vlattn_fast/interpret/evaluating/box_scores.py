@@ -6,13 +6,14 @@ A score takes the map's values (n,), the box of each entry (n, 4), x1, y1, x2, y
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import describe
+from vlattn_fast.interpret.adapters.sound import Seconds
 from vlattn_fast.interpret.evaluating.ties import constant, levelled
 from vlattn_fast.interpret.result.numbers.words import join_tokens
 
@@ -24,6 +25,7 @@ class Truth:
     x: Tensor  # (X + 1,), the lines from left to right, relative to the image
     y: Tensor  # (Y + 1,), from top to bottom
     inside: Tensor  # bool (Y, X)
+    timed: bool = False  # it is of a sound: x is in seconds
 
     @classmethod
     def from_boxes(cls, boxes: Tensor) -> Truth:
@@ -40,6 +42,12 @@ class Truth:
         """The True pixels of a mask (h, w) over the whole image."""
         y, x = (torch.arange(size + 1).double() / size for size in mask.shape)
         return cls(x, y, mask)
+
+    @classmethod
+    def from_seconds(cls, stretches: Sequence[Seconds]) -> Truth:
+        """The union of stretches of a sound."""
+        whole = cls.from_boxes(torch.tensor([[part.begin, 0.0, part.end, 1.0] for part in stretches]))
+        return replace(whole, timed=True)
 
     @property
     def area(self) -> Tensor:
@@ -95,16 +103,19 @@ def grid_entries(height: int, width: int) -> Tensor:
 
 
 def check_truth(boxes: Any, count: int) -> list[Truth | None]:
-    """The ground truth of each of `count` samples: boxes (K, 4), a mask bool (h, w), or None. An empty list of boxes and a mask
+    """The ground truth of each of `count` samples: boxes (K, 4), a mask bool (h, w), `Seconds`, or None. An empty list and a mask
     without a True pixel are None. TypeError or ValueError if there is not one entry per sample, or corners lie outside of the
     image or in the wrong order."""
     if boxes is None:
         return [None] * count
+    if isinstance(boxes, Seconds):
+        boxes = [boxes]
     if count == 1 and _of_one_sample(boxes):
         boxes = [boxes]
     if len(boxes) != count:
         raise ValueError(f"boxes must be None or one set of boxes or one mask for each of the {count} samples; got {len(boxes)}")
-    return [None if part is None or len(part) == 0 else _checked(part) for part in boxes]
+    sets = [[part] if isinstance(part, Seconds) else part for part in boxes]
+    return [None if part is None or len(part) == 0 else _checked(part) for part in sets]
 
 
 def check_text_truth(truth: Any, texts: Sequence[tuple[Tensor, Tensor] | None], tokenizer: Any) -> list[Truth | None]:
@@ -150,10 +161,14 @@ def _of_one_sample(boxes: Any) -> bool:
     """Whether these are boxes or a mask themselves, not a list with one entry per sample."""
     if len(boxes) == 0 or isinstance(boxes, Tensor):
         return len(boxes) == 0 or boxes.ndim == 2
+    if isinstance(boxes[0], Seconds):
+        return True
     return boxes[0] is not None and len(boxes[0]) > 0 and torch.as_tensor(boxes[0]).ndim == 1
 
 
 def _checked(boxes: Any) -> Truth | None:
+    if not isinstance(boxes, Tensor) and all(isinstance(part, Seconds) for part in boxes):
+        return Truth.from_seconds(boxes)
     corners = torch.as_tensor(boxes).detach().cpu()
     if corners.dtype == torch.bool and corners.ndim == 2:
         return Truth.from_mask(corners) if bool(corners.any()) else None

@@ -70,6 +70,9 @@ def explain_batch(plan: Plan, judge: Judge, item: Item, generator: torch.Generat
                 raise ValueError(f"methods must return finite maps; got {value.tolist()} of {name!r} for the {part}")
     texts = [None if sample.words is None else (sample.inputs["input_ids"][0, : item.before], sample.words) for sample in samples]
     truths = {"image": check_truth(item.boxes, question.count), "text": check_text_truth(item.text_truth, texts, tokenizer)}
+    for sample, true in zip(samples, truths["image"], strict=True):
+        if true is not None and sample.grids is not None and true.timed != (sample.seconds is not None):
+            raise ValueError("boxes must be va.Seconds of a sound, and boxes or a mask of an image; got the other kind")
     return Batch(item, question, samples, maps, truths)
 
 

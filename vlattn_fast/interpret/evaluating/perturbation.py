@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import describe
 from vlattn_fast.interpret.adapters.adapter import NAMES, Adapter
+from vlattn_fast.interpret.adapters.sound import silenced
 from vlattn_fast.interpret.evaluating.box_scores import grid_entries
 
 _IMAGES = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "spatial_shapes")
@@ -36,6 +37,7 @@ class Sample:
     regions: Tensor | None  # the indices of its real regions; None without regions
     boxes: Tensor | None  # (n, 4) where each entry of the image lies; None if they lie in several images
     problem: str | None  # why the model cannot run on this sample by itself; None = it can
+    seconds: float | None = None  # how long the sound is whose strip the image is; None = it is an image
     filled: bool = False  # texts keep their length: the last token, which is padding in short ones, fills them
 
     def count(self, part: str) -> int:
@@ -86,9 +88,11 @@ class Sample:
         return {name: torch.cat([value, text_inputs[name][:, -1:].repeat(1, gone)], 1) for name, value in kept.items()}
 
     def _image(self, chosen: Tensor) -> dict[str, Tensor]:
-        """The inputs of the image with only these patches or regions."""
+        """The inputs of the image or the sound with only these patches, regions or stretches."""
         if self.regions is None:
             stays = torch.zeros(self.count("image"), dtype=torch.bool).index_fill_(0, chosen, True)
+            if self.seconds is not None:
+                return silenced(self.inputs, stays, self.seconds)
             pixels, real = _image_pixels(self.inputs)
             masked = _masked(pixels, _real_sizes(pixels, real, self.inputs), self.grids or [], stays)
             if real is not None:
@@ -156,15 +160,16 @@ def split(
     stay."""
     texts, pictures = _Texts.of(adapter, inputs, shown, words, before), _Pictures.of(inputs, count, shown)
     filled = adapter is not None and adapter.names != NAMES  # its positions are those of the longest text
-    samples, region_boxes = [], getattr(shown, "boxes", None)
+    samples, region_boxes, seconds = [], getattr(shown, "boxes", None), getattr(shown, "seconds", None)
     for number in range(count):
         (grids, images), regions, boxes = pictures.of_sample(number), _real_regions(inputs, number), None
+        length = None if seconds is None else seconds[number]
         if regions is not None and region_boxes is not None:
             boxes = region_boxes[number].cpu().double()[regions]
         elif grids is not None and len(grids) == 1:
-            boxes = grid_entries(*grids[0])
+            boxes = grid_entries(*grids[0]) * torch.tensor([length or 1.0, 1, length or 1.0, 1])
         single = _sample_inputs(inputs, number, count, images)
-        samples.append(Sample(single, *texts.of_sample(number), grids, regions, boxes, pictures.problem(count), filled))
+        samples.append(Sample(single, *texts.of_sample(number), grids, regions, boxes, pictures.problem(count), length, filled))
     return samples
 
 
@@ -220,6 +225,8 @@ class _Pictures:
         image, owners, pixels = getattr(shown, "image", None), getattr(shown, "image_samples", None), inputs.get("pixel_values")
         grids = [] if image is None else [tuple(part.shape[-2:]) for part in image]
         owners = list(range(len(grids)) if owners is None else owners)
+        if getattr(shown, "seconds", None) is not None:  # strips of a sound
+            return cls(grids, owners, [[] for _ in grids], None)
         images = _images(pixels, grids, [owners.count(number) for number in range(count)], inputs) if grids else None
         return cls(grids, owners, images, pixels)
 
@@ -228,7 +235,7 @@ class _Pictures:
         if self.images is None:
             return None, None
         maps = [index for index, owner in enumerate(self.owners) if owner == number]
-        images = None if self.pixels.ndim == 5 else [row for index in maps for row in self.images[index]]
+        images = None if self.pixels is None or self.pixels.ndim == 5 else [row for index in maps for row in self.images[index]]
         return [self.grids[index] for index in maps] or None, images
 
     def problem(self, count: int) -> str | None:

@@ -227,15 +227,10 @@ class _Looks(Method):
 def _of_maps(explanation: Explanation, real: Tensor) -> dict[str, Tensor]:
     """Numbers of the maps over the image or the sound, (B, T); none without one."""
     samples: dict[int, list[Tensor]] = {}
-    if explanation.image is not None:
-        rows = explanation.image_samples or range(len(explanation.image))
-        for sample, of_image in zip(rows, explanation.image, strict=True):
-            samples.setdefault(sample, []).append(of_image)  # (T, h, w)
-    else:
-        sound = [name for name in explanation.relevancy if name not in (explanation.position or {})]
-        if not sound or explanation.relevancy[sound[-1]].ndim != 3:
-            return {}
-        samples = {number: [row[:, None]] for number, row in enumerate(explanation.relevancy[sound[-1]])}
+    if explanation.image is None:
+        return {}
+    for sample, of_image in zip(explanation.image_samples or range(len(explanation.image)), explanation.image, strict=True):
+        samples.setdefault(sample, []).append(of_image)  # (T, h, w)
     found = torch.full((3, *real.shape), torch.nan, dtype=torch.float64)
     for sample, maps in samples.items():
         for token in range(int(real[sample].sum())):

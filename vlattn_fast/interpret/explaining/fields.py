@@ -22,7 +22,7 @@ from vlattn_fast.interpret.adapters.image_grids import (
 )
 from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
 from vlattn_fast.interpret.adapters.pixels import Shape
-from vlattn_fast.interpret.adapters.tokens import Patches, Text, Tokens
+from vlattn_fast.interpret.adapters.tokens import Patches, Sounds, Text, Tokens
 from vlattn_fast.interpret.explaining.answer import Answer
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
@@ -54,7 +54,10 @@ def parts(
         row = relevancy[tower.name]
         if patches is None and (maps := _each(row, tokens.maps)) is not None:
             fields["image"], fields["image_samples"] = maps
-            fields["photos"], fields["crops"] = tokens.photos(len(fields["image_samples"]))
+            if isinstance(tokens, Sounds):
+                fields["seconds"] = tokens.seconds()
+            else:
+                fields["photos"], fields["crops"] = tokens.photos(len(fields["image_samples"]))
             owners["image"] = tower.name
         if tokens.ids is not None and (words := tokens.words()) is not None:
             placed = nn.functional.pad(tokens.ids, (tokens.before, 0))
@@ -79,7 +82,7 @@ def tokens_of(towers: list[TowerTrace], arguments: Mapping[str, Any], special: f
     known = {
         tower: Text(arguments, tower.shape) if tower is reader else tower.tokens_in(arguments)
         for tower in towers
-        if tower.entry is not None or tower is reader
+        if tower.entry is not None or tower.hears or tower is reader
     }
     return {tower: replace(tokens, special=special) for tower, tokens in known.items()}
 

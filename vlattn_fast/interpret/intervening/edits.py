@@ -64,7 +64,7 @@ class Knockout(EdgeEdit):
             newest token; for inputs with an answer the tokens that predict it) and "special" (real tokens that are neither words
             nor patches nor an answer, such as [CLS] and registers). Names may overlap; "question - last" is one without another,
             among the tokens of the inputs. ("image", (x1, y1, x2, y2)), relative to the image, selects the patches with centres
-            in the box.
+            in the box. "sound" is all tokens of a sound, and `va.Seconds(begin, end)` a stretch of it.
         keys: tokens, likewise. None = all.
         layers: numbers from 0, or negative from the end, -1 the last; None = all.
         heads: likewise. Queries, keys or heads must be given.

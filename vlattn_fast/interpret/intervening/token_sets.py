@@ -13,16 +13,18 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import describe
 from vlattn_fast.interpret.adapters.pixels import WHOLE, Box
-from vlattn_fast.interpret.adapters.tokens import Patches, TextPatches, Tokens
+from vlattn_fast.interpret.adapters.sound import Seconds
+from vlattn_fast.interpret.adapters.tokens import Patches, Sounds, TextPatches, Tokens
 from vlattn_fast.interpret.intervening.traced_model import TracedTower
 
-NAMES = ("image", "text", "question", "answer", "last", "special")
+NAMES = ("image", "sound", "text", "question", "answer", "last", "special")
 PARTS = tuple(name for name in NAMES if name != "text")  # a text is a question and an answer
 _ONE_IMAGE = re.compile(r"image:(\d+)$")
 _LESS = " - "  # "question - last": the tokens of one name without those of another
 _KEEP = ("answer", "last", "special")  # in a table a token with several names belongs to the first of these
-# A name; a span (start, stop), or several; bool (B, N) or (N,); the patches of an image whose centres lie in a box of it.
-TokenGroup = str | tuple[int, int] | Sequence[tuple[int, int]] | Tensor | tuple[str, Box]
+# A name; a span (start, stop), or several; bool (B, N) or (N,); the patches of an image whose centres lie in a box of it, and the
+# tokens of a sound whose middles lie in a stretch of it.
+TokenGroup = str | tuple[int, int] | Sequence[tuple[int, int]] | Tensor | tuple[str, Box] | Seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class TokenSet:
 
 def check_group(name: str, group: Any) -> None:
     """TypeError or ValueError unless `group` is a name of `NAMES`, spans, or a bool mask; None = all tokens."""
-    if group is None:
+    if group is None or isinstance(group, Seconds):
         return
     if isinstance(group, str):
         if not is_name(group):
@@ -52,7 +54,8 @@ def check_group(name: str, group: Any) -> None:
                 f"in [0, 1]; got {group!r:.80}"
             )
     elif not isinstance(group, Sequence) or not group or not all(_is_span(span) for span in _spans(group)):
-        raise ValueError(f"{name} must be a name, spans (start, stop) with 0 <= start < stop, or bool (B, N); got {group!r:.80}")
+        kinds = "a name, spans (start, stop) with 0 <= start < stop, va.Seconds, or bool (B, N)"
+        raise ValueError(f"{name} must be {kinds}; got {group!r:.80}")
 
 
 def is_name(group: str) -> bool:
@@ -95,8 +98,8 @@ def token_set(name: str, group: Any, tower: TracedTower) -> TokenSet | str:
         for taken in less:
             mask = mask if taken is None else mask.cpu() & ~taken.cpu()
         chosen = TokenSet(mask.cpu(), grows=group in ("answer", "text"), runs=group == "last")
-    elif _is_of_box(group):
-        mask = _in_box(str(group[0]), group[1], tower)
+    elif isinstance(group, Seconds) or _is_of_box(group):
+        mask = _between(group, tower) if isinstance(group, Seconds) else _in_box(str(group[0]), group[1], tower)
         if mask is None:
             return f"{name}={group!r} has no meaning in {where}"
         chosen = TokenSet(mask)
@@ -163,10 +166,13 @@ def _named(group: str, tower: TracedTower) -> Tensor | None:
         return None if is_image is None else _one_of_several(tokens, is_image, int(one[1]))
     if group == "image":
         return is_image
-    if words is None and is_image is None:  # the kinds of its tokens are not known
+    heard = _real(tokens) if isinstance(tokens, Sounds) else None
+    if group == "sound":
+        return heard
+    if words is None and is_image is None and heard is None:  # the kinds of its tokens are not known
         return None
     special = _real(tokens)
-    for part in (words, is_image, tower.answered):
+    for part in (words, is_image, heard, tower.answered):
         special = special if part is None else special & ~part.cpu()
     return special
 
@@ -187,6 +193,12 @@ def _of_image(tokens: Tokens) -> Tensor | None:
         start = 0 if tokens.before else tokens.shape[1] - int(is_image[0].sum())
         is_image[:, start : start + tokens.prefix] = False
     return is_image & _real(tokens)
+
+
+def _between(stretch: Seconds, tower: TracedTower) -> Tensor | None:
+    tokens = tower.tokens
+    mask = tokens.between(stretch) if isinstance(tokens, Sounds) else None
+    return None if mask is None else mask & _real(tokens)
 
 
 def _in_box(image: str, box: Box, tower: TracedTower) -> Tensor | None:

@@ -227,7 +227,7 @@ def run_traced(
 
 def _tokens(tower: TowerTrace, model: nn.Module, arguments: Mapping[str, Any], decodes: bool) -> Tokens:
     """The tokens of a tower, by its adapter; without one it is a text if it has as many tokens as there are ids."""
-    if tower.entry is not None:
+    if tower.entry is not None or tower.hears:
         return tower.tokens_in(arguments)
     named = decoder_inputs(arguments) if decodes else arguments
     ids, mask = (named.get(name) for name in ("input_ids", "attention_mask"))

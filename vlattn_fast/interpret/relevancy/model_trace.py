@@ -23,6 +23,7 @@ from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Re
 from vlattn_fast.attach.session import in_layers, is_checkpointed, layers_of, named
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.adapters.adapter import Adapter
+from vlattn_fast.interpret.adapters.sound import sound_in
 from vlattn_fast.interpret.relevancy.joined_keys import Joint, check_cross, joint_keys, with_columns
 from vlattn_fast.interpret.relevancy.method import Link, Method
 from vlattn_fast.interpret.relevancy.recurrent_calls import (
@@ -82,6 +83,7 @@ class Trace(Subscriber):
         self.frozen = method.constants()  # of the backward pass
         # Of each call, unless the method keeps sinks: the tower that attends, that of the keys, and what was found about them.
         self.findings: list[tuple[TowerTrace, TowerTrace, Findings]] = []
+        self._arguments: Mapping[str, Any] = {}  # of the model
         self._convolutions: dict[int, tuple[Reading, Tensor]] = {}  # by the module's run: the last one, and its output
         self._convolved = set[int]()  # the runs of modules that called torch's convolution themselves
         roots = [submodule(model, tower.path, tower) for tower in adapter.towers]
@@ -201,6 +203,7 @@ class Trace(Subscriber):
     def prepare(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """The arguments that the model is called with, whose tensors are marked."""
         self._records.give(arguments)
+        self._arguments = arguments
         return arguments
 
     # --- attention calls ---
@@ -504,8 +507,16 @@ class Trace(Subscriber):
         for tower in self.towers:
             tower.finish()
             if not tower.name:
-                tower.name, number = (f"tower{number}", number + 1) if tower.calls.paths else (f"context{tower.size}", number)
+                has_layers = bool(tower.calls.paths)
+                tower.name = self._name(tower, number) if has_layers else f"context{tower.size}"
+                number += has_layers
             tower.check(called, self._ran)
+
+    def _name(self, tower: TowerTrace, number: int) -> str:
+        """The name of a tower without an adapter: "sound" of the first one if the input is sound, "text" of its decoder."""
+        tower.hears = not number and sound_in(self._arguments, tower.shape) is not None
+        decodes = number == 1 and any(name.startswith("decoder_") for name in self._arguments)
+        return "sound" if tower.hears else "text" if decodes and any(one.hears for one in self.towers) else f"tower{number}"
 
     def _concerns(self, path: str) -> bool:
         """Whether a module may lie in a tower that is explained."""

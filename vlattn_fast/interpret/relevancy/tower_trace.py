@@ -17,7 +17,7 @@ from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.attach.session import layers_of, named
 from vlattn_fast.attach.tensor_parallel import has_dtensors, heads_mesh
 from vlattn_fast.interpret.adapters.adapter import Tower
-from vlattn_fast.interpret.adapters.tokens import Tokens
+from vlattn_fast.interpret.adapters.tokens import Sounds, Tokens
 from vlattn_fast.interpret.relevancy.call_order import TOKENWISE, CallOrder, LayerNumbers
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, Through, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
@@ -194,6 +194,7 @@ class TowerTrace:
         self.links: list[Any] = []  # the calls that give it relevancy, if towers attend to one another and each is a map
         self.sums = ResidualSums()
         self.name = "" if entry is None else entry.name
+        self.hears = False  # its tokens are a sound's, in the order of time
         self.batch: int | None = None
         self.size = 0
         self.dtype, self.device = torch.float32, torch.device("cpu")  # of the carrier
@@ -243,7 +244,7 @@ class TowerTrace:
     def tokens_in(self, inputs: Mapping[str, Any]) -> Tokens:
         """Its tokens, of the kind that the entry says, or of none."""
         if self.entry is None:
-            return Tokens(inputs, self.shape, attended=self.attended)
+            return (Sounds if self.hears else Tokens)(inputs, self.shape, attended=self.attended)
         return self.entry.tokens_in(self.model, inputs, self.shape)
 
     @property

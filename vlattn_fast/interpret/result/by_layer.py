@@ -132,7 +132,7 @@ class LayerExplanation(Explanation):
             fields[name] = cut(fields[name], self.owners.get(name, ""))
         if fields["image"] is None:
             fields |= dict.fromkeys(
-                ("image_samples", "crops") if fields["regions"] is not None else ("image_samples", "crops", "photos")
+                ("image_samples", "crops", "seconds", *(() if fields["regions"] is not None else ("photos",)))
             )
         if fields["text"] is None:
             fields |= dict.fromkeys(("token_ids", "words", "text_positions"))

@@ -34,7 +34,7 @@ _OF_TOWERS = ("relevancy", "position", "contribution")
 _TENSORS = ("text", "regions", "boxes", "scores", "gap")
 _METADATA = (
     *("image_samples", "token_ids", "words", "target", "method", "start_layer", "answer", "text_positions", "photos", "crops"),
-    *("token_names", "sinks", "no_map", "of"),
+    *("token_names", "sinks", "no_map", "of", "seconds"),
 )
 
 
@@ -50,7 +50,8 @@ class Explanation(Explained):
             has the tokens of all images, or tiles, of a prompt in order, and zeros after shorter prompts.
         image: the patch entries on their grid (B, h, w); (images, h, w) if prompts hold several maps; a tuple of (h, w) if the
             grids differ; None without an image. Maps are in the order of their tokens. An image in tiles has one map of all tiles
-            and one of its thumbnail if the places of the tiles are known, else a map per tile. A video has a map per frame.
+            and one of its thumbnail if the places of the tiles are known, else a map per tile. A video has a map per frame, and
+            a sound a strip of time (B, 1, n) that ends with it.
         image_samples: the sample of the batch that each map of `image` belongs to; default: one map per sample.
         text: the word entries (B, L), without special tokens and padding; shorter texts end in zeros.
         token_ids: the ids of the entries of `text`, a list per sample, without padding.
@@ -78,8 +79,9 @@ class Explanation(Explained):
             positions in the decoder.
         token_names: the tokens of the first tower, if they are neither words nor patches, such as a robot's state and its steps.
         sinks: the tokens of each sample that receive attention without content, for methods with `sinks="remove"`; else None.
-        no_map: why there is no map although the model was given an image or a sound, as for BLIP-2 and Whisper; else None.
+        no_map: why there is no map although the model was given an image or a sound, as for BLIP-2; else None.
             Figures and pages show it, too.
+        seconds: how long the sound under each map of `image` is, if the input is sound; None = the maps are of images.
         tower_images: tower -> maps like `image`, if several towers see the images. `image` is that of the tower nearest to the
             pixels.
 

@@ -44,6 +44,7 @@ from vlattn_fast.interpret.result.numbers.choices import (
     panels,
     read_samples,
     score_text,
+    times,
 )
 from vlattn_fast.interpret.result.numbers.explained import Explained
 
@@ -61,6 +62,7 @@ _WITH_PHOTOS = 6  # panels of a sample at most, if its photos have axes of their
 _MANY = 40  # words of an answer; a longer answer has one sheet of maps, and fewer names than lines in its table
 _SHEET, _TILE = 16, 72  # maps in a line of the sheet, and pixels in a line of a map
 _NAMES = 80  # that fit above the columns of a table
+_STRIP = 0.12  # height per width of the strip of a sound
 _EAST_ASIAN = 0x2E80  # matplotlib's font lacks Unicode from here on: Chinese, Japanese, Korean, emoji
 _FONTS = (  # with these letters; no coloured emoji, which matplotlib cannot draw
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Source Han Sans SC", "WenQuanYi Zen Hei"),
@@ -173,6 +175,8 @@ class Painter:
         """Height per width of the panel that begins with these maps."""
         if not patches:
             return 0.3
+        if patches[0].seconds is not None:
+            return _STRIP
         image = self.image(patches)
         height, width = (patches[0].values if image is None else image).shape[:2]
         return min(2.0, height / width) if patches[0].box is None or image is not None else 1.0
@@ -201,6 +205,9 @@ class Painter:
         height, width = (1, 1) if image is None else image.shape[:2]
         if image is None and patches[0].box is None and len(patches) == 1:
             height, width = patches[0].values.shape
+        seconds = patches[0].seconds
+        if seconds is not None:
+            height, width = _STRIP * seconds, seconds
         self.photo(axis, patches)
         for patch in patches:
             (x1, y1, x2, y2), _, opacity = self.placed(patch, low, high)
@@ -215,6 +222,9 @@ class Painter:
                 for style in styles[: 1 if region else 2]:
                     axis.add_patch(Rectangle((x1 * width, y1 * height), *size, fill=False, linewidth=0.7, **style))
         axis.set(xlim=(0, width) if image is None else (-0.5, width - 0.5), ylim=(height, 0), aspect="equal")
+        if seconds is not None:
+            axis.set_axis_on()
+            axis.set(yticks=[], xlabel="seconds")
         return drawn
 
     def laid_over(self, patches: Sequence[Patch], side: int = 0, outlined: bool = False) -> PILImage:
@@ -346,6 +356,8 @@ def _answer_heights(sample: Sample, painter: Painter) -> list[float]:
     if not sample.choices:
         return [0.3]
     table, (lines, columns) = 0.9 + 0.22 * min(len(sample.choices), _MANY), _lines(sample, painter)
+    if _is_sound(sample):
+        return [table] * (1 + bool(sample.words))
     shape, width = painter.shape(sample.choices[0].patches), _COLUMNS * _SMALL / columns
     maps = [lines * (width * shape + (0.6 if columns == _COLUMNS else 0.2))] if lines else []
     return maps + [table] * (bool(sample.words) if lines or sample.words else len(sample.choices[0].relevancy))
@@ -362,7 +374,11 @@ def _draw_answer(part: Any, sample: Sample, painter: Painter) -> None:
     """Draws a map per word of the answer, and a table of the relevancy of its words for each other."""
     heights, (lines, columns) = _answer_heights(sample, painter), _lines(sample, painter)
     _, *parts = part.subfigures(1 + len(heights), 1, squeeze=False, height_ratios=[_TITLE, *heights])[:, 0]  # under the title
-    if lines:
+    if _is_sound(sample):  # a line of one table for each word
+        (strips, *_), lines = zip(*(choice.patches for choice in sample.choices), strict=True), 1
+        across = times(strips[0].values.shape[1], strips[0].seconds or 0.0)
+        _draw_table(parts.pop(0), sample, np.concatenate([patch.values for patch in strips]), across, painter.cmap)
+    elif lines:
         if columns == _COLUMNS:
             _draw_maps(parts.pop(0), sample, painter, lines)
         else:
@@ -381,6 +397,10 @@ def _draw_answer(part: Any, sample: Sample, painter: Painter) -> None:
     scores = [choice.score for choice in sample.choices if choice.score is not None]
     text = score_text(sum(scores), sample.choices[0].of) if scores else ""
     set_title(part.suptitle("", fontsize=SIZE), sample.label, text, _COLUMNS * _SMALL)
+
+
+def _is_sound(sample: Sample) -> bool:
+    return any(patch.seconds is not None for choice in sample.choices for patch in choice.patches)
 
 
 def _draw_maps(part: Any, sample: Sample, painter: Painter, lines: int) -> None:

@@ -145,6 +145,7 @@ def _view(patches: list[Patch], crops: list[Box], images: list[Array] | None, ph
         for patch in panel:
             box = crops[patch.index] if patch.box is None else patch.box
             maps.append({"box": [round(x, 5) for x in box], "size": list(patch.values.shape), **_values(patch.values)})
+            maps[-1] |= {} if patch.seconds is None else {"seconds": finite(patch.seconds)}
         image = None if images is None else image_number(panel[0], images)
         figures.append({"image": image, "name": name, "maps": maps})
     ends = {"low": finite(low), "high": finite(high), "clip": finite(clip), "range": [finite(end) for end in range_]}

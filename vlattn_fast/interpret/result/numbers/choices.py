@@ -28,6 +28,7 @@ class Patch:
     index: int  # the number of the map among all maps, or of the sample for regions
     values: Array  # (h, w), evenly over `box`; (1, 1) for a region
     box: Box | None = None  # x1, y1, x2, y2 relative to the image; None = the caller's crop
+    seconds: float | None = None  # the length of the sound under a strip; None = it is a map of an image
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,11 @@ def _label(explanation: Explained, number: int, prompt: list[Word], answer: list
     return f"sample {number}" if explanation.target is None else f"target {explanation.target[number]}"
 
 
+def times(count: int, seconds: float) -> list[str]:
+    """The middles of `count` equal stretches of a sound."""
+    return [f"{(number + 0.5) * seconds / count:.2f} s" for number in range(count)]
+
+
 def to_array(tensor: Tensor) -> Array:
     """A tensor as NumPy's float32; a float64 tensor as float64."""
     tensor = tensor.detach().cpu()
@@ -159,7 +165,9 @@ def _choices(explanation: Explained, number: int, label: str, words: list[Word],
         return _sums(values, ranges, 0) / [len(part) for part in ranges]
 
     def patches_of(maps: Maps | None) -> list[Patch]:
-        return [Patch(index, pick(part)) for index, part in maps_of(explanation, maps, number)]
+        lengths = explanation.seconds
+        listed = maps_of(explanation, maps, number)
+        return [Patch(i, pick(part), seconds=None if lengths is None else lengths[i]) for i, part in listed]
 
     relevancy = {name: pick(explanation.without_self(name, number)) for name in explanation.relevancy}
     at_position = {
@@ -177,7 +185,7 @@ def _choices(explanation: Explained, number: int, label: str, words: list[Word],
     towers = {name: patches_of(maps) for name, maps in (explanation.tower_images or {}).items()}
 
     def of(choice: int, parts: list[Patch]) -> list[Patch]:
-        return [Patch(part.index, part.values[choice], part.box) for part in parts]
+        return [replace(part, values=part.values[choice]) for part in parts]
 
     return [
         Choice(

@@ -46,6 +46,7 @@ class Explained:
     no_map: str | None = None
     of: str | None = None
     gap: Tensor | None = None
+    seconds: list[float] | None = None
 
     def __post_init__(self) -> None:
         self._check_rows()
@@ -105,7 +106,7 @@ class Explained:
             if not all(0 <= owner < samples for owner in owners):
                 raise ValueError(f"image_samples must be from 0 to {samples - 1}; got {self.image_samples}")
         drawn = len(owners) if fields else samples
-        for name in ("photos", "crops"):
+        for name in ("photos", "crops", "seconds"):
             value = getattr(self, name)
             if value is not None and len(value) != drawn:
                 raise ValueError(f"{name} must have an entry for each of {drawn} maps; got {len(value)}")

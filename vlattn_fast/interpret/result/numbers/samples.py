@@ -16,7 +16,7 @@ from vlattn_fast.interpret.result.numbers.explained import Explained
 E = TypeVar("E", bound=Explained)
 
 _MAPS = ("image", "tower_images")
-_OF_MAPS = ("image_samples", "photos", "crops")  # of samples if there is no map
+_OF_MAPS = ("image_samples", "photos", "crops", "seconds")  # of samples if there is no map
 
 
 def chosen_rows(index: Any, count: int) -> list[int]:

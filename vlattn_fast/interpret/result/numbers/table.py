@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer, describe
-from vlattn_fast.interpret.result.numbers.choices import Array, Maps, home, maps_of, to_array
+from vlattn_fast.interpret.result.numbers.choices import Array, Maps, home, maps_of, times, to_array
 from vlattn_fast.interpret.result.numbers.explained import Explained
 from vlattn_fast.interpret.result.numbers.rank_correlation import mean_ranks
 
@@ -37,14 +37,14 @@ class Entry:
         part: the kind of the entry's token; "token" if only the position in the tower is known.
         position: its number among the sample's words, patches, regions or tokens.
         place: (image, y, x) of a patch: which map, and where on its grid.
-        word: the token of a word, as in `Explanation.tokens`, or the name of a token, as in `token_names`.
+        word: the token of a word, as in `Explanation.tokens`, or the name of a token, as in `token_names`; of a sound its time.
         value: the raw relevancy.
     """
 
     sample: int
     answer: int | None
     tower: str
-    part: Literal["patch", "word", "region", "token"]
+    part: Literal["patch", "sound", "word", "region", "token"]
     position: int
     place: tuple[int, int, int] | None
     word: str | None
@@ -87,7 +87,7 @@ class Comparison:
 class _Part(NamedTuple):
     """Entries of one kind in a tower and a sample: values (T, n), a line per token of an answer, or one."""
 
-    kind: Literal["patch", "word", "region", "token"]
+    kind: Literal["patch", "sound", "word", "region", "token"]
     values: Array
     image: int | None = None
     width: int = 1
@@ -183,9 +183,13 @@ def _tower_parts(explanation: Explained, sample: int, tower: str, tokens: list[s
         return array.reshape(len(array), math.prod(array.shape[1:])) if explanation.per_token else array.reshape(1, array.size)
 
     maps: Maps | None = (explanation.tower_images or {}).get(tower)
-    if maps is None and tower == home(explanation, "vision", "language"):
+    if maps is None and tower == home(explanation, "vision", "sound", "language"):
         maps = explanation.image
-    parts = [_Part("patch", lines(part), image=i, width=part.shape[-1]) for i, part in maps_of(explanation, maps, sample)]
+    parts, seconds = list[_Part](), explanation.seconds
+    for i, part in maps_of(explanation, maps, sample):
+        at = {"image": i, "width": part.shape[-1]}
+        named = {} if seconds is None else {"kind": "sound", "words": times(part.shape[-1], seconds[i])}
+        parts.append(_Part(**{"kind": "patch", "values": lines(part), **at, **named}))
     if explanation.text is not None and tokens is not None and tower == home(explanation, "text", "language"):
         values = lines(explanation.text[sample])[:, : len(tokens)]  # shorter texts are padded with zeros
         parts.append(_Part("word", values, words=tokens))

@@ -50,13 +50,19 @@ function opacityFor(figures, data, low, high, opacity) {
   return end > 0 && strengths.length ? opacity * (1 - strengths[Math.floor(0.1 * (strengths.length - 1))] / 2) : opacity;
 }
 
+/* The seconds of a sound's strip at a share of its width. */
+function timeAt(map, share) {
+  return `${(share * map.seconds).toFixed(2)} s`;
+}
+
 /* A figure with its photo and its name, if it has them, and a canvas for its maps. */
 function frame(holder, figure, data) {
   const image = data.images[figure.image], [rows, columns] = figure.maps[0].size;
   const box = make("figure", holder, { className: image ? (image.width < 300 ? "tiny" : "") : "bare" });
   if (image) make("img", box, { src: image.source, alt: "" });
-  const canvas = make("canvas", box, { width: image ? Math.max(360, Math.min(720, image.width)) : 360 });
-  canvas.height = Math.max(1, Math.round(canvas.width * (image ? image.height / image.width : rows / columns)));
+  const sound = figure.maps[0].seconds, canvas = make("canvas", box, { width: image ? Math.max(360, Math.min(720, image.width)) : sound ? 720 : 360 });
+  canvas.height = Math.max(1, Math.round(canvas.width * (image ? image.height / image.width : sound ? 0.12 : rows / columns)));
+  if (sound) make("figcaption", box, { textContent: `0 to ${timeAt(figure.maps[0], 1)}` });
   canvas.setAttribute("role", "img");
   if (figure.name) make("figcaption", box, { textContent: figure.name });
   return canvas;

@@ -28,7 +28,7 @@ function showFigure(choice) {
     });
   }
   [...holder.querySelectorAll("canvas")].forEach((canvas, i) => {
-    canvas.setAttribute("aria-label", `Relevancy of the image to ${choice.label}, strongest at the ${strongest([view.figures[i]]).place}`);
+    canvas.setAttribute("aria-label", `Relevancy of the ${view.figures[i].maps[0].seconds ? "sound" : "image"} to ${choice.label}, strongest at the ${strongest([view.figures[i]]).place}`);
     paint(canvas, view.figures[i], data, low, high, opacity, element("patches").checked);
   });
   const patches = view.figures.some((figure) => figure.maps.some((map) => map.cells.length > 1));
@@ -51,7 +51,8 @@ function tell(canvas, event) {
   const map = figure.maps.findLast(({ box: [x1, y1, x2, y2] }) => x >= x1 && x < x2 && y >= y1 && y < y2);
   if (!map) return;
   const [x1, y1, x2, y2] = map.box, u = ((x - x1) / (x2 - x1)) * map.size[1], v = ((y - y1) / (y2 - y1)) * map.size[0];
-  element("under").textContent = `patch in row ${Math.floor(v) + 1}, column ${Math.floor(u) + 1}: ${format(valueAt(map, u, v, false, data.steps))}`;
+  const place = map.seconds ? timeAt(map, x) : `patch in row ${Math.floor(v) + 1}, column ${Math.floor(u) + 1}`;
+  element("under").textContent = `${place}: ${format(valueAt(map, u, v, false, data.steps))}`;
 }
 
 function strongest(figures) {
@@ -61,6 +62,10 @@ function strongest(figures) {
     const value = index < 0 ? -Infinity : map.low + (map.cells[index] / data.steps) * (map.high - map.low);
     if (value <= best.value) continue;
     const x = x1 + (x2 - x1) * ((index % map.size[1]) + 0.5) / map.size[1], y = y1 + (y2 - y1) * (Math.floor(index / map.size[1]) + 0.5) / map.size[0];
+    if (map.seconds) {
+      best = { value, place: timeAt(map, x) };
+      continue;
+    }
     const third = (share, names) => names[Math.max(0, Math.min(2, Math.floor(3 * share)))];
     const place = `${third(y, ["top", "", "bottom"])} ${third(x, ["left", "", "right"])}`.trim();
     best = { value, place: (place || "centre") + (figures.length > 1 ? ` of ${/^t/.test(name) ? "the " : ""}${name}` : "") }; /* the tiles, the thumbnail */
