@@ -122,12 +122,12 @@ def evaluate(
             answer to the whole input: the class, the token or, for an image with several texts, the text. boxes: ground truth (K,
             4), x1, y1, x2, y2 relative to the image; a mask, bool (h, w) of any size, which covers the whole image; `va.Seconds`,
             one or several, of a sound, whose part is also called "image"; or None. For a batch, one of these per sample. Or a
-            mapping: {"inputs", "target", "boxes", "text_truth"}, or {"inputs", "answer", "boxes", "text_truth"} of one sample. The
-            answer is as for `explain`, and the truths are those of
-            all its tokens, or a dict by the number of a token or by its word. Each token of an answer is then a sample, with the
-            answer before it in place: its map explains its log-probability, and the tests ask for its probability. The answer's
-            own words are not removed. text_truth: the true words of the text: a word or phrase, or several, as they stand there
-            (this needs `processor`); columns of `input_ids`; or bool (N,) over these.
+            mapping: {"inputs", "target", "boxes", "text_truth"}, or {"inputs", "answer", "boxes", "text_truth"} of one sample.
+            The answer is as for `explain`, and the truths are those of all its tokens, or a dict by the number of a token or by
+            its word. Each token of an answer is then a sample, with the answer before it in place: its map explains its
+            log-probability, and the tests ask for its probability. The answer's own words are not removed. text_truth: the true
+            words of the text: a word or phrase, or several, as they stand there (this needs `processor`); columns of `input_ids`;
+            or bool (N,) over these.
         methods: names of `explain`'s methods and ablations, objects of `va.methods`, "random", "attribute_edges" (the
             first-order effects, only for the test "intervention"), or callables (model, inputs, target) -> an object
             with `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as in an `Explanation`, tensors or NumPy arrays. T is
