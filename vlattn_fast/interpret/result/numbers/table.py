@@ -185,11 +185,11 @@ def _tower_parts(explanation: Explained, sample: int, tower: str, tokens: list[s
     maps: Maps | None = (explanation.tower_images or {}).get(tower)
     if maps is None and tower == home(explanation, "vision", "sound", "language"):
         maps = explanation.image
-    parts, seconds = list[_Part](), explanation.seconds
+    parts = []
     for i, part in maps_of(explanation, maps, sample):
-        at = {"image": i, "width": part.shape[-1]}
-        named = {} if seconds is None else {"kind": "sound", "words": times(part.shape[-1], seconds[i])}
-        parts.append(_Part(**{"kind": "patch", "values": lines(part), **at, **named}))
+        width, seconds = part.shape[-1], None if explanation.seconds is None else explanation.seconds[i]
+        at = lines(part), i, width
+        parts.append(_Part("patch", *at) if seconds is None else _Part("sound", *at, times(width, seconds)))
     if explanation.text is not None and tokens is not None and tower == home(explanation, "text", "language"):
         values = lines(explanation.text[sample])[:, : len(tokens)]  # shorter texts are padded with zeros
         parts.append(_Part("word", values, words=tokens))
