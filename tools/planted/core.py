@@ -115,7 +115,7 @@ def outcome(mutant: Mutant, tests: dict[str, list[tuple[float, str]]]) -> dict[s
         environment = _built() if in_cpp else {}
         if environment is None:
             return {"state": "seen", "by": "the compiler"}
-        every_case = [*dict.fromkeys(test.partition("[")[0] for test in chosen)]
+        every_case = [*dict.fromkeys(test.partition("[")[0] for _, test in reaching)][:TESTS]
         for some in (chosen[:FIRST], chosen[FIRST:], every_case):
             status, said = _run(["-x", "-q", *some], environment, timeout=10 * seconds + 300) if some else (0, "")
             if status == 124 and some is every_case:  # what had no time
