@@ -24,7 +24,7 @@ COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
 }
 SIGNS: dict[type[ast.operator], type[ast.operator]] = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 OF_AXES = {*"sum mean amax amin any all flatten unflatten unsqueeze squeeze transpose softmax flip cumsum logsumexp".split()}
-_TYPES = "dict", "tuple", "type"  # whose subscripts are types, as those of names with a capital
+_TYPES = "dict", "ndarray", "tuple", "type"  # whose subscripts are types, as those of names with a capital
 # of a line of C++ without its comment: what stands there, and what stands there instead
 IN_CPP = {
     "comparison": (r"(?<=\s)(<=|>=|==|!=|<|>)(?=\s)", {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}),
