@@ -178,7 +178,7 @@ def _parts(query: Tensor, number: int, groups: int) -> Parts:
 def _arguments(inputs: PagedAttentionStatisticsInputs) -> dict[str, Any]:
     """The named arguments of these kernels. The query stands in for absent groups."""
     query, cache, groups = inputs.query, inputs.key_cache, inputs.key_groups
-    query = query if query.stride(-1) == 1 or query.shape[-1] <= 1 else query.contiguous()
+    query = _rows_in_line(query)
     blocks, key_heads, size, head_dim = cache.shape
     stride_block, stride_head, stride_place, stride_d = cache.stride()
     table = _rows_in_line(inputs.block_table)

@@ -209,7 +209,7 @@ def test_integers_of_32_bits(backend: str) -> None:
 @on(*FAST)
 @pytest.mark.parametrize("axis", range(4))
 def test_offsets_of_64_bits(axis: int, backend: str) -> None:
-    """Blocks, heads, tokens or features lie 2^30 numbers and more apart, and the query's features in columns. Untouched memory
+    """Blocks, heads, tokens or features lie 2^30 numbers and more apart, and the rows of all else in columns. Untouched memory
     costs nothing."""
     of, apart = requests((7, 5), (2, 1), block_size=3, more=0), 2**30 + 8
     inputs = as_dtype(tensors(of, block_size=3, size=3), torch.bfloat16)
@@ -219,9 +219,10 @@ def test_offsets_of_64_bits(axis: int, backend: str) -> None:
         apart if n == axis else math.prod(size for m, size in enumerate(cache.shape) if m > n and m != axis) for n in range(4)
     ]
     spread = wide.as_strided(cache.shape, strides).copy_(cache)
-    call = partial(va.paged_attention_statistics, **of, **groups(of), statistics=STATISTICS, backend=backend)
-    in_columns = inputs["query"].mT.contiguous().mT
-    for got, want in zip(call(in_columns, spread), call(**inputs), strict=True):
+    of |= groups(of)
+    call = partial(va.paged_attention_statistics, statistics=STATISTICS, backend=backend)
+    in_columns = {name: x.mT.contiguous().mT for name, x in (of | inputs).items() if isinstance(x, Tensor) and x.ndim > 1}
+    for got, want in zip(call(**of | in_columns | {"key_cache": spread}), call(**inputs, **of), strict=True):
         assert torch.equal(got, want)
 
 
