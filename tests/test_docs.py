@@ -184,7 +184,11 @@ def test_a_page_can_be_read_at_one_sitting(page):
 
 
 def test_what_a_page_shows_is_there():
-    """Each public call is shown on a page."""
+    """Each public call is shown on a page without an empty section, and CHANGELOG.md names it."""
+    empty = {page: found for page in PAGES if (found := re.findall(r"^## (.+)\n\s*(?=## |\Z)", text(page), re.M))}
+    assert not empty, f"write these sections: {empty}"
+    unnamed = [name for name in CALLS if name not in text("CHANGELOG.md")]
+    assert not unnamed, f"CHANGELOG.md does not say what a user can do with {unnamed}"
     named = {name for page in PAGES for name in re.findall(r"^::: vlattn_fast\.(\S+)$", text(page), re.M)}
     assert {*CALLS} <= named and {example.operator for example in examples(Sizes())} <= {*CALLS}
     for name in named:

@@ -13,7 +13,7 @@ from tests.helpers.ops.backends import F64, HALVES, each, finest, on
 from tests.helpers.ops.core_cases import FEW, check, core_of, made
 from tests.helpers.ops.masks import COMMON, masks_of, real_keys
 from tests.helpers.ops.relevancy_cases import RULES
-from tests.helpers.ops.score_cases import KINDS
+from tests.helpers.ops.score_cases import KINDS, of_kernels
 from vlattn_fast.dispatch import choice
 from vlattn_fast.ops.core_scores import core_lse, core_map, core_step
 
@@ -21,7 +21,7 @@ BACKENDS = ("streaming", "cpu", "triton")
 PLAIN: dict[str, Any] = {"attn_mask": None, "key_mask": None, "is_causal": False, "scale": 1.0}
 
 
-@each("score", **{backend: (*KINDS, "general-tanh-per_head") for backend in BACKENDS})
+@each("score", **{backend: of_kernels(backend, (*KINDS, "general-tanh-per_head")) for backend in BACKENDS})
 def test_every_kind(backend: str, score: str) -> None:
     """Heads that share keys, or with weights of their own values alone; more keys than a tile has, and padding."""
     for rule, row_normalize in RULES:
@@ -39,7 +39,7 @@ def test_one_row_and_more_than_one_product_takes(backend: str, score: str) -> No
 
 @each("dtype", streaming=HALVES, cpu=HALVES, triton=HALVES)
 def test_half_precision(backend: str, dtype: torch.dtype) -> None:
-    for score in KINDS if dtype == torch.bfloat16 else FEW[1:]:
+    for score in of_kernels(backend, KINDS) if dtype == torch.bfloat16 else FEW[1:]:
         for rows in (1, 2):
             inputs, make = made(score, 9, 20, b=1, rows=rows, dtype=dtype)
             check(backend, inputs, make, maps=rows == 1)

@@ -18,6 +18,7 @@ from tests.helpers.compare import LargestAllocation, bytes_of
 from tests.helpers.ops.backends import each, finest, on
 from tests.helpers.ops.derivative_cases import PRODUCTS, Function
 from tests.helpers.ops.every_call import CALLS, WITH_CPU, every_call, small
+from tests.helpers.ops.properties import supported
 from tests.helpers.ops.score_cases import TORCH_JIT
 from vlattn_fast.backends.streaming import _forward_mode, _tiles
 from vlattn_fast.checking.cases import Example, cases_of
@@ -84,8 +85,7 @@ def options_of_every_operator() -> dict[str, Example]:
 
 
 OPTIONS = options_of_every_operator()
-OPERATORS_OF_CPU = {every_call(title, 2).operator for title in OF_CPU}
-OPTIONS_OF_CPU = [title for title, example in OPTIONS.items() if example.operator in OPERATORS_OF_CPU]
+OPTIONS_OF_CPU = {call.title: call for call in supported([*OPTIONS.values()], "cpu")}
 
 
 @each("title", streaming=OPTIONS, cpu=OPTIONS_OF_CPU)

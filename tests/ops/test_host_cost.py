@@ -114,8 +114,8 @@ def vlattn(names: set[str]) -> set[str]:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Bit by bit; but the gradient of a score's one number is a sum over all rows, which torch orders otherwise in a mode."""
-    return torch.equal(one, other) if one.dim() else torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+    """Bit by bit; but a score's numbers and vectors have sums over all rows, which torch orders otherwise in a mode."""
+    return torch.equal(one, other) if one.dim() > 1 else torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != IN_BACKWARD])

@@ -14,12 +14,20 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import assert_all_close_to
+from tests.helpers.ops import score_cases
 from tests.helpers.ops.backends import F64, INTERPRET, assert_refused, each, finest, on
 from tests.helpers.ops.score_cases import ADDITIVE, DOT_PRODUCTS, DV, PUBLIC, SCORES, B, D, H, M, N, call, check, tensors
 from vlattn_fast import scores as S
 
 
-@each("score", streaming=SCORES, sdpa=DOT_PRODUCTS, cpu=SCORES, triton=PUBLIC, cuda=ADDITIVE)
+@each(
+    "score",
+    streaming=SCORES,
+    sdpa=DOT_PRODUCTS,
+    cpu=score_cases.of_kernels("cpu", SCORES),
+    triton=score_cases.of_kernels("triton", PUBLIC),
+    cuda=ADDITIVE,
+)
 def test_every_score(backend: str, score: str) -> None:
     check(backend, *tensors(backend, score))
 

@@ -398,6 +398,6 @@ def as_outputs(tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
     return tuple([None if x is None else x.contiguous() for x in tensors])
 
 
-def as_fake_outputs(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
-    """Returns the fake of `as_outputs`, with outputs like these tensors. An empty one stands for None."""
-    return tuple(like.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
+def as_fake_outputs(tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Returns the fake of `as_outputs`, with outputs like these tensors."""
+    return tuple([None if x is None else x.new_empty(x.shape) for x in tensors])

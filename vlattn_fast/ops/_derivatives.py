@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.tensors import as_fake_outputs
 from vlattn_fast.backends.inputs import named, schema_of
 from vlattn_fast.ops._registration import define, differentiable, not_differentiable
 
@@ -60,18 +61,15 @@ class Derivatives:
         self.needed = [grad for grad in grads if schema_of(self.backward_type).types[grad] is Tensor]  # None is no value
         self.backward = backward
 
-        def jvp_fake(inputs: Any) -> tuple[Tensor, ...]:
+        def jvp_fake(inputs: Any) -> tuple[Tensor | None, ...]:
             outputs = dict(zip(self.outputs, flat(fake(inputs)), strict=True))
-            return tuple([outputs[output].new_empty(outputs[output].shape) for output in grads.values()])
+            return as_fake_outputs([outputs[output] for output in grads.values()])
 
-        def second_fake(inputs: Any) -> tuple[Tensor, ...]:
-            given = list(map(named(inputs).get, self.fields))
-            like = next(x for x in given if x is not None)
-            gradients = [like.new_empty(0) if x is None else x.new_empty(x.shape) for x in given]
+        def second_fake(inputs: Any) -> tuple[Tensor | None, ...]:
+            gradients = as_fake_outputs(map(named(inputs).get, self.fields))
             if not one_sweep:
-                return tuple(gradients)
-            rows = jvp_fake(inputs) if inputs.with_jvp else tuple([like.new_empty(0) for _ in grads])
-            return *rows, *gradients
+                return gradients
+            return *(jvp_fake(inputs) if inputs.with_jvp else [None] * len(grads)), *gradients
 
         single = len(grads) == 1
         self.jvp = define(

@@ -58,9 +58,9 @@ def define(
     """Registers the operator `name(inputs) -> returns` for every device and returns the function that calls it.
 
     `inputs_type` is the operator's NamedTuple of vlattn_fast.backends.inputs, from which its schema follows. The returned
-    function, `implementation` and `fake` take one of it. If an implementation gives None for an output, the function returns
-    None, or an empty tensor, since torch's dispatcher does not support None. Without an implementation the operator is one that a
-    library of torch's stable ABI has registered.
+    function, `implementation` and `fake` take one of it. If both give None for an output, the function returns None, or an empty
+    tensor, since torch's dispatcher does not support None. Without an implementation the operator is one that a library of
+    torch's stable ABI has registered.
 
     torch.compile makes a graph for each value of a float argument. So an operator with floats gets a twin with 0-dim tensors
     instead of them, which compiled code calls if a float varies.
@@ -258,7 +258,7 @@ def _register(
 
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
     operator_name = add_op_namespace_prefix(name)
-    torch.library.register_fake(operator_name, lambda *args: fake(schema.inputs(args)), lib=_LIBRARY)
+    torch.library.register_fake(operator_name, lambda *args: _without_none(fake(schema.inputs(args)), args[first]), lib=_LIBRARY)
     torch.library.register_vmap(operator_name, over_batches(dispatched, schema), lib=_LIBRARY)
     return dispatched
 
@@ -271,6 +271,13 @@ def _note_the_way_out(error: Exception, inputs: Any) -> None:
             f"The backend {backend!r} failed. backend='streaming', or VLATTN_BACKEND=streaming in the environment for all calls, "
             "runs in plain PyTorch on any device"
         )
+
+
+def _without_none(outputs: Any, like: Tensor) -> Any:
+    """Returns empty tensors for None."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    return like.new_empty(0) if outputs is None else tuple([_without_none(x, like) for x in outputs])
 
 
 def _without_views(outputs: Any, like: Tensor, args: tuple[Any, ...]) -> Any:

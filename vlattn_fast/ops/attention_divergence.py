@@ -183,9 +183,9 @@ def _forward_fake(inputs: Any) -> Tensor:
     return query.new_empty(query.shape[0], 1 if inputs.head_mean else query.shape[1], query.shape[2], dtype=compute_dtype(query))
 
 
-def _backward_fake(inputs: AttentionDivergenceBackwardInputs) -> tuple[Tensor, ...]:
+def _backward_fake(inputs: AttentionDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
     needs = inputs.need_own, inputs.need_own, inputs.need_other, inputs.need_other
-    return as_fake_outputs(inputs.query, [getattr(inputs, f) if need else None for f, need in zip(FIELDS, needs, strict=True)])
+    return as_fake_outputs([getattr(inputs, f) if need else None for f, need in zip(FIELDS, needs, strict=True)])
 
 
 _forward_op = define(

@@ -384,14 +384,12 @@ def _forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
     return tuple([x if name in asked else None for name, x in zip(OUTPUTS, outputs, strict=True)])
 
 
-def _forward_fake(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
+def _forward_fake(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
     query, asked = inputs.attention.query, inputs.statistics.split()
     per_row, dtypes = query.shape[:3], {"argmax": torch.int64}
     shapes = {"mass": (*per_row, inputs.num_groups), "received": (*per_row[:2], inputs.attention.key.shape[2])}
     return tuple(
-        query.new_empty(shapes.get(name, per_row), dtype=dtypes.get(name, compute_dtype(query)))
-        if name in asked
-        else query.new_empty(0)
+        query.new_empty(shapes.get(name, per_row), dtype=dtypes.get(name, compute_dtype(query))) if name in asked else None
         for name in OUTPUTS
     )
 
@@ -407,8 +405,8 @@ def _backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor | None,
     return gradients
 
 
-def _backward_fake(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, ...]:
-    return as_fake_outputs(inputs.attention.query, [named(inputs)[field] for field in _FIELDS])
+def _backward_fake(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor | None, ...]:
+    return as_fake_outputs([named(inputs)[field] for field in _FIELDS])
 
 
 _forward_op = define(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlattn_fast import kernels
 from vlattn_fast._ground.checks import check_choice, check_floating, check_tensor, check_token_mask, describe, has_forward_mode
-from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, resolve_scale, scaled_dot_default
+from vlattn_fast._ground.tensors import as_fake_outputs, cast_by_autocast, compute_dtype, resolve_scale, scaled_dot_default
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import congruence_loss as cpu
 from vlattn_fast.backends.cuda import congruence_loss as cuda
@@ -204,9 +204,9 @@ def _forward_fake(inputs: Any) -> tuple[Tensor, Tensor]:
     return loss, loss.new_empty(num_gradients(inputs.kind) * (text.numel() + image.numel()) if saves else 0)
 
 
-def _backward_fake(inputs: Any) -> tuple[Tensor, ...]:
+def _backward_fake(inputs: Any) -> tuple[Tensor | None, ...]:
     n, tensors = num_gradients(inputs.kind), [getattr(inputs, field) for field in CongruenceLossInputs._fields[:8]]
-    return tuple(x.new_empty(x.shape if k % 4 < n else 0) for k, x in enumerate(tensors))
+    return as_fake_outputs([x if k % 4 < n else None for k, x in enumerate(tensors)])
 
 
 # `gradients`: those of each sample's loss, if the backend computes them with it; empty if the backward pass computes them

@@ -151,9 +151,9 @@ def _forward_fake(inputs: Any) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], dtype=compute_dtype(query))
 
 
-def _backward_fake(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor, ...]:
+def _backward_fake(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
     needs = *[inputs.need_attention] * 2, *[inputs.need_index] * 3
-    return as_fake_outputs(inputs.query, [getattr(inputs, f) if need else None for f, need in zip(FIELDS, needs, strict=True)])
+    return as_fake_outputs([getattr(inputs, f) if need else None for f, need in zip(FIELDS, needs, strict=True)])
 
 
 _forward_op = define(

@@ -198,10 +198,10 @@ def _gradients(of_streaming: Callable[..., Any]) -> Callable[[Any], tuple[Tensor
     return lambda inputs: as_outputs(run(inputs))
 
 
-def _backward_fake(x: RecurrentStepBackwardInputs) -> tuple[Tensor, ...]:
+def _backward_fake(x: RecurrentStepBackwardInputs) -> tuple[Tensor | None, ...]:
     pair = (x.value, x.grad_output) if x.rule == "gradient" else (None, None)
     inputs = (x.query, x.key, *pair, x.log_decay, x.beta, x.diagonal) if x.need_inputs else (None,) * 7
-    return as_fake_outputs(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
+    return as_fake_outputs((x.relevancy if x.need_relevancy else None, *inputs))
 
 
 _backward_op = define(

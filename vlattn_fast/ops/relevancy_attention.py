@@ -27,7 +27,7 @@ from vlattn_fast._ground.checks import (
     describe,
     is_dtensor,
 )
-from vlattn_fast._ground.tensors import as_gradient, compute_dtype, empty_rows_first, weigh_rows
+from vlattn_fast._ground.tensors import as_fake_outputs, as_gradient, compute_dtype, empty_rows_first, weigh_rows
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import relevancy_attention as cpu
 from vlattn_fast.backends.cuda import relevancy_attention as cuda
@@ -284,11 +284,11 @@ def _forward(inputs: RelevancyAttentionInputs) -> Rows:
     return out, inputs.carrier.clone(memory_format=torch.contiguous_format), lse, _behind_sink(inputs)
 
 
-def _forward_fake(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_fake(inputs: RelevancyAttentionInputs) -> Rows:
     query, carrier = inputs.attention.query, inputs.carrier
     out = empty_rows_first(query, query.shape[1], query.shape[2], inputs.value.shape[3])
     lse, behind_sink = query.new_empty(query.shape[:3], dtype=lse_dtype(BACKENDS[inputs.backend], query)), _behind_sink(inputs)
-    return out, carrier.new_empty(carrier.shape), lse, query.new_empty(0) if behind_sink is None else behind_sink
+    return out, carrier.new_empty(carrier.shape), lse, behind_sink
 
 
 def _behind_sink(inputs: RelevancyAttentionInputs) -> Tensor | None:
@@ -318,12 +318,11 @@ def _backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, 
     return *grads, *[None if x is None else x.contiguous() for x in (grad_carrier, grad_row_bias)]
 
 
-def _backward_fake(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor, ...]:
+def _backward_fake(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
     query, key, value = inputs.attention.query, inputs.attention.key, inputs.value
     need_inputs = inputs.need_inputs and inputs.grad_out is not None
-    grads = [empty_rows_first(x, *x.shape[1:]) if need_inputs else x.new_empty(0) for x in (query, key, value)]
-    rest = inputs.grad_carrier, inputs.attention.row_bias if need_inputs else None
-    return *grads, *(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in rest)
+    grads = [empty_rows_first(x, *x.shape[1:]) if need_inputs else None for x in (query, key, value)]
+    return *grads, *as_fake_outputs((inputs.grad_carrier, inputs.attention.row_bias if need_inputs else None))
 
 
 _forward_op = define(

@@ -143,12 +143,12 @@ _forward_op = define("relevancy_step", RelevancyStepInputs, "Tensor", launcher(B
 _FIELDS = "relevancy", "query", "key", "value", "grad_output", "lse", "row_bias"
 
 
-def _backward_fake(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
+def _backward_fake(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, ...]:
     needs = dict.fromkeys(_FIELDS, inputs.need_inputs) | {"relevancy": inputs.need_relevancy}
     needs["lse"] &= inputs.need_lse
     needs |= dict.fromkeys(("value", "grad_output"), inputs.need_inputs and inputs.rule == "gradient")
     x = named(inputs)
-    return as_fake_outputs(inputs.attention.query, [x[field] if needs[field] else None for field in _FIELDS])
+    return as_fake_outputs([x[field] if needs[field] else None for field in _FIELDS])
 
 
 _backward_op = define(

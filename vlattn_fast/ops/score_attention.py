@@ -379,10 +379,10 @@ def _backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor | None, ...]
     return *grads, grad_vector, grad_row_bias
 
 
-def _backward_fake(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:
+def _backward_fake(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
     x = inputs.attention
     grads = [empty_rows_first(each, *each.shape[1:]) for each in (x.query, x.key, inputs.value)]
-    return *grads, *as_fake_outputs(x.query, (x.vector, x.row_bias))
+    return *grads, *as_fake_outputs((x.vector, x.row_bias))
 
 
 _forward_op = define(

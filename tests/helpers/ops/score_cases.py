@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to
 from tests.helpers.ops.backends import F64, finest
 from vlattn_fast import scores as S
+from vlattn_fast._ground.score_kinds import kind_of
 
 TORCH_JIT = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own use of it
 Params = dict[str, Tensor]
@@ -155,20 +156,20 @@ FOUND = {  # those without cases of their own
     for per_head in (False, True)
 }
 SCORES |= FOUND
-
-# One for each core score that a kernel computes.
-KINDS = (
-    "dot",
-    "cosine-eps=5",
-    "general-relu-key",
-    "general-leaky=0.3",
-    "general-tanh-key",
-    "general-sigmoid-key",
-    "additive",
-    "hadamard-tanh-key",
-    "hadamard-sigmoid-key",
+CORES = {name: made(case).kind for name, case in SCORES.items()}
+# One for each kind of core score: a clamp that acts on some pairs, a slope that is not the default, else the first that there is
+KINDS = tuple(
+    {"cosine": "cosine-eps=5", "dot_leaky_relu": "general-leaky=0.3"}.get(kind) or next(x for x in CORES if CORES[x] == kind)
+    for kind in dict.fromkeys(CORES.values())
 )
-PRODUCTS = KINDS[: KINDS.index("additive")]  # functions of a product, and not sums over hidden units
+
+
+def of_kernels(backend: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Those whose kind the backend has: its kernels, by the table of kinds."""
+    return tuple(name for name in names if backend == "streaming" or backend in kind_of(CORES[name]).kernels)
+
+
+PRODUCTS = tuple(name for name in of_kernels("triton", KINDS) if kind_of(CORES[name]).of != "units")  # functions of a product
 # What stands between a public score and its kernel: features, weights per head, biases, offsets.
 PUBLIC = (
     "scaled_dot",

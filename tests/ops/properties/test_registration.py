@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.ops.backends import finest
 from tests.helpers.ops.every_call import leaves
-from tests.helpers.ops.properties import SMALL, calls, every, floating, pairs_of
+from tests.helpers.ops.properties import SMALL, calls, every, floating, pairs_of, supported
 from vlattn_fast.checking.cases import Example
 from vlattn_fast.checking.cases._dice import lay_out
 from vlattn_fast.ops._ops import NAMESPACE
@@ -22,7 +23,7 @@ CHECKS = "test_schema", "test_faketensor"
 
 
 class Calls(TorchDispatchMode):
-    """Notes the arguments of our operators, of each choice of those that are None."""
+    """Notes the arguments of our operators, of each choice of dtypes and of those that are None."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,13 +33,13 @@ class Calls(TorchDispatchMode):
         name = func._schema.name.removeprefix(f"{NAMESPACE}::")
         if name in NAMES:
             made = tuple([x.detach() if isinstance(x, Tensor) else x for x in args])
-            self.arguments.setdefault((name, *[x is None for x in made]), made)
+            self.arguments.setdefault((name, *[getattr(x, "dtype", x is None) for x in made]), made)
         return func(*args, **(kwargs or {}))
 
 
-def arguments_of(call: Example, backend: str) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+def arguments_of(call: Example, backend: str, dtype: torch.dtype = torch.float32) -> dict[tuple[Any, ...], tuple[Any, ...]]:
     """Those of a call, of its gradients, its tangents and its second derivatives."""
-    x = leaves(call, {name: lay_out(x, "heads last") for name, x in call.in_dtype(torch.float32).items()})
+    x = leaves(call, {name: lay_out(x, "heads last") for name, x in call.in_dtype(dtype).items()})
     with Calls() as noted:
         made = [y for y in floating(call.run(x, backend=backend)) if y.requires_grad]
         if made:
@@ -55,10 +56,11 @@ def arguments_of(call: Example, backend: str) -> dict[tuple[Any, ...], tuple[Any
 @every("streaming", "cpu", "triton", "cuda")
 @pytest.mark.slow("triton", "cuda")
 def test_opcheck(backend: str, operator: str) -> None:
-    """Schemas, and fakes with the layouts of the results."""
-    found = {}
-    for call in calls(operator, backend, SMALL, torch.float32)[: 1 if backend in ("triton", "cuda") else None]:
-        found = arguments_of(call, backend) | found
+    """Schemas, and fakes with the layouts and dtypes of the results: sums of 16 bits are wider, and of 64 bits, too."""
+    made = calls(operator, backend, SMALL)[: 1 if backend in ("triton", "cuda") else None]
+    found = arguments_of(made[0], backend, finest(backend))
+    for call in supported(made, backend, torch.bfloat16):
+        found = arguments_of(call, backend, torch.bfloat16) | found
     left = {operator} if backend == "streaming" else set()  # is traced once
     for (name, *_), arguments in found.items():
         traced = ("test_autograd_registration", "test_aot_dispatch_dynamic") if name in left else ()

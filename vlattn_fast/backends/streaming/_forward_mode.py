@@ -111,7 +111,7 @@ def tangents_of(run: Callable[[Any], Sequence[Tensor | None]], inputs: Any, kind
         given = [(name, x[name].detach().contiguous(), y) for name, y in tangents.items() if y is not None]
         duals = {name: forward_ad.make_dual(y, tangent.to(y.dtype)) for name, y, tangent in given}  # which must not overlap
         made = [(None, None) if y is None else forward_ad.unpack_dual(y) for y in run(schema_of(kind).from_named(x | duals))]
-        return tuple([y if y is None else torch.zeros_like(y) if tangent is None else tangent for y, tangent in made])
+        return tuple([y if y is None else torch.zeros_like(y) if tangent is None else tangent.to(y.dtype) for y, tangent in made])
 
 
 @contextmanager

@@ -55,7 +55,8 @@ def _gradients(inputs: Any) -> list[Tensor]:
 def _like(inputs: Any, *names: str, **others: Any) -> tuple[Tensor, ...]:
     """Gradients of these arguments, but for `others`."""
     x = named(inputs) | others
-    return as_fake_outputs(inputs.attention.query, [x[name] for name in names])
+    made = as_fake_outputs([x[name] for name in names])
+    return tuple([inputs.attention.query.new_empty(0) if y is None else y for y in made])
 
 
 def _relevancy_fake(inputs: RelevancyAttentionInputs) -> tuple[Tensor, ...]:
