@@ -14,9 +14,6 @@ from vlattn_fast._ground import extras
 # than the releases that `make test` installs, which have all that tests name
 OLDER = bool(extras.missing("transformers", 5, 23))
 OLDER_TORCH = bool(extras.missing("torch", 2, 13))
-needs_stable_abi = pytest.mark.skipif(
-    bool(extras.missing("torch", 2, 10)), reason="torch before 2.10 lacks C functions for operators"
-)
 # the forward pass of transformers 5.24's Llama 4 asks its own output for a field that it lacks
 LLAMA4_FAILS = find_spec("transformers") is not None and version("transformers").startswith("5.24.")
 OLDER_TRITON = bool(extras.missing("triton", 3, 8))

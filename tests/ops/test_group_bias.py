@@ -194,16 +194,6 @@ def test_dropout_drops_what_it_drops_with_a_dense_mask(backend: str) -> None:
 
 
 @on(*backends())
-@pytest.mark.parametrize("empty", ["queries", "keys", "batch"])
-def test_empty_sizes(backend: str, empty: str) -> None:
-    sizes = {"n": N, "m": M, "batch": B} | {{"queries": "n", "keys": "m", "batch": "batch"}[empty]: 0}
-    x, of = leaves(tensors(backend, **sizes)), groups(**sizes)
-    out = va.score_attention(**x, **of, backend=backend)
-    assert out.shape == (sizes["batch"], H, sizes["n"], DV) and not out.any()
-    assert not torch.autograd.grad(out.sum(), x["group_bias"])[0].any()
-
-
-@on(*backends())
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_head_gate(backend: str, per_sample: bool) -> None:
     """The gradient is sum out * dout of each head: first-order patching."""
