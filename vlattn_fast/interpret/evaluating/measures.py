@@ -64,8 +64,10 @@ def score_boxes(plan: Plan, batch: Batch, tally: Tally) -> None:
             for (part, boxes), truth in zip(places.items(), truths, strict=True):
                 values = parts[part]
                 for test in (test for test in plan.tests if test in BOX_SCORES):
-                    known = truth is not None and boxes is not None and values is not None and len(values)
-                    tally.add((name, test, part), BOX_SCORES[test](values, boxes, truth) if known else None)
+                    if truth is None or boxes is None or values is None or not len(values):
+                        tally.add((name, test, part), None)
+                    else:
+                        tally.add((name, test, part), BOX_SCORES[test](values, boxes, truth))
 
 
 def perturb(plan: Plan, judge: Judge, batch: Batch, tally: Tally) -> None:

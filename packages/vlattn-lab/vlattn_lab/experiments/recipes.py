@@ -62,8 +62,8 @@ class Asked:
         even = recipes.even_heads(self.model, self.inputs, self.said.tolist(), self.layers, SHARE)
         if chosen == "even":
             return even
-        drawn = torch.randperm(4 * len(self.layers), generator=torch.Generator().manual_seed(0))
-        drawn = drawn[: sum(map(len, even.values()))].tolist()
+        order = torch.randperm(4 * len(self.layers), generator=torch.Generator().manual_seed(0)).tolist()
+        drawn = order[: sum(map(len, even.values()))]
         return {layer: some for n, layer in enumerate(self.layers) if (some := sorted(i % 4 for i in drawn if i // 4 == n))}
 
 
@@ -105,12 +105,14 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
 def prompts(cell: Cell, scenes: Questions, settings: Settings) -> Asked:
     images, count = scenes.images * SHADES[cell["shade"]], len(scenes)
     how: dict[str, Any]
+    tower: recipes.Tower
+    layers: tuple[int, ...]
     if cell["kind"] == "one sequence":
         model: Any = trained(cell["seed"], settings)
         given = inputs(images, torch.full((count, 1), START))
         how = {"max_new_tokens": WORDS, "min_new_tokens": WORDS, "do_sample": False, "suppress_tokens": [IMAGE]}
-        tower, layers, patches = None, range(4), given["input_ids"] == IMAGE
-        before = given["input_ids"].shape[1]
+        tower, layers, before = None, (0, 1, 2, 3), given["input_ids"].shape[1]
+        patches = given["input_ids"] == IMAGE
     else:
         model, processor = load_captioner()
         given, how = dict(processor(images, scenes.questions)), {"max_new_tokens": LONGEST, "stop_token": END}
