@@ -93,7 +93,8 @@ def drawn(count: int, seed: int) -> list[Mutant]:
     for in_cpp, number in ((False, count - count // CPP), (True, count // CPP)):
         kinds = [chance.sample(groups[kind], len(groups[kind])) for kind in sorted(groups) if kind[0] == in_cpp]
         turns = (kind.pop() for _ in range(number) for kind in kinds if kind)
-        chosen += [mutant for mutant, _ in zip(turns, range(number), strict=False)]
+        some = [mutant for mutant, _ in zip(turns, range(number), strict=False)]
+        chosen += sorted(some, key=lambda one: one.file) if in_cpp else some  # two faults in a row in one object: one build
     return chosen
 
 
