@@ -106,7 +106,7 @@ DAMAGES = ["cut", "cut within its header", "no shard", "lines", "length", "heade
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.slow
+@pytest.mark.slow("cut", "no", "lines", "length", "header", "name", "shape")  # all but facts
 def test_a_damaged_shard_is_named_and_explained_anew(models, four, tmp_path, damage):
     rows, run = four
     assert vlattn(*run).exit_code == 0
