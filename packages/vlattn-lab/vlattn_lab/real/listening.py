@@ -17,7 +17,8 @@ from torch import Tensor
 
 import vlattn_fast as va
 from vlattn_lab.real.reading import Kept
-from vlattn_lab.real.voice import RATE, SENTENCES, VOICES, Speech, spoken
+from vlattn_lab.real.voice import RATE, SENTENCES, Speech, spoken, spoken_by
+from vlattn_lab.speech import NO_TIMESTAMPS, START
 
 COUNT = 12  # right sentences of each voice
 STEP, MARGIN = 0.02, 0.1  # seconds of a position of the encoder, and around a word
@@ -63,12 +64,12 @@ def plain(text: str) -> list[str]:
 
 def heard(listener: Listener, number: int) -> Row:
     """The model's answer to a sentence, and the seconds between which each word is spoken."""
-    speech = spoken(number)
+    speech, (source, voice) = spoken(number), spoken_by(number)
     ids = listener.answer(speech)
     answer = listener.processor.tokenizer.decode(ids)
     return {
-        **{"task": "sentence", "number": number, "voice": VOICES[number % len(VOICES)], "source": SENTENCES[number]},
-        **{"answer": answer, "ids": ids, "right": plain(answer) == plain(SENTENCES[number]), "end": round(speech.end, 3)},
+        **{"task": "sentence", "number": number, "voice": voice, "source": source},
+        **{"answer": answer, "ids": ids, "right": plain(answer) == plain(source), "end": round(speech.end, 3)},
         "words": [[word, round(begin, 3), round(end, 3)] for word, begin, end in speech.words],
     }
 
@@ -76,7 +77,8 @@ def heard(listener: Listener, number: int) -> Row:
 def map_row(listener: Listener, sentence: Row, method: va.methods.Method) -> Row:
     """Of the map of each token of a word: whether its largest entry lies in the word, with MARGIN around it; the share of its
     positive part there; and the second of the largest entry."""
-    inputs = listener.inputs(spoken(sentence["number"]))
+    begin = {"decoder_input_ids": torch.tensor([[START, NO_TIMESTAMPS]])}  # as the answer was generated
+    inputs = {**listener.inputs(spoken(sentence["number"])), **begin}
     explained = va.explain(listener.model, inputs, answer=[sentence["ids"]], method=method)
     maps = next(maps for name, maps in explained.relevancy.items() if name in ("sound", "tower0", "input_features"))[0]
     step = STEP if maps.shape[-1] == listener.model.config.max_source_positions else STEP / 2  # frames of 10 ms, two a position
@@ -95,8 +97,8 @@ def map_row(listener: Listener, sentence: Row, method: va.methods.Method) -> Row
 def rows(listener: Listener, kept: Kept) -> Iterator[Row]:
     """All rows that are kept or measured before the time is over, rule by rule; progress goes to stderr."""
     right = list[Row]()
-    for number in range(len(SENTENCES)):
-        if sum(row["voice"] == VOICES[number % len(VOICES)] for row in right) < COUNT:
+    for number in range(2 * len(SENTENCES)):
+        if sum(row["voice"] == spoken_by(number)[1] for row in right) < COUNT:
             for row in kept.get(f"sentence {number}", partial(heard, listener, number)):
                 yield row
                 right += [row] if row["right"] else []

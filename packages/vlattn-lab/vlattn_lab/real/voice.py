@@ -98,10 +98,15 @@ def _library() -> tuple[Any, int]:
     return library, library.espeak_Initialize(2, 0, None, 0)  # 2: it returns when all is spoken
 
 
+def spoken_by(number: int) -> tuple[str, str]:
+    """A sentence of the list and its voice: voices take turns, and the second time each sentence has another one."""
+    return SENTENCES[number % len(SENTENCES)], VOICES[(number + number // len(SENTENCES)) % len(VOICES)]
+
+
 def spoken(number: int) -> Speech:
-    """A sentence of the list after half a second to three seconds of silence; voices take turns."""
+    """A sentence after half a second to three seconds of silence."""
     lead = np.zeros(int(RATE * random.Random(number).uniform(0.5, 3)), np.float32)
-    speech, before = say(SENTENCES[number], VOICES[number % len(VOICES)]), len(lead) / RATE
+    speech, before = say(*spoken_by(number)), len(lead) / RATE
     return Speech(np.concatenate([lead, speech.wave]), [(word, a + before, b + before) for word, a, b in speech.words])
 
 
