@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ WITHOUT = {
 ELSEWHERE = {  # encoders whose record is compared with stored maps alone: tests/interpret/adapters/test_encoders.py
     "GitForCausalLM": "it reads the last token, as decoders do",
     "DeiTForImageClassificationWithTeacher": "its score reads two tokens, and its record the first",
-    "OwlViTModel": "it reads the largest id of a text, which is not the end of a tiny model's",
+    **dict.fromkeys(("Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification"), "it reads a token and a mean"),
 }
 POOLED = ("pooler_output", "text_embeds", "image_embeds", "last_hidden_state", "multimodal_embeddings")
 
@@ -56,7 +57,8 @@ def cases() -> list[Any]:
 def found(name: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
     """A model with its inputs and the options of `explain`, once for all tests of a class."""
     model, errors = small_model(getattr(transformers, name)).double(), []
-    for mapping in ("image-text", "zero-shot", "text", "image"):
+    first = ("zero-shot", "image-text") if va.interpret.ADAPTERS[name].score == "pair" else ("image-text", "zero-shot")
+    for mapping in (*first, "text", "image"):
         for make in inputs_of(mapping, model):
             inputs = {key: x.double() if x.is_floating_point() else x for key, x in make().items()}
             if not inputs.get("attention_mask", torch.ones(1, 1))[:, 0].all():
@@ -102,8 +104,8 @@ def test_a_sample_of_a_batch_is_explained_as_alone_whatever_its_padding_holds(na
 
 @pytest.mark.filterwarnings("ignore:.*")  # of random models
 @pytest.mark.parametrize("name", [name for name in ENCODERS if name not in {**WITHOUT, **ELSEWHERE}])
-def test_the_record_of_an_encoder_reads_where_its_score_does(name: str) -> None:
-    """The gradient of a callable's score names the token that it is read from."""
+def test_the_record_of_an_encoder_reads_where_its_score_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the score names the token that it is read from."""
     model, inputs, options = found(name)
     adapter = va.interpret.ADAPTERS[name]
     if options:  # without logits: methods without a gradient read where the record says
@@ -113,9 +115,10 @@ def test_the_record_of_an_encoder_reads_where_its_score_does(name: str) -> None:
         rows = {tower: torch.zeros(len(at), sizes[tower]).scatter_(1, at, 1.0) for tower, at in read.items()}
         by_score = va.explain(model, inputs, method="attention", position=rows or None).relevancy
     else:
-        pair = adapter.score == "pair"
-        score = lambda o: o.logits_per_image.diagonal() if pair else getattr(o, adapter.logits)[:, 0]  # noqa: E731
-        by_record = va.explain(model, inputs, target=None if pair else 0).relevancy
-        by_score = va.explain(model, inputs, target=score).relevancy
+        target = None if adapter.score == "pair" else 0
+        by_record = va.explain(model, inputs, target=target).relevancy
+        found_out = tuple(tower if tower.pooling else replace(tower, position="gradient") for tower in adapter.towers)
+        monkeypatch.setitem(va.interpret.ADAPTERS, name, replace(adapter, towers=found_out))
+        by_score = va.explain(model, inputs, target=target).relevancy
     for tower, rows_of_record in by_record.items():
         assert_close(by_score[tower], rows_of_record, tower)
