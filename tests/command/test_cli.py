@@ -25,17 +25,6 @@ def clip(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_explain_several_texts_as_html(clip, picture, tmp_path):
-    out = tmp_path / "out.html"
-    texts = ("--text", "a red square", "--text", "a blue circle")
-    result = vlattn("explain", "--model", clip, "--image", picture, *texts, "--out", out)
-    assert result.exit_code == 0, result.output
-    page = out.read_text()
-    assert page.count("data:image/jpeg;base64") == 1 and "square" in page and "circle" in page
-    assert "score 0:" in result.output and "score 1:" in result.output
-
-
-@pytest.mark.slow
 def test_explain_the_next_token_of_a_decoder(llava, picture, tmp_path):
     out = tmp_path / "out.html"
     result = vlattn("explain", "--model", llava, "--image", picture, "--text", "a red square", "--out", out, "--target", 5)

@@ -119,16 +119,3 @@ def stored(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     outputs = model(input_ids=tokens, attention_mask=real, pixel_values=inputs["pixel_values"], output_attentions=True)
     model.set_attn_implementation(before)
     return outputs.attentions[-1].double().mean(1)
-
-
-def test_attention_moves_to_the_evidence(recipe, given):
-    model, processor, data = given
-    kind, before, last = recipe["AttentionGRPOTrainer"], {name: x.clone() for name, x in given[0].state_dict().items()}, []
-    kind.divergence_weight = 0.0
-    for kind.evidence_weight in (0.0, 10.0):
-        model.load_state_dict(before)
-        trainer = recipe["train"](model, processor, data, max_steps=24, learning_rate=1e-2, **OPTIONS)
-        shares = [float(line["evidence"]) for line in trainer.state.log_history if "evidence" in line]
-        assert len(shares) == 24
-        last.append(sum(shares[-4:]) / 4)
-    assert last[1] > last[0] + 0.05

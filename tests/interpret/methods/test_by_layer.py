@@ -229,6 +229,7 @@ def test_multiples_without_maps(case, tmp_path):
             {"method": va.methods.Gradient(start_layer=1)},
             r"method must have neither start_layer nor through_connector; got 'gradient\(.*start_layer=1\)'",
         ),
+        ({"method": va.methods.Gradient(through_connector=True)}, "neither start_layer nor through_connector"),
     ],
 )
 def test_bad_options(case, options, message):
@@ -254,9 +255,3 @@ def test_bad_kinds(case):
         got.at(0, 0)
     with pytest.raises(ValueError, match="others must be empty for a LayerExplanation; got 1 explanations"):
         got.to_html(others=[got])
-
-
-@pytest.mark.parametrize("case", ["llava"], indirect=True)
-def test_through_a_connector_is_refused(case):
-    with pytest.raises(ValueError, match="method must have neither start_layer nor through_connector"):
-        explain_layers(case.model, case.inputs, per="layer", method=va.methods.Gradient(through_connector=True))

@@ -142,29 +142,6 @@ def test_models_without_attention_in_some_layer(mapping, name):
 IDS = torch.tensor([[2, 17, 42, 8, 3], [2, 23, 3, 1, 1]])
 
 
-class Words(nn.Module):
-    """Embeddings, a recurrence, and a sum over the tokens: no attention, no list of layers."""
-
-    def __init__(self, size: int, middle) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.words, self.middle, self.head = nn.Embedding(size, 6), middle(), nn.Linear(6, 4)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        states = self.middle(self.words(input_ids))
-        return self.head(states[0] if isinstance(states, tuple) else states).sum(1) - 4 * self.head.bias
-
-
-def test_ids_of_a_model_without_an_adapter():
-    model = Words(60, lambda: nn.GRU(6, 6, batch_first=True)).double()
-    got = explain(model, {"input_ids": IDS}, method="input_gradient")
-    embeddings = model.words(IDS).detach().requires_grad_()
-    logits = model.head(model.middle(embeddings)[0]).sum(1) - 4 * model.head.bias
-    (grad,) = torch.autograd.grad(logits.max(-1).values.sum(), embeddings)
-    assert list(got.relevancy) == ["input_ids"] and got.target == logits.argmax(-1).tolist()
-    torch.testing.assert_close(got.relevancy["input_ids"], (embeddings * grad).sum(-1).detach())
-
-
 class Sees(nn.Module):
     """Convolutions over a picture, and features, ids and a row of numbers beside it."""
 
@@ -400,16 +377,6 @@ def test_all_towers_are_scaled_together(case, request):
             sums[name] += (values * grad).sum(-1) / 4
     for name, row in got.relevancy.items():
         close(row, sums[name])
-
-
-@pytest.mark.parametrize("case", ["bert"], indirect=True)
-def test_the_class_is_that_of_the_whole_input(case):
-    """At every step, also where scaled embeddings have another; an answer and a callable stay as they are."""
-    got = explain(case.model, case.inputs, method=va.methods.IntegratedGradients(n_steps=3))
-    named = explain(case.model, case.inputs, target=got.target, method=va.methods.IntegratedGradients(n_steps=3))
-    assert torch.equal(got.relevancy["text"], named.relevancy["text"])
-    plain = explain(case.model, case.inputs, method="input_gradient")
-    assert got.target == plain.target and torch.allclose(got.scores, plain.scores)
 
 
 def test_no_step_outlives_the_next(monkeypatch):
