@@ -14,7 +14,7 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.ops.backends import assert_refused
-from tests.helpers.ops.score_formulas import pair_scores
+from tests.helpers.ops.derivative_formulas import FORMULAS
 from vlattn_fast import scores
 from vlattn_fast.checking import fuzz, verify
 from vlattn_fast.checking.cases import Sizes, _dice, cases_of
@@ -97,26 +97,28 @@ def test_two_scores_of_one_name_are_refused(toy: type[Any], tmp_path: Path) -> N
     del sys.modules["vlattn_fast.scores.twin"]
 
 
-@pytest.mark.parametrize("kind", scores.SCORES.values(), ids=scores.SCORES)
-def test_the_operators_page_names_each_score(kind: type[scores.Score]) -> None:
-    shown = f'"{kind.name}"' if not kind.parameters else f"`scores.{kind.__name__}("
-    assert shown in (ROOT / "docs/operators/score_attention.md").read_text(encoding="utf-8")
+def test_the_page_and_the_layer_name_each_score() -> None:
+    page = (ROOT / "docs/operators/score_attention.md").read_text(encoding="utf-8")
+    shown = [f"`scores.{kind.__name__}(" if kind.parameters else f'"{kind.name}"' for kind in scores.SCORES.values()]
+    missing = (
+        [name for name in shown if name not in page],
+        [x for x in scores.layers() if f'"{x}"' not in inspect.getdoc(ScoreAttention)],
+    )
+    assert missing == ([], []), "docs/operators/score_attention.md, and the docstring in vlattn_fast/nn/score_attention.py"
 
 
-@pytest.mark.parametrize("name", scores.layers())
-def test_the_layer_names_each_score(name: str) -> None:
-    assert f'"{name}"' in inspect.getdoc(ScoreAttention), f'"{name}" in the docstring of vlattn_fast/nn/score_attention.py'
-
-
-@pytest.mark.parametrize("name", scores.SCORES)
-def test_verify_and_the_second_formulas_have_each_score(name: str) -> None:
-    query, key = torch.randn(2, 1, 2, 3, 4).unbind(0)  # of as many heads as the parameters
-    calls = cases_of("score_attention").verify(torch.Generator().manual_seed(0), Sizes(3, 5, 4))
-    made = [scores.resolve(call.arguments(call.tensors).get("score", "scaled_dot")) for call in calls]
-    assert name in {score.name for score in made} | {"dot"}, f"vlattn_fast/checking/cases/score_attention.py has no {name}"
-    for score in made:
-        if score.name == name:
-            pair_scores(score, *(x.double() for x in (query, key)))
+def test_each_score_is_verified_and_has_its_second_formula_with_the_default_scale() -> None:
+    formula, seen = FORMULAS["score_attention"], {"dot"}
+    for each in cases_of("score_attention").verify(torch.Generator().manual_seed(0), Sizes(3, 5, 4)):
+        arguments = {name: x for name, x in each.arguments(each.tensors).items() if name != "scale"}
+        seen.add(scores.resolve(arguments.get("score", "scaled_dot")).name)
+        ours = va.score_attention(**arguments, backend="streaming")
+        torch.testing.assert_close(
+            ours[0] if isinstance(ours, tuple) else ours,
+            formula(**arguments)[0],
+            msg=lambda text, each=each: f"{each.title}: {text}",
+        )
+    assert seen == {*scores.SCORES}, "a call of each score in vlattn_fast/checking/cases/score_attention.py"
 
 
 def test_a_limit_of_features_counts_those_that_a_score_adds() -> None:

@@ -62,9 +62,8 @@ def _verified_scores(generator: torch.Generator, sizes: Sizes, qkv: Tensors, opt
             }
             make = partial(kind, **fixed)
             returns_lse = make(**parameters).is_dot_product and name != "general"  # SDPA returns none: so it is checked, too
-            chosen, attended = {**options, "return_lse": returns_lse}, qkv
-            if not kind.parameters:
-                chosen["scale"] = 4.0  # such as a cosine's, which is at most 1
+            scale = 0.7 if kind.parameters else 4.0  # such as a cosine's, which is at most 1
+            chosen, attended = {**options, "return_lse": returns_lse, "scale": scale}, qkv
             if fixed.get("activation") == "sigmoid":
                 # scores are at most 1, and many are near it: keys that grow with their index have larger ones in the last tile
                 chosen["scale"] = 4.0
