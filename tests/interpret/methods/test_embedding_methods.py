@@ -142,6 +142,19 @@ def test_models_without_attention_in_some_layer(mapping, name):
 IDS = torch.tensor([[2, 17, 42, 8, 3], [2, 23, 3, 1, 1]])
 
 
+class Words(nn.Module):
+    """Embeddings, a recurrence, and a sum over the tokens: no attention, no list of layers."""
+
+    def __init__(self, size: int, middle) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.middle, self.head = nn.Embedding(size, 6), middle(), nn.Linear(6, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        states = self.middle(self.words(input_ids))
+        return self.head(states[0] if isinstance(states, tuple) else states).sum(1) - 4 * self.head.bias
+
+
 class Sees(nn.Module):
     """Convolutions over a picture, and features, ids and a row of numbers beside it."""
 
