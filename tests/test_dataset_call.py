@@ -82,6 +82,15 @@ def test_a_model_and_inputs_in_memory(vit: Path, pictures: Path, tmp_path: Path)
         va.explain_dataset(model, rows, out, processor=processor)
 
 
+def test_no_batch_has_more_samples_than_it_may(vit: Path, tmp_path: Path) -> None:
+    model, sizes = load_model(str(vit))[0], []
+    model.register_forward_pre_hook(lambda _, args, inputs: sizes.append(len(inputs["pixel_values"])), with_kwargs=True)
+    pixels = torch.rand(4, 3, model.config.image_size, model.config.image_size)
+    items = [{"pixel_values": part} for part in pixels.split([1, 2, 1])]
+    va.explain_dataset(model, items, tmp_path / "out", target=1, batch_size=2)
+    assert sizes == [1, 2, 1]
+
+
 def test_a_run_in_which_all_failed_begins_anew(vit: Path, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert va.explain_dataset(vit, pictures, out, target=99).failed == 3

@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +84,18 @@ def tests_by_function() -> dict[str, list[tuple[float, str]]]:
 
 
 def drawn(count: int, seed: int) -> list[Mutant]:
-    """Of each kind about as many, and one of CPP in C++."""
+    """Of each kind about as many, and one of CPP in C++; an edit of the source changes no other place's turn."""
     groups = defaultdict[tuple[bool, str], list[Mutant]](list)
     for file in _files(*CORE):
-        if file.endswith((".py", ".cpp", ".h")):
+        if file.endswith((".py", ".cpp")):  # a header would rebuild every object
             for mutant in mutants(ROOT, file):
                 groups[not file.endswith(".py"), mutant.kind].append(mutant)
-    chance, chosen = random.Random(seed), list[Mutant]()
+    for group in groups.values():
+        group.sort(key=lambda mutant: sha256(f"{seed} {key_of(mutant)}".encode()).digest())
+    chosen = list[Mutant]()
     for in_cpp, number in ((False, count - count // CPP), (True, count // CPP)):
-        kinds = [chance.sample(groups[kind], len(groups[kind])) for kind in sorted(groups) if kind[0] == in_cpp]
-        turns = (kind.pop() for _ in range(number) for kind in kinds if kind)
-        some = [mutant for mutant, _ in zip(turns, range(number), strict=False)]
+        kinds = [groups[kind] for kind in sorted(groups) if kind[0] == in_cpp]
+        some = [mutant for turn in zip_longest(*kinds) for mutant in turn if mutant][:number]
         chosen += sorted(some, key=lambda one: one.file) if in_cpp else some  # two faults in a row in one object: one build
     return chosen
 

@@ -62,12 +62,13 @@ def mutants(root: Path, file: str) -> list[Mutant]:
 def _in_cpp(file: str, text: str) -> Iterator[Mutant]:
     start = 0
     for number, line in enumerate(text.splitlines(keepends=True), 1):
-        code = line.partition("//")[0]
+        code = line.partition("//")[0].rstrip()
+        begin = len(code) - len(code.lstrip())
         if not re.match(r"\s*(#|template|static_assert|FIELDS|EXPORT)", code):
             for kind, (pattern, instead) in IN_CPP.items():
                 for match in re.finditer(pattern, code):
-                    place = start + match.start(1), start + match.end(1)
-                    yield Mutant(file, number, "", kind, *place, match[1], instead[match[1]])
+                    after = code[begin : match.start(1)] + instead[match[1]] + code[match.end(1) :]
+                    yield Mutant(file, number, "", kind, start + begin, start + len(code), code[begin:], after)
         start += len(line)
 
 
