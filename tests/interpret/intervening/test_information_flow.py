@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import vlattn_fast as va
+from tests.helpers.interpret import encoder_cases
 from tests.helpers.interpret.edited_maps import llama, made
 
 
@@ -49,6 +50,15 @@ def test_answers_and_single_samples_are_joined() -> None:
     assert axes.get_lines()[0].get_xdata().tolist() == [0, 1, 2]
     two = replace(both, probability=both.probability[:, 1:], layers=(4, 5)).plot().axes[0]
     assert two.get_lines()[0].get_xdata().tolist() == [4, 5] and all(tick == round(tick) for tick in two.get_xticks())
+
+
+def test_an_answer_behind_patches() -> None:
+    """GIT's logits start with those of its patches."""
+    case, answer = encoder_cases.git(), [[5, 6], [7, 8]]
+    model, inputs = case.model.eval(), case.inputs
+    flow = va.information_flow(model, [(inputs, answer)], window=1)
+    explained = va.explain(model, inputs, answer=answer, per_token=False)
+    torch.testing.assert_close(flow.base, explained.scores.exp(), check_dtype=False)
 
 
 def test_a_window_is_a_quarter_of_the_layers() -> None:
