@@ -160,7 +160,7 @@ def test_the_part_that_the_model_saw_is_known(vit, picture):
         (["--out", "x.png", "--image", "PICTURE", "--workers", "0"], "--dataset must be given with --workers; got none"),
         (["--out", "x.png", "--image", __file__], "which PIL cannot read"),
         (["--out", "x.png", "--image", "missing.png"], "missing.png"),
-        (["--out", "x.png", "--image", "PICTURE", "--start-layer", "9"], "--start-layer must be from -1"),
+        (["--out", "x.png", "--image", "PICTURE", "--start-layer", "9"], "--start-layer must be from -2 to 1"),
         (["--out", "x.png", "--image", "PICTURE", "--device", "meta"], "--device meta: its tensors have no values"),
     ],
 )

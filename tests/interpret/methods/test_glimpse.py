@@ -152,7 +152,7 @@ def test_one_backward_pass_and_no_map(monkeypatch):
 
 @pytest.mark.parametrize("case", ["vit"], indirect=True)
 def test_bad_options(case):
-    with pytest.raises(ValueError, match="start_layer must be from -1"):
+    with pytest.raises(ValueError, match="start_layer must be from -3 to 2"):
         explain(case.model, case.inputs, method=va.methods.Glimpse(start_layer=3))
     with pytest.raises(ValueError, match="method must be 'gradient' or 'attention', .*; got 'glimpse'"):
         explain_layers(case.model, case.inputs, method="glimpse", per="layer")

@@ -128,7 +128,7 @@ def test_blocks_without_the_map_that_is_asked_for() -> None:
         va.explain(nemotron, WHOLE, method=va.methods.Gradient(start_layer=number)).relevancy["language"] for number in (1, 2, -1)
     ]
     assert torch.equal(rows[0], rows[1]) and torch.equal(rows[1], rows[2])
-    with pytest.raises(ValueError, match=r"start_layer must be from -1 \(the last layer\) to 2"):
+    with pytest.raises(ValueError, match=r"start_layer must be from -3 to 2"):
         va.explain(nemotron, WHOLE, method=va.methods.Gradient(start_layer=3))
     for number, why in ((0, "'model.layers.0.mixer' .*, without a softmax"), (1, "")):
         with pytest.raises(ValueError, match=rf"layers must be among \[2\], which have attention; got {number}, {why}"):

@@ -74,7 +74,7 @@ def test_each_call_is_a_layer(kind):
     place = Place("blocks", first_rows(7), inputs["attention_mask"])
     check(model, inputs, {"tower0": place}, target, METHODS, position="cls", target=target)
     assert explain_layers(model, inputs, per="layer", position="cls", target=target).relevancy["tower0"].shape == (3, 2, 7)
-    with pytest.raises(ValueError, match=r"start_layer must be from -1 \(the last layer\) to 2"):
+    with pytest.raises(ValueError, match=r"start_layer must be from -3 to 2"):
         explain(model, inputs, method=va.methods.Gradient(start_layer=3), position="cls", target=target)
 
 
