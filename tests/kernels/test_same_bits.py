@@ -16,6 +16,7 @@ BATCH = 3
 SIZES = Sizes(17, 17, 16, 16, regions=5, words=4, features=16, images=BATCH, captions=2, batch=BATCH, heads=4)
 
 
+@pytest.mark.slow("attention_divergence", "attention_map", "congruence_loss", "indexer_divergence")  # the longest
 @pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if "triton" in operator.backends])
 def test_same_bits(name: str) -> None:
     run = Run(next(iter(calls(name, SIZES))), "triton", torch.float32, BATCH)

@@ -45,6 +45,7 @@ def test_logits_far_from_zero(backend: str, rule: str) -> None:
         check(backend, "step", shifted, dtype, rule=rule)
 
 
+@pytest.mark.slow("triton")
 @on("streaming", "cpu", "triton")
 @pytest.mark.parametrize("operator", ["step", "map"])
 def test_a_sink_and_the_lse_that_holds_it(backend: str, operator: str) -> None:

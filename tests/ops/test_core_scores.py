@@ -37,6 +37,7 @@ def test_one_row_and_more_than_one_product_takes(backend: str, score: str) -> No
         check(backend, inputs, make, maps=False)
 
 
+@pytest.mark.slow("triton")
 @each("dtype", streaming=HALVES, cpu=HALVES, triton=HALVES)
 def test_half_precision(backend: str, dtype: torch.dtype) -> None:
     for score in of_kernels(backend, KINDS) if dtype == torch.bfloat16 else FEW[1:]:

@@ -56,6 +56,7 @@ def check(example: Example, backend: str, products: tuple[str, ...] = tuple(PROD
             assert errors.ratio() <= 1.0, f"{example.title} {product} {n}: {errors}"
 
 
+@pytest.mark.slow("reference")
 @each("title", streaming=TITLES, reference=TITLES, cpu=OF_CPU)
 def test_every_call(backend: str, title: str) -> None:
     check(every_call(title, 4), backend)
@@ -246,7 +247,7 @@ def test_no_map_is_in_memory(title: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 # torch.compile leaves out the backward pass of relevancy_residual's Function within torch.func.grad
 @each("title", streaming=OF_OPERATORS, cpu=[title for title in OF_OPERATORS if title in WITH_CPU])
-@pytest.mark.slow("cpu", "token_scores", "damsm_similarity", *({*OPERATORS} - {"score_attention", "maxsim", "recurrent_step"}))
+@pytest.mark.slow("cpu", "token_scores", "damsm_similarity", *({*OPERATORS} - {"score_attention"}))
 def test_compiled(backend: str, title: str) -> None:
     f = Function(every_call(title, 4), backend)
     x = tuple(y.detach().to(finest(backend)) for y in f.example.tensors.values())
@@ -272,6 +273,7 @@ def test_compiled_code_opens_levels_without_python(title: str, product: str) -> 
     torch.testing.assert_close(compiled(x, u), run(x, u))
 
 
+@pytest.mark.slow
 def test_compiled_hessian_products_of_leaves() -> None:
     """AOT autograd asks for the third derivative of inputs that require grad."""
     compiled, run, x, u = compiled_and_not("score_attention", "forward_over_reverse", "aot_eager")

@@ -103,8 +103,9 @@ def drawn(count: int, seed: int) -> list[Mutant]:
 def outcome(mutant: Mutant, tests: dict[str, list[tuple[float, str]]]) -> dict[str, Any]:
     in_cpp = not mutant.file.endswith(".py")
     if in_cpp:
-        name = f"vlattn_fast/backends/cpu/{Path(mutant.file).stem}.py"
-        reaching = tests.get(name) or tests.get("vlattn_fast/backends/cpu/_attention.py", [])
+        callers, stem = (ROOT / "vlattn_fast/backends/cpu").glob("*.py"), Path(mutant.file).stem
+        named = [str(each.relative_to(ROOT)) for each in callers if re.search(rf"\b{stem}\b", each.read_text())]
+        reaching = sorted({one for name in named for one in tests.get(name, [])})
     else:
         # what runs when its module is imported is of no test, and so of all that reach the module
         reaching = tests.get(f"{mutant.file}:{mutant.function}") or tests.get(mutant.file, [])
