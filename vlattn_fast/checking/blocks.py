@@ -70,6 +70,8 @@ def _blocks(arguments: Arguments, numbers: int) -> Iterator[tuple[slice, list[sl
     score = arguments.get("score")
     pair_size = 1 if score is None or scores.resolve(score).is_dot_product else size  # such formulas hold features for a pair
     rows = max(1, min(queries, numbers // max(1, heads * keys * pair_size)))
+    if {"diagonal", "distance"} & {*(arguments.get("statistics") or ())}:  # whose formulas count queries from the first one
+        rows = queries
     samples = max(1, numbers // max(1, heads * keys * pair_size * queries))
     blocks = [slice(i, min(i + rows, queries)) for i in range(0, queries, rows)] or [slice(0, 0)]
     for first in range(0, batch, samples):
