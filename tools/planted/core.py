@@ -133,6 +133,8 @@ def outcome(mutant: Mutant, tests: dict[str, list[tuple[float, str]]]) -> dict[s
     if status in (4, 5):  # pytest's, for tests that it does not find
         raise SystemExit(f"{mutant.name}: the tests that reach it do not run\n{said}")
     first = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.MULTILINE)
+    if first and _run(["-q", first[1]], {}, timeout=None)[0] != 0:
+        raise SystemExit(f"{first[1]} fails without a fault")
     return {"state": "seen", "by": first[1] if first else f"status {status}"}
 
 
