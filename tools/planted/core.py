@@ -196,7 +196,8 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
     def store() -> None:
-        TABLE.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
+        lines = (f"{json.dumps(key)}: {json.dumps(row)}" for key, row in sorted(rows.items()))
+        TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
     if options.equivalent:
         name, why = options.equivalent
