@@ -56,8 +56,7 @@ def with_progress(items: Iterable[T], what: str, **options: Any) -> Iterable[T]:
     """Returns `items`, with a progress bar that appears after two seconds; `options` are tqdm's.
 
     Bars are drawn on a terminal or in a notebook, if tqdm is installed; elsewhere, such as in a log file, a line is written each
-    minute. `without_progress` and TQDM_DISABLE=1 in the
-    environment switch all of them off.
+    minute. `without_progress` and TQDM_DISABLE=1 in the environment switch all of them off.
     """
     bar = _bar(items, what, options)
     return items if bar is None else bar

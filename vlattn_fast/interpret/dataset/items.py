@@ -20,6 +20,7 @@ from vlattn_fast.interpret.result.figures.photos import open_image, to_rgb
 
 COLUMNS = ("image", "text", "target", "answer", "id")
 TRUTHS = ("boxes", "text_truth")  # columns that only `evaluate` reads
+_READ = (*COLUMNS, *TRUTHS)
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -134,7 +135,7 @@ def _in_memory(entry: Any) -> dict[str, Any]:
         raise TypeError(
             f"dataset must give mappings, with the columns {', '.join(COLUMNS)} or the model's inputs; got {entry!r:.80}"
         )
-    known = {name: entry.get(name) for name in (*COLUMNS, *TRUTHS)}
+    known = {name: entry.get(name) for name in _READ}
     if (inputs := entry.get("inputs")) is not None:
         if not isinstance(inputs, Mapping) or not any(isinstance(x, Tensor) for x in inputs.values()):
             raise TypeError(f"inputs must be a mapping with the model's tensors; got {type(inputs).__name__}")
@@ -193,7 +194,7 @@ def _csv(source: Path) -> list[dict[str, Any]]:
                     problem = f"line {reader.line_num} must have {expected}; got {got}"
                     entries.append({"id": entry.get("id"), "problem": problem})
                 else:
-                    entries.append({name: entry.get(name) for name in (*COLUMNS, *TRUTHS)})
+                    entries.append({name: entry.get(name) for name in _READ})
         except csv.Error as error:
             raise ValueError(f"dataset must be CSV; got {source}, line {reader.line_num}: {error}") from None
     return entries
@@ -203,7 +204,7 @@ def _from_json(source: Path) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for number, entry in json_lines(source):
         if isinstance(entry, dict):
-            entries.append({name: entry.get(name) for name in (*COLUMNS, *TRUTHS)})
+            entries.append({name: entry.get(name) for name in _READ})
         else:
             entries.append({"problem": f"line {number} must be a JSON object; got {entry!r}"})
     if entries and not any(entry.get("image") is not None or entry.get("text") is not None for entry in entries):
@@ -221,6 +222,6 @@ def _saved(source: Path) -> tuple[Any, Any]:
     if hasattr(entries, "keys"):
         raise ValueError(f"dataset must be one split; got {', '.join(entries.keys())}. Pass the folder of one, {source}/...")
     _check_columns(entries.column_names, source)
-    names = [name for name in (*COLUMNS, *TRUTHS) if name in entries.column_names]
+    names = [name for name in _READ if name in entries.column_names]
     without_images = [name for name in names if name != "image"]
     return entries.select_columns(names), entries.select_columns(without_images) if without_images else [{}] * len(entries)
