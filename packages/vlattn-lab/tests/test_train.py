@@ -97,25 +97,52 @@ def named(model, heads):
     return dict(model.named_parameters(prefix="model")) | dict(heads.named_parameters(prefix="heads"))
 
 
-def test_every_loss_of_lxmert_falls_and_reaches_every_parameter():
+UNUSED = {  # heads that a recipe does not train
+    "located": {f"heads.{head}.{part}" for head in ("region", "pixels") for part in ("weight", "bias")},
+    "pretraining": {f"heads.{head}.{part}" for head in ("there", "centre", "apart") for part in ("weight", "bias")},
+}
+
+
+@pytest.mark.parametrize("recipe", uniter.RECIPES)
+def test_every_loss_of_lxmert_falls_and_reaches_every_parameter(recipe):
     torch.manual_seed(0)
     model, heads = lxmert_model.build(lxmert_model.CONFIG), uniter.TrainingHeads(uniter.CONFIG.hidden_size)
-    scenes = sample_scenes(uniter.KINDS, "train", None, torch.Generator().manual_seed(0))
+    scenes = sample_scenes(uniter.RECIPES[recipe].kinds, "train", None, torch.Generator().manual_seed(0))
     generator = torch.Generator()
     history, still = learn(
-        named(model, heads), lambda: uniter.losses(model, heads, scenes, generator.manual_seed(1), lxmert.observe)
+        named(model, heads), lambda: uniter.losses(model, heads, scenes, generator.manual_seed(1), lxmert.observe, recipe)
     )
-    assert all(history[-1][name] < history[0][name] for name in uniter.WEIGHTS), history
-    assert not still
+    assert {*history[0]} == {*uniter.RECIPES[recipe].weights}
+    assert all(history[-1][name] < history[0][name] for name in history[0]), history
+    assert still == UNUSED[recipe]
 
 
-def test_every_loss_of_uniter_falls_and_reaches_every_parameter():
+@pytest.mark.parametrize("recipe", uniter.RECIPES)
+def test_every_loss_of_uniter_falls_and_reaches_every_parameter(recipe):
     torch.manual_seed(0)
     model, heads = uniter.UNITER(uniter.CONFIG), uniter.TrainingHeads(uniter.CONFIG.hidden_size)
-    scenes = sample_scenes(uniter.KINDS, "train", None, torch.Generator().manual_seed(0))
-    history, still = learn(named(model, heads), lambda: uniter.losses(model, heads, scenes, torch.Generator().manual_seed(1)))
-    assert all(history[-1][name] < history[0][name] for name in uniter.WEIGHTS), history
-    assert still == {"model.uniter.img_embeddings.mask_embedding.weight"}, "only masked-region modelling would train it"
+    scenes = sample_scenes(uniter.RECIPES[recipe].kinds, "train", None, torch.Generator().manual_seed(0))
+    generator = torch.Generator()
+    history, still = learn(
+        named(model, heads), lambda: uniter.losses(model, heads, scenes, generator.manual_seed(1), recipe=recipe)
+    )
+    assert {*history[0]} == {*uniter.RECIPES[recipe].weights}
+    assert all(history[-1][name] < history[0][name] for name in history[0]), history
+    assert still == UNUSED[recipe] | {"model.uniter.img_embeddings.mask_embedding.weight"}, "a masked region is 0 here"
+
+
+def test_a_recipe_without_locations_masks_regions():
+    """One region of each scene that is told of it is 0 in the model's inputs, and no other; words are masked elsewhere."""
+    model, heads = uniter.UNITER(uniter.CONFIG), uniter.TrainingHeads(uniter.CONFIG.hidden_size)
+    kinds, regions, _ = uniter.RECIPES["pretraining"]
+    scenes, seen = sample_scenes(kinds, "train", None, torch.Generator().manual_seed(0)), []
+    assert not kinds[: uniter.MASKED + regions].any() and (kinds[uniter.MASKED + regions :] == 0).double().mean() == 0.5
+    observe = lambda model, inputs: seen.append(inputs) or uniter.observe(model, inputs)  # noqa: E731
+    uniter.losses(model, heads, scenes, torch.Generator().manual_seed(1), observe, "pretraining")
+    hidden = (seen[0]["region_features"] == 0).all(-1)
+    words = (seen[0]["input_ids"] == uniter.MASK_ID).any(1)
+    assert torch.equal(hidden.sum(1), torch.tensor([0] * uniter.MASKED + [1] * regions + [0] * (128 - uniter.MASKED - regions)))
+    assert hidden.any(0).all() and torch.equal(words, torch.arange(128) < uniter.MASKED)
 
 
 def test_every_loss_of_clip_falls_and_reaches_every_parameter():
@@ -284,7 +311,8 @@ def test_choices_are_made_without_the_test_scans(tmp_path, monkeypatch):
 
 
 def test_a_training_batch_is_balanced():
-    masked, matching = uniter.KINDS[: uniter.MASKED], uniter.KINDS[uniter.MASKED :]
+    kinds = uniter.RECIPES["located"].kinds
+    masked, matching = kinds[: uniter.MASKED], kinds[uniter.MASKED :]
     assert (masked == 0).all() and torch.bincount(matching).tolist() == [48, 16, 16, 16]
 
 

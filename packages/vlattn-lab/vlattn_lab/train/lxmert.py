@@ -25,12 +25,14 @@ def observe(model: LxmertForQuestionAnswering, of_uniter: dict[str, Tensor]) -> 
     output = model(**inputs(of_uniter), output_hidden_states=True)
     words, regions = output.language_hidden_states, output.vision_hidden_states
     first_and_last = torch.cat([regions[-CONFIG["x_layers"] - 1], regions[-1]], 1)
-    return Observed(output.question_answering_score, first_and_last, words[-2], words[-1])
+    return Observed(output.question_answering_score, first_and_last, words[-2], words[-1], regions[-1])
 
 
-def train(steps: int = 2000, *, seed: int = 0, split: str = "train", log_every: int = 100) -> LxmertForQuestionAnswering:
+def train(
+    steps: int = 2000, *, seed: int = 0, split: str = "train", log_every: int = 100, recipe: str = "located"
+) -> LxmertForQuestionAnswering:
     """A model trained as `uniter.train` trains UNITER; eval mode."""
-    return uniter.train_matching(lambda: build(CONFIG), observe, steps, seed, split, log_every)
+    return uniter.train_matching(lambda: build(CONFIG), observe, steps, seed, split, log_every, recipe)
 
 
 def evaluate(model: LxmertForQuestionAnswering, **options: Any) -> dict[str, dict[str, dict[str, float]]]:

@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.add_argument("--clip", type=Path, default=DATA, help="directory of the CLIP weights")
         if name in ("uniter", "lxmert"):
             options.add_argument("--validate", action="store_true", help="train on 'fit' and measure on 'validation' scans")
+            options.add_argument("--recipe", choices=[*uniter.RECIPES], default="located", help="the losses")
     chosen = parser.parse_args(arguments)
     try:
         for option, least in (("steps", 1), ("seed", 0), ("threads", 1)):
@@ -115,6 +116,8 @@ def run(chosen: argparse.Namespace) -> None:
     measured, held = "test", {}
     if validate:
         measured, held, more["split"] = "validation", {"split": "validation"}, "fit"
+    recipe = getattr(chosen, "recipe", "located")
+    more |= {"recipe": recipe} if hasattr(chosen, "recipe") else {}
     origin = commit()
     began, cpu_began = time.perf_counter(), time.process_time()
     model = training.train(chosen.steps, seed=chosen.seed, **more)
@@ -127,6 +130,7 @@ def run(chosen: argparse.Namespace) -> None:
     weights = chosen.output / training.weights
     write_tensors(weights, state)  # before the measurements, which take long
     command = f"{chosen.name} --steps {chosen.steps} --seed {chosen.seed} --threads {chosen.threads}" + " --validate" * validate
+    command += f" --recipe {recipe}" * (recipe != "located")
     if more.get("clip", DATA) != DATA:  # else the command would not repeat this training
         command += f" --clip {shlex.quote(str(chosen.clip))}"
     report = {

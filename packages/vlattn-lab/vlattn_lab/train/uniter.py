@@ -5,6 +5,10 @@ learn the digit of the region; the second layer's states of words learn whether 
 state that matching reads learns the distance of the two named digits. True and false alone teach all these slowly. Scans are bent
 at random, so that the model recognises new scans.
 
+"pretraining" is a recipe without what tells the model where named digits are (centre, distance, presence). It has the tasks of
+published pre-training: matching, masked words, and masked regions, whose digit and pixels the last states predict. Published
+models see features of a detector, which tell an object's name; here the first layer's states of unmasked regions learn the digit.
+
 The sizes of the model, the masked words, the centres and the learning rate come from an older recipe, which was chosen with a
 view of test scans. All the rest was chosen with --validate: trained on "fit" scans, compared on "validation" scans (see
 `digit_scans`) and captions seen in training.
@@ -26,18 +30,40 @@ from vlattn_lab.scenes import CANVAS, DIGIT, PAIRS, Scenes, sample_scenes
 from vlattn_lab.train.fit import check_steps, fit, seeded
 from vlattn_lab.uniter import CONFIG, matching_accuracy, winoground_scores
 
-# 32 of 128 scenes have a masked word. Half of the remaining captions are true; each kind of false caption has an equal part.
-KINDS = torch.tensor([0] * 80 + [1] * 16 + [2] * 16 + [3] * 16)
-MASKED = 32
+MASKED = 32  # of 128 scenes have a masked word
 NOISE = 0.1  # standard deviation added to the pixels
 BEND, MOVE = 0.1, 0.1  # standard deviations of a bent scan: of the entries of its linear map, of its move over half its side
-WEIGHTS = {"matching": 1.0, "word": 1.0, "box": 10.0, "digit": 1.0, "there": 1.0, "apart": 5.0}
 MASK_ID = VOCABULARY.index("[MASK]")
 ZERO_ID = VOCABULARY.index("zero")
 FIRST, RELATION, SECOND = (1,), (2, 3), (5,)  # where a caption has its words
 
-
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class Recipe(NamedTuple):
+    """What a training learns from.
+
+    kinds: of the captions of a batch: MASKED true ones with masked words, as many as `regions` true ones of a masked region, and
+    for matching half true ones and equal parts of each kind of false ones. weights: of the losses.
+    """
+
+    kinds: Tensor
+    regions: int
+    weights: dict[str, float]
+
+
+RECIPES = {
+    "located": Recipe(
+        torch.tensor([0] * 80 + [1] * 16 + [2] * 16 + [3] * 16),
+        0,
+        {"matching": 1.0, "word": 1.0, "box": 10.0, "digit": 1.0, "there": 1.0, "apart": 5.0},
+    ),
+    "pretraining": Recipe(
+        torch.tensor([0] * 92 + [1] * 12 + [2] * 12 + [3] * 12),
+        24,
+        {"matching": 1.0, "word": 1.0, "digit": 1.0, "region": 1.0, "pixels": 5.0},
+    ),
+}
 
 
 class Observed(NamedTuple):
@@ -47,11 +73,12 @@ class Observed(NamedTuple):
     regions: Tensor  # (B, n R, C), after the first layer over regions, and after others from which regions tell their digit
     words: Tensor  # (B, L, C), after the second last layer over words
     final: Tensor  # (B, L, C), after the last one
+    final_regions: Tensor  # (B, R, C), after the last layer over regions
 
 
 class TrainingHeads(nn.Module):
-    """The heads that only training uses: masked words, the digit of a region, whether a named digit is there, its centre, and the
-    distance of two named digits."""
+    """The heads that only training uses: masked words, the digit of a region, whether a named digit is there, its centre, the
+    distance of two named digits, and a masked region's digit and pixels."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -60,6 +87,8 @@ class TrainingHeads(nn.Module):
         self.there = nn.Linear(hidden_size, 1)
         self.centre = nn.Linear(hidden_size, 2)
         self.apart = nn.Linear(hidden_size, 2)
+        self.region = nn.Linear(hidden_size, 10)
+        self.pixels = nn.Linear(hidden_size, DIGIT * DIGIT)
 
 
 def mask_words(input_ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -94,7 +123,8 @@ def observe(model: UNITER, inputs: dict[str, Tensor]) -> Observed:
     with layer_states(model) as states:
         output = model(**inputs)
     length = inputs["input_ids"].shape[1]
-    return Observed(output.logits, states[0][:, length:], states[-2][:, :length], output.last_hidden_state[:, :length])
+    words, regions = output.last_hidden_state[:, :length], output.last_hidden_state[:, length:]
+    return Observed(output.logits, states[0][:, length:], states[-2][:, :length], words, regions)
 
 
 def losses(
@@ -103,34 +133,49 @@ def losses(
     scenes: Scenes,
     generator: torch.Generator,
     observe: Callable[[Any, dict[str, Tensor]], Observed] = observe,
+    recipe: str = "located",
 ) -> dict[str, Tensor]:
-    """The losses on scenes of which the first MASKED have true captions and get a word masked."""
-    inputs = scenes.inputs()
+    """The losses on scenes of which the first MASKED have true captions and get a word masked, and the next ones, as many as the
+    recipe says, a region."""
+    inputs, masked_regions = scenes.inputs(), RECIPES[recipe].regions
     masked_ids, where = mask_words(scenes.input_ids[:MASKED], generator)
     inputs["input_ids"] = torch.cat([masked_ids, scenes.input_ids[MASKED:]])
     features = bent(inputs["region_features"], generator)
     inputs["region_features"] = features + NOISE * torch.randn(features.shape, generator=generator)
+    whole = slice(MASKED + masked_regions, None)  # nothing is masked
+    if masked_regions:
+        rows = torch.arange(MASKED, MASKED + masked_regions)
+        hidden = rows, torch.randint(0, scenes.digits.shape[1], rows.shape, generator=generator)
+        inputs["region_features"][hidden] = 0.0
     seen = observe(model, inputs)
-    named, final = seen.words[:, [*FIRST, *SECOND]], seen.final
+    found = {
+        "matching": F.cross_entropy(seen.logits[whole], scenes.label[whole]),
+        "word": F.cross_entropy(heads.word(seen.final[:MASKED][where]), scenes.input_ids[:MASKED][where]),
+    }
+    if masked_regions:
+        seen_regions = seen.regions[:, : scenes.digits.shape[1]]
+        told = torch.ones_like(scenes.digits, dtype=torch.bool).index_put_(hidden, torch.tensor(False))
+        found["digit"] = F.cross_entropy(heads.digit(seen_regions[told]), scenes.digits[told])
+        found["region"] = F.cross_entropy(heads.region(seen.final_regions[hidden]), scenes.digits[hidden])
+        found["pixels"] = F.mse_loss(heads.pixels(seen.final_regions[hidden]), features[hidden])
+        return found
+    named = seen.words[:, [*FIRST, *SECOND]]
     digits = scenes.digits.repeat(1, seen.regions.shape[1] // scenes.digits.shape[1])
-
     names = scenes.input_ids[:, [*FIRST, *SECOND], None] - ZERO_ID == scenes.digits[:, None, :]
     centres = names.float() @ ((scenes.boxes[..., :2] + scenes.boxes[..., 2:]) / (2 * CANVAS))
     present = names.any(-1)
     both = present.all(1)
-    return {
-        "matching": F.cross_entropy(seen.logits[MASKED:], scenes.label[MASKED:]),
-        "word": F.cross_entropy(heads.word(final[:MASKED][where]), scenes.input_ids[:MASKED][where]),
+    return found | {
         "box": F.smooth_l1_loss(heads.centre(named)[present], centres[present], beta=0.1),
         "digit": F.cross_entropy(heads.digit(seen.regions).flatten(0, 1), digits.flatten()),
         "there": F.binary_cross_entropy_with_logits(heads.there(named[MASKED:]).squeeze(-1), present[MASKED:].float()),
-        "apart": F.smooth_l1_loss(heads.apart(final[both, 0]), (centres[:, 0] - centres[:, 1])[both], beta=0.1),
+        "apart": F.smooth_l1_loss(heads.apart(seen.final[both, 0]), (centres[:, 0] - centres[:, 1])[both], beta=0.1),
     }
 
 
-def train(steps: int = 3000, *, seed: int = 0, split: str = "train", log_every: int = 100) -> UNITER:
+def train(steps: int = 3000, *, seed: int = 0, split: str = "train", log_every: int = 100, recipe: str = "located") -> UNITER:
     """A model trained for `steps` steps of 128 scenes with AdamW, one learning-rate cycle up to 1e-3; eval mode."""
-    return train_matching(lambda: UNITER(CONFIG), observe, steps, seed, split, log_every)
+    return train_matching(lambda: UNITER(CONFIG), observe, steps, seed, split, log_every, recipe)
 
 
 def train_matching(
@@ -140,6 +185,7 @@ def train_matching(
     seed: int,
     split: str,
     log_every: int,
+    recipe: str,
 ) -> Model:
     """The model that `make` draws at random, trained as `train` says; `observe` gives the states that the losses need."""
     check_steps(steps)
@@ -147,10 +193,12 @@ def train_matching(
     model, heads = seeded(seed, lambda: (make(), TrainingHeads(CONFIG.hidden_size)))
     parameters = [*model.parameters(), *heads.parameters()]
 
-    def drawn() -> dict[str, Tensor]:
-        return losses(model, heads, sample_scenes(KINDS, split, None, generator), generator, observe)
+    kinds, _, weights = RECIPES[recipe]
 
-    fit(parameters, drawn, WEIGHTS, steps, learning_rate=1e-3, log_every=log_every, warmup=0.2)
+    def drawn() -> dict[str, Tensor]:
+        return losses(model, heads, sample_scenes(kinds, split, None, generator), generator, observe, recipe)
+
+    fit(parameters, drawn, weights, steps, learning_rate=1e-3, log_every=log_every, warmup=0.2)
     return model.eval()
 
 
