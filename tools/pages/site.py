@@ -29,6 +29,7 @@ TABLES = {  # by name the function that makes it, of this package or of vlattn_l
     "versions": "tools.versions.runs",
     "measured models": "tools.pages.models_page.measured_models",
     "listed models": "tools.pages.models_page.listed_models",
+    "experiment": "vlattn_lab.pages.experiment_page.tables",
     "evaluation": "vlattn_lab.pages.evaluation_page.evaluation",
     "residual shares": "vlattn_lab.pages.evaluation_page.residual_shares",
     "which method": "vlattn_lab.pages.which_method_page.table",

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlattn_fast.measuring.records import mean_and_deviation, spread
+from vlattn_fast.measuring.records import markdown, mean_and_deviation, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,13 +47,34 @@ class Stage:
     alone: bool = False
 
 
+class Effect(NamedTuple):
+    """What an experiment says of a claim, over models or samples that were drawn independently.
+
+    effect: the mean, with its 95 % interval by Student's t. p: of Student's two-sided test that it is 0, and after Holm's
+    correction for all effects of a table. detectable: the size that such a test finds in four of five repetitions, at the level
+    that Holm's correction asks of the smallest p.
+    """
+
+    claim: str
+    measured: str
+    effect: float
+    low: float
+    high: float
+    seeds: int
+    p: float
+    holm: float
+    detectable: float
+
+
 @dataclass(frozen=True)
 class Experiment:
-    """tables: the records as Markdown tables. figures: by name, drawn from the records."""
+    """tables: the records as Markdown tables. figures: by name, drawn from the records. effects: what the page's table shows, and
+    what is stored next to the records."""
 
     stages: Sequence[Stage]
     tables: Callable[[Sequence[Record]], Iterator[str]]
     figures: dict[str, Callable[[Sequence[Record]], Figure]]
+    effects: Callable[[Sequence[Record]], list[Effect]] = lambda records: []
 
 
 def band(axis: Any, places: Sequence[float], values: Sequence[Sequence[float]], **style: Any) -> None:
@@ -87,6 +109,53 @@ def paired_test(differences: Sequence[float]) -> tuple[float, float]:
         return (0.0, 1.0) if mean == 0.0 else (math.copysign(math.inf, mean), 0.0)
     ratio = mean / (deviation / len(differences) ** 0.5)
     return ratio, 2 * float(student.sf(abs(ratio), len(differences) - 1))
+
+
+def effects_of(found: Sequence[tuple[str, str, Sequence[float]]]) -> list[Effect]:
+    """The effects of one table, of (claim, what is measured, a value of each seed, which is 0 without an effect).
+    One value has no interval, and is left out."""
+    from scipy.stats import t as student
+
+    effects, found = [], [one for one in found if len(one[2]) > 1]
+    corrected = holm([paired_test(values)[1] for *_, values in found])
+    for (claim, measured, values), after in zip(found, corrected, strict=True):
+        mean, deviation = mean_and_deviation(values)
+        error, freedom = deviation / len(values) ** 0.5, len(values) - 1
+        half = float(student.isf(0.025, freedom)) * error
+        numbers = mean, mean - half, mean + half, len(values), paired_test(values)[1], after
+        effects.append(Effect(claim, measured, *numbers, error * _found_in_four_of_five(freedom, 0.05 / len(found))))
+    return effects
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """p after Holm's step-down correction, in the order given."""
+    corrected, largest = [0.0] * len(chances), 0.0
+    for rank, place in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
+        largest = max(largest, min(1.0, (len(chances) - rank) * chances[place]))
+        corrected[place] = largest
+    return corrected
+
+
+@functools.cache
+def _found_in_four_of_five(freedom: int, level: float) -> float:
+    """The mean over its standard error that a two-sided t-test of this level finds with a chance of 0.8."""
+    from scipy.optimize import brentq
+    from scipy.stats import nct
+    from scipy.stats import t as student
+
+    least = float(student.isf(level / 2, freedom))
+    return float(brentq(lambda size: nct.sf(least, freedom, size) - 0.8, 0.0, 4 * least))
+
+
+def effects_table(effects: Sequence[Effect], form: str = ".3f") -> str:
+    lines = [
+        [
+            *(one.claim, one.measured, f"{one.effect:+{form}}", f"{one.low:+{form}} to {one.high:+{form}}", str(one.seeds)),
+            *("< 0.001" if one.holm < 0.001 else f"{one.holm:.3f}", f"{one.detectable:{form}}"),
+        ]
+        for one in effects
+    ]
+    return markdown(["", "effect of", "mean", "95 % interval", "seeds", "p (Holm)", "detectable"], lines, words=(0, 1))
 
 
 def paired_change(first: Sequence[float], second: Sequence[float], form: str = ".3f") -> tuple[str, str]:

@@ -23,7 +23,7 @@ from vlattn_fast._ground.checks import check_integer, check_writable
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.measuring.provenance import commit, versions
 from vlattn_fast.measuring.records import read_json, write_records
-from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
+from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, effects_table
 
 NAMES = (
     *("scores", "congruence", "value", "weighted_relevancy", "robust", "flow", "pruning", "sinks", "hybrid"),
@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--figures", type=Path, help=f"directory of the pictures; default: {FIGURES}, with --smoke that of --out")
     left = ", of ".join(f"{name}: {trainings}" for name, trainings in MODELS.items())
     parser.add_argument("--models", type=Path, help=f"directory whose folders 0, 1, ... hold what lab.train left, of {left}")
+    parser.add_argument("--stored", action="store_true", help="measure nothing; draw and print the stored records")
     parser.add_argument("--smoke", action="store_true", help="everything once and short, to see that it runs")
     chosen = parser.parse_args(arguments)
     if chosen.smoke and chosen.out is None:
@@ -71,11 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _stored(out, chosen.name, settings, commit())
     except ValueError as error:
         parser.error(str(error))
-    records = run(chosen.name, settings, out, chosen.processes)
     loaded = experiment(chosen.name)
+    if chosen.stored:
+        report = json.loads(out.read_text())
+        records = report.pop("rows")
+        _write(out, report, records, loaded)
+    else:
+        records = run(chosen.name, settings, out, chosen.processes)
     for figure, draw in loaded.figures.items():
         draw(records).savefig(figures / f"{figure}.png", dpi=120, bbox_inches="tight")
-    print(*loaded.tables(records), f"wrote {out}", sep="\n\n")
+    print(*loaded.tables(records), effects_table(loaded.effects(records)), f"wrote {out}", sep="\n\n")
 
 
 def run(name: str, settings: Settings, out: Path, processes: int = 1) -> list[Record]:
@@ -92,10 +98,10 @@ def run(name: str, settings: Settings, out: Path, processes: int = 1) -> list[Re
         bar = with_progress(_measured(name, number, missing, settings, 1 if stage.alone else processes), name, total=len(missing))
         for cell, result, seconds in bar:
             finished.append({"stage": number, **cell, **result, "seconds": round(seconds, 1), "commit": here})
-            _write(out, name, settings, records + finished)
+            _write(out, _facts(name, settings), records + finished)
         order = {json.dumps(cell): place for place, cell in enumerate(cells)}
         records += sorted(finished, key=lambda record: order[json.dumps(_cell(record, cells))])
-    _write(out, name, settings, records)
+    _write(out, _facts(name, settings), records, experiment(name))
     return records
 
 
@@ -145,13 +151,19 @@ def _stored(out: Path, name: str, settings: Settings, here: str) -> list[Record]
     return [record for record in report["rows"] if record["commit"] == here]
 
 
-def _write(out: Path, name: str, settings: Settings, records: Sequence[Record]) -> None:
+def _facts(name: str, settings: Settings) -> dict[str, Any]:
     models = " --models MODELS" if settings.models else ""
-    facts = {
+    return {
         "experiment": name,
         "command": f"python -m vlattn_lab.experiments {name} --seeds {settings.seeds}{models}",
         "smoke": settings.smoke,
         "versions": versions("torch", "vlattn_fast"),
-        "cpu_seconds": round(sum(record["seconds"] for record in records), 1),
     }
+
+
+def _write(out: Path, facts: dict[str, Any], records: Sequence[Record], complete: Experiment | None = None) -> None:
+    """complete: the experiment, whose effects are stored, too, as all of its records are there."""
+    facts = facts | {"cpu_seconds": round(sum(record["seconds"] for record in records), 1)}
+    if complete is not None:
+        facts["effects"] = [one._asdict() for one in complete.effects(records)]
     write_records(out, records, facts)
