@@ -35,8 +35,8 @@ MADE = (
     "build/rehearsal/",
     "page.html",
 )  # by the commands themselves
-GENERATED = ("docs/report.md",)  # pages of the site that python -m tools.pages makes whole
-SHOWN = ("cpu", "maps stored, one backward", "published")  # by README, of the costs of a map
+GENERATED = ("docs/index.md", "docs/report.md")  # pages of the site that python -m tools.pages makes whole
+SHOWN = ("cpu", "published")  # by README, of the costs of a map
 SECTIONS = navigation.sections_of((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 LOOKED_UP = ("Reference", "Evidence", "Developers")  # sections whose pages are not read from the first line to the last
 WORDS = 1500  # of any other page
@@ -178,7 +178,8 @@ def test_every_page_is_in_the_navigation_once():
 @pytest.mark.parametrize("page", [page for name in SECTIONS if name not in LOOKED_UP for page in SECTIONS[name]])
 def test_a_page_can_be_read_at_one_sitting(page):
     """Code, comments that become tables, and what mkdocstrings writes are not counted."""
-    prose = re.sub(r"^ *```.*?^ *```$|<!--.*?-->|^::: [^\n]*\n(?:    [^\n]*\n)*", "", text(f"docs/{page}"), flags=re.M | re.S)
+    source = text("README.md" if page == "index.md" else f"docs/{page}")  # the site's first page is README
+    prose = re.sub(r"^ *```.*?^ *```$|<!--.*?-->|^::: [^\n]*\n(?:    [^\n]*\n)*", "", source, flags=re.M | re.S)
     words = sum(bool(re.search(r"\w", word)) for word in prose.split())
     assert words <= WORDS, f"docs/{page} has {words} words"
 
@@ -311,14 +312,14 @@ def test_the_site_has_a_line_for_each_emulated_run():
 
 
 def test_the_costs_of_a_map_are_stored():
-    """Each line of the table is a stored row of that variant, rounded; README has two ratios of them."""
+    """Each line of the table is a stored row of that variant, rounded; README has numbers of two."""
     benchmark = "task_explain_clip/relevancy/clip-tower"
     assert f"`{benchmark}`" in text("docs/costs.md")
     table = re.findall(r"^\| ([\w+, ]+) \| (\d+\.\d+) \| (\d+) \|$", text("docs/costs.md"), re.M)
     plain = next(float(taken) for variant, taken, _ in table if variant == "plain forward+backward")
-    rows = [(f"{float(taken) / plain:.2f}", peak) for variant, taken, peak in table if variant in SHOWN]
-    assert re.findall(r"^\| .+ \| (\d\.\d\d) \| (\d+) \|$", text("README.md"), re.M) == rows
-    assert f"takes {plain} s and 755 MiB" in " ".join(text("README.md").split())
+    shown = [(f"{float(taken) / plain:.2f}", peak) for variant, taken, peak in table if variant in SHOWN]
+    times, peaks = (re.findall(pattern, text("README.md")) for pattern in (r"takes (\d\.\d\d) times", r"(\d+) MiB"))
+    assert [*zip(times, peaks, strict=True)] == shown
     stored = {
         (row["variant"], f"{row['p50_us'] / 1e6:.3g}", f"{row['peak_bytes'] / 2**20:.0f}")
         for row in json.loads(text("benchmarks/results/cpu.json"))
@@ -341,26 +342,20 @@ def test_a_million_images_cost_what_the_table_above_them_says():
 DERIVATIVES = "jvp", "hvp", "over forward", "second derivatives"  # which SDPA has not
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/costs.md"])
-def test_the_price_is_that_of_the_stored_rows(name):
-    """Our fastest backend over SDPA, in every setting of the machine: of operators, and of score functions."""
+def test_what_is_said_of_most_calls_is_so_in_the_stored_rows():
+    """Our fastest backend over SDPA, in every setting of the machine."""
     from tools.pages import report
     from vlattn_fast.benchmarks._formula import OURS
 
-    page = " ".join(text(name).split())
-    said = re.search(r"takes ([\d.]+) to ([\d.]+) times .* and ([\d.]+) to ([\d.]+) times with another score", page)
-    assert said
-    ratios: dict[bool, list[float]] = {True: [], False: []}
+    ratios = []
     stored = report.newest(json.loads(text("benchmarks/results/cpu.json")))
     for (_, benchmark, *_), variants in report._by_benchmark(stored).items():
-        of_an_operator = not benchmark.startswith("task_") and not any(words in benchmark for words in DERIVATIVES)
-        if of_an_operator and "SDPA" in variants:
+        if not benchmark.startswith("task_") and not any(words in benchmark for words in DERIVATIVES) and "SDPA" in variants:
             ours = min((variants[backend] for backend in OURS if backend in variants), key=lambda row: row["p50_us"])
-            another_score = benchmark.startswith("score_attention/") and "scaled dot" not in benchmark
-            ratios[another_score].append(ours["ratio_to_bound"])
-    low, high, low_of_scores, high_of_scores = map(float, said.groups())
-    for found, least, most in ((ratios[False], low, high), (ratios[True], low_of_scores, high_of_scores)):
-        assert 0 <= min(found) - least + 0.05 < 0.1 and 0 <= most - max(found) < 0.1
+            ratios.append(ours["ratio_to_bound"])
+    assert sum(ratio <= 1 for ratio in ratios) > len(ratios) / 2 and 7 < max(ratios) < 7.5, "costs.md: up to seven times"
+    for name in ("README.md", "docs/costs.md"):
+        assert "On a CPU most measured calls cost no more than torch's attention" in " ".join(text(name).split())
 
 
 def test_ci_runs_make_test():

@@ -53,7 +53,7 @@ def test_every_page_is_there_and_nothing_else(folder: Path) -> None:
     }
     made = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.parent.name != "report"}
     drawn = {Path(name) for page in site.DRAWN for name in shown(site.DOCS / page)}
-    assert made == {*pages, *drawn, Path(site.REPORT)} and not (folder / "old").exists()
+    assert made == {*pages, *drawn, Path(site.REPORT), Path(site.HOME)} and not (folder / "old").exists()
 
 
 NAMED = [name for path in site.DOCS.rglob("*.md") for name in site.MARK.findall(path.read_text(encoding="utf-8"))]

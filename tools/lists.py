@@ -42,7 +42,7 @@ VERSIONED = "CITATION.cff", "conda/recipe.yaml", "mkdocs.yml"
 NATIVE = "packages/vlattn-native/pyproject.toml"  # its version is the core's, on which it depends
 VERSIONED += (NATIVE,) if (ROOT / NATIVE).exists() else ()
 VERSION = re.compile(r'^( *version: "?|copyright: vlattn_fast |version = "|dependencies = \["vlattn_fast==)[\w.]+', re.M)
-GENERATED = ("report.md",)  # pages that tools/pages makes whole
+GENERATED = ("index.md", "report.md")  # pages that tools/pages makes whole
 PAGE = """# {stem}
 
 `{stem}` computes.

@@ -32,11 +32,12 @@ TABLES = {  # by name the function that makes it, of this package or of vlattn_l
     "experiment": "vlattn_lab.pages.experiment_page.tables",
     "evaluation": "vlattn_lab.pages.evaluation_page.evaluation",
     "residual shares": "vlattn_lab.pages.evaluation_page.residual_shares",
-    "which method": "vlattn_lab.pages.which_method_page.table",
+    "pointing": "vlattn_lab.real.page.pointing",
     "evaluations of others": "vlattn_lab.pages.evaluations_of_others.evaluations_of_others",
 }
 MARK = re.compile(r"^<!-- table: (.+?) -->$", re.M)
-REPORT = "report.md"  # the one page that is made whole
+REPORT = "report.md"  # made whole
+README, HOME = "README.md", "index.md"  # the first page is README; its links count from docs/
 DRAWN = ("tutorial.md", "gallery.md")  # they need vlattn_lab
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 
@@ -59,6 +60,17 @@ def filled(text: str) -> str:
     return MARK.sub(lambda mark: table(mark[1]), text)
 
 
+def home(readme: str) -> str:
+    """README as the first page of the site.
+
+    Raises:
+        ValueError: a link leads to a file outside of docs/, which the site has not.
+    """
+    if outside := re.findall(r"\]\((?!docs/|https?://)(.+?)\)", readme):
+        raise ValueError(f"links of {README} must lead into docs/, of which the site is made; got {', '.join(outside)}")
+    return readme.replace("](docs/", "](")
+
+
 def draw(page: Path) -> None:
     """Runs the python blocks of a page in turn, in a process of their own, whose folder is named as the page and lies next to it.
 
@@ -75,6 +87,7 @@ def build(folder: Path) -> None:
     """Writes the pages anew; what else lies in the folder is removed."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(DOCS, folder, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
+    (folder / HOME).write_text(home((ROOT / README).read_text(encoding="utf-8")), encoding="utf-8")
     for page in folder.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
         if (made := filled(text)) != text:

@@ -25,7 +25,7 @@ from vlattn_lab.clip import CONFIG as CLIP_CONFIG
 from vlattn_lab.clip import build_clip
 from vlattn_lab.evaluation import TESTS
 from vlattn_lab.mapper import CONFIG as MAPPER_CONFIG
-from vlattn_lab.pages import evaluation_page, which_method_page
+from vlattn_lab.pages import evaluation_page
 from vlattn_lab.processor import DIGIT_WORDS
 from vlattn_lab.tasks import PLAIN
 from vlattn_lab.texts import SceneProcessor
@@ -155,7 +155,7 @@ def test_a_caption_is_found_among_those_of_its_item():
 
 
 def test_weights_by_contribution_are_halves_behind_a_norm():
-    """LayerNorm(x + o) does not change with the length of x + o, so that g.x = -g.o: what docs/evaluation.md says."""
+    """LayerNorm(x + o) does not change with the length of x + o, so that g.x = -g.o: what docs/methods.md says."""
     model, _ = lab.load_uniter()
     model.double()
     inputs = {
@@ -296,17 +296,6 @@ def test_the_page_has_the_stored_rows():
         for share in report.get("accepted", {}).get("without_word", []):
             assert f"{share:.1%}".replace("%", " %") in section
     assert named == {str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks" / "results").glob("evaluation-*.json")}
-
-
-def test_which_method_has_the_stored_rows():
-    """A table of each test that it names, with a line for every method and a column for every task."""
-    text = (ROOT / "docs" / "guides" / "which_method.md").read_text(encoding="utf-8")
-    tests = re.findall(r"^<!-- table: which method: (\w+) -->$", text, re.M)
-    assert tests == ["pointing", "mass", "positive", "negative", "sanity"]
-    for test in tests:
-        head, _, *lines = which_method_page.table(test).splitlines()
-        assert head.count("|") == 3 + len(which_method_page.TASKS)
-        assert {line.split("`")[1] for line in lines} == {*which_method_page.METHODS}, test
 
 
 def test_captions_are_accepted_by_their_odds():

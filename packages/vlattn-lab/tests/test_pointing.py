@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import vlattn_lab as lab
 from vlattn_lab import pointing
+from vlattn_lab.checkout import ROOT
 from vlattn_lab.pointing import CHANCE, METHODS, box_shares, question_pointing, word_pointing
 from vlattn_lab.processor import DIGIT_WORDS
 
@@ -60,3 +62,11 @@ def test_what_a_map_has_to_point_at(right, monkeypatch):
 
     monkeypatch.setattr(pointing, "explain", pointed)
     assert question_pointing(count=count, seed=2) == dict.fromkeys(("answer", "there", "is"), float(right))
+
+
+def test_readme_and_the_evaluation_have_one_measurement():
+    readme, evaluation = (
+        " ".join((ROOT / name).read_text(encoding="utf-8").split()) for name in ("README.md", "docs/evaluation.md")
+    )
+    words, right = re.search(r"name a digit of a scene (\d+) times, and (\d+) of these maps point at", readme).groups()
+    assert f"{words} words for a digit" in evaluation and f"| {int(right) / int(words):.3f} |" in evaluation

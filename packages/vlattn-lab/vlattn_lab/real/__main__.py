@@ -60,15 +60,13 @@ class Study:
         model, _, _ = self.dino
         methods = {label: method for label, method in measures.methods().items() if label == method.name}  # defaults
         for score in measures.TESTS:
-            maps, lines = [], []
+            lines = []
             for scene in self.scenes:
                 asked = scene.scores[score]
                 options = {"position": asked.read, "target": asked.target}
-                maps.append({name: measures.explain(model, scene.inputs, method, **options) for name, method in methods.items()})
-                lines.append(pictures.photo_line(scene, maps[-1], 0 if isinstance(asked.read, str) else measures.BOX))
+                maps = {name: measures.explain(model, scene.inputs, method, **options) for name, method in methods.items()}
+                lines.append(pictures.photo_line(scene, maps, 0 if isinstance(asked.read, str) else measures.BOX))
             pictures.save(pictures.tiles(lines, side=1.1), f"experiments/real-{page.slug(score)}.jpg")
-            if score == "class token":
-                pictures.save(pictures.first_page(self.scenes, maps), "real.jpg")
         yield from ()
 
     def evaluation(self, score: str) -> Rows:

@@ -1,4 +1,4 @@
-"""docs/experiments/real.md from the stored rows: `python -m vlattn_lab.real.page` writes it anew, and prints README's table."""
+"""docs/experiments/real.md from the stored rows: `python -m vlattn_lab.real.page` writes it anew."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 from vlattn_fast.measuring.records import markdown, mean_and_deviation, spread
 from vlattn_lab.checkout import ROOT
-from vlattn_lab.pages.which_method_page import TASKS
 from vlattn_lab.real.exact_page import by_method, sections
 from vlattn_lab.real.photos import SOURCES
 from vlattn_lab.real.reading import BOTH, PLAIN, Rule
@@ -25,8 +24,9 @@ DIGITSCENES = {  # models with maps of one picture, and the rows of `va.evaluate
     "DigitScenes' CLIP": "benchmarks/results/evaluation-clip.json",
     "DigitScenes' UNITER": "benchmarks/results/evaluation-matching.json",
 }
+TASKS = {"matching": "UNITER", "clip": "CLIP", "vqa": "questions", "captions": "captions"}  # with a file of rows each
 COMPARED, SHARED = ("gradient", "rollout"), ("deletion", "insertion", "pointing", "mass")
-README = {  # the columns of its table, as rules of formulas; the defaults but for one
+POINTING = {  # the columns of its table, as rules of formulas; the defaults but for one
     "gradient": Rule("gradient", BOTH, "logit"),
     "gradient(freeze=())": Rule("gradient", PLAIN, "logit"),
     "weighted": Rule("weighted", BOTH, "logit"),
@@ -285,26 +285,27 @@ def words(stored: Stored, sentence: str) -> str:
     return title + markdown(["method", *names, "Spearman with the falls"], lines) + named
 
 
-def pointing(stored: Stored) -> str:
-    """README's table: how often the largest entry of a map lies where it should, by model and method; "–" = not measured."""
+def pointing() -> str:
+    """A table of docs/guides/which_method.md: how often the largest entry of a map lies where it should; "–" = not measured."""
+    stored = Stored(json.loads(ROWS.read_text(encoding="utf-8")))
     readings = Readings(stored.rows)
-    by_label = {label: readings.values(rule, "pointing") for label, rule in README.items()}
+    by_label = {label: readings.values(rule, "pointing") for label, rule in POINTING.items()}
     lines: list[tuple[str, Row]] = [
         (f"latex-ocr, {len(readings.common)} formulas", {label: clustered(x)[0] for label, x in by_label.items() if x}),
-        (f"DINOv2-S, {len(SOURCES)} photos", {label: stored.value("class token", label, "pointing") for label in README}),
+        (f"DINOv2-S, {len(SOURCES)} photos", {label: stored.value("class token", label, "pointing") for label in POINTING}),
     ]
     for task, name, unit in (("sentence maps", "Whisper tiny.en", "sentences"), ("reaction maps", "RXNMapper", "reactions")):
         by_label = {label: [row["pointing"] for row in rows] for label, rows in by_method(stored.rows, task).items()}
         most = max(map(len, by_label.values()), default=0)
         values = {label: clustered(groups)[0] for label, groups in by_label.items() if len(groups) == most}
-        if set(README) <= set(values):  # a line of one method alone compares nothing
+        if set(POINTING) <= set(values):  # a line of one method alone compares nothing
             lines.append((f"{name}, {most} {unit}", values))
     for task, name in TASKS.items():
         rows = json.loads((ROOT / f"benchmarks/results/evaluation-{task}.json").read_text(encoding="utf-8"))["rows"]
         values = {row["method"]: row["value"] for row in rows if (row["test"], row["part"]) == ("pointing", "image")}
         lines.append((f"DigitScenes, {name}", values))
-    cells = [[f"{values[label]:.3f}" if label in values else "–" for label in README] for _, values in lines]
-    return markdown(["model", *map(shown, README)], [[name, *row] for (name, _), row in zip(lines, cells, strict=True)])
+    cells = [[f"{values[label]:.3f}" if label in values else "–" for label in POINTING] for _, values in lines]
+    return markdown(["model", *map(shown, POINTING)], [[name, *row] for (name, _), row in zip(lines, cells, strict=True)])
 
 
 def page() -> str:
@@ -353,4 +354,3 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    print(pointing(Stored(json.loads(ROWS.read_text(encoding="utf-8")))))  # for README

@@ -1,4 +1,4 @@
-"""The pictures of the page and of README: maps over their photos, and heads."""
+"""The pictures of the page: maps over their photos, and heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from vlattn_lab.checkout import ROOT
 from vlattn_lab.real import cuts
 from vlattn_lab.real.measures import Row, Scene
 
-FIRST = ("china", "flower", "astronaut", "coffee")  # in README
 DOCS = ROOT / "docs"
 MASK, OUTSIDE = "saliency above ½", 0.25  # how bright the rest of the photo is
 
@@ -78,26 +77,6 @@ def cut_lines(model: Any, head: Any, scenes: Sequence[Scene]) -> list[dict[str, 
         bright = {name: np.where(run_values[place].numpy() > 0.5, 1, OUTSIDE)[..., None] for name, run_values in saliency.items()}
         lines.append({"photo": shown, **{name: (np.asarray(photo) * part).astype(np.uint8) for name, part in bright.items()}})
     return lines
-
-
-def first_page(scenes: Sequence[Scene], explanations: Sequence[Mapping[str, Any]], side: int = 320) -> Figure:
-    """Some photos, and two maps of each: a line for the photos and one for each method."""
-    chosen = [(scene, maps) for scene, maps in zip(scenes, explanations, strict=True) if scene.name in FIRST]
-    photos = [scene.photo.resize((side, side)) for scene, _ in chosen]
-    lines = {"photo": photos}
-    for method in ("gradient", "rollout"):
-        greys = [photo.convert("L").convert("RGB") for photo in photos]
-        lines[method] = [maps[method].overlay(grey) for (_, maps), grey in zip(chosen, greys, strict=True)]
-    figure = Figure(figsize=(2 * len(photos), 2 * len(lines)))
-    axes = figure.subplots(len(lines), len(photos), squeeze=False)
-    for (title, pictures), row in zip(lines.items(), axes, strict=True):
-        for picture, axis in zip(pictures, row, strict=True):
-            axis.imshow(picture)
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-        row[0].set_ylabel(title, fontsize=13)
-    figure.subplots_adjust(0, 0, 1, 1, wspace=0.03, hspace=0.03)
-    return figure
 
 
 def draw_heads(rows: Sequence[Row]) -> Figure:

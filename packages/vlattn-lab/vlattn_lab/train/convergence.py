@@ -1,6 +1,6 @@
 """Three small models of DigitScenes trained with torch's attention and with this package's, from the same seeds.
 
-    python -m vlattn_lab.train.convergence                # 200 steps; writes docs/experiments/convergence.md and its rows
+    python -m vlattn_lab.train.convergence                # 200 steps; writes the rows
     python -m vlattn_lab.train.convergence --steps 30     # prints the differences
 
 Each step's loss is compared. Rounding alone makes two trainings part slowly; a wrong gradient shows at once. So a third training
@@ -32,7 +32,6 @@ from vlattn_lab.train.fit import seeded
 from vlattn_lab.uniter import CONFIG as UNITER_CONFIG
 
 ROWS = ROOT / "benchmarks" / "results" / "convergence.json"
-PAGE = ROOT / "docs" / "experiments" / "convergence.md"
 STEPS, BATCH, SEED = 200, 16, 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ATTENTION = ("torch", "vlattn_fast", "torch, written out")
@@ -160,33 +159,6 @@ def rows(steps: int) -> Iterator[dict[str, Any]]:
             }
 
 
-def page(stored: Sequence[dict[str, Any]]) -> str:
-    lines = []
-    for row in stored:
-        run = f"{row['model']} | {row['dtype']} | {row['steps']} | {row['first']:.3f} | {row['last']:.3f}"
-        lines.append(f"| {run} | {row['difference']:.1e} | {row['written out']:.1e} |")
-    table = "\n".join(lines)
-    return PROSE.format(table=table, float32=f"{BOUND['float32']:.1%}", bfloat16=f"{BOUND['bfloat16']:.0%}")
-
-
-PROSE = """# Experiment: trained with either attention
-
-Three small models of DigitScenes are trained from the same seeds with torch's `scaled_dot_product_attention` and with
-`score_attention` on the CPU: CLIP with all its losses, a decoder with grouped heads, and UNITER with CACR, which is the formula
-with torch's attention and `congruence_loss` with ours. The losses are compared step by step.
-
-| model | dtype | steps | first loss | last loss | largest difference | of attention written out |
-| --- | --- | ---: | ---: | ---: | ---: | ---: |
-{table}
-
-The largest difference is that of a step's loss from the loss with torch's attention, over this loss. The last column has the same
-for matmul, softmax and matmul, since rounding is enough to make two trainings differ. The bound is {float32} of the loss in
-float32 and {bfloat16} in bfloat16 (autocast); `packages/vlattn-lab/tests/test_convergence.py` holds it over 30 steps.
-
-`python -m vlattn_lab.train.convergence` trains, writes this page and `benchmarks/results/convergence.json`.
-"""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -197,7 +169,6 @@ def main() -> None:
         print({name: x for name, x in row.items() if name != "losses"}, flush=True)
     if steps == STEPS:
         ROWS.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-        PAGE.write_text(page(stored), encoding="utf-8")
 
 
 if __name__ == "__main__":

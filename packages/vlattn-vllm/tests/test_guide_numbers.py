@@ -1,4 +1,4 @@
-"""The numbers of the post and of the guide are stored rows."""
+"""The numbers of the guide are stored rows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ def rows(name: str) -> list[dict[str, Any]]:
     return stored
 
 
-@pytest.mark.parametrize("page", ["serving_post.md", "guides/serve.md"])
-def test_shares_of_the_speed(page: str) -> None:
-    text = (DOCS / page).read_text()
+def test_shares_of_the_speed() -> None:
+    text = (DOCS / "guides" / "serve.md").read_text()
     shares = {row["serve"]: row["share"] for row in rows("serve-cpu") if row["requests"] == 1}  # the last of a kind
     asked = {name.removeprefix("all ask: ").replace("nobody asks", "nothing"): share for name, share in shares.items()}
     del asked["without the plug-in"]
@@ -30,10 +29,6 @@ def test_shares_of_the_speed(page: str) -> None:
 
 
 def test_bytes_of_answers() -> None:
-    text = (DOCS / "serving_post.md").read_text()
-    stored = {(row["answer"], row["compact"]): row["bytes"] for row in rows("answer-bytes")}
-    for name in ("mass of 3 groups", "received", "received, top 8"):
-        assert f"| {name} | {stored[name, False]:,} bytes | {stored[name, True]:,} bytes |" in text, name
     guide = (DOCS / "guides" / "serve.md").read_text().replace("\n", " ")
     lists, compact = (next(row for row in rows("answer-bytes") if row["compact"] is kind) for kind in (False, True))
     assert f"has {thousands(lists['bytes'])} kB of numbers as lists and {thousands(compact['bytes'])} kB as compact" in guide
