@@ -114,7 +114,7 @@ SHARING = ("key", "value", "other_key")
 
 @every("cpu", "triton")
 @pytest.mark.slow("triton")
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("part", (1, 2, 3, 4, 5, 0))  # make test has the first; the last takes longest
 def test_all_of_these_at_once(backend: str, operator: str, part: int, threads: None) -> None:
     """Sizes at edges, features, dtypes, masks, layouts, heads that share keys, rows and threads, each with others."""
     for n, choice in enumerate(CHOICES[backend][part::6]):
