@@ -34,7 +34,7 @@ def test_every_operator_and_task_has_a_benchmark():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.slow("edges", "256")
+@pytest.mark.slow("edges", "256", "577", "1025", "4097", "16384", "32768", "43152", "131072")  # lengths are those of TINY
 @pytest.mark.parametrize("declaration", DECLARED, ids=lambda declaration: declaration.name)  # `benchmark` is pytest-benchmark's
 def test_every_variant_of_every_benchmark_runs(declaration):
     rows = {row["variant"]: row for row in measured(declaration)}

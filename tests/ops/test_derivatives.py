@@ -23,6 +23,7 @@ from tests.helpers.ops.score_cases import TORCH_JIT
 from vlattn_fast.backends.streaming import _forward_mode, _tiles
 from vlattn_fast.checking.cases import Example, cases_of
 from vlattn_fast.checking.tolerance import draws, settle
+from vlattn_fast.dispatch.choice import load
 from vlattn_fast.ops import OPERATORS
 
 pytestmark = TORCH_JIT  # torch.func uses torch.jit
@@ -30,7 +31,9 @@ pytestmark = TORCH_JIT  # torch.func uses torch.jit
 
 TITLES = [title for title in CALLS if every_call(title, 2).differentiable]
 OF_OPERATORS = [title for title in TITLES if title != "relevancy_residual"]
-OF_CPU = [title for title in TITLES if title in WITH_CPU]
+# of the others, the CPU's calls have the derivatives of streaming: test_options asks each
+OWN = [name for name, each in OPERATORS.items() if "cpu" in each.backends and hasattr(load(each.backends, "cpu"), "jvp")]
+OF_CPU = [title for title in TITLES if title in WITH_CPU and every_call(title, 2).operator in OWN]
 
 
 def check(example: Example, backend: str, products: tuple[str, ...] = tuple(PRODUCTS), **kept: Any) -> None:
@@ -89,6 +92,7 @@ OPTIONS = options_of_every_operator()
 OPTIONS_OF_CPU = {call.title: call for call in supported([*OPTIONS.values()], "cpu")}
 
 
+@pytest.mark.slow("streaming")  # test_every_call is quick
 @each("title", streaming=OPTIONS, cpu=OPTIONS_OF_CPU)
 def test_options(backend: str, title: str) -> None:
     check(OPTIONS[title], backend, ("forward", "forward_over_reverse", "reverse_over_forward", "batched"))

@@ -183,9 +183,11 @@ def test_hidden_units_of_any_size(size: float, center: float, backend: str) -> N
 def test_small_hidden_units_keep_their_digits_in_float32(backend: str) -> None:
     """From exponentials, tanh of a thousandth would be right to five digits only."""
     query, key, vector = 1e-3 * torch.randn(1, 2, 64, 4), 1e-3 * torch.randn(1, 2, 1, 4), torch.rand(2, 4)
+    if backend == "streaming":  # where all are small, it takes tanh in float64, too; the CPU's kernel chooses tile by tile
+        query[:, :, 0] = 0.5
     _, scores = va.score_attention(query, key, key, score=S.Additive(vector), return_lse=True, backend=backend)
     expected = (vector.double()[:, None] * (query.double() + key.double()).tanh()).sum(-1)
-    assert (scores[0] - expected[0]).abs().max() < 2e-6 * expected.abs().max()
+    assert (scores - expected)[:, :, 1:].abs().max() < 2e-6 * expected[:, :, 1:].abs().max()
 
 
 # -------------------------------------------------------------------------------------------------------- NaN, overflow
