@@ -103,7 +103,7 @@ def attention_divergence(
         kind: "kl", "reverse_kl", "js", "hellinger" or "total_variation".
         beta: between 0 and 1; only for "js".
         head_mean: compares the means of the heads' attention.
-        attn_mask, key_mask, is_causal: of both attentions, as in score_attention; attn_mask broadcasts to (B, H, N, M), and to
+        attn_mask, key_mask, is_causal, enable_gqa: of both, as in score_attention; attn_mask broadcasts to (B, H, N, M), and to
             (B, 1, N, M) if H' is not H. Masked pairs count on neither side.
         scale, other_scale: multiply the scores. Default: 1/sqrt(D) and 1/sqrt(D').
         backend: "auto", "reference", "streaming", "cpu" or "triton".

@@ -100,8 +100,8 @@ def attention_map(
         rule: "attention" (A) or "gradient" (relu(A * dA), clamped per head before the heads are reduced).
         head_reduction: "mean", "max" or "min" over the heads.
         row_normalize: divide each row of the reduced map by its sum; zero rows stay zero.
-        attn_mask, key_mask, is_causal, scale, softcap, sink, query_groups, key_groups, group_bias: see score_attention. scale
-            defaults to 1/sqrt(D).
+        attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups, group_bias: see
+            score_attention. scale defaults to 1/sqrt(D).
         lse: (B, H, N), the attention's natural log-sum-exp that score_attention returns, including the sink; -inf or +inf marks a
             query without visible keys. Default: computed anew, which "reference" always does. A detached lse counts as computed
             from query and key in the backward pass, and is computed anew for a sink's gradient.

@@ -122,8 +122,8 @@ def attention_statistics(
             out-of-range indices mean "no group", which also holds under torch.compile and CUDA graph capture. Otherwise they
             raise ValueError. Default: that of group_bias, or the largest value of key_groups + 1; 0 without key_groups.
         row_weight: (N) or (B, N) floating point, the weight of each query in `received`. Default: 1.
-        attn_mask, key_mask, is_causal, scale, softcap, sink, query_groups, group_bias: see score_attention. scale defaults to
-            1/sqrt(D).
+        attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, group_bias: see score_attention. scale
+            defaults to 1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:

@@ -81,7 +81,7 @@ def indexer_divergence(
             as 1/sqrt(Di), belong to the weights.
         topk_indices: int64 or int32 (B, N, K), the keys of each query over which both softmaxes run, such as those that sparse
             attention took; a key counts once. Indices outside [0, M), e.g. -1, mean no key. Default: all keys.
-        attn_mask, key_mask, is_causal: of both sides, as in score_attention; attn_mask broadcasts to (B, 1, N, M).
+        attn_mask, key_mask, is_causal, enable_gqa: of both sides, as in score_attention; attn_mask broadcasts to (B, 1, N, M).
         scale: multiplies the scores of query and key. Default: 1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
