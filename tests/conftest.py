@@ -1,7 +1,5 @@
 """For every test: fixed seeds, one thread, and no luck with uninitialised memory."""
 
-from __future__ import annotations
-
 import tests.helpers.process  # isort: skip  (first; until all is collected, what modules make is not garbage)
 import atexit
 import gc

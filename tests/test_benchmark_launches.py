@@ -1,7 +1,5 @@
 """A row of a benchmark has the tiles of the Triton launches that its call made, whatever the table of the commit says."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest import mock
 

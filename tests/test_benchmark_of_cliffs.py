@@ -1,7 +1,5 @@
 """`python -m vlattn_fast.benchmarks cliffs`: random calls, of which the worst are printed and stored."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The bound of the benchmark of paged statistics, against which its times are read."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

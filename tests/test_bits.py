@@ -1,7 +1,5 @@
 """tests/helpers/bits.py sees a test that rests on the bits of torch's products, and no other."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

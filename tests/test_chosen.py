@@ -1,7 +1,5 @@
 """`make test` runs a choice of the cases (tests/helpers/chosen.py)."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

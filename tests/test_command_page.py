@@ -1,7 +1,5 @@
 """The page of the command line has each command, each option, and each default that `--help` shows."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

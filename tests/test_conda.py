@@ -1,7 +1,5 @@
 """conda/recipe.yaml, which tools/conda.py builds, beside pyproject.toml."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which tests run under other arithmetic of the CPU, and that the settings reach torch."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

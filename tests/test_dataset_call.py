@@ -1,7 +1,5 @@
 """`va.explain_dataset`: the command's run of a data set, called from Python."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A package that is not installed is reported with the extra that brings it."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import re

@@ -3,8 +3,6 @@
 Folders import one another without a circle, so each has a height. The heights follow from the imports, those by name included.
 """
 
-from __future__ import annotations
-
 import ast
 import graphlib
 import re

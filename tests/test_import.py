@@ -1,7 +1,5 @@
 """What `import vlattn_fast` costs and touches, measured in processes of their own."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import re

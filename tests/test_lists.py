@@ -1,7 +1,5 @@
 """What follows from the code stands in the lists of exports, pages and methods: `make lists` writes them."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

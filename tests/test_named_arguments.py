@@ -1,7 +1,5 @@
 """Arguments of wrong kinds, at layers, models and data sets: refused where they are given, by name."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any

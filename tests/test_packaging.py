@@ -3,8 +3,6 @@
 No compiler runs here: c++, nvcc, cmake and ninja are scripts. tests/cpu/ and tests/cuda/ run the real ones.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import json

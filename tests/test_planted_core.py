@@ -1,7 +1,5 @@
 """Faults planted in the core's source (tools/planted/core.py)."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Bars of progress: of calls that take longer than two seconds, by a clock that the tests set."""
 
-from __future__ import annotations
-
 import io
 import sys
 

@@ -1,7 +1,5 @@
 """The rates of a machine by which the report's column *of limit* is computed (benchmarks/_rates.py)."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """What python -m tools.wheel and python -m tools.release decide; the commands themselves build, which takes minutes."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

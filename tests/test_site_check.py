@@ -1,7 +1,5 @@
 """`make docs` fails if a page of the site lacks what its Markdown has: each fault that Zensical passes over is reported."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

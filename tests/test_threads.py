@@ -5,8 +5,6 @@ thread.
 otherwise.
 """
 
-from __future__ import annotations
-
 import contextvars
 import json
 import sys

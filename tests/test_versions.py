@@ -1,7 +1,5 @@
 """The versions that are supported, those that tests ran with, and those that `make` installs."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Calls in float32 make no tensor of float64, which Apple's MPS lacks: what plain PyTorch computes can run there."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

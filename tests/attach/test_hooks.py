@@ -1,7 +1,5 @@
 """Hooks come and go while a module's hooks run, and the hooks of others stay as they are."""
 
-from __future__ import annotations
-
 import copy
 import dis
 import functools

@@ -1,7 +1,5 @@
 """The readers of recurrences: output = A value, with A of the formula and from unit impulses through the model's own function."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 

@@ -1,7 +1,5 @@
 """What transformers' attention interface hands to a run of ours: keys that an indexer chooses, and only the last queries."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

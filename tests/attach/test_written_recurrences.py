@@ -1,7 +1,5 @@
 """Forwards that take the place of those that write a recurrence out: the same output, and calls that are handed over."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any

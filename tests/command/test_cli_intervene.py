@@ -1,7 +1,5 @@
 """`vlattn intervene` on small random models saved to a temporary folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

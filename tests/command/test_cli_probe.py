@@ -1,7 +1,5 @@
 """`vlattn probe` on a small random decoder saved to a temporary folder."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Counts of kernels: what a row holds, and which kernels are beyond the limits."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The CUDA C++ kernels compile with tensor cores, and with next to no stack."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Descriptors of products that are computed from parameters, on machine code made for the test."""
 
-from __future__ import annotations
-
 from tools.compiled.descriptors import stale_descriptors
 
 # As ptxas of CUDA 12.9 has it: UR6 and UR7 come from the address of shared memory, which is in UR8

@@ -4,8 +4,6 @@ runs the whole suites of the operators so.
 The kernels of this process are those of Triton's interpreter (tests/conftest.py): calls run in another one.
 """
 
-from __future__ import annotations
-
 import ast
 import os
 import subprocess

@@ -3,8 +3,6 @@
 `make test-all` runs all of them, for the architectures that VLATTN_EXACT names; else a tenth of them runs.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import importlib

@@ -1,7 +1,5 @@
 """The page of estimates is made of counts; its arithmetic, on invented counts."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

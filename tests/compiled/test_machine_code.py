@@ -1,7 +1,5 @@
 """What is read from the machine code, on text made for the test."""
 
-from __future__ import annotations
-
 from tools.compiled.machine_code import Loop, innermost_loops, main_loop, repeated, waits
 
 SASS = """

@@ -1,7 +1,5 @@
 """Planted faults are noticed: the stored table of all, and a few of them planted again."""
 
-from __future__ import annotations
-
 import ast
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """csrc/cuda/mma.h by itself (products.cu), emulated as nvcc compiles it for sm_80."""
 
-from __future__ import annotations
-
 import ctypes
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """A stored table is written and read, and shows what differs from it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The estimate of tiles beside the times that an H100 measured, without a device."""
 
-from __future__ import annotations
-
 import pytest
 
 from tools.compiled import tile_times

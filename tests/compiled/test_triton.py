@@ -1,7 +1,5 @@
 """The Triton kernels that matter compile for sm_80, sm_90 and sm_100 within tests/compiled/thresholds.json."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from typing import Any

@@ -1,7 +1,5 @@
 """The CPU kernels (csrc/cpu/), through the public calls. VLATTN_CPU_ISA names an instruction set, VLATTN_CPU_LIBRARY a build."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

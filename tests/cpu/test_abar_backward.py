@@ -1,7 +1,5 @@
 """Gradients of relevancy_step by the CPU kernel: key heads that are taken some at a time."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """attention_divergence and indexer_divergence by the CPU kernels: chosen keys, and extreme differences."""
 
-from __future__ import annotations
-
 import itertools
 from functools import partial
 from typing import Any

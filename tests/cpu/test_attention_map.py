@@ -1,7 +1,5 @@
 """attention_map by the CPU kernels: NaN among heads that threads share."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """attention_statistics by the CPU kernels: few queries, keys that are alike, groups in any order."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

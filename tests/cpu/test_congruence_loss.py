@@ -1,7 +1,5 @@
 """congruence_loss by the CPU kernels: gradients that the forward pass makes, and what they take."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

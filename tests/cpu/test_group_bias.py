@@ -1,8 +1,6 @@
 """Biases of pairs of token groups in the CPU kernels: sizes around tiles of queries and blocks of keys, numbers of groups, other
 masks, blocks of keys that a tile does not see, threads."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

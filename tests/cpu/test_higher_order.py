@@ -1,7 +1,5 @@
 """`capture_relevancy(higher_order=True)` in float32, where the CPU kernels compute, beside maps that are stored."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

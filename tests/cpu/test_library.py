@@ -1,7 +1,5 @@
 """The library itself: its instruction sets, what it says of calls that do not fit it, and its absence."""
 
-from __future__ import annotations
-
 import ctypes
 import json
 import re

@@ -3,8 +3,6 @@
 tests/ops/test_memory.py counts torch's allocations and sees none of theirs, so here it is the process that is measured.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,8 +1,6 @@
 """bfloat16 calls whose products take pairs (csrc/cpu/pairs.h), in v4_bf16. A sanitized library has pairs in each instruction set:
 so tools/sanitize.py runs this code on any processor."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -4,8 +4,6 @@ On other processors tools/sanitize.py runs these tests with a stand-in for the p
 machine code; in the set that runs here they test the other passes.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

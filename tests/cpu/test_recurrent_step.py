@@ -1,7 +1,5 @@
 """recurrent_step in C++: how tiles, heads and rows are dealt out, sizes beside those of vectors, and the matrices of chunks."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """relevancy_attention and relevancy_step by the CPU kernels: many carried rows, the log-sum-exp of more keys, few queries."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -5,8 +5,6 @@ Outputs, gradients, gradients of these, and tangents, as far as a backend's modu
 results of a sample.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

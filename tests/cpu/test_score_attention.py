@@ -1,7 +1,5 @@
 """score_attention by the CPU kernels: single masked pairs, samples of one head, no features, many keys that are alike."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """stacked_cross_attention by the CPU kernels: sizes around blocks of rows, lanes and spans, and chunks."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

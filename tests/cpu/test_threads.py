@@ -1,7 +1,5 @@
 """Kernels run on torch's threads: by its C interface or, as before torch 2.10, by the OpenMP runtime that torch has loaded."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,8 +1,6 @@
 """The machine code of the set `amx` as the compiler made it; tests/cpu/tiles.cpp carries out the instructions of tiles. For
 processors with AVX512-BF16 and without AMX: those with AMX run the set in every test."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -4,8 +4,6 @@ VLATTN_CUDA_LIBRARY names another library, with VLATTN_TEST_DEVICE=cuda (`make g
 what they make lies on the default one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Iterator

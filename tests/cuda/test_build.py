@@ -1,7 +1,5 @@
 """The library for GPUs, linked without one: its target, and what it needs and holds."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

@@ -3,8 +3,6 @@
 The rest stands in tests/ops/test_congruence_loss.py.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

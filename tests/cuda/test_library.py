@@ -1,7 +1,5 @@
 """The library itself: what it says of calls that it cannot run or that do not fit it, and the way to it: VLATTN_CUDA_LIBRARY."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Tile edges and limits of csrc/cuda/relevancy_attention.cu; the rest is in tests/ops/test_relevancy_attention.py."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """csrc/cuda/relevancy_attention_long.cu: edges of its tiles, the order of its sums, and what it does not take."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tile edges and limits of csrc/cuda/score_attention.cu; what it computes otherwise: tests/ops/test_score_attention.py."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

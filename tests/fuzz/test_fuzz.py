@@ -1,7 +1,5 @@
 """500 random calls, each right by the rule or refused by name; more ran once: results.json, on emulated GPUs emulated.json."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

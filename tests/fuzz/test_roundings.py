@@ -1,7 +1,5 @@
 """The formula with other roundings errs where the plain one is exact by luck, and about as much as it where it is not."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

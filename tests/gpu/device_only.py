@@ -1,7 +1,5 @@
 """What only a GPU can show: CUDA graphs, no synchronisation, offsets beyond 32 bits, many programs. `make gpu` runs it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

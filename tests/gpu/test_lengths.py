@@ -1,7 +1,5 @@
 """From how many tokens on cuDNN's forward pass is taken, by measured rows."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """`make gpu` rehearsed without one: its parts run on the compiled kernels, emulated, and go on where they were killed."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

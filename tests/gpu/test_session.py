@@ -1,7 +1,5 @@
 """Items of `make gpu`: each runs once, in a process of its own, and leaves a row, whatever becomes of it."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

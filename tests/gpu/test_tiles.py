@@ -1,7 +1,5 @@
 """Candidates of launches: chosen by the estimate, compiled before they are timed, and only the fastest is checked."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Which tests compare with the formula; tests/conftest.py marks them `accuracy`."""
 
-from __future__ import annotations
-
 import types
 from collections.abc import Callable, Iterator
 from typing import Any

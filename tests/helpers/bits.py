@@ -6,8 +6,6 @@ SEED: equal rows differ, and so does a batch from its samples. A number that is 
 No test may rest on the others.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import threading

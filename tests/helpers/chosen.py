@@ -5,8 +5,6 @@ with a word that the mark names: `@pytest.mark.slow("triton")`. What saw a plant
 `make test-all` runs every case.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

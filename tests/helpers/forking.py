@@ -4,8 +4,6 @@ A module of this folder is the process, `python -m <module>`, which answers each
 serves all tests of one process.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """What each Python file of a repository imports: deferred imports, those for type checkers and those by a name count, too."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterable

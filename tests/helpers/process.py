@@ -4,8 +4,6 @@
 something at the end of a process: what is registered first is called last.
 """
 
-from __future__ import annotations
-
 import atexit
 import gc
 import os

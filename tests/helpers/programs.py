@@ -3,8 +3,6 @@
 A line of its input is a program as JSON.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Calls of the functions and modules by which models of transformers hand on what tokens hold, with random inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any

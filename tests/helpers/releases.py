@@ -1,7 +1,5 @@
 """What goes by another name, or is not there, in older releases of torch, transformers and Triton."""
 
-from __future__ import annotations
-
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any

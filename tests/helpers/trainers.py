@@ -1,7 +1,5 @@
 """Models and the state of libraries for the tests with Trainer of transformers, Lightning and accelerate."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

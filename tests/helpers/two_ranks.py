@@ -4,8 +4,6 @@ A line of its input names a module, a function and a folder. Each rank calls the
 returns, by name, as <folder>/<rank>.pt.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

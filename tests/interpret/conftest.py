@@ -1,7 +1,5 @@
 """The fixtures that build a small random model of the family a test names, and one that opens pages in a browser."""
 
-from __future__ import annotations
-
 import html
 import json
 import re

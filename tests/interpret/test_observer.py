@@ -1,7 +1,5 @@
 """One observer: what sees a foreign model, and how much code one call passes."""
 
-from __future__ import annotations
-
 import ast
 import sys
 from collections import Counter

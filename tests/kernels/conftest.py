@@ -4,8 +4,6 @@ VLATTN_TEST_DEVICE=cuda (`make gpu`) compiled, on that device.
 The tests name no device: what they make lies on the default one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

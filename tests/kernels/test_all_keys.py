@@ -1,8 +1,6 @@
 """Kernels whose programs have all keys of a head: the forward pass, and the backward pass in one kernel. Beside them the kernels
 that take keys tile by tile, which other calls of 16 bits have."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from typing import Any

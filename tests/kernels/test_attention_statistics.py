@@ -1,7 +1,5 @@
 """attention_statistics in Triton: tiles in 16 bits, groups around its blocks."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Tile sizes that were measured take the place of those of the table."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """congruence_loss in Triton: rows longer than a tile, padding, chunks, and what it refuses."""
 
-from __future__ import annotations
-
 import importlib
 from functools import partial
 

@@ -1,7 +1,5 @@
 """The forward pass that cuDNN computes for long dot products, on a stand-in for torch's operator."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from functools import partial

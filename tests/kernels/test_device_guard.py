@@ -1,7 +1,5 @@
 """Every launcher runs with the device of its tensors as the current one, and obeys torch's switches for tf32."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import pkgutil

@@ -1,7 +1,5 @@
 """attention_divergence and indexer_divergence in Triton: strips of rows, small gradients, and what they refuse."""
 
-from __future__ import annotations
-
 import importlib
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """The hash of dropout in the kernels and in PyTorch, for rows whose number exceeds 32 bits: no test computes so many."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import triton

@@ -4,8 +4,6 @@ What the operators compute otherwise: tests/ops/. Tiles are 32 x 32 in float32, 
 16 bit.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

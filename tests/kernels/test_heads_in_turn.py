@@ -1,7 +1,5 @@
 """The order of the programs of causal calls: every block of every head once, the longest of many heads first."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import triton

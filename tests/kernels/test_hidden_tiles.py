@@ -1,8 +1,6 @@
 """Tiles of keys and queries whose groups are hidden from one another are not read by the Triton kernels: numbers planted there
 reach no result."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

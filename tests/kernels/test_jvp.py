@@ -1,8 +1,6 @@
 """The Triton kernel of score_attention's tangents against torch.func.jvp of the formula: functions of products, groups, digits,
 and what is read."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

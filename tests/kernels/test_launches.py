@@ -3,8 +3,6 @@
 And kernels assign to no nested targets, which Triton 3.6 cannot compile, though its interpreter runs them.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Gradients of relevancy_step and attention_map in Triton: numbers of carried rows and of heads, small gradients."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

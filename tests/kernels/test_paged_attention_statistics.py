@@ -1,7 +1,5 @@
 """paged_attention_statistics in Triton with few tokens a request: keys in parts, which are joined, and logits that are stored."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The ptxas that compiles this package's kernels, on stand-ins for Triton's tools."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Kernels read nothing in front of queries, keys, values and gradients, nor behind them, whatever they would make of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@ tests/ops/test_relevancy_attention.py.
 Tiles are 32 x 32 in float32, up to 64 rows and 64 keys in 16 bit, beyond 512 keys 128; carried rows come 16, 64 at a time.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

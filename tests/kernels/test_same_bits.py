@@ -3,8 +3,6 @@
 A table's `shared_sums` name what may differ: the kernels add without atomics, so no launch changes anything else.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

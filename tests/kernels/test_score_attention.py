@@ -3,8 +3,6 @@
 Tiles are 32 x 32 in float32, 32 x 16 for sums over hidden units, 64 and 128 rows in 16 bit.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -3,8 +3,6 @@
 Here a part has so few keys that small calls are split.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

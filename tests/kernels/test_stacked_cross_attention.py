@@ -3,8 +3,6 @@
 The rest stands in tests/ops/test_stacked_cross_attention.py.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from types import SimpleNamespace
 

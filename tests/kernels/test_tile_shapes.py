@@ -4,8 +4,6 @@ A loop over queries or keys begins and ends at the diagonal of a causal mask, wh
 heads, and each has a mask of its own, so that every tile meets another one.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

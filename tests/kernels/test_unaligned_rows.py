@@ -1,7 +1,5 @@
 """Rows of 8 features that begin anywhere: kernels load them in vectors, which needs a copy first."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,8 +1,6 @@
 """The backward pass of scores over hidden units: how keys are divided among programs, which the gradients may not show. And
 relevancy through them: edges of tiles, many rows."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

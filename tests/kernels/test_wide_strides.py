@@ -4,8 +4,6 @@ Kernels write what they allocate themselves, and so without gaps: whether produc
 reads in what the kernels compile to.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

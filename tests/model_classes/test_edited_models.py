@@ -1,7 +1,5 @@
 """Edits beside eager attention with edited maps, as `python -m tools.model_classes --edits` compares them for any class."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

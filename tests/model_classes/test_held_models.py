@@ -1,7 +1,5 @@
 """`freeze` beside norms that are written out with detached denominators: `python -m tools.model_classes --held`."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The page of models says what the adapters say."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import typing

@@ -1,7 +1,5 @@
 """The stored outcomes of `python -m tools.model_classes`: some are measured again, and none is wrong."""
 
-from __future__ import annotations
-
 import json
 from importlib.metadata import version
 

@@ -1,7 +1,5 @@
 """Functions that change nothing beside a model's own attention: `python -m tools.model_classes --unchanged`."""
 
-from __future__ import annotations
-
 import pytest
 
 from tools.model_classes import unchanged

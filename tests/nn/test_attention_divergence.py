@@ -1,7 +1,5 @@
 """AttentionDivergence against maps that models return, and in training steps: a student's, and of a model with a frozen copy."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

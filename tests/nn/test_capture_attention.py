@@ -1,7 +1,5 @@
 """capture_attention against the projections that a model's own hooks see, in training mode, and the loss in real loops."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from typing import Any

@@ -1,7 +1,5 @@
 """`capture_relevancy` against maps that are stored, in float64, and against `explain`; what it takes and what it refuses."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

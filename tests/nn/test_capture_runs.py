@@ -1,7 +1,5 @@
 """Calls that `capture_attention` leaves out: runs of `explain`, of copies and of parts of a model, and attention part by part."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """A captured layer beside its queries and keys: the model's own scale, mask and causality, and where the image stands."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from typing import Any

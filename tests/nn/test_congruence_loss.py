@@ -1,7 +1,5 @@
 """CongruenceLoss is the operator with its options kept; training_signal_annealing against the paper's schedules."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

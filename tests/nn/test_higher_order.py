@@ -1,7 +1,5 @@
 """`capture_relevancy(higher_order=True)` under DDP. Beside stored maps it is tested in tests/cpu/test_higher_order.py."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

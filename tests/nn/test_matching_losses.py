@@ -1,7 +1,5 @@
 """ScanLoss and DamsmLoss against the papers' sums, written out pair by pair."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

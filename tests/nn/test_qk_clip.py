@@ -1,7 +1,5 @@
 """QKClip: the rule by hand, the models that it takes, and training that diverges without it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

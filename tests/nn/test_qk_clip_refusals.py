@@ -1,7 +1,5 @@
 """QKClip on models of every kind: what its factors cannot reach does not count, and what it cannot rescale it refuses."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

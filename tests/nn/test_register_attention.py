@@ -1,7 +1,5 @@
 """Score functions by name in transformers' interface: values, gradients, masks, caches, saved parameters, explanations."""
 
-from __future__ import annotations
-
 import copy
 import io
 from typing import Any

@@ -1,7 +1,5 @@
 """`RelevancyLoss` against its formulas, RobustViT's own among them, and what it refuses."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

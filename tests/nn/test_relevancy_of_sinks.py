@@ -1,7 +1,5 @@
 """`capture_relevancy` of a model with attention sinks, against maps that transformers stores."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers as hf

@@ -1,7 +1,5 @@
 """replace_attention on models of transformers: in, out again, trained, saved, compiled, exported, explained."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import importlib

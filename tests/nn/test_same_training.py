@@ -1,7 +1,5 @@
 """A training run gives the same parameters to the bit in a second run with its seed, and others with another seed."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

@@ -1,7 +1,5 @@
 """ScoreAttention against the formula with the layer's own weights, and against torch's own layer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Scores of a model's tokens beside its fused attention, by the maps of the same model run eagerly."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

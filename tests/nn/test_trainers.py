@@ -1,7 +1,5 @@
 """The recipes of docs/guides/trainers.md, with the libraries themselves: Trainer of transformers, Lightning, accelerate."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The suites of the operators: each behaviour once, for every backend (backends.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

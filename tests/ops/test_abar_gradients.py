@@ -1,7 +1,5 @@
 """Gradients of relevancy_step and attention_map in the dtypes of the kernels, by the tolerance rule."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """attention_divergence: the formula by hand, every backend against it, small divergences, and what it refuses."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

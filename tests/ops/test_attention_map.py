@@ -1,7 +1,5 @@
 """attention_map: the formula by hand, and every backend against the formula."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

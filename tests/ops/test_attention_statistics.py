@@ -1,7 +1,5 @@
 """attention_statistics: the formulas by hand, and every backend against them."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

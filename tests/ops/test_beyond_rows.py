@@ -1,7 +1,5 @@
 """Products of 16-bit numbers on a CPU take nothing from outside of a row, as torch's own do on CPUs with AMX (docs/bugs.md)."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Formulas in blocks of samples and queries are the formulas, hold no larger map, and drop what the kernels drop."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """attention_statistics of which only some are asked for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """torch.compile with lengths and numbers that vary: no graph breaks, and a graph is not made for each value."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch._dynamo.testing

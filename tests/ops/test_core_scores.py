@@ -1,8 +1,6 @@
 """Relevancy steps and maps behind any score of score_attention, on every backend that has them, against whole maps by the score's
 formula."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

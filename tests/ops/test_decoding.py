@@ -1,7 +1,5 @@
 """score_attention of few queries, as a decoder has them: one query over many keys, and heads that share keys."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Derivatives of every operator, of every mode and up to the second, against the operators written out a second time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Which backend runs, how a refusal reads, and what wrong input is told: the argument, what came, what is wanted."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

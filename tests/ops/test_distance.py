@@ -1,7 +1,5 @@
 """The score `Distance`: digits beside long vectors, sinks, padding, empty sizes, wrong values."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Outputs may be edited in place: they are no views to autograd."""
 
-from __future__ import annotations
-
 import torch
 
 from tests.helpers.ops.backends import each

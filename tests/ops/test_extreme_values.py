@@ -1,7 +1,5 @@
 """Values at the ends of a dtype's range: as the formula has them, in every backend."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,8 +1,6 @@
 """A finite mask value is data, however large: a row with finfo.min or -1e9 in every place attends to all its keys, forward and
 backward, in every backend that takes float masks."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,8 +1,6 @@
 """Float masks keep their digits and their meaning: they are added in the dtype of sums or their own, whichever is wider; only
 -inf masks, and NaN goes through."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,8 +1,6 @@
 """A float64 mask is added in float64, whatever the dtype of the query: an offset of a whole row changes nothing but the
 log-sum-exp, the larger of two huge values wins, and a row of one huge value throughout attends evenly."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

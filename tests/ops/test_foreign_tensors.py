@@ -1,7 +1,5 @@
 """Tensors that are not plain ones: without values, of other layouts, with tangents; and dtypes that do not go together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Defects that the fuzzer found (tests/fuzz/): each failed before it was mended."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

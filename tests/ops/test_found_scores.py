@@ -1,7 +1,5 @@
 """A score function is one class in one file of vlattn_fast/scores/: all that takes scores finds it there."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import sys

@@ -1,7 +1,5 @@
 """Gradients lie in memory as what they are of: in another layout torch copies them into `.grad`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

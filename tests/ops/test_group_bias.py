@@ -4,8 +4,6 @@ by hand and the papers' gradient.
 A backend enters by itself when it refuses group_bias no more. DTensors: test_shards.py.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@ The formula says which rows of the result are finite. torch's fused CPU kernel, 
 what is hidden, and takes rows of NaN for hidden ones where keys are few.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

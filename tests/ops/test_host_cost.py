@@ -1,7 +1,5 @@
 """The cost of a call before and after its kernel: Python functions, and whether it goes through torch's dispatcher."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """indexer_divergence: the formula by hand and as attention_divergence, every backend against it, and what it refuses."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """The plan that `planned` has kept is that of a call whose checks and refusals would read the same, and of no other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """max_logit and lse of attention_statistics: every backend against the formula in float64."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -3,8 +3,6 @@
 Tensors of the device "meta" have no values: to read one raises, and so does most of what mixes them with others. No GPU is there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """maxsim: the formula by hand, every backend against it, and what it refuses."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

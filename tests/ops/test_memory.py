@@ -1,7 +1,5 @@
 """No per-head N x M map: second derivatives, relevancy at high resolution, and the recorder itself."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """paged_attention_statistics: the formula against attention_statistics of each request, every backend against the formula."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

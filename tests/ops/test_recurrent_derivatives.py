@@ -1,7 +1,5 @@
 """Second derivatives of recurrent_step where a derivative jumps, and their memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

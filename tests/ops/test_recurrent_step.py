@@ -1,7 +1,5 @@
 """recurrent_step and the map of a recurrence: unit impulses through the recurrence are the truth."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -3,8 +3,6 @@
 relevancy_step, which takes r Abar alone: test_relevancy_step.py. Edges of tiles: tests/kernels/ and tests/cuda/.
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

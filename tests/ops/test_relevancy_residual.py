@@ -1,7 +1,5 @@
 """relevancy_residual: weighted relevancy, R <- diag(a) R + diag(b) Abar R, in one backward pass."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

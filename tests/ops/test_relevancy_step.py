@@ -1,7 +1,5 @@
 """relevancy_step on every backend: r Abar of one attention, without its output, against the whole maps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

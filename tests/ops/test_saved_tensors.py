@@ -1,7 +1,5 @@
 """Tensors saved for the backward pass may come back laid out otherwise: hooks of torch.autograd.graph promise no strides."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Masks: test_score_attention_masks.py. Dropout, autograd: test_score_attention_au
 tests/cuda/ have the tile edges of their kernels.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

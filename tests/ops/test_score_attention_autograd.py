@@ -1,7 +1,5 @@
 """score_attention: dropout, what autograd may ask, autocast."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """score_attention under torch.compile: Inductor, dropout."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch._dynamo.testing

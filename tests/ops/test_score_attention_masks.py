@@ -1,7 +1,5 @@
 """score_attention on every backend: digits of masks, dropout beside padding, memory."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The score functions: numbers worked on paper, a bias that cancels, the sine series."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

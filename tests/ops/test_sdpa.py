@@ -1,7 +1,5 @@
 """torch's own attention as a backend: what it refuses and what "auto" takes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

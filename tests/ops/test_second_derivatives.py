@@ -1,7 +1,5 @@
 """Second derivatives by create_graph=True: of dot products, and those that relevancy_residual has not."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Operators on DTensors that two processes share: outputs and gradients are those of whole tensors, with the same placements."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -4,8 +4,6 @@ what gpt-oss and Gemma 2 compute.
 Compiled code, registration and DTensors: every_call.py, whose calls each suite takes, and test_shards.py.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

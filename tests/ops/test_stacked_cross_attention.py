@@ -1,7 +1,5 @@
 """stacked_cross_attention and damsm_similarity: the formula against numbers and loops, every backend against the formula."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

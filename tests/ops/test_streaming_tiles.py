@@ -1,7 +1,5 @@
 """`streaming` has other tiles on a GPU than on a CPU; its numbers do not depend on them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

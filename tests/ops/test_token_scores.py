@@ -1,7 +1,5 @@
 """token_scores against the eager formulas of the papers' own code, and the tokens that they keep."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

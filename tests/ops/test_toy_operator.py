@@ -3,8 +3,6 @@
 `row_products(left, right)` has a formula and streaming alone, no argument that is a number, and no benchmark.
 """
 
-from __future__ import annotations
-
 import random
 import re
 import sys

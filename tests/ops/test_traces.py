@@ -1,8 +1,6 @@
 """Where the tensors of a call stand for others: torch.jit.trace, make_fx, torch.func.vmap. Numbers that are read off their
 values must not become a part of the result there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Inf and NaN where the rows or keys of a call do not fill a tile: the rows, keys and features that pad it reach no result."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Groups, biases and gates that do not fit, refused by name at every call of attention."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

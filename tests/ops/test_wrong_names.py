@@ -1,7 +1,5 @@
 """vlattn_fast.reference has every operator with its arguments, and refuses a name that it does not know, as public calls do."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any

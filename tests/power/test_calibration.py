@@ -5,8 +5,6 @@ order; the results are put back into place. What differs then is rounding alone,
 seeds of the smallest cases, in each dtype. The seeds lie side by side in the batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice

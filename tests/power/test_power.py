@@ -4,8 +4,6 @@ Each flaw names the dtypes in which it is visible, and why not in the others: th
 Where it is not visible the flaw must pass, so that this table stays true.
 """
 
-from __future__ import annotations
-
 import inspect
 import sys
 from collections.abc import Mapping

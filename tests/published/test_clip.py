@@ -1,7 +1,5 @@
 """The CLIP notebook of Chefer et al.: `interpret` on their copy of CLIP, and `explain` on transformers' with the same weights."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import json

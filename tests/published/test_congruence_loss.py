@@ -1,8 +1,6 @@
 """CACR (Pandey et al., ACL 2023) and IAIS (Ren et al., ACL 2021): the losses within CACR's UNITER, whose code is that of IAIS and
 the soft kind, against `UNITER.from_published` with `CongruenceLoss`: values and gradients of all parameters."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import sys

@@ -1,7 +1,5 @@
 """The perturbation tests of Chefer et al. on LXMERT, positive and negative, over boxes and words, against `evaluate`."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """DAAM (Tang et al., ACL 2023): heat maps of tokens over a small UNet and two denoising steps."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Relevancy of Chefer et al. (ICCV 2021): their rules on maps, and their generators on LXMERT with ablations and baselines."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from types import SimpleNamespace

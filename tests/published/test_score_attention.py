@@ -1,7 +1,5 @@
 """Score functions of Cao et al. (COLING 2022): the attention layers of their M4C, with a mask, forward and gradients."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from types import SimpleNamespace

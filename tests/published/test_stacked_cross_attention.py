@@ -1,7 +1,5 @@
 """SCAN's similarities and loss (Lee et al., ECCV 2018) and AttnGAN's loss on words (Xu et al., CVPR 2018)."""
 
-from __future__ import annotations
-
 import itertools
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """AttentionLog and PictureLog: numbers by the stored maps, pictures in a folder, and a training that stays as it was."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

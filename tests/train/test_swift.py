@@ -1,7 +1,5 @@
 """The recipe for ms-swift, as its page has it, with the library itself: `python -m tools.environments swift`."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

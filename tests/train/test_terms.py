@@ -1,7 +1,5 @@
 """CongruenceTerm and RelevancyTerm: what Trainer and Lightning train on is the loss by hand."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The recipe for TRL's GRPOTrainer, as its page has it, with the library itself: `python -m tools.environments trl`."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

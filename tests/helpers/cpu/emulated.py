@@ -4,8 +4,6 @@ VLATTN_CPU_LIBRARY names the library, and `runner` lies beside it. A call goes t
 description of the struct says where pointers lie, and torch which storage each of them points into.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

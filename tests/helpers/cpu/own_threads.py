@@ -3,8 +3,6 @@
 torch stays at one thread. Its own threads are not built for the sanitizer, which would report what they do to one another.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 

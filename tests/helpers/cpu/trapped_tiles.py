@@ -1,7 +1,5 @@
 """A plugin of pytest: the CPU kernels of `amx` on a processor without AMX, by the library that VLATTN_TRAPPED_TILES names."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 

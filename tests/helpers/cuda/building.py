@@ -1,7 +1,5 @@
 """The libraries of C++ kernels as tests build them (tools/building.py)."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -12,8 +12,6 @@ A pair is a call of `vlattn verify`, forward and backward, and the same call ano
     rows          with whole rows in a tile, and in several
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Faults planted again in a process of its own, whose kernels are compiled."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Calls of an operator on emulated PTX, in a process whose Triton kernels are compiled."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Small random models of every family, with the places where the oracle of stored_maps.py looks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial

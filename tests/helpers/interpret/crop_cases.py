@@ -1,7 +1,5 @@
 """Decoders whose processors cut photos into crops: tiny models, and prompts of photos as the family's processor makes them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Small random decoders with prompts, images and the places of the maps that they have."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Small diffusion models of diffusers with random weights, and which part of their stored maps lies between picture and text."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Models in eager attention with a bias of N x M on its scores, or with changed outputs of heads, for comparison with edits."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Edits of models that two processes share, and of the same models in one process."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Small random encoders and single-stream models, with the places where a test looks and the score that it explains."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any

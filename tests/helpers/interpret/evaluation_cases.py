@@ -1,7 +1,5 @@
 """Models for the tests of `evaluate`, one of them planted, and rows of its table by what they are of."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import torch

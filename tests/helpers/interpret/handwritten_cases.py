@@ -1,7 +1,5 @@
 """Small random models whose attention is written out by hand, with the calls that stand for it, and who watches them."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """An image-to-text transformer as one writes it with torch's own layers: patches, an encoder, a causal decoder."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The published rules for one sequence whose tokens run in two towers: their maps beside one another are those of all tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 Chefer, Gur, Wolf (ICCV 2021), equations 5 to 11, and the baselines as their ExplanationGenerator runs them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

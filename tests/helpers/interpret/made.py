@@ -1,7 +1,5 @@
 """Explanations made by hand: every value is known."""
 
-from __future__ import annotations
-
 import torch
 
 from vlattn_fast.interpret import Explanation

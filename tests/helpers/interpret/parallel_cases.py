@@ -1,7 +1,5 @@
 """Models that two processes share, and what `explain` gives for them: tensor parallelism, FSDP2, and both."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """A model with a planted head, and texts and regions for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

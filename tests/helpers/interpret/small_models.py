@@ -3,8 +3,6 @@
 `@every(...)` runs a test for each method on each of these models. A method that is registered is asked without a line.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any

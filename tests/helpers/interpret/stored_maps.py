@@ -8,8 +8,6 @@ Chefer et al. (ICCV 2021), equations 5 and 6, as their notebooks run them; rollo
 Padding is cut away before anything is averaged over tokens.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

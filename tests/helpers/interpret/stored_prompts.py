@@ -1,7 +1,5 @@
 """Maps of a diffusion model's prompt that are all stored and then added up as published, and those of `prompt_maps`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

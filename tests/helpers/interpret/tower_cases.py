@@ -1,7 +1,5 @@
 """Small towers whose layers attend in different ways."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional

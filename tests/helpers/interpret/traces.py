@@ -1,7 +1,5 @@
 """All that a call could leave behind, in a model and in this process."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

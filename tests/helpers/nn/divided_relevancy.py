@@ -1,8 +1,6 @@
 """A training step with a loss on relevancy, of a model that two processes share by FSDP2 or copy by DDP: each has one
 of the two inputs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

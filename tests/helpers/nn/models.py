@@ -1,7 +1,5 @@
 """Small random models of the kinds that are captured and replaced, with their inputs. Two words of the second row are padding."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The published way to train on relevancy: every layer's map is stored, and plain autograd does the rest."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ float64 is no error. So values and cotangents are small integers, whose products
 heads nearly tie are left out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any

@@ -1,7 +1,5 @@
 """A stand-in for torch's products of 16-bit numbers on a CPU with AMX, which read beyond the rows (docs/bugs.md)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -12,8 +12,6 @@ name no device: what they make lies on the default one. The CPU kernels are thos
 on a device.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Choices that properties combine: sizes, features, dtypes, masks, layouts, heads that share keys, rows, threads."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 from typing import NamedTuple

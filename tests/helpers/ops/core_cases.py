@@ -1,7 +1,5 @@
 """Relevancy steps and maps behind any score of score_attention, by their backends and by the score's formula with whole maps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

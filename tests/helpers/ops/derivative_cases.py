@@ -1,7 +1,5 @@
 """Every product with derivatives of a call, by each transform that gives it, and the same of the formula."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A small call of every kind of every public operator, for tests that ask the same of all of them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Groups, biases and calls of the tests of group_bias."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,8 +1,6 @@
 """Triton's interpreter at less than half its time, which goes to types, shapes and its own functions rather than to numbers; and
 with products that are the same on every processor."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType

@@ -1,7 +1,5 @@
 """Tangents of score_attention: a backend's `jvp` as a function of tensors, and torch.func.jvp of the formula."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Sizes, masks and comparisons of attention_map and attention_statistics."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Masks of every kind, by the sizes (B, H, N, M) of a call."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

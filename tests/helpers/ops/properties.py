@@ -6,8 +6,6 @@ the comparison with the formula.
 not have the property, and why.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple

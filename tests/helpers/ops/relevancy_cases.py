@@ -1,7 +1,5 @@
 """Inputs, masks and weights that the tests of relevancy_attention and relevancy_step run over."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import Any

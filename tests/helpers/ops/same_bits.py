@@ -4,8 +4,6 @@ Two kinds of calls rest on torch's own bits, which depend on where a number lies
 sigmoid, and those that project by a matrix; the matrices are identities here, without a bias, so that every product is exact.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

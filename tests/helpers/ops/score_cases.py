@@ -1,7 +1,5 @@
 """The score functions, masks and layouts that the tests of score_attention run over."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any

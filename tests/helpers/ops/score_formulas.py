@@ -4,8 +4,6 @@
 it reads the parameters and no code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Inputs and the comparison of stacked_cross_attention, on any backend."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@ A size stands beside an edge for what a kernel may do wrong there: one less leav
 edge itself fills one. Pairs are (queries, keys). `covering` and `in_turn` combine further choices with them.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Hashable, Sequence
 from typing import Any

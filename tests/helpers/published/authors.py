@@ -5,8 +5,6 @@
 None of it is part of this repository. The commits below are those that were compared.
 """
 
-from __future__ import annotations
-
 import ast
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """CLIPMapper, and answers of models whose words attend to an image, against the published rules on stored maps."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

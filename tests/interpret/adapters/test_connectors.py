@@ -1,7 +1,5 @@
 """Relevancy that goes on from a decoder's image tokens into the vision tower, against stored maps of both towers."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,8 +1,6 @@
 """Crops of photos: a photo with one white spot goes through each family's own image processor, and a map that is hot in the token
 whose pixels hold the spot is drawn at the spot."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

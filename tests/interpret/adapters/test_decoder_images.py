@@ -1,7 +1,5 @@
 """Where the image tokens of decoders lie: each entry of a map is of the token that sees its place."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

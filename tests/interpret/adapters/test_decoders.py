@@ -1,7 +1,5 @@
 """Decoders, most of which see images: `explain` against stored maps."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

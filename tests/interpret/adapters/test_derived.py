@@ -1,7 +1,5 @@
 """Records that nobody lists: derived from the model, its config and its inputs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

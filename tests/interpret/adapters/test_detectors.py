@@ -1,7 +1,5 @@
 """Object detectors: one query of an encoder-decoder, by the published rules on stored maps, and those that no rule covers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

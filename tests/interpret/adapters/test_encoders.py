@@ -1,7 +1,5 @@
 """Records of encoders and of single-stream models, every method, against the published rules on stored maps."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from unittest import mock

@@ -1,7 +1,5 @@
 """`explain` against the published full-matrix procedure, every method on every family."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

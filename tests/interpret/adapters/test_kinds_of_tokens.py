@@ -1,7 +1,5 @@
 """A new kind of tokens is one class: the one that CONTRIBUTING shows."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """CLIP as its authors and open_clip write it, as it comes: models of the same parts, against stored maps."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Robot policies: an action is the score, and the policy's two towers are one sequence."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

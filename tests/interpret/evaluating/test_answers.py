@@ -1,7 +1,5 @@
 """`evaluate` of answers: each token is a sample, with the answer before it in place. Curves are computed again by hand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

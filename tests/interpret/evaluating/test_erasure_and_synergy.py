@@ -1,7 +1,5 @@
 """Comprehensiveness, sufficiency and synergy of `evaluate` on models whose probability is worked out by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any

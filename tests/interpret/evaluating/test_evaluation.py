@@ -1,7 +1,5 @@
 """`evaluate` on planted models and on maps made by hand, its files and its errors."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

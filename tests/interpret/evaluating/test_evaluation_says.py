@@ -1,7 +1,5 @@
 """What `evaluate` and `probe` say while they run, and when they are printed."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers as hf

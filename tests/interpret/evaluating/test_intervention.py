@@ -1,7 +1,5 @@
 """`evaluate`'s test "intervention": a two-layer model made by hand, whose effects are known, and knockouts one by one."""
 
-from __future__ import annotations
-
 import itertools
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """Masks in place of boxes: pointing, intersection over union and mass, by hand and against boxes, and files of them."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 from typing import Any

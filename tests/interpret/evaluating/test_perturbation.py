@@ -1,7 +1,5 @@
 """Curves of `evaluate` against the published protocol written out."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Numbers of a caller's method for words: one for each word, or one for each column of `input_ids`."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """`evaluate` where scores differ by no more than their rounding."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

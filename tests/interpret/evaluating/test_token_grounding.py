@@ -1,7 +1,5 @@
 """token_grounding against the maps that the model itself returns."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Answers of decoders, each token by itself and all together, against the published rule on stored maps."""
 
-from __future__ import annotations
-
 import dataclasses
 from types import SimpleNamespace
 

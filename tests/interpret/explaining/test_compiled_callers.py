@@ -1,7 +1,5 @@
 """What looks into models: within a function that torch.compile compiles it gives what it gives elsewhere, and the model stays."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any

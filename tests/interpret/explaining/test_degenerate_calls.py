@@ -1,7 +1,5 @@
 """Calls with nothing to explain: an empty batch, a score that does not depend on the model, a score that is no number."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """What a call of `explain` promises beside its numbers: the model untouched, one pass each way, batches, targets, refusals."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

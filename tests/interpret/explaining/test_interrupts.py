@@ -1,7 +1,5 @@
 """Ctrl-C in a run, and models whose parameters torch does not let be changed: nothing of a run is left behind."""
 
-from __future__ import annotations
-
 import threading
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Answers of many tokens: rows of several backward passes, or several rows of one. properties/ has short ones token by token."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

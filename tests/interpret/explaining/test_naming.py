@@ -1,7 +1,5 @@
 """The tokenizer that a caller passes is used: it names words, says which tokens are special, and encodes targets."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

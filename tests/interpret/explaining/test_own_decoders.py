@@ -1,7 +1,5 @@
 """Encoder-decoders of a user's own, without a config: every token of an answer, against the published rules on stored maps."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The parameters of `explain`, and the options of methods."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 

@@ -1,7 +1,5 @@
 """Pictures for models without an adapter: written by hand, of timm, of open_clip."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -3,8 +3,6 @@
 Packages that are not installed skip their tests by name; `make test` installs none of them.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable

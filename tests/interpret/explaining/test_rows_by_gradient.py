@@ -1,7 +1,5 @@
 """A score that a caller takes from the outputs of a listed class: the row that is read is the one that its gradient names."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """`target="similarity"`: two texts, or pictures, that an encoder embeds, from Python and from the shell."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

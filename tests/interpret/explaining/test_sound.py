@@ -1,7 +1,5 @@
 """Models that hear: strips of time, their groups, figures and ground truth."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

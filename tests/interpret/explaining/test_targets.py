@@ -1,7 +1,5 @@
 """What a target may be, and a row that a method does not read: names of classes, callables of outputs and inputs, `read=`."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

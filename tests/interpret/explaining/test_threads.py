@@ -1,7 +1,5 @@
 """`explain` in several threads, inside another run, and beside models that share a config: nobody sees another's run."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """A model whose tokens have no place in a picture says so, and why."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

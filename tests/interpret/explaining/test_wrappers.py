@@ -1,7 +1,5 @@
 """What holds a model: pipelines and PEFT's wrapper change nothing in its explanation. tests/interpret/properties/ has others."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

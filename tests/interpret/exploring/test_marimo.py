@@ -3,8 +3,6 @@
 `python -m tools.environments marimo` runs this file.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

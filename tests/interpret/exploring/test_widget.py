@@ -1,7 +1,5 @@
 """The widget shows what `explain` and `intervene` give, in a notebook and as a page."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

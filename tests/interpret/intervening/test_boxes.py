@@ -1,7 +1,5 @@
 """A box of the image as a group: the same as its patches named one by one."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 

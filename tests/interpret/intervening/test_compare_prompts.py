@@ -1,7 +1,5 @@
 """`compare_prompts` next to patches by hooks of one's own."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any

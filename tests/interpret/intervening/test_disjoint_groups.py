@@ -1,7 +1,5 @@
 """A table has each token once: the groups of its edges do not overlap, and its arrows go from keys to queries."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Effects of edges: first order beside finite differences and the formula, true ones beside single knockouts."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

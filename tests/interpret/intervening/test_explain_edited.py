@@ -1,7 +1,5 @@
 """`explain` inside of `intervene`: relevancy of the edited model."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 

@@ -1,7 +1,5 @@
 """First-order effects come from the run that sees the calls, and equal those of a second run with biases."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Negative numbers of layers and heads count from the end, as in `explain`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Edits while a model generates: groups follow the cache."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

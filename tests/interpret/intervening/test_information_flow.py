@@ -1,7 +1,5 @@
 """The curve of an answer's probability by layer, beside single knockouts."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

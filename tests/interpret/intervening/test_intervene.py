@@ -1,7 +1,5 @@
 """`intervene` beside eager attention with edited scores, and beside hooks on the heads' outputs."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`lens` next to the model's last norm and head, applied to the states after each layer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

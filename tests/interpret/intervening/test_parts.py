@@ -1,7 +1,5 @@
 """`score_parts` and `logit_parts` next to sums over parts that are written out for each model, with constant denominators."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

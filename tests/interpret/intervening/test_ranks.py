@@ -1,7 +1,5 @@
 """Models that two processes share give each of them the edits, effects and records of the whole model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Edits that a model has no place for are refused by name."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

@@ -1,7 +1,5 @@
 """Edits of the residual stream and of MLPs, next to hooks of one's own on the modules that have these states."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator

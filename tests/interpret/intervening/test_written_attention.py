@@ -1,7 +1,5 @@
 """Edits of attention that a module writes out by hand: scores, their softmax, and its product with the values."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from typing import Any

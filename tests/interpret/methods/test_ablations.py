@@ -1,7 +1,5 @@
 """The papers' ablations against the published rules on stored maps."""
 
-from __future__ import annotations
-
 import contextlib
 
 import pytest

@@ -1,7 +1,5 @@
 """A method in a file of its own is all that `explain` and `evaluate` need: CONTRIBUTING's example among the other methods."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`baseline=` of input times gradient and integrated gradients: an input, or embeddings, in place of zero."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """Maps of single layers and heads, against the rows of stored maps, and small multiples of them."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """Maps of single layers of towers that attend to one another, against the rows of stored maps."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Input times gradient and integrated gradients at the embeddings, in models with any attention or none."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

@@ -1,7 +1,5 @@
 """Baselines, noise and occlusion in an image-to-text model of the caller's, character by character."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """`of`: a class, a token or an answer's token is explained by its logit, its log-probability or its margin."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

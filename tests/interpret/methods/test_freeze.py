@@ -1,7 +1,5 @@
 """`freeze`: the backward pass takes denominators of norms, or attention weights, for constants, and nothing else changes."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

@@ -1,7 +1,5 @@
 """Layers and heads weighted as GLIMPSE has them, against its equations on stored maps."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

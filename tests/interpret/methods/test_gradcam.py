@@ -1,7 +1,5 @@
 """What Grad-CAM of attention cannot tell: maps of zeros, and weights of heads that a constant shifts."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

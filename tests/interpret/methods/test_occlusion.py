@@ -1,7 +1,5 @@
 """Occlusion: the score's drop when patches or words give way to a fill, against runs on inputs that are filled by hand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

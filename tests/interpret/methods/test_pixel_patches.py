@@ -1,7 +1,5 @@
 """Pixels of a model without an adapter are summed over the patches that the model cuts the picture into."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

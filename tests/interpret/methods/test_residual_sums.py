@@ -1,7 +1,5 @@
 """Method "weighted": the residual sums are found where a model takes them, in one tower and between towers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

@@ -1,7 +1,5 @@
 """SmoothGrad: the mean gradient under noise, against a loop by hand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

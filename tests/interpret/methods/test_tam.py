@@ -1,7 +1,5 @@
 """Token activation maps, against a plain reading of the formula; the subtraction of earlier words; the rank Gaussian filter."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

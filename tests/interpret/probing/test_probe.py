@@ -1,7 +1,5 @@
 """`probe` against stored maps, on planted heads, and what its probes of states find."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """`ProbeReport.plot_patterns`: which heads it draws, and which weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

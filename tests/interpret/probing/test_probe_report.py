@@ -1,7 +1,5 @@
 """The report, page and errors of `probe`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

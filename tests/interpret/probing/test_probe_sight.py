@@ -1,7 +1,5 @@
 """Which tokens `probe` counts as cross-modal: those that see words and the whole image."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """`prompt_maps` of pipelines, the words of their prompts, pictures of them, and bad input."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`prompt_maps` against maps that are all stored and then added up as published, on small diffusion models of diffusers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

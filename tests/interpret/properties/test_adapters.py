@@ -1,7 +1,5 @@
 """What every class with an adapter must keep: a tiny model of it, on the inputs that `tools.tiny_models` finds for it."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """What stands beside a token, and must not matter to it: padding, other samples, later tokens, further tokens of an answer."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

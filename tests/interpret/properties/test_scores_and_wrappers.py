@@ -1,7 +1,5 @@
 """A map belongs to the score and to the model: the score's scale, and what is wrapped around a model or put into it."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """What a call leaves behind: nothing, whether it ends or fails, wherever."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from typing import Any

@@ -1,7 +1,5 @@
 """A layer that attends in several calls, each of which has some of the tokens, in front of layers whose tokens move."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional

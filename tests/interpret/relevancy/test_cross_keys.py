@@ -1,7 +1,5 @@
 """Cross-attention to learnt keys beside those of a tower, and to as many keys as there are queries."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Models that no record names: torch's and open_clip's encoders, and classes of transformers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

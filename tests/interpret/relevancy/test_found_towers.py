@@ -1,7 +1,5 @@
 """Towers that no record names: layers that attend in different ways, what is refused by name, and wrappers around models."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from typing import Any

@@ -1,7 +1,5 @@
 """Hand-written attention by scaled_dot_product_attention: the same outputs, one call each, and everything put back."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """A call whose keys are tokens of its own tower and of another one: both towers are one sequence."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

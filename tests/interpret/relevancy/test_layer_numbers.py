@@ -1,7 +1,5 @@
 """Layers have one numbering, that of the model's blocks, wherever a number of a layer goes in or comes out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any

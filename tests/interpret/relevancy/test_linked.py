@@ -1,7 +1,5 @@
 """Towers that attend to one another: explain against the published rules written out on stored maps."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

@@ -1,7 +1,5 @@
 """Modules in which a gradient ends, as quantised ones: named in a warning, or refused where nothing gets by."""
 
-from __future__ import annotations
-
 import re
 import warnings
 

@@ -1,7 +1,5 @@
 """Reads of several rows, as a mean is: over real tokens alone, and without what the rows put on themselves."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

@@ -1,7 +1,5 @@
 """Models whose tokens move, drop out or come back between their layers, beside stored maps that are composed token by token."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

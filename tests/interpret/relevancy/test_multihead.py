@@ -1,7 +1,5 @@
 """torch.nn.MultiheadAttention by scaled_dot_product_attention, with every mask, and inside of torch's encoder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Attention to keys that are no tokens, beside those of the tokens: learnt keys, zeros, prefixes; keys of several tokens."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

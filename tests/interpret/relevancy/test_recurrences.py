@@ -1,7 +1,5 @@
 """Recurrent layers beside attention: layers, heads, precision, training, edits; test_recurrences_of_models.py has their rows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """State spaces and other recurrences in `explain`: against the maps that unit impulses make of the models' own functions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Recurrences that `explain` refuses: those that it does not see, and those that are not what their names say."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Layers with any score function: explain against stored maps of the formula, and without a map a head in memory."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Layers that share modules: each call is a layer of its own."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Tokens that receive attention without content: how they are found, and rows without them against stored maps."""
 
-from __future__ import annotations
-
 import html
 import json
 from dataclasses import replace

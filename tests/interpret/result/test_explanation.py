@@ -1,7 +1,5 @@
 """The Explanation object: what it hands out, writes, reads and draws."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

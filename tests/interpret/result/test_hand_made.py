@@ -1,7 +1,5 @@
 """Explanations that users make by hand: any floats, names and pictures, damaged files, and answers of hundreds of words."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The page: what it holds, and what it does in a browser."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io

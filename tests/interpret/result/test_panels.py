@@ -1,7 +1,5 @@
 """The panels of a row: names of thumbnails and tiles, a photo once, lines that wrap."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Photos under maps: the part that the model saw, and photos as people pass them."""
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

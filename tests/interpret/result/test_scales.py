@@ -1,7 +1,5 @@
 """The scale of pictures, from 0 to the largest value beside the range of the values; and how many maps are laid out."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re

@@ -1,7 +1,5 @@
 """`compare`: explanations of methods, checkpoints or inputs under names of the caller; `Comparison` in a notebook."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re

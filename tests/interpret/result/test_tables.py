@@ -1,7 +1,5 @@
 """The largest entries, the data frame, and the comparison of two explanations."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

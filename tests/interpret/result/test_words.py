@@ -1,7 +1,5 @@
 """Tokens joined to words, for the marks of each kind of tokenizer."""
 
-from __future__ import annotations
-
 import pytest
 
 from vlattn_fast.interpret.result.numbers.words import _byte_table, find_marks, join_tokens

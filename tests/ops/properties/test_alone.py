@@ -1,7 +1,5 @@
 """Whoever asks for less gets the same: gradients of one input, of one output, and twice by a graph that is kept."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Arguments that do not fit: each is refused by name at the public call, in the same words whichever backend is named."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import re

@@ -1,7 +1,5 @@
 """Tangents and second derivatives against those of the formula, at the edges of tiles, under masks, in each dtype and layout."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """First and second derivatives of every call by each of its inputs alone, against differences in float64."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Batches, heads, queries, keys, features and carried rows of size 0: every operator, forward and backward, as the formula."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Masks of every kind and shape, alone and joined: every operator that has them gives the formula, forward and backward."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """No tensor grows with the pairs of tokens: what calls allocate, forward and backward, grows with the tokens."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

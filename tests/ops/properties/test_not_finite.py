@@ -1,8 +1,6 @@
 """NaN and infinity in one number of one argument: where the formula's results are not finite, those of a backend are not, either,
 and its other rows are those of the formula."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

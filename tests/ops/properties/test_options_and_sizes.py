@@ -1,7 +1,5 @@
 """Memory layouts, dtypes, shared heads, tiles, many keys and equal bits: the results of the formula, and the same each time."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

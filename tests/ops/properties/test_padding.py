@@ -1,7 +1,5 @@
 """What stands in padding, NaN and infinity, reaches nothing: no output, no gradient and no derivative of one."""
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """torch.library.opcheck of every registered operator, with the arguments that calls and their derivatives give it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

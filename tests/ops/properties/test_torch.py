@@ -1,7 +1,5 @@
 """What torch makes of a call: autocast, and torch.compile with sizes that vary."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
