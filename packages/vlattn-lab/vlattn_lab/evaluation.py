@@ -72,11 +72,14 @@ def whole(runs: Sequence[Evaluation]) -> float | None:
     return sum(first) / len(first) if len(first) == len(runs) else None
 
 
-def residual_shares(task: Task, model: nn.Module, samples: int, freeze: Sequence[str] = ()) -> list[dict[str, Any]]:
+def residual_shares(
+    task: Task, model: nn.Module, samples: int, freeze: Sequence[str] = (), asked: nn.Module | None = None
+) -> list[dict[str, Any]]:
     """The weight a of weighted relevancy's residual term by "contribution", a record for each attention of each tower, first to
-    last: mean, 5th and 95th percentile over the tokens at which the score has a gradient. freeze: see `Weighted`."""
+    last: mean, 5th and 95th percentile over the tokens at which the score has a gradient. freeze: see `Weighted`. asked: the
+    model whose captions are explained, if not `model`."""
     shares: dict[tuple[str, int], list[Tensor]] = {}
-    for inputs, target, _ in task.items(model, samples, 0, task.batch):
+    for inputs, target, _ in task.items(model if asked is None else asked, samples, 0, task.batch):
         # by number of tokens, which differs between towers, then by memory, which stays theirs since `residual` is kept; in the
         # order of the last calls, since linked towers weigh a sum twice
         seen: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}

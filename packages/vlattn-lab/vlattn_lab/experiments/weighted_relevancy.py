@@ -8,19 +8,26 @@ of test scenes.
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS
 from vlattn_fast.interpret.relevancy.methods.registry import with_options
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.provenance import fingerprint
 from vlattn_fast.measuring.records import grouped, having, markdown, mean_and_deviation
+from vlattn_lab.checkout import ROOT
 from vlattn_lab.evaluation import residual_shares, run
-from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, paired_test
+from vlattn_lab.experiments.experiment import Cell, Effect, Experiment, Record, Settings, Stage, effects_of, holm, paired_test
 from vlattn_lab.mapper import prompt_accuracy, question_accuracy
 from vlattn_lab.tasks import TASKS
+from vlattn_lab.train.fit import seeded
 from vlattn_lab.train.mapper import train
 
 if TYPE_CHECKING:
@@ -34,6 +41,7 @@ FORMS = {"published": (), "norms held fixed": ("norms",)}
 DIVIDED = {"divided": "weighted", "not divided": "weighted:no_normalization"}  # the rows of Abar
 # Equal weights without the division are the plain rule.
 RULES = [(name, rows) for name in WEIGHTINGS for rows in DIVIDED if (name, rows) != ("equal", "not divided")]
+STATES = ("trained", "untrained")
 PLAIN = "plain"
 MARGIN = "margin"  # the area under the curve of negative perturbation less that of positive perturbation
 
@@ -45,6 +53,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 STEPS = {"vqa": 1200, "captions": 800}  # a quarter of the shipped models' training
 OF_LAYERS = [("contribution", "divided"), ("norm", "not divided")]  # the rules that explain them
 COUNT, FEW = 200, 50  # scenes of each kind that tell the accuracy, and those of a set that are explained
+CLAIMED = [("contribution", "divided"), ("magnitude", "not divided")]  # our reading of the paper, and our best alternative
 LEVEL = 0.05
 
 Values = dict[str, dict[str, float | None]]  # by method, then by test and part
@@ -82,12 +91,28 @@ def _measured(task: str, model: Any, samples: int, seed: int, rules: Iterable[tu
 
 
 def cells_of_shares(settings: Settings, records: Sequence[Record]) -> list[Cell]:
-    return [{"task": task, "form": form} for task in MODELS for form in FORMS]
+    return [{"task": task, "form": form, "state": state} for task in MODELS for form in FORMS for state in STATES]
 
 
 def measure_shares(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """The shares of the shipped model, or of the same model with weights drawn anew, on the scenes and with the answers and
+    captions of the shipped one."""
     task = TASKS[cell["task"]]
-    return {"shares": residual_shares(task, task.load(), 2 if settings.smoke else 100, FORMS[cell["form"]])}
+    model = shipped = task.load()
+    if cell["state"] == "untrained":
+        model = seeded(0, lambda: redrawn(shipped))
+    samples = 2 if settings.smoke else 100
+    return {"shares": residual_shares(task, model, samples, FORMS[cell["form"]], asked=shipped)}
+
+
+def redrawn(model: nn.Module) -> nn.Module:
+    """A copy of a model in which each matrix has other numbers of the same mean and deviation; vectors stay."""
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(parameter.mean() + parameter.std() * torch.randn_like(parameter))
+    return copied
 
 
 def cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
@@ -133,12 +158,10 @@ def compared(sets: Sequence[Values], form: str, rule: tuple[str, str], test: str
     return (*mean_and_deviation(better), paired_test(better)[1]) if len(better) > 1 else None
 
 
-def _difference(sets: Sequence[Values], form: str, rule: tuple[str, str], test: str) -> str:
-    found = compared(sets, form, rule, test)
+def _shown(found: tuple[float, float, float] | None, corrected: float) -> str:
     if found is None:
         return "–"
-    mean, _, p = found
-    return f"**{mean:+.3f}**" if p < LEVEL else f"{mean:+.3f}"
+    return f"**{found[0]:+.3f}**" if corrected < LEVEL else f"{found[0]:+.3f}"
 
 
 def _mean(sets: Sequence[Values], name: str, test: str, form: str = ".3f") -> str:
@@ -166,35 +189,81 @@ def _of_shares(records: Sequence[Record]) -> str:
         for tower, layers in grouped(record["shares"], lambda share: share["tower"]).items():
             means, widths = [one["mean"] for one in layers], [one["p95"] - one["p5"] for one in layers]
             ends = [f"{end(means):.3f}" for end in (min, max)]
-            lines.append([MODELS[record["task"]], tower, record["form"], str(len(layers)), *ends, f"{max(widths):.3f}"])
-    head = ["model", "tower", "form", "attentions", "smallest mean", "largest mean", "widest 5 % to 95 % of tokens"]
-    return markdown(head, lines, words=(0, 1, 2))
+            place = MODELS[record["task"]], tower, record["form"], record["state"]
+            lines.append([*place, str(len(layers)), *ends, f"{max(widths):.3f}"])
+    head = ["model", "tower", "form", "weights", "attentions", "smallest mean", "largest mean", "widest 5 % to 95 % of tokens"]
+    return markdown(head, lines, words=(0, 1, 2, 3))
 
 
 def _of_rules(records: Sequence[Record], columns: Sequence[tuple[str, str, str]]) -> str:
-    """A line for each rule: for the plain rule the value, for others the difference from it; bold if p is below LEVEL."""
+    """A line for each rule: for the plain rule the value, for others the difference from it; bold if p, after Holm's correction
+    for all differences of the table, is below LEVEL."""
     lines = []
+    places = [(form, rule, task, test) for form in FORMS for rule in RULES for task, test, _ in columns]
+    found = {place: value for place in places if (value := compared(_sets(records, place[2]), *place[:2], place[3]))}
+    corrected = dict(zip(found, holm([p for *_, p in found.values()]), strict=True))
     for form in FORMS:
         plain = [_mean(_sets(records, task), _name(form, PLAIN), test) for task, test, _ in columns]
         lines.append([form, "plain rule", "", *plain])
         for rule in RULES:
-            differences = [_difference(_sets(records, task), form, rule, test) for task, test, _ in columns]
+            at = [(form, rule, task, test) for task, test, _ in columns]
+            differences = [_shown(found.get(place), corrected.get(place, 1.0)) for place in at]
             lines.append([form, *rule, *differences])
     return markdown(["form", "weights", "rows", *(shown for *_, shown in columns)], lines, words=(0, 1, 2))
 
 
 def _of_layers(records: Sequence[Record]) -> str:
+    """Bold as in `_of_rules`."""
+    tests = f"{MARGIN} image", "pointing image"
+    places = [
+        (number, form, test, rule) for number in range(len(records)) for form in FORMS for test in tests for rule in OF_LAYERS
+    ]
+    found = {place: value for place in places if (value := compared(records[place[0]]["sets"], place[1], place[3], place[2]))}
+    corrected = dict(zip(found, holm([p for *_, p in found.values()]), strict=True))
     lines = []
-    for record, form in itertools.product(records, FORMS):
+    for (number, record), form in itertools.product(enumerate(records), FORMS):
         right = record["accuracy"].values()
         line = [MODELS[record["task"]], record["layers"], f"{sum(right) / len(right):.1%}".replace("%", " %"), form]
-        for test in (f"{MARGIN} image", "pointing image"):
-            differences = (_difference(record["sets"], form, rule, test) for rule in OF_LAYERS)
-            line += [_mean(record["sets"], _name(form, PLAIN), test), *differences]
+        for test in tests:
+            at = [(number, form, test, rule) for rule in OF_LAYERS]
+            line += [_mean(record["sets"], _name(form, PLAIN), test)]
+            line += [_shown(found.get(place), corrected.get(place, 1.0)) for place in at]
         lines.append(line)
     rules = [f"{PLAIN} rule", *(_name(*rule) for rule in OF_LAYERS)]
     head = ["model", "layers", "right", "form", *(f"{test}, {rule}" for test in (MARGIN, "pointing") for rule in rules)]
     return markdown(head, lines, words=(0, 1, 3))
+
+
+def effects(records: Sequence[Record]) -> list[Effect]:
+    """Of two rules, and of gradient x input through fixed norms and attention, on the margin of the plain rule in the same scenes.
+    The third is of the stored rows of `vlattn_lab.evaluation`, whose scenes are the same."""
+    asked = [(task, part) for task in ("vqa", "captions") for part in PARTS]
+    by_rule: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for (name, rows), form in itertools.product(CLAIMED, FORMS):
+        of_rule = by_rule.setdefault(f"`{name}`, rows {rows}, {form}", {})
+        for task, part in itertools.product(MODELS, PARTS):
+            one, two = (of_sets(_sets(records, task), _name(form, *way), f"{MARGIN} {part}") for way in ((name, rows), (PLAIN,)))
+            of_rule[task, part] = [a - b for a, b in zip(one, two, strict=True) if a is not None and b is not None]
+    by_rule["gradient × input, norms and attention held fixed"] = {
+        (task, part): _gradient_times_input(task, part) for task, part in itertools.product(MODELS, PARTS)
+    }
+    found: list[tuple[str, str, list[float]]] = []
+    for rule, of_rule in by_rule.items():
+        found += [(rule, f"{MODELS[task]}, {part}", of_rule[task, part]) for task, part in asked]
+        sets = zip(*of_rule.values(), strict=False)
+        found.append((rule, "all models, mean", [sum(one) / len(one) for one in sets]))
+    return effects_of(found)
+
+
+def _gradient_times_input(task: str, part: str) -> list[float]:
+    """By how much its margin is above that of the plain rule with norms held fixed, for each set of scenes."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / f"evaluation-{task}.json").read_text(encoding="utf-8"))["rows"]
+    values = {(row["method"], row["test"]): row["values"] for row in rows if row["part"] == part}
+    margins = {
+        method: [a - b for a, b in zip(values[method, "negative"], values[method, "positive"], strict=True)]
+        for method in ("input_gradient", "gradient(freeze=norms)")
+    }
+    return [a - b for a, b in zip(*margins.values(), strict=True)]
 
 
 def figure(records: Sequence[Record]) -> Figure:
@@ -224,4 +293,5 @@ EXPERIMENT = Experiment(
     (Stage(cells_of_shares, measure_shares), Stage(cells, measure), Stage(cells_of_layers, measure_layers)),
     tables,
     {"weighted_relevancy": figure},
+    effects,
 )
