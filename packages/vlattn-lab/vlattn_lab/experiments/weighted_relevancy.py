@@ -235,7 +235,7 @@ def _of_layers(records: Sequence[Record]) -> str:
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:
-    """Of two rules, and of gradient x input through fixed norms and attention, on the margin of the plain rule in the same scenes.
+    """Of two rules, and of gradient x input through fixed norms and attention, on the plain rule's margin in the same scenes.
     The third is of the stored rows of `vlattn_lab.evaluation`, whose scenes are the same."""
     asked = [(task, part) for task in ("vqa", "captions") for part in PARTS]
     by_rule: dict[str, dict[tuple[str, str], list[float]]] = {}
