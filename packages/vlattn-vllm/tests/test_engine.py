@@ -39,7 +39,7 @@ SCENARIOS = (
     "server chunks",
     "server faults",
 )
-V2 = ("one_process", "preempted", "windows", "steered", "many", "odd_layers", "ranks", "server")
+V2 = ("one_process", "preempted", "windows", "steered", "many", "odd_layers", "faults", "ranks")
 
 
 @pytest.mark.parametrize(("scenario", "runner"), [*((each, "0") for each in SCENARIOS), *((each, "1") for each in V2)])
