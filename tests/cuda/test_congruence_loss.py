@@ -62,7 +62,9 @@ def test_what_it_cannot_run_is_refused(dtype: torch.dtype, d: int, L: int, words
     assert_refused("cuda", words, partial(va.congruence_loss, (text, text), (image, image), backend="cuda"))
 
 
-def test_the_singular_kind_is_refused() -> None:
+@pytest.mark.parametrize(
+    "options, words", [({"kind": "iais_singular"}, "the kinds cacr and"), ({"normalize": "none"}, '"softmax"')]
+)
+def test_what_it_does_not_compute_is_refused(options: dict[str, str], words: str) -> None:
     x = torch.zeros(1, 1, 2, 4)
-    run = partial(va.congruence_loss, (x, x), (x, x), kind="iais_singular", backend="cuda")
-    assert_refused("cuda", "the kinds cacr and iais_distributed", run)
+    assert_refused("cuda", words, partial(va.congruence_loss, (x, x), (x, x), backend="cuda", **options))

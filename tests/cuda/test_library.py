@@ -41,7 +41,7 @@ def score(x: Tensor, value: Tensor) -> Tensor:
 
 
 def congruence(x: Tensor) -> Tensor:
-    return torch.ops.vlattn.congruence_loss(*[x] * 8, None, None, "cacr", "both", 1.0, False, "cuda")[0]
+    return torch.ops.vlattn.congruence_loss(*[x] * 8, None, None, "cacr", "softmax", "both", 1.0, False, "cuda")[0]
 
 
 def test_what_is_too_large_is_refused_not_computed_in_part() -> None:

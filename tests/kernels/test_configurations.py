@@ -48,6 +48,11 @@ def test_a_line_may_name_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "AHEAD" not in configuration("score_attention", "forward", **facts)
 
 
+def test_a_b300_takes_the_lines_of_a_b200(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 3))
+    assert _configurations.architecture.__wrapped__(0) == "sm_100"
+
+
 def test_each_line_is_reached_and_one_holds_for_every_launch() -> None:
     """A kernel's last line has no conditions. Where a line's conditions hold, those of no line above it follow."""
     for name, lines in LINES.items():

@@ -9,25 +9,25 @@ import torch
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype
 from tests.helpers.ops.backends import assert_refused
-from tests.helpers.ops.congruence_loss_cases import check, make, masks, prefix
+from tests.helpers.ops.congruence_loss_cases import FORMS, check, make, masks, prefix
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @pytest.mark.parametrize(
-    "kind, L, V, direction",
+    "form, L, V, direction",
     [
-        ("cacr", 5, 130, "both"),
-        ("cacr", 130, 9, "image"),
-        ("iais_singular", 9, 129, "text"),
-        ("iais_singular", 129, 7, "both"),
-        ("iais_distributed", 130, 15, "both"),
-        ("iais_distributed", 9, 193, "text"),
+        ("cacr softmax", 5, 130, "both"),
+        ("cacr none", 130, 9, "image"),
+        ("iais_singular none", 9, 129, "text"),
+        ("iais_singular softmax", 129, 7, "both"),
+        ("iais_distributed softmax", 130, 15, "both"),
+        ("iais_distributed none", 9, 193, "text"),
     ],
 )
-def test_rows_longer_than_a_tile(kind: str, L: int, V: int, direction: str) -> None:
-    x = as_dtype(make(L, V, h=1, d=4, cross=kind == "iais_distributed"), F32)
-    check("triton", x, kind=kind, direction=direction, text_mask=prefix(L, L - 2), image_mask=prefix(V, V - 2))
+def test_rows_longer_than_a_tile(form: str, L: int, V: int, direction: str) -> None:
+    x = as_dtype(make(L, V, h=1, d=4, cross="distributed" in form), F32)
+    check("triton", x, **FORMS[form], direction=direction, text_mask=prefix(L, L - 2), image_mask=prefix(V, V - 2))
 
 
 @pytest.mark.parametrize("kind", ("cacr", "iais_distributed"))
@@ -38,19 +38,19 @@ def test_the_only_real_tokens_stand_behind_a_tile_of_padding(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, dtype, L, V",
+    "form, dtype, L, V",
     [
-        ("cacr", F16, 70, 20),
-        ("iais_singular", BF16, 40, 70),
-        ("iais_distributed", BF16, 33, 65),
-        ("cacr", BF16, 140, 36),  # rows longer than a tile
-        ("iais_singular", BF16, 140, 36),
-        ("iais_distributed", F16, 140, 36),
+        ("cacr none", F16, 70, 20),
+        ("iais_singular none", BF16, 40, 70),
+        ("iais_distributed none", BF16, 33, 65),
+        ("cacr softmax", BF16, 140, 36),  # rows longer than a tile
+        ("iais_singular softmax", BF16, 140, 36),
+        ("iais_distributed softmax", F16, 140, 36),
     ],
 )
-def test_half_precision(kind: str, dtype: torch.dtype, L: int, V: int) -> None:
+def test_half_precision(form: str, dtype: torch.dtype, L: int, V: int) -> None:
     x = as_dtype(make(L, V, h=1, d=16, cross=True), dtype)
-    check("triton", x, kind=kind, text_mask=prefix(L, L - 9), image_mask=prefix(V, V - 3))
+    check("triton", x, **FORMS[form], text_mask=prefix(L, L - 9), image_mask=prefix(V, V - 3))
 
 
 def test_samples_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,13 @@ import torch
 
 from tests.helpers.compare import LargestAllocation, as_dtype, outputs_and_grads
 from tests.helpers.ops.backends import F64, LOW, each, finest, on
-from tests.helpers.ops.congruence_loss_cases import CROSS, NAMES, call, check, make, masks
+from tests.helpers.ops.congruence_loss_cases import CROSS, FORMS, NAMES, call, check, make, masks
 from tests.helpers.ops.tile_edges import covering
 from vlattn_fast.backends.streaming import _tiles
-from vlattn_fast.ops.congruence_loss import DIRECTIONS, KINDS, congruence_loss
+from vlattn_fast.ops.congruence_loss import DIRECTIONS, congruence_loss
 
 FAST = ("streaming", "cpu", "triton", "cuda")
-KINDS_OF = {name: KINDS for name in FAST} | {"cuda": tuple(kind for kind in KINDS if kind != "iais_singular")}
+FORMS_OF = {name: tuple(FORMS) for name in FAST} | {"cuda": ("cacr softmax", "iais_distributed softmax")}
 
 
 @pytest.fixture(autouse=True)
@@ -25,48 +25,48 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 24)
 
 
-PAIRS = covering(LOW[:2], KINDS, DIRECTIONS)
-CUDA_PAIRS = covering(LOW[:2], KINDS_OF["cuda"], DIRECTIONS)
+PAIRS = covering(LOW[:2], tuple(FORMS), DIRECTIONS)
+CUDA_PAIRS = covering(LOW[:2], FORMS_OF["cuda"], DIRECTIONS)
 
 
-@each("case", streaming=itertools.product((F64,), KINDS, DIRECTIONS), cpu=PAIRS, triton=PAIRS, cuda=CUDA_PAIRS)
+@each("case", streaming=itertools.product((F64,), FORMS, DIRECTIONS), cpu=PAIRS, triton=PAIRS, cuda=CUDA_PAIRS)
 def test_kinds_and_directions(backend: str, case: tuple[torch.dtype, str, str]) -> None:
-    dtype, kind, direction = case
-    got = check(backend, as_dtype(make(6, 18, cross=direction == "both"), dtype), kind=kind, direction=direction)
+    dtype, form, direction = case
+    got = check(backend, as_dtype(make(6, 18, cross=direction == "both"), dtype), **FORMS[form], direction=direction)
     assert got["out0"].dtype == (F64 if dtype == F64 else torch.float32) and got["grad text_key"].dtype == dtype
 
 
 ONE_TOKEN = {"cacr": (1, 1), "iais_singular": (1, 6), "iais_distributed": (6, 1)}
 
 
-@each("kind", **KINDS_OF)
-def test_one_token(kind: str, backend: str) -> None:
-    check(backend, as_dtype(make(*ONE_TOKEN[kind], d=1), finest(backend)), kind=kind)
+@each("form", **FORMS_OF)
+def test_one_token(form: str, backend: str) -> None:
+    check(backend, as_dtype(make(*ONE_TOKEN[FORMS[form]["kind"]], d=1), finest(backend)), **FORMS[form])
 
 
-@each("kind", **KINDS_OF)
-def test_scale(kind: str, backend: str) -> None:
-    for scale in (-0.7, 0.0) if kind == "cacr" else (0.0 if kind == "iais_singular" else -0.7,):
-        check(backend, as_dtype(make(6, 9, cross=True), finest(backend)), kind=kind, scale=scale)
+@each("form", **FORMS_OF)
+def test_scale(form: str, backend: str) -> None:
+    for scale in (-0.7, 0.0) if "cacr" in form else (0.0 if "singular" in form else -0.7,):
+        check(backend, as_dtype(make(6, 9, cross=True), finest(backend)), **FORMS[form], scale=scale)
 
 
-@each("kind", **KINDS_OF)
-def test_nan_shows_in_its_own_sample_alone(kind: str, backend: str) -> None:
+@each("form", **FORMS_OF)
+def test_nan_shows_in_its_own_sample_alone(form: str, backend: str) -> None:
     x = as_dtype(make(5, 7, b=2, h=1 if backend == "triton" else 2), finest(backend))
-    run = call(congruence_loss, kind=kind, backend=backend)
+    run = call(congruence_loss, **FORMS[form], backend=backend)
     clean = outputs_and_grads(run, x)
     x["image_key"][1, 0, 6, 3] = torch.nan
     for name, value in outputs_and_grads(run, x).items():
         assert torch.equal(value[0], clean[name][0]) and value[1].isnan().any(), name
 
 
-@each("kind", **KINDS_OF)
-def test_a_weight_that_underflows(kind: str, backend: str) -> None:
+@each("form", **FORMS_OF)
+def test_a_weight_that_underflows(form: str, backend: str) -> None:
     # not so the cross block: of saturated heads the mean has ties, and which one is picked depends on rounding
     x = {name: value if name in CROSS else value * 30 for name, value in make(5, 6, d=4, cross=True).items()}
     x = as_dtype(x, torch.float32)
     assert (torch.softmax(x["text_query"] @ x["text_key"].mT / 2, -1) == 0).any()
-    check(backend, x, kind=kind)
+    check(backend, x, **FORMS[form])
 
 
 @on(*FAST[:3])
@@ -80,27 +80,27 @@ def test_the_first_of_equals_is_picked(backend: str) -> None:
         check(backend, as_dtype(x, dtype), kind="iais_singular", direction="text")
 
 
-@each("kind", **KINDS_OF)
-def test_maps_that_nearly_agree(kind: str, backend: str) -> None:
+@each("form", **FORMS_OF)
+def test_maps_that_nearly_agree(form: str, backend: str) -> None:
     """Losses near zero keep their digits."""
     x = make(12, 12)
     x |= {"image_query": x["text_query"] + 1e-3 * torch.randn(1, 2, 12, 8), "image_key": x["text_key"].clone()}
-    check(backend, as_dtype(x, torch.float32), kind=kind)
+    check(backend, as_dtype(x, torch.float32), **FORMS[form])
 
 
-@each("kind", **KINDS_OF)
-def test_gradients_of_scores_beyond_float16(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@each("form", **FORMS_OF)
+def test_gradients_of_scores_beyond_float16(form: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are small where there are many tokens, and large with the cotangent of a loss that is scaled up."""
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 1 << 10)
-    check(backend, as_dtype(make(40, 36, d=16), torch.float16), torch.full((1,), 2.0**10), kind=kind)
+    check(backend, as_dtype(make(40, 36, d=16), torch.float16), torch.full((1,), 2.0**10), **FORMS[form])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_map_with_a_head_axis(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_no_map_with_a_head_axis(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 1 << 12)
     batch, heads, tokens, head_dim = 2, 8, 128, 4
     x = as_dtype(make(tokens, tokens, b=batch, h=heads, d=head_dim), torch.float32)
-    run = call(congruence_loss, kind=kind, backend="streaming")
+    run = call(congruence_loss, **FORMS[form], backend="streaming")
     with LargestAllocation() as forward:
         run(**x)
     with LargestAllocation() as both:

@@ -104,7 +104,8 @@ class Session:
         place = torch.device(self.device)
         self.slug = self._rows.slug(place)
         if self.device == "cuda":
-            self.architecture = "{}{}".format(*torch.cuda.get_device_capability())
+            configurations = importlib.import_module("vlattn_fast.kernels._configurations")
+            self.architecture = configurations.architecture(torch.cuda.current_device()).removeprefix("sm_")
         else:
             self.architecture = os.environ.get("VLATTN_PTX", EMULATED)
         emulated = f", sm_{self.architecture} emulated" if self.device == "cpu" else ""

@@ -344,6 +344,7 @@ class CongruenceLossInputs(NamedTuple):
     text_mask: Tensor | None
     image_mask: Tensor | None
     kind: str
+    normalize: str
     direction: str
     scale: float
     saves: bool
@@ -374,6 +375,7 @@ class CongruenceLossBackwardInputs(NamedTuple):
     text_mask: Tensor | None
     image_mask: Tensor | None
     kind: str
+    normalize: str
     direction: str
     scale: float
     backend: str

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_choice, check_number
-from vlattn_fast.backends.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS
+from vlattn_fast.backends.reference.congruence_loss import DIRECTIONS, KINDS, NORMALIZATIONS, REDUCTIONS
 from vlattn_fast.nn.capture_attention import AttentionCapture
 from vlattn_fast.nn.captured_layer import CapturedLayer, QueryKey
 from vlattn_fast.ops import BACKEND_NAMES
@@ -38,8 +38,8 @@ class CongruenceLoss(nn.Module):
     tokens. The blocks use a layer's mask only for padding.
 
     Args:
-        kind, direction, scale, reduction, backend: see `vlattn_fast.congruence_loss`; direction also "alternate": "image" at
-            the first call and every second one from there, "text" at the others, as the official training does.
+        kind, direction, scale, reduction, backend, normalize: see `vlattn_fast.congruence_loss`; direction also "alternate":
+            "image" at the first call and every second one from there, "text" at the others, as the official training does.
         weight: multiplies the loss, in addition to the schedule.
         schedule: "linear", "exp", "log" or "const", see `training_signal_annealing`; needs num_steps unless "const".
         num_steps: steps of the training; the schedule's weight stays from there on.
@@ -59,12 +59,14 @@ class CongruenceLoss(nn.Module):
         reduction: str = "mean",
         backend: str = "auto",
         *,
+        normalize: str = "softmax",
         schedule: str = "const",
         num_steps: int | None = None,
         weight: float = 1.0,
     ) -> None:
         super().__init__()
         check_choice("kind", kind, KINDS)
+        check_choice("normalize", normalize, NORMALIZATIONS)
         check_choice("direction", direction, (*DIRECTIONS, "alternate"))
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("backend", backend, BACKEND_NAMES)
@@ -77,6 +79,7 @@ class CongruenceLoss(nn.Module):
         elif schedule != "const":
             raise ValueError(f"num_steps must be the number of training steps if schedule is {schedule!r}; got None")
         self.kind, self.direction, self.scale, self.reduction, self.backend = kind, direction, scale, reduction, backend
+        self.normalize = normalize
         self.schedule, self.num_steps, self.weight = schedule, num_steps, weight
         self.calls = 0
 
@@ -117,8 +120,8 @@ class CongruenceLoss(nn.Module):
         elif not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"step must be an int from 0 on; got {step!r}")
         direction = ("image", "text")[step % 2] if self.direction == "alternate" else self.direction
-        options: dict[str, Any] = {"kind": self.kind, "direction": direction, "scale": scale, "reduction": self.reduction}
-        options |= {"text_mask": text_mask, "image_mask": image_mask, "backend": self.backend}
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("kind", "normalize", "reduction", "backend")}
+        options |= {"direction": direction, "scale": scale, "text_mask": text_mask, "image_mask": image_mask}
         loss = congruence_loss(text, image, cross, **options)
         weight = self.weight
         if self.num_steps is not None:
@@ -135,6 +138,7 @@ class CongruenceLoss(nn.Module):
 
     def extra_repr(self) -> str:
         options = f"{self.kind!r}, direction={self.direction!r}, scale={self.scale}, reduction={self.reduction!r}"
+        options += f", normalize={self.normalize!r}"
         return f"{options}, schedule={self.schedule!r}, num_steps={self.num_steps}, weight={self.weight}"
 
 

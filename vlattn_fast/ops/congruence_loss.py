@@ -25,6 +25,7 @@ from vlattn_fast.backends.inputs import (
 from vlattn_fast.backends.reference.congruence_loss import (
     DIRECTIONS,
     KINDS,
+    NORMALIZATIONS,
     REDUCTIONS,
     block_inputs,
     num_gradients,
@@ -50,6 +51,7 @@ def _cuda_limits(call: CallShape) -> list[tuple[str, bool]]:
     float32_bytes = 4 * ((64 if rows <= 64 else 128) * (68 if head_dim <= 64 else 132) + rows * (rows + 8))
     return [
         ("the CUDA C++ kernel takes the kinds cacr and iais_distributed", call.flags["kind"] == "iais_singular"),
+        ('the CUDA C++ kernel takes normalize="softmax"', call.flags["normalize"] == "none"),
         ("the CUDA C++ kernel takes at most 128 tokens of each modality", longest > 128),
         ("the CUDA C++ kernel takes a head_dim of at most 128", head_dim > 128),
         (
@@ -76,6 +78,7 @@ def congruence_loss(
     cross: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     *,
     kind: str = "cacr",
+    normalize: str = "softmax",
     direction: str = "both",
     text_mask: Tensor | None = None,
     image_mask: Tensor | None = None,
@@ -104,12 +107,17 @@ def congruence_loss(
     - "iais_distributed": sym(LL, LV VL) with e = 1e-6 in the denominators, p log(p / (t + e)) + t log(t / (p + e)) (Ren et al.,
       ACL 2021, "distributed").
 
+    A softmax ignores a constant of its row, so a softmax loss can be 0 for maps that differ. With normalize="none" each kind is
+    sym(LL + e, T + e) = mean_i sum_j (LL - T) log((LL + e) / (T + e)), T the other side before its softmax: LV VV LV^T, VV[c, c]
+    or LV VL. It is never negative, and 0 if and only if LL = T, of which the rows need not sum to 1.
+
     Args:
         text: (query, key), each (B, H, L, D), of the text tokens; float16, bfloat16, float32 or float64.
         image: (query, key), each (B, H, V, D), of the image tokens.
         cross: ((text query (B, H, L, D), image key (B, H, V, D)), (image query (B, H, V, D), text key (B, H, L, D))): the
             projections of a separate cross attention. Default: those of text and image.
         kind: "cacr", "iais_singular" or "iais_distributed".
+        normalize: "softmax", as published, or "none".
         direction: "text", "image", or "both" for their sum.
         text_mask, image_mask: bool (B, L) and (B, V), True = a real token, in any pattern. Padding has no influence and gradient
             0.
@@ -125,17 +133,20 @@ def congruence_loss(
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
-    backend, scale = planned(_plan, backend, scale, text, image, cross, kind, direction, text_mask, image_mask, reduction)
+    backend, scale = planned(
+        _plan, backend, scale, text, image, cross, kind, normalize, direction, text_mask, image_mask, reduction
+    )
     if backend == "reference":
-        options: dict[str, Any] = {"kind": kind, "direction": direction, "scale": scale, "reduction": reduction}
-        return reference.congruence_loss(text, image, cross, text_mask=text_mask, image_mask=image_mask, **options)
+        options: dict[str, Any] = {"direction": direction, "text_mask": text_mask, "image_mask": image_mask, "scale": scale}
+        return reference.congruence_loss(text, image, cross, kind=kind, normalize=normalize, reduction=reduction, **options)
     if cross is not None:
         cross = (cast_by_autocast(*cross[0]), cast_by_autocast(*cross[1]))
     written = (None, None) if BACKENDS[backend].masks_padding else (text_mask, image_mask)
     queries, keys = block_inputs(cast_by_autocast(*text), cast_by_autocast(*image), cross, *written)
     # in forward mode none are saved: its tangents need them from a pass of their own
     saves = torch.is_grad_enabled() and any([x.requires_grad for x in (*queries, *keys)]) and not has_forward_mode()
-    loss, _ = _forward_op(CongruenceLossInputs(*queries, *keys, text_mask, image_mask, kind, direction, scale, saves, backend))
+    blocks = *queries, *keys, text_mask, image_mask
+    loss, _ = _forward_op(CongruenceLossInputs(*blocks, kind, normalize, direction, scale, saves, backend))
     if reduction == "none":
         return loss
     return loss.mean() if loss.shape[0] else loss.sum()
@@ -152,6 +163,7 @@ def _describe(
     image: tuple[Tensor, Tensor],
     cross: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     kind: str,
+    normalize: str,
     direction: str,
     text_mask: Tensor | None,
     image_mask: Tensor | None,
@@ -159,6 +171,7 @@ def _describe(
 ) -> CallShape:
     """Checks a call except for its scale, and returns its metadata."""
     check_choice("kind", kind, KINDS)
+    check_choice("normalize", normalize, NORMALIZATIONS)
     check_choice("direction", direction, DIRECTIONS)
     check_choice("reduction", reduction, REDUCTIONS)
     tensors = _named_tensors(text, image, cross)
@@ -175,7 +188,7 @@ def _describe(
     check_token_mask("text_mask", text_mask, "text query", text[0], L, "(B, L)")
     check_token_mask("image_mask", image_mask, "text query", text[0], V, "(B, V)")
     sizes = {"L": L, "V": V, "head_dim": head_dim, "num_heads": num_heads}
-    return call_shape("congruence_loss", text[0], sizes, {"kind": kind, "direction": direction})
+    return call_shape("congruence_loss", text[0], sizes, {"kind": kind, "normalize": normalize, "direction": direction})
 
 
 def _named_tensors(text: Any, image: Any, cross: Any) -> dict[str, Any]:

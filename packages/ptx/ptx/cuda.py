@@ -42,7 +42,8 @@ DRIVER = RUNTIME.with_name("driver.cpp")  # to be compiled alone, as a library
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 UNASKED = 48 * 1024  # bytes of a block without cudaFuncSetAttribute
 GRID, BLOCK, THREADS = (2**31 - 1, 65535, 65535), (1024, 1024, 64), 1024
-INVALID_VALUE, INVALID_CONFIGURATION, OUT_OF_RESOURCES, LAUNCH_FAILURE = 1, 9, 701, 719  # cudaError_t
+INVALID_VALUE, INVALID_CONFIGURATION, OUT_OF_RESOURCES, LAUNCH_FAILURE, NOT_SUPPORTED = 1, 9, 701, 719, 801  # cudaError_t
+MAX_DYNAMIC_SHARED, CARVEOUT = 8, 9  # cudaFuncAttribute, and the driver's
 
 
 class _Kernel(ctypes.Structure):
@@ -64,13 +65,13 @@ class _Launch(ctypes.Structure):
 
 
 _LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Launch))
-_ALLOW = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Kernel), ctypes.c_int)
+_SET = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Kernel), ctypes.c_int, ctypes.c_int)
 
 
 class _Emulator(ctypes.Structure):
     """Emulator of emulator.h."""
 
-    _fields_ = [("launch", _LAUNCH), ("allow", _ALLOW)]
+    _fields_ = [("launch", _LAUNCH), ("set", _SET)]
 
 
 @contextmanager
@@ -107,11 +108,13 @@ def lent(tensors: dict[str, Tensor]) -> Memory:
 
 @dataclass
 class _Loaded:
-    """A kernel, and the bytes of dynamic shared memory that a block of it may have."""
+    """A kernel, the bytes of dynamic shared memory that a block of it may have, and how much of an SM's fast memory it prefers
+    to have as shared memory, in percent: -1 if it does not say."""
 
     program: Program
     title: str
     allowed: int
+    carveout: int = -1
 
 
 class Device:
@@ -147,10 +150,13 @@ class Device:
             )
         return self.loaded[address]
 
-    def allow(self, kernel: _Loaded, shared: int) -> int:
-        if not 0 <= shared <= SHARED[self.architecture] - kernel.program.kernel.shared:
-            return INVALID_VALUE
-        kernel.allowed = shared
+    def set(self, kernel: _Loaded, attribute: int, value: int) -> int:
+        if attribute == CARVEOUT and -1 <= value <= 100:
+            kernel.carveout = value
+        elif attribute == MAX_DYNAMIC_SHARED and 0 <= value <= SHARED[self.architecture] - kernel.program.kernel.shared:
+            kernel.allowed = value
+        else:
+            return INVALID_VALUE if attribute in (CARVEOUT, MAX_DYNAMIC_SHARED) else NOT_SUPPORTED
         return 0
 
     def refusal(self, kernel: _Loaded, launch: _Launch) -> int:
@@ -171,7 +177,7 @@ class Device:
         self.launched += 1
         values = [ctypes.string_at(call.arguments[n], one.size) for n, one in enumerate(kernel.program.parameters)]
         done = launch(kernel.program, values, tuple(call.grid), tuple(call.block), call.shared, self.memory, options)
-        done.name, done.shapes = kernel.title, self.shapes
+        done.name, done.shapes, done.carveout = kernel.title, self.shapes, kernel.carveout
         if self.keep:
             self.launches.append(done)
         if self.strict:
@@ -190,14 +196,14 @@ def text_at(address: int) -> str:
     return ctypes.string_at(address).decode()
 
 
-def _for_runtime(answer: Callable[[Device, Any, Any], int]) -> Callable[[Any, Any], int]:
+def _for_runtime(answer: Callable[..., int]) -> Callable[..., int]:
     """As a callback, through which no exception can pass: the call of the library raises it when it is over."""
 
-    def callback(kernel: Any, argument: Any) -> int:
+    def callback(kernel: Any, *arguments: Any) -> int:
         device = Device.active
         assert device is not None
         try:
-            return answer(device, device.kernel(kernel.contents), argument)
+            return answer(device, device.kernel(kernel.contents), *arguments)
         except BaseException as error:
             device.error = error
             return LAUNCH_FAILURE
@@ -205,5 +211,5 @@ def _for_runtime(answer: Callable[[Device, Any, Any], int]) -> Callable[[Any, An
     return callback
 
 
-_launch, _allow = _for_runtime(Device.launch), _for_runtime(Device.allow)
-_EMULATOR = _Emulator(_LAUNCH(lambda launch: _launch(launch.contents.kernel, launch.contents)), _ALLOW(_allow))
+_launch, _set = _for_runtime(Device.launch), _for_runtime(Device.set)
+_EMULATOR = _Emulator(_LAUNCH(lambda launch: _launch(launch.contents.kernel, launch.contents)), _SET(_set))

@@ -74,21 +74,3 @@ def test_the_weight_with_the_best_mean_is_chosen():
     second = record(101, {0.0: {0.0: 0.9, 0.1: 0.6, 1.0: 0.4}, 1.0: {0.0: 0.1, 0.1: 0.4, 1.0: 0.4}})
     assert distillation.chosen([first, second], 0.0) == 0.1 and distillation.chosen([first], 0.0) == 1.0
     assert distillation.chosen([first, second], 1.0) == 0.1, "of equals the first"
-
-
-def test_the_outcome_is_said_as_it_is():
-    def records(gains):
-        return [
-            {
-                "what": "training",
-                "arms": {arm: {"group": 0.5 + gain} for arm, gain in zip(distillation.LABELS, each, strict=True)},
-            }
-            for each in gains
-        ]
-
-    helps = [(0.0, 0.1 + 0.001 * seed, 0.2, 0.2 - 0.1 * (-1) ** seed) for seed in range(5)]
-    said = distillation.outcome(records(helps))
-    assert "beside labels it helps (+0.102" in said and "outputs it makes no clear difference" in said
-    hurts = [(0.0, -0.1 - 0.001 * seed, 0.2, 0.2) for seed in range(5)]
-    assert "beside labels it hurts (-0.102" in distillation.outcome(records(hurts))
-    assert distillation.outcome(records(helps[:1])) == "**One seed allows no test.**"

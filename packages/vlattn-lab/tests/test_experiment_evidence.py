@@ -131,23 +131,3 @@ def test_good_answers_become_likelier(asked):
     expected = torch.autograd.grad(-(advantage * log_probability.gather(1, rollout.answers)).mean(), logits)[0]
     torch.testing.assert_close(logits.grad, expected)  # at a ratio of 1
     assert rollout.answers.shape == (BATCH, SAMPLED)
-
-
-def row_of(term, seed, natural):
-    return {"what": "training", "term": term, "weight": 1.0, "seed": seed, "natural": natural}
-
-
-def test_the_outcome_says_what_the_rows_say():
-    noise = (0.0, 0.01, -0.01, 0.005, -0.005)
-
-    def rows(**gains):
-        return [
-            row_of(term, i, 0.5 + 0.1 * i + gains.get(term, 0.0) + (term != "none") * noise[i])
-            for term in ("none", *TERMS)
-            for i in range(5)
-        ]
-
-    assert report.outcome(rows()).startswith("**No difference with evidence as reward (+0.000 ± 0.008),")
-    said = report.outcome(rows(evidence=0.1, cacr=-0.1))
-    assert said.startswith("**More accurate with evidence as loss (+0.100 ± 0.008). Less accurate with CACR (-0.100 ± 0.008).")
-    assert report.outcome(rows()[:1]) == "**One seed allows no test.**"

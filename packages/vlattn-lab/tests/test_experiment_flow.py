@@ -39,7 +39,7 @@ def test_everything_is_measured_once(tmp_path, capsys, monkeypatch):
         assert sum(one["count"] for one in row["by mass"]) > len(row["edges"]["true"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in (*edges.FLOWS, *edges.LISTS))
-    assert (tmp_path / "flow.png").is_file() and (tmp_path / "flow-effects.png").is_file()
+    assert (tmp_path / "flow.png").is_file()
 
 
 def test_each_token_is_in_one_group(asked):

@@ -37,10 +37,9 @@ def test_everything_is_measured_once(tmp_path, capsys, monkeypatch):
     for row in rows:
         assert [(one["method"], one["test"]) for one in row["table"]] == [(m, t) for m in report.METHODS for t in report.TESTS]
         assert {len(curve["mean"]) for curve in row["curves"]} == {3}
-        assert len(row["shown"]["maps"]["gradient"]) == 8 and len(row["shown"]["caption"]) == models.WORDS
     shown = capsys.readouterr().out
     assert all(name in shown for name in (*report.KINDS, *report.METHODS, *report.TESTS))
-    assert (tmp_path / "hybrid.png").is_file() and (tmp_path / "hybrid-maps.png").is_file()
+    assert (tmp_path / "hybrid.png").is_file()
 
 
 def test_both_captioners_have_as_many_parameters():

@@ -31,7 +31,7 @@ def test_everything_is_measured_once(tmp_path, capsys, monkeypatch):
     assert {one["token"] for one in rows[1]["sinks"]} == {"planted patch"} and not rows[0]["sinks"]
     assert set(cost["times"]) == {f"{method} {sinks}" for method in measures.METHODS for sinks in measures.SINKS}
     assert "same answer as without a planted sink" in capsys.readouterr().out
-    assert (tmp_path / "sinks.png").is_file() and (tmp_path / "sinks-pictures.png").is_file()
+    assert (tmp_path / "sinks.png").is_file()
 
 
 def test_the_planted_token_takes_its_share_and_the_others_give_what_they_gave():

@@ -160,8 +160,8 @@ close(got, wanted, (query, key, weight))
 print("statistics")
 
 text, image = (leaf(2, 2, 6, 16), leaf(2, 2, 6, 16)), (leaf(2, 2, 7, 16), leaf(2, 2, 7, 16))
-for kind in ("cacr", "iais_singular", "iais_distributed"):
-    options = {"kind": kind, "image_mask": key_mask[:, :7]}
+for kind, normalize in (("cacr", "softmax"), ("cacr", "none"), ("iais_singular", "softmax"), ("iais_distributed", "softmax")):
+    options = {"kind": kind, "normalize": normalize, "image_mask": key_mask[:, :7]}
     got = hub.congruence_loss(text, image, **options)
     close([got], [formula.congruence_loss(text, image, reduction="none", **options)], (*text, *image))
 print("congruence")

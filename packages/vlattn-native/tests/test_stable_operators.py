@@ -115,7 +115,7 @@ def what_the_cases_leave_out() -> None:
         half = leaf(2, 4, 11, 4, dtype=torch.bfloat16)
         differentiate(*va.relevancy_attention(half, half, half, leaf(2, 3, 11), rule=rule, sink=leaf(4)))
     blocks = [torch.randn(2, 3, tokens, 4) for tokens in (5, 6, 5, 6, 5, 6, 6, 5)]
-    options = (None, None, "cacr", "both", 0.5, "cpu")
+    options = (None, None, "cacr", "softmax", "both", 0.5, "cpu")
     OPERATORS.congruence_loss_backward(torch.randn(2), torch.empty(0), *blocks, *options)  # as torch.func.vmap
 
 
@@ -218,7 +218,7 @@ wrong("documents must have the shape (any, any, 4)", lambda: operators.maxsim(x[
 wrong("lengths must lie from 0 to 5; got 9", lambda: operators.stacked_cross_attention(
     x[0], x[0], torch.tensor([9, 1]), None, 0, "t2i", None, 9.0, "mean", 6.0, "cpu"))
 wrong("image_key must have the shape", lambda: operators.congruence_loss(
-    x, few, x, few, *[x] * 4, None, None, "cacr", "both", 0.5, False, "cpu"))
+    x, few, x, few, *[x] * 4, None, None, "cacr", "softmax", "both", 0.5, False, "cpu"))
 
 lse = x[..., 0].double()
 def backward(grad_out=x, out=x, lse=lse, **given):
@@ -232,7 +232,7 @@ wrong("grad_carrier has a dtype", lambda: call(
 for argmax, words in ((None, "argmax must be given"), (lse, "argmax has a dtype")):
     wrong(words, lambda: call("attention_statistics_backward", argmax=argmax, statistics="entropy"))
 wrong("gradients must have the shape (160); got (4)", lambda: operators.congruence_loss_backward(
-    x[0, 0, 0, :1], x[0, 0, 0], *[x] * 8, None, None, "cacr", "both", 0.5, "cpu"))
+    x[0, 0, 0, :1], x[0, 0, 0], *[x] * 8, None, None, "cacr", "softmax", "both", 0.5, "cpu"))
 print("all were refused")
 """
 )

@@ -300,8 +300,8 @@ class Launching:
         """That of a device; None if there is none of these sources."""
         if device not in self.archives:
             major, minor = self.capability(device)
-            # code for sm_80 runs on 8.6 and 8.9; that for sm_90a and sm_100a on nothing else
-            path = self.folder / f"sm_{major}{0 if major == 8 else minor}.zip"
+            # code for sm_80 runs on 8.6 and 8.9, PTX for sm_100f on 10.3; code for sm_90a runs on nothing else
+            path = self.folder / f"sm_{major}{0 if major in (8, 10) else minor}.zip"
             found = Archive(path) if path.is_file() else None
             self.archives[device] = found if found is not None and found.sources == sources() else None
         return self.archives[device]

@@ -59,7 +59,8 @@ def compiled_launch(kernel: Any, named: dict[str, Any], as_ptx: bool, check: Che
     divisible = {path for path, attributes in made.src.attrs.items() if ["tt.divisibility", 16] in attributes}
     needs |= {numbers[path]: 16 for path, place in _places(kernel, named) if place in divisible}
     parameters += [(-1, "i64")] * len(scratch)
-    image = made.asm["ptx"].encode() if as_ptx else made.asm["cubin"]
+    # for sm_100f a driver compiles it on 10.3, too
+    image = made.asm["ptx"].replace(".target sm_100a", ".target sm_100f").encode() if as_ptx else made.asm["cubin"]
     facts = metadata.name, metadata.num_warps, metadata.shared, needs, parameters
     return Compiled(archive.form_of(kernel, named, leaves), facts, image)
 

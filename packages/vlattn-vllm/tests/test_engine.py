@@ -1,7 +1,9 @@
-"""vLLM answers with the statistics of transformers' maps. Each scenario is a process, with an engine of its own."""
+"""vLLM answers with the statistics of transformers' maps. Each scenario is a process, with an engine of its own. Some also run
+with model runner V2, which GPUs have by default, and whose Triton kernels run in Triton's interpreter here."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,10 +39,12 @@ SCENARIOS = (
     "server chunks",
     "server faults",
 )
+V2 = ("one_process", "preempted", "windows", "steered", "many", "odd_layers", "faults", "ranks")
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_scenario(scenario: str) -> None:
+@pytest.mark.parametrize(("scenario", "runner"), [*((each, "0") for each in SCENARIOS), *((each, "1") for each in V2)])
+def test_scenario(scenario: str, runner: str) -> None:
     command = [sys.executable, "-m", *f"tests.helpers.{scenario}".split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    variables = {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": runner}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]

@@ -103,9 +103,9 @@ def test_places_that_answer_are_left_alone(root: str) -> None:
 
 
 def test_versions_of_any_build() -> None:
-    assert [versions.refused_version(name) for name in ("0.31.0", "0.32.0", "0.32.0+cpu")] == [""] * 3
-    for name in ("0.32.1", "0.33.0", "0.30.0", "0.32.0rc1"):
-        assert f"needs vLLM 0.31.0 or 0.32.0 and found {name}" in versions.refused_version(name)
+    assert [versions.refused_version(name) for name in ("0.31.0", "0.32.0", "0.33.0+cpu")] == [""] * 3
+    for name in ("0.32.1", "0.34.0", "0.30.0", "0.32.0rc1"):
+        assert f"needs vLLM 0.31.0, 0.32.0 or 0.33.0 and found {name}" in versions.refused_version(name)
 
 
 def test_another_version_refuses_at_every_endpoint() -> None:

@@ -387,6 +387,27 @@ def test_a_worker_forgets_a_request_that_ended(monkeypatch: pytest.MonkeyPatch) 
     assert not runner._vlattn_asking and steps[2] is None and worker._NOW.step is None
 
 
+def test_model_runner_v2_makes_its_batch_in_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an order of its own."""
+    monkeypatch.setattr(worker, "_gathered", same)
+    params = SimpleNamespace(extra_args={"vlattn": asking(5).ask.written()}, max_tokens=3)
+    new = SimpleNamespace(req_id="a", sampling_params=params, prompt_len=5)
+    runner = a_runner()
+    del runner.input_batch
+    places = []
+
+    def execute(runner: Any, *_: Any) -> None:
+        made = SimpleNamespace(req_ids=["b", "a"], num_computed_tokens_np=[7, 0])
+        assert worker._prepare_inputs(lambda *_: made, runner) is made
+        places.append(worker._NOW.step._placed()["a"])
+
+    worker._execute_model(execute, runner, scheduled([new], ["a", "b"]))
+    assert places == [worker.Place("a", 1, 1, 1, 1)] and list(runner.vlattn_numbers) == ["a"]
+    out = SimpleNamespace(model_runner_output=SimpleNamespace())
+    worker._sample_tokens(lambda *_: out, runner)
+    assert list(out.model_runner_output.vlattn_numbers) == ["a"] and not hasattr(out, "vlattn_numbers")
+
+
 # --- what is refused, and whom it concerns ---
 
 CUT = {"steer": [edit(keys=[0, 4])], "statistics": []}

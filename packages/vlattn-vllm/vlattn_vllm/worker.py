@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -62,6 +62,13 @@ class Place(NamedTuple):
     length: int
 
 
+class Batch(NamedTuple):
+    """The names of the requests of a batch in their order, and how many keys each had before it."""
+
+    req_ids: Sequence[str]
+    num_computed_tokens_cpu: Sequence[int]
+
+
 class Rows(NamedTuple):
     """The requests of one call of the operator, and their queries, packed one behind another."""
 
@@ -80,7 +87,8 @@ class Step:
     """The statistics of one batch: `see` for each layer, then `numbers`. What goes wrong refuses the requests that it concerns.
 
     Args:
-        batch: its req_ids are in their order when the first layer runs.
+        batch: has the fields of `Batch`, which are in their order when the first layer runs. Model runner V2 makes its batch
+            after the step has begun.
         scheduled: how many queries each request has.
         heads: of this worker, as the model's configuration has them.
     """
@@ -383,12 +391,20 @@ def layer_number(name: str) -> int:
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
-def install(device: str) -> None:
-    """Wraps the model runner and the attention layers of this process, whose device is of this kind."""
-    from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+def install(device: str, v2: bool) -> None:
+    """Wraps the model runner and the attention layers of this process, whose device is of this kind. v2: the model runner is that
+    of version 2."""
+    if v2:
+        from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    wrap(CudagraphDispatcher, "dispatch", harmless(_dispatch))
+        wrap(CudaGraphManager, "dispatch", harmless(_dispatch_v2))
+        wrap(GPUModelRunner, "prepare_inputs", harmless(_prepare_inputs))
+    else:
+        from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        wrap(CudagraphDispatcher, "dispatch", harmless(_dispatch))
     wrap(GPUModelRunner, "execute_model", harmless(_execute_model, _refuse_all))
     wrap(GPUModelRunner, "sample_tokens", harmless(_sample_tokens, _refuse_all))
     for module, kind in LAYERS[device].items():
@@ -414,6 +430,32 @@ def _dispatch(original: Any, dispatcher: Any, *args: Any, **kwargs: Any) -> Any:
     return original(dispatcher, *args, **kwargs)
 
 
+def _dispatch_v2(original: Any, manager: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same for model runner V2, whose manager chooses among its candidates."""
+    from vllm.config import CUDAGraphMode
+
+    chosen = original(manager, *args, **kwargs)
+    if getattr(_NOW, "step", None) is None or chosen.cg_mode != CUDAGraphMode.FULL:
+        return chosen
+    candidates = manager._candidates
+    manager._candidates = {
+        size: [each for each in graphs if each.cg_mode != CUDAGraphMode.FULL] for size, graphs in candidates.items()
+    }
+    try:
+        return original(manager, *args, **kwargs)
+    finally:
+        manager._candidates = candidates
+
+
+def _prepare_inputs(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Model runner V2 makes the batch here."""
+    batch = original(runner, *args, **kwargs)
+    step: Step | None = getattr(_NOW, "step", None)
+    if step is not None:
+        step.batch = Batch(batch.req_ids, batch.num_computed_tokens_np)
+    return batch
+
+
 def _execute_model(original: Any, runner: Any, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
     asking: dict[str, Asking] = runner.__dict__.setdefault(_ASKING, {})
     for name in scheduled.finished_req_ids if asking else ():
@@ -424,7 +466,8 @@ def _execute_model(original: Any, runner: Any, scheduled: Any, *args: Any, **kwa
             asking[new.req_id] = _begun(new, extra[KEY], runner)
     if asking.keys().isdisjoint(scheduled.num_scheduled_tokens):
         return original(runner, scheduled, *args, **kwargs)
-    step = Step(asking, runner.input_batch, scheduled.num_scheduled_tokens, _heads(runner))
+    batch = getattr(runner, "input_batch", Batch((), ()))
+    step = Step(asking, batch, scheduled.num_scheduled_tokens, _heads(runner))
     _NOW.step = step
     try:
         out = original(runner, scheduled, *args, **kwargs)
@@ -475,5 +518,6 @@ def _sample_tokens(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any
     out = original(runner, *args, **kwargs)
     numbers = runner.__dict__.pop(NUMBERS, None)
     if numbers:
-        setattr(getattr(out, "_model_runner_output", out), NUMBERS, numbers)
+        within = getattr(out, "_model_runner_output", None) or getattr(out, "model_runner_output", out)  # of V1 and of V2
+        setattr(within, NUMBERS, numbers)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,11 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import assert_all_close_to
+from vlattn_fast.ops.congruence_loss import KINDS, NORMALIZATIONS
 
+FORMS = {
+    f"{kind} {normalize}": {"kind": kind, "normalize": normalize} for kind, normalize in itertools.product(KINDS, NORMALIZATIONS)
+}
 NAMES = ("text_query", "text_key", "image_query", "image_key")
 CROSS = ("cross_text_query", "cross_image_key", "cross_image_query", "cross_text_key")
 

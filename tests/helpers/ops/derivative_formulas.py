@@ -303,6 +303,7 @@ def congruence_loss(
     image: tuple[Tensor, Tensor],
     *,
     kind: str = "cacr",
+    normalize: str = "softmax",
     text_mask: Tensor | None = None,
     image_mask: Tensor | None = None,
     reduction: str = "mean",
@@ -312,7 +313,7 @@ def congruence_loss(
     for n in range(text[0].shape[0]):
         real = [slice(None) if mask is None else mask[n].nonzero()[:, 0] for mask in (text_mask, image_mask)]
         sides = [[x[n][:, tokens] for x in pair] for pair, tokens in zip((text, image), real, strict=True)]
-        losses.append(one_direction(kind, *sides) + one_direction(kind, *sides[::-1]))
+        losses.append(one_direction(kind, normalize, *sides) + one_direction(kind, normalize, *sides[::-1]))
     each = torch.stack(losses)
     return (each.mean() if reduction == "mean" else each,)
 
@@ -371,19 +372,22 @@ def indexer_divergence(
     return (torch.where(seen, p * (p.log() - q.log()), torch.zeros_like(p)).sum(-1),)
 
 
-def one_direction(kind: str, own: list[Tensor], other: list[Tensor]) -> Tensor:
+def one_direction(kind: str, normalize: str, own: list[Tensor], other: list[Tensor]) -> Tensor:
     def block(x: list[Tensor], y: list[Tensor]) -> Tensor:
         return softmax(x[0] @ y[1].mT * x[0].shape[-1] ** -0.5).mean(0)
 
-    p = block(own, own)
+    p, across = block(own, own), block(own, other)
     if kind == "iais_distributed":
-        t, epsilon = block(own, other) @ block(other, own), 1e-6
+        t = across @ block(other, own)
     elif kind == "cacr":
-        change = block(own, other).detach()
-        p, t, epsilon = softmax(p), softmax(change @ block(other, other) @ change.mT), 0.0
+        t = across.detach() @ block(other, other) @ across.detach().mT
     else:
-        index = block(own, other).argmax(-1)
-        t, epsilon = softmax(block(other, other)[index][:, index]), 0.0
+        t = block(other, other)[across.argmax(-1)][:, across.argmax(-1)]
+    epsilon = 1e-6 if normalize == "none" or kind == "iais_distributed" else 0.0
+    if normalize == "none":
+        return ((p - t) * ((p + epsilon) / (t + epsilon)).log()).sum() / p.shape[0]
+    p = softmax(p) if kind == "cacr" else p
+    t = t if kind == "iais_distributed" else softmax(t)
     terms = t * (t.log() - (p + epsilon).log()) + p * (p.log() - (t + epsilon).log())
     return terms.sum() / p.shape[0]
 

@@ -55,6 +55,7 @@ def run(
         text_mask=text_mask,
         image_mask=image_mask,
         kind=kind,
+        normalize="softmax",
         direction="both",
         scale=size**-0.5,
         saves=True,

@@ -10,11 +10,10 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import saved_for_the_last_time, unit_strides
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs, CongruenceLossJvpInputs
 from vlattn_fast.backends.native import DTYPES, address, kernel, strided
-from vlattn_fast.backends.reference.congruence_loss import num_gradients, of_all_blocks
+from vlattn_fast.backends.reference.congruence_loss import KINDS, num_gradients, of_all_blocks
 from vlattn_fast.backends.streaming.congruence_loss import differentiated, filled, product_with_tangents
 
 _run = kernel("congruence_loss")
-_KINDS = ("cacr", "iais_singular", "iais_distributed")  # Kind of the kernel
 
 
 def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
@@ -33,7 +32,8 @@ def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
         H=heads,
         D=head_dim,
         lengths=(L, image.shape[2]),
-        kind=_KINDS.index(kind),
+        kind=KINDS.index(kind),
+        as_they_are=inputs.normalize == "none",
         directions=(direction in ("text", "both"), direction in ("image", "both")),
         scale=inputs.scale,
         queries=tuple(map(strided, blocks[:4])),

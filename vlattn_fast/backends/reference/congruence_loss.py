@@ -18,9 +18,10 @@ from vlattn_fast._ground.tensors import compute_dtype, mask_padding, product, re
 from vlattn_fast.backends.reference._softmax import log_softmax, logsumexp, softmax
 
 Blocks = tuple[Tensor, Tensor, Tensor, Tensor]  # one tensor of each of LL, VV, LV, VL
-EPSILON = 1e-6  # in the logarithms of iais_distributed
+EPSILON = 1e-6  # in the logarithms of iais_distributed, and of normalize="none"
 KINDS = ("cacr", "iais_singular", "iais_distributed")
 DIRECTIONS = ("text", "image", "both")
+NORMALIZATIONS = ("softmax", "none")
 REDUCTIONS = ("mean", "none")
 
 
@@ -30,6 +31,7 @@ def congruence_loss(
     cross: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     *,
     kind: str = "cacr",
+    normalize: str = "softmax",
     direction: str = "both",
     text_mask: Tensor | None = None,
     image_mask: Tensor | None = None,
@@ -38,6 +40,7 @@ def congruence_loss(
 ) -> Tensor:
     """Computes the formula of vlattn_fast.congruence_loss; the same arguments and shapes, without `backend`."""
     check_choice("kind", kind, KINDS)
+    check_choice("normalize", normalize, NORMALIZATIONS)
     check_choice("direction", direction, DIRECTIONS)
     check_choice("reduction", reduction, REDUCTIONS)
     queries, keys = block_inputs(text, image, cross, text_mask, image_mask)
@@ -51,9 +54,9 @@ def congruence_loss(
         columns = (text_tokens, image_tokens, image_tokens, text_tokens)
         ll, vv, lv, vl = (_logits(*block, scale) for block in zip(queries, keys, columns, strict=True))
         if direction in ("text", "both"):
-            loss = loss + _one_direction(kind, ll, vv, lv, vl, text_tokens, image_tokens)
+            loss = loss + _one_direction(kind, normalize, ll, vv, lv, vl, text_tokens, image_tokens)
         if direction in ("image", "both"):
-            loss = loss + _one_direction(kind, vv, ll, vl, lv, image_tokens, text_tokens)
+            loss = loss + _one_direction(kind, normalize, vv, ll, vl, lv, image_tokens, text_tokens)
     loss = loss.to(compute_dtype(loss))
     return loss.sum() / max(batch, 1) if reduction == "mean" else loss
 
@@ -99,27 +102,38 @@ def _logits(query: Tensor, key: Tensor, columns: Tensor, scale: float) -> Tensor
     return torch.where(columns[:, None, None, :], score, torch.finfo(score.dtype).min)
 
 
-def _one_direction(kind: str, ll: Tensor, vv: Tensor, lv: Tensor, vl: Tensor, text: Tensor, image: Tensor) -> Tensor:
+def _one_direction(
+    kind: str, normalize: str, ll: Tensor, vv: Tensor, lv: Tensor, vl: Tensor, text: Tensor, image: Tensor
+) -> Tensor:
     """The loss (B) of the text direction from the logits of its blocks; `text` (B, L) and `image` (B, V) are True at real tokens.
 
     The image direction is the same with text and image swapped. p is the attention within the modality, t what the attention of
     the other modality and between the two predicts for it.
     """
+    p = _block(ll)
     if kind == "cacr":
         change = _block(lv).detach()
-        log_p = _log_softmax(_block(ll), text)
-        log_t = _log_softmax(product(product(change, _block(vv)), change.mT), text)
-        return _symmetric_kl(torch.exp(log_p), torch.exp(log_t), log_p, log_t, 0.0, text, image)
-    if kind == "iais_singular":
+        t = product(product(change, _block(vv)), change.mT)
+    elif kind == "iais_singular":
         index = _block(lv).argmax(-1)  # the first of equals; no gradient
         picked = _block(vv).gather(1, index[:, :, None].expand(-1, -1, vv.shape[3]))
-        picked = picked.gather(2, index[:, None, :].expand(-1, index.shape[1], -1))
-        log_t = _log_softmax(picked, text)
+        t = picked.gather(2, index[:, None, :].expand(-1, index.shape[1], -1))
+    else:
+        t = product(_block(lv), _block(vl))
+    if normalize == "none":
+        # of rows that need not sum to 1: sum_ij (p log(p / t) - p + t) + (t log(t / p) - t + p), with eps at p and at t
+        return _mean_over_rows((p - t) * (torch.log(p + EPSILON) - torch.log(t + EPSILON)), text, image)
+    if kind == "iais_distributed":
+        return _mean_over_rows(t * (_log(t) - torch.log(p + EPSILON)) + p * (_log(p) - torch.log(t + EPSILON)), text, image)
+    log_t = _log_softmax(t, text)
+    if kind == "cacr":
+        log_p = _log_softmax(p, text)
+        p = torch.exp(log_p)
+    else:
         # log(mean_h P) by logarithms, so that a weight that underflows gives no infinite loss and no NaN gradient
         log_p = logsumexp(log_softmax(ll, dim=-1), dim=1) - math.log(ll.shape[1])
-        return _symmetric_kl(_block(ll), torch.exp(log_t), log_p, log_t, 0.0, text, image)
-    p, t = _block(ll), product(_block(lv), _block(vl))
-    return _symmetric_kl(p, t, _log(p), _log(t), EPSILON, text, image)
+    t = torch.exp(log_t)
+    return _mean_over_rows(t * (log_t - log_p) + p * (log_p - log_t), text, image)
 
 
 def _block(logits: Tensor) -> Tensor:
@@ -137,13 +151,7 @@ def _log_softmax(x: Tensor, columns: Tensor) -> Tensor:
     return log_softmax(torch.where(columns[:, None, :], x, torch.finfo(x.dtype).min), dim=-1)
 
 
-def _symmetric_kl(p: Tensor, t: Tensor, log_p: Tensor, log_t: Tensor, epsilon: float, rows: Tensor, columns: Tensor) -> Tensor:
-    """Returns KLB(log(p + eps), t) + KLB(log(t + eps), p), KLB(log a, b) = sum_ij b (log b - log a) / number of rows: (B).
-
-    epsilon occurs only in the logarithm of the first argument. A sample without text or without image tokens gives 0.
-    """
-    first_p = torch.log(p + epsilon) if epsilon else log_p
-    first_t = torch.log(t + epsilon) if epsilon else log_t
+def _mean_over_rows(terms: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The sums of the rows (B, N, N), averaged over real tokens, `rows` (B, N): (B). 0 without any in `rows` or in `columns`."""
     real = rows[:, :, None] & rows[:, None, :] & columns.any(1)[:, None, None]
-    terms = torch.where(real, t * (log_t - first_p) + p * (log_p - first_t), 0.0)
-    return terms.sum((1, 2)) / rows.sum(1).clamp(min=1)
+    return torch.where(real, terms, 0.0).sum((1, 2)) / rows.sum(1).clamp(min=1)

@@ -64,7 +64,7 @@ def _run(inputs: CongruenceLossInputs | CongruenceLossBackwardInputs, grad: Tens
         of_blocks = [(sums[k][b], sums[n + k][b]) if k < n else None for k in range(4)]
         blocks = [_Block(*block, total) for block, total in zip(_inputs_of_blocks(b, inputs), of_blocks, strict=True)]
         for ll, vv, lv, vl in _directions(blocks, inputs.direction):
-            loss[b] += _LOSSES[inputs.kind](None if grad is None else grad[b], ll, vv, lv, vl)
+            loss[b] += _LOSSES[inputs.kind](None if grad is None else grad[b], ll, vv, lv, vl, inputs.normalize == "none")
         for block in blocks[:n]:
             block.finish()
     return loss
@@ -204,26 +204,31 @@ class _Block:
         return made
 
 
-def _constant(grad: Tensor | None, ll: _Block, vv: _Block, lv: _Block, vl: _Block, singular: bool) -> Tensor:
+def _constant(grad: Tensor | None, ll: _Block, vv: _Block, lv: _Block, vl: _Block, as_they_are: bool, singular: bool) -> Tensor:
     """The divergence of the rows of LL from softmax(X VV X^T), (b), with a constant X.
 
     CACR: X = LV. IAIS singular: row i of X is one-hot at the largest entry of row i of LV.
     """
     x = _one_hot_rows(lv.whole()) if singular else lv.whole()
     vv_x = _join(vv.tiles(), lambda i: vv.rows(i) @ x.mT)
-    grad_vv_x, weight = torch.zeros_like(vv_x), _row_weight(ll, vv)
+    grad_vv_x, weight, log = torch.zeros_like(vv_x), _row_weight(ll, vv), singular and not as_they_are
     loss = weight.new_zeros(weight.shape[0])
     for i in ll.tiles(width=vv.key.shape[2]):
 
         def divergence(y: Named, i: slice = i) -> Tensor:
-            t, d = _log_ratio(ll, y["rows"], x[:, i] @ y["vv_x"], singular)
-            return (weight[:, i] * (t * torch.expm1(d) * d).sum(-1)).sum(-1)  # sum_ij weight_i (p - t) d
+            target = x[:, i] @ y["vv_x"]
+            if as_they_are:
+                terms = _terms(y["rows"], _fill(target, ll.padding, 0.0))
+            else:
+                t, d = _log_ratio(ll, y["rows"], target, singular)
+                terms = t * torch.expm1(d) * d  # (p - t) d
+            return (weight[:, i] * terms.sum(-1)).sum(-1)
 
-        rows = ll.rows(i, singular)
+        rows = ll.rows(i, log)
         part, made = _with_gradients(divergence, {"rows": rows, "vv_x": vv_x}, grad)
         loss += part
         if made:
-            ll.add_gradient(i, made["rows"], rows if singular else None)
+            ll.add_gradient(i, made["rows"], rows if log else None)
             grad_vv_x += made["vv_x"]
     for i in vv.tiles() if grad is not None else ():
         vv.add_gradient(i, grad_vv_x[:, i] @ x)
@@ -242,8 +247,9 @@ def _log_ratio(ll: _Block, rows: Tensor, target: Tensor, singular: bool) -> tupl
     return t, log_p - (target - logsumexp(logits)[..., None])
 
 
-def _distributed(grad: Tensor | None, ll: _Block, vv: _Block, lv: _Block, vl: _Block) -> Tensor:
-    """The divergence of P = LL from T = LV VL, (b), with EPSILON in the logarithms of the first arguments."""
+def _distributed(grad: Tensor | None, ll: _Block, vv: _Block, lv: _Block, vl: _Block, as_they_are: bool) -> Tensor:
+    """The divergence of P = LL from T = LV VL, (b)."""
+    terms, slope = (_terms, _slope) if as_they_are else (_published_terms, _published_slope)
     vl_rows = vl.whole()
     grad_vl, weight = torch.zeros_like(vl_rows), _row_weight(ll, vv)[..., None]
     loss = weight.new_zeros(weight.shape[0])
@@ -251,9 +257,9 @@ def _distributed(grad: Tensor | None, ll: _Block, vv: _Block, lv: _Block, vl: _B
         p, x = ll.rows(i), {"lv": lv.rows(i), "vl": vl_rows}
         (t,), pull = vjp(lambda y: [y["lv"] @ y["vl"]], x)
         if grad is None:
-            loss += (weight[:, i] * _terms(p, t)).sum((1, 2))
+            loss += (weight[:, i] * terms(p, t)).sum((1, 2))
         else:  # autograd's own slopes would take 1.4 times as long
-            by_p, by_t = (weight[:, i] * grad[:, None, None] * slope for slope in (_slope(p, t), _slope(t, p)))
+            by_p, by_t = (weight[:, i] * grad[:, None, None] * part for part in (slope(p, t), slope(t, p)))
             made = pull([by_t])
             ll.add_gradient(i, by_p)
             lv.add_gradient(i, made["lv"])
@@ -264,6 +270,22 @@ def _distributed(grad: Tensor | None, ll: _Block, vv: _Block, lv: _Block, vl: _B
 
 
 def _terms(p: Tensor, t: Tensor) -> Tensor:
+    """(p - t) (log(p + eps) - log(t + eps)), which is never negative, and 0 only where p = t."""
+    return (p - t) * _log_difference(p, t)
+
+
+def _slope(p: Tensor, t: Tensor) -> Tensor:
+    """Their derivative by p."""
+    return _log_difference(p, t) + (p - t) / (p + EPSILON)
+
+
+def _log_difference(p: Tensor, t: Tensor) -> Tensor:
+    """log(p + eps) - log(t + eps), to a few ulp where p is near t."""
+    gap = p - t
+    return torch.where(gap > 0, torch.log1p(gap / (t + EPSILON)), -torch.log1p(-gap / (p + EPSILON)))
+
+
+def _published_terms(p: Tensor, t: Tensor) -> Tensor:
     """t (log t - log(p + eps)) + p (log p - log(t + eps)), with log x - log(x + eps) = -log1p(eps / x)."""
     value = (t - p) * ((t + EPSILON).log() - (p + EPSILON).log())
     for x in (t, p):
@@ -271,7 +293,7 @@ def _terms(p: Tensor, t: Tensor) -> Tensor:
     return value
 
 
-def _slope(p: Tensor, t: Tensor) -> Tensor:
+def _published_slope(p: Tensor, t: Tensor) -> Tensor:
     """Their derivative by p: log p - log(t + eps) + 1 - t / (p + eps), small where p is near t."""
     return p.clamp(min=torch.finfo(p.dtype).tiny).log() - (t + EPSILON).log() + (p - t + EPSILON) / (p + EPSILON)
 

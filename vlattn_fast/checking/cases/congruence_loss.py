@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from random import Random
@@ -11,14 +12,17 @@ import torch
 
 from vlattn_fast.checking.cases._dice import DIMS, LENGTHS, Dice, poison
 from vlattn_fast.checking.cases._example import FLOATS, Example, Sizes, Tensors, normal
-from vlattn_fast.ops.congruence_loss import congruence_loss
+from vlattn_fast.ops.congruence_loss import KINDS, NORMALIZATIONS, congruence_loss
 
-KINDS = ("cacr", "iais_singular", "iais_distributed")
 LONGEST = 400  # tokens of a text or an image
 
 
 def _in_pairs(t: Tensors) -> dict[str, Any]:
     return {"text": (t["text_query"], t["text_key"]), "image": (t["image_query"], t["image_key"])}
+
+
+def _name(kind: str, normalize: str) -> str:
+    return f"{kind}, rows as they are" if normalize == "none" else kind
 
 
 def _plain(sizes: Sizes) -> Tensors:
@@ -28,9 +32,10 @@ def _plain(sizes: Sizes) -> Tensors:
 
 def examples(sizes: Sizes) -> Iterator[Example]:
     yield Example(congruence_loss, "", _plain(sizes), {}, _in_pairs, {"scale": FLOATS})
-    for kind in KINDS[1:]:
-        options = {"kind": kind, "reduction": "none"}
-        yield Example(congruence_loss, kind, _plain(sizes), options, _in_pairs, {"scale": FLOATS})
+    for kind, normalize in itertools.product(KINDS, NORMALIZATIONS):
+        if (name := _name(kind, normalize)) != "cacr":
+            options = {"kind": kind, "normalize": normalize, "reduction": "none"}
+            yield Example(congruence_loss, name, _plain(sizes), options, _in_pairs, {"scale": FLOATS})
 
 
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
@@ -39,8 +44,9 @@ def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     blocks = {name: randn(b, sizes.heads, length, sizes.head_dim) for name, length in lengths.items()}
     masks = {"text_mask": torch.rand(b, sizes.queries, generator=generator) > 0.2}
     masks["image_mask"] = torch.rand(b, sizes.keys, generator=generator) > 0.3
-    for kind in KINDS:
-        yield Example(congruence_loss, kind, blocks, {"kind": kind, "reduction": "none", **masks}, _in_pairs)
+    for kind, normalize in itertools.product(KINDS, NORMALIZATIONS):
+        options = {"kind": kind, "normalize": normalize, "reduction": "none", **masks}
+        yield Example(congruence_loss, _name(kind, normalize), blocks, options, _in_pairs)
 
 
 def draw(dice: Dice, dtype: torch.dtype) -> Example:
@@ -49,6 +55,7 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
     dim = dice.pick("D", DIMS)
     options: dict[str, Any] = {
         "kind": dice.pick("kind", KINDS),
+        "normalize": dice.pick("normalize", NORMALIZATIONS),
         "direction": dice.pick("direction", ("text", "image", "both")),
         "reduction": dice.pick("reduction", ("mean", "none")),
         "scale": dice.pick("scale", (None, 0.25)),
@@ -83,4 +90,4 @@ def fit(sizes: Sizes) -> Sizes:
 
 
 def cliff(sizes: Sizes, dice: Random) -> Example:
-    return replace(next(host(sizes)), options={"kind": dice.choice(KINDS)})
+    return replace(next(host(sizes)), options={"kind": dice.choice(KINDS), "normalize": dice.choice(NORMALIZATIONS)})

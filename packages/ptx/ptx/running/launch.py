@@ -48,6 +48,7 @@ class Launch:
     by_instruction: dict[int, Accesses] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the arguments that are tensors
+    carveout: int = -1  # that part of an SM's fast memory is to be shared memory, in percent; -1: the program does not say
     once: tuple[int, int] = (0, 0)  # sectors and the least, if a block had each of its sectors once
     flop: int = 0  # of matrix products
     program: Program | None = None

@@ -14,5 +14,5 @@ struct Launch {
 };
 struct Emulator {
     int (*launch)(const Launch*);
-    int (*allow)(const Kernel*, int shared);  // so many bytes of dynamic shared memory from now on
+    int (*set)(const Kernel*, int attribute, int value);  // of a function: 8 and 9, dynamic shared memory and the carve-out
 };

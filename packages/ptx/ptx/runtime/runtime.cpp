@@ -121,8 +121,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
     const Kernel* kernel = find(function);
     if (!kernel) return cudaErrorInvalidDeviceFunction;
-    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorNotSupported;
-    return emulator ? static_cast<cudaError_t>(emulator->allow(kernel, value)) : cudaErrorNoDevice;
+    return emulator ? static_cast<cudaError_t>(emulator->set(kernel, attribute, value)) : cudaErrorNoDevice;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
     *version = CUDART_VERSION;

@@ -85,6 +85,16 @@ def band(axis: Any, places: Sequence[float], values: Sequence[Sequence[float]], 
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def dots(axis: Any, columns: Mapping[str, Sequence[float]], colour: str, shift: float = 0.0, **style: Any) -> None:
+    """A dot for each seed and a bar for the mean, column by column, whose names are the keys."""
+    for place, values in enumerate(columns.values()):
+        axis.scatter([place + shift] * len(values), values, color=colour, s=14, zorder=2, **style)
+        axis.hlines(sum(values) / len(values), place + shift - 0.16, place + shift + 0.16, color=colour, linewidth=2.0)
+        style.pop("label", None)
+    axis.set_xticks(range(len(columns)), [*columns], rotation=35, ha="right", rotation_mode="anchor")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def least_seconds(
     calls: Mapping[str, Callable[[], Any]], rounds: int, least: float = 0.0, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
@@ -109,6 +119,11 @@ def paired_test(differences: Sequence[float]) -> tuple[float, float]:
         return (0.0, 1.0) if mean == 0.0 else (math.copysign(math.inf, mean), 0.0)
     ratio = mean / (deviation / len(differences) ** 0.5)
     return ratio, 2 * float(student.sf(abs(ratio), len(differences) - 1))
+
+
+def less(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """first - second, pair by pair."""
+    return [a - b for a, b in zip(first, second, strict=True)]
 
 
 def effects_of(found: Sequence[tuple[str, str, Sequence[float]]]) -> list[Effect]:
@@ -160,7 +175,7 @@ def effects_table(effects: Sequence[Effect], form: str = ".3f") -> str:
 
 def paired_change(first: Sequence[float], second: Sequence[float], form: str = ".3f") -> tuple[str, str]:
     """The mean of first - second, pair by pair, ± its deviation, and p; one pair has no p."""
-    differences = [a - b for a, b in zip(first, second, strict=True)]
+    differences = less(first, second)
     p = paired_test(differences)[1]
     shown = "–" if len(differences) < 2 else "< 0.001" if p < 0.001 else f"{p:.3f}"
     return spread(differences, form, sign="+"), shown

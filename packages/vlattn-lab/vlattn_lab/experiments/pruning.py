@@ -18,7 +18,7 @@ from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.records import having, markdown, spread
 from vlattn_fast.models import CLIPMapper
-from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
+from vlattn_lab.experiments.experiment import Cell, Effect, Experiment, Record, Settings, Stage, band, effects_of, less
 from vlattn_lab.mapper import LONGEST, load_captioner
 from vlattn_lab.questions import PROMPTS, Questions, are_true, digit_prompts
 from vlattn_lab.texts import END, SceneProcessor
@@ -135,20 +135,33 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
     yield markdown(["patches chosen by", *(f"{share:.0%}" for share in SHARES)], lines)
 
 
+def effects(records: Sequence[Record]) -> list[Effect]:
+    """Each rule less chance, over the sets of prompts."""
+    chance = {share: _of_sets(records, "chance", str(share)) for share in SHARES}
+    return effects_of(
+        [
+            (f"{rule} less chance", f"true answers, {share:.0%} of the patches".replace("%", " %"), less(found, chance[share]))
+            for rule in RULES
+            if rule != "chance"
+            for share in SHARES
+            for found in [_of_sets(records, rule, str(share))]
+        ]
+    )
+
+
 def figure(records: Sequence[Record]) -> Figure:
-    """Accuracy over the share of patches, a panel for each kind of prompt."""
-    drawn, (axes,) = panels(1, len(PROMPTS), (3.2 * len(PROMPTS), 3.6), sharey=True)
-    for axis, kind in zip(axes, PROMPTS, strict=True):
-        kept_records = having(records, kind=kind)
-        for rule in RULES:
-            means = [sum(_of_sets(kept_records, rule, str(share))) / len({r["seed"] for r in kept_records}) for share in SHARES]
-            style = {"color": "black", "linestyle": "--"} if rule == "chance" else {}
-            axis.plot([100 * share for share in SHARES], means, marker="o", markersize=4, label=rule, **style)
-        axis.set(title=kind, xlabel="patches (%)")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("true answers")
-    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+    """True answers over the share of patches, the mean over the kinds of prompts."""
+    drawn, ((axis,),) = panels(1, 1, (6.8, 3.8))
+    colours = ("#c2410c", "#0f766e", "#7ec8be", "#4456b5", "#9d5ca8", "#e8a33d", "#111111")
+    for rule, colour in zip(RULES, colours, strict=True):
+        style = "--" if rule == "chance" else "-"
+        sets = [_of_sets(records, rule, str(share)) for share in SHARES]
+        band(axis, [100 * share for share in SHARES], sets, color=colour, label=rule, marker="o", markersize=4, linestyle=style)
+    everything = _of_sets(records, "all patches", "1")
+    axis.axhline(sum(everything) / len(everything), color="#999999", linewidth=0.8, linestyle=":")
+    axis.set(xlabel="patches kept (%)", ylabel="true answers", ylim=(0.4, 1.0), xticks=[12, 25, 50])
+    drawn.legend(loc="outside right center", frameon=False)
     return drawn
 
 
-EXPERIMENT = Experiment((Stage(cells, measure),), tables, {"pruning": figure})
+EXPERIMENT = Experiment((Stage(cells, measure),), tables, {"pruning": figure}, effects)

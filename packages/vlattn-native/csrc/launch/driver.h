@@ -2,13 +2,16 @@
 #pragma once
 #include <dlfcn.h>
 
+#include <atomic>
 #include <string>
 
 struct Driver {
     using Result = int;
     using Handle = void*;  // of a context, module, function or stream
     static constexpr int MAX_DYNAMIC_SHARED = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    static constexpr unsigned UNASKED = 48 * 1024;  // bytes of shared memory that a block has without the attribute
+    static constexpr int CARVEOUT = 9;  // CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent
+    static constexpr int UNASKED = 48 * 1024;  // bytes of shared memory that a block has without the attribute
+    static constexpr int DEVICES = 64, INVALID_DEVICE = 101;
 
     Result (*cuGetErrorName)(Result, const char**) = nullptr;
     Result (*cuCtxGetCurrent)(Handle*) = nullptr;
@@ -45,19 +48,31 @@ struct Driver {
         return name;
     }
 
-    // The device's primary context, which torch uses, on this thread if it has none: autograd's threads begin without.
-    Result enter(int device) const {
-        Handle context = nullptr;
-        if (const Result result = cuCtxGetCurrent(&context)) return result;
-        if (context) return 0;
-        if (const Result result = cuDevicePrimaryCtxRetain(&context, device)) return result;
-        return cuCtxSetCurrent(context);
+    // What `use` returns, called in the device's primary context, which is torch's. The thread then has the context that it had,
+    // unless that was none: autograd's threads begin without.
+    template <class Use> Result within(int device, Use use) const {
+        static std::atomic<Handle> primaries[DEVICES];
+        if (device >= DEVICES) return INVALID_DEVICE;
+        std::atomic<Handle>& primary = primaries[device];
+        Handle before = nullptr, context = primary;
+        if (const Result result = cuCtxGetCurrent(&before)) return result;
+        if (!context) {
+            if (const Result result = cuDevicePrimaryCtxRetain(&context, device)) return result;
+            primary = context;
+        }
+        if (before == context) return use();
+        if (const Result result = cuCtxSetCurrent(context)) return result;
+        const Result result = use(), left = before ? cuCtxSetCurrent(before) : 0;
+        return result ? result : left;
     }
 
+    // With all of an SM's shared memory for its blocks: tiles were chosen for so many programs an SM
     Result load(const char* image, const char* name, int shared, Handle* function) const {
         Handle module = nullptr;
         if (const Result result = cuModuleLoadData(&module, image)) return result;
         if (const Result result = cuModuleGetFunction(function, module, name)) return result;
-        return (unsigned)shared > UNASKED ? cuFuncSetAttribute(*function, MAX_DYNAMIC_SHARED, shared) : 0;
+        if (shared > UNASKED)
+            if (const Result result = cuFuncSetAttribute(*function, MAX_DYNAMIC_SHARED, shared)) return result;
+        return shared > 0 ? cuFuncSetAttribute(*function, CARVEOUT, 100) : 0;
     }
 };

@@ -10,7 +10,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <list>
+#include <memory>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <vector>
 
@@ -171,9 +174,13 @@ struct Launcher {
 };
 
 bool unsigned_of(PyObject* x, unsigned& number) {
-    const long value = PyLong_AsLong(x);
+    int overflow = 0;
+    const long long value = PyLong_AsLongLongAndOverflow(x, &overflow);
     number = (unsigned)value;
-    return !(value == -1 && PyErr_Occurred());
+    if (value == -1 && PyErr_Occurred()) return false;
+    if (!overflow && value == (long long)number) return true;
+    PyErr_Format(PyExc_ValueError, "an axis of a grid has from 0 to 4294967295 programs; got %R", x);
+    return false;
 }
 
 // What `resolve` gives: None, or (function, name, threads, bytes of shared memory, ((leaf, code), ...))
@@ -217,10 +224,10 @@ bool start(const Compiled& compiled, std::vector<Value>& values, const unsigned*
     if (at == (unsigned long long)-1 && PyErr_Occurred()) return false;
     Driver::Result result = 0;
     Py_BEGIN_ALLOW_THREADS;
-    result = driver.enter(device);
-    if (result == 0)
-        result = driver.cuLaunchKernel(compiled.function, grid[0], grid[1], grid[2], compiled.threads, 1, 1, compiled.shared,
-                                       (void*)at, addresses.data(), nullptr);
+    result = driver.within(device, [&] {
+        return driver.cuLaunchKernel(compiled.function, grid[0], grid[1], grid[2], compiled.threads, 1, 1, compiled.shared,
+                                     (void*)at, addresses.data(), nullptr);
+    });
     Py_END_ALLOW_THREADS;
     if (result == 0) return true;
     PyErr_Format(
@@ -292,34 +299,36 @@ PyObject* call(PyObject* self, PyObject* args, PyObject* named) {
     unsigned device = 0;
     if (!device_number || !unsigned_of(device_number, device)) return Py_XDECREF(device_number), nullptr;
     arguments.put(device);
-    auto entry = kernel.known.find(arguments.key);
-    if (entry == kernel.known.end()) {
+    auto entry = kernel.known.find(arguments.key);  // not used once another thread may have the GIL
+    const Compiled* compiled = entry == kernel.known.end() ? nullptr : &entry->second;
+    if (!compiled) {
         const std::string key = arguments.key;  // resolving may launch
         const std::vector<Value> leaves = arguments.leaves;
         const std::string kinds = arguments.kinds;
         PyObject* found = PyObject_CallFunctionObjArgs(kernel.resolve, named, device_number, nullptr);
-        Compiled compiled;
-        const bool is_read = found && read(found, compiled);
+        Compiled resolved;
+        const bool is_read = found && read(found, resolved);
         Py_XDECREF(found);
         if (!is_read) return Py_DECREF(device_number), nullptr;
-        for (const Parameter& one : compiled.parameters)
+        for (const Parameter& one : resolved.parameters)
             if (one.leaf >= (int)leaves.size()) {
                 Py_DECREF(device_number);
                 PyErr_SetString(
                     PyExc_RuntimeError, "the archive of compiled kernels does not fit the launcher: install vlattn-native again");
                 return nullptr;
             }
-        entry = kernel.known.try_emplace(key, compiled).first;
+        compiled = &kernel.known.try_emplace(key, resolved).first->second;
         arguments.leaves = leaves, arguments.kinds = kinds;
     }
-    if (!entry->second.function) return Py_DECREF(device_number), otherwise(kernel, args, named);
+    if (!compiled->function) return Py_DECREF(device_number), otherwise(kernel, args, named);
     if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0) return Py_DECREF(device_number), Py_NewRef(Py_None);
-    PyObject* stream = PyObject_CallFunctionObjArgs(current_stream, device_number, nullptr);
+    std::vector<Value> values = values_of(*compiled, arguments.leaves);
+    const std::string kinds = recorded ? arguments.kinds : "";
+    PyObject* stream = PyObject_CallFunctionObjArgs(current_stream, device_number, nullptr);  // it may launch
     Py_DECREF(device_number);
-    std::vector<Value> values = values_of(entry->second, arguments.leaves);
-    bool is_started = stream && start(entry->second, values, grid, (int)device, stream);
+    bool is_started = stream && start(*compiled, values, grid, (int)device, stream);
     Py_XDECREF(stream);
-    if (is_started && recorded) is_started = remember(entry->second, values, grid, arguments.kinds);
+    if (is_started && recorded) is_started = remember(*compiled, values, grid, kinds);
     return is_started ? Py_NewRef(Py_None) : nullptr;
 }
 
@@ -360,11 +369,41 @@ struct Plan {
     std::vector<Again> launches;
     std::vector<int> outputs;  // numbers of allocations, or -1 for None
     bool is_single = false;
+
+    Plan() = default;
+    Plan(const Plan&) = delete;
+    ~Plan() {
+        for (PyObject* one : allocations) Py_DECREF(one);
+    }
+};
+// The plans of the calls that were made last, by what describes a call. One that a thread repeats lives until it is done.
+class Plans {
+   public:
+    std::shared_ptr<const Plan> find(const std::string& key) {
+        const auto found = by_key.find(key);
+        if (found == by_key.end()) return nullptr;
+        newest_first.splice(newest_first.begin(), newest_first, found->second);
+        return found->second->second;
+    }
+    void add(const std::string& key, std::shared_ptr<const Plan> plan) {
+        if (by_key.count(key)) return;  // another thread was first
+        newest_first.emplace_front(key, std::move(plan));
+        by_key[newest_first.front().first] = newest_first.begin();
+        if (newest_first.size() <= MOST) return;
+        by_key.erase(newest_first.back().first);
+        newest_first.pop_back();
+    }
+
+   private:
+    using Order = std::list<std::pair<const std::string, std::shared_ptr<const Plan>>>;
+    static constexpr size_t MOST = 4096;
+    Order newest_first;
+    std::unordered_map<std::string_view, Order::iterator> by_key;
 };
 struct Planned {
     PyObject ob_base;
     PyObject *function, *plan, *state, *allocate;
-    std::unordered_map<std::string, Plan>* known;
+    Plans* known;
 };
 
 // What `plan` gives beside the result: None, or (allocations, launches, outputs, whether the output is no tuple)
@@ -470,18 +509,17 @@ PyObject* call_planned(PyObject* object, PyObject* args, PyObject*) {
     PyObject* device_number = PyObject_CallNoArgs(current_device);
     if (!device_number || !unsigned_of(device_number, device)) return Py_XDECREF(device_number), nullptr;
     arguments.put(device);
-    const auto entry = self.known->find(arguments.key);
-    if (entry != self.known->end()) {
-        PyObject* result = entry->second.repeats ? repeat(self, entry->second, arguments.leaves, device_number, device)
-                                                 : PyObject_CallFunctionObjArgs(self.function, inputs, nullptr);
+    if (const auto known = self.known->find(arguments.key)) {
+        PyObject* result = known->repeats ? repeat(self, *known, arguments.leaves, device_number, device)
+                                          : PyObject_CallFunctionObjArgs(self.function, inputs, nullptr);
         return Py_DECREF(device_number), result;
     }
     Py_DECREF(device_number);
     PyObject *planned = PyObject_CallFunctionObjArgs(self.plan, self.function, inputs, nullptr), *result = nullptr,
              *made = nullptr;
-    Plan plan;
-    if (planned && PyArg_ParseTuple(planned, "OO", &result, &made) && read(made, plan)) {
-        if (self.known->size() < 4096) self.known->try_emplace(arguments.key, plan);  // none is removed: a thread may launch it
+    const auto plan = std::make_shared<Plan>();
+    if (planned && PyArg_ParseTuple(planned, "OO", &result, &made) && read(made, *plan)) {
+        self.known->add(arguments.key, plan);
         Py_INCREF(result);
     } else {
         result = nullptr;
@@ -500,7 +538,7 @@ PyObject* make_planned(PyTypeObject* type, PyObject* args, PyObject*) {
     if (!self) return nullptr;
     self->function = Py_NewRef(parts[0]), self->plan = Py_NewRef(parts[1]);
     self->state = Py_NewRef(parts[2]), self->allocate = Py_NewRef(parts[3]);
-    self->known = new std::unordered_map<std::string, Plan>;
+    self->known = new Plans;
     return (PyObject*)self;
 }
 
@@ -535,8 +573,7 @@ PyObject* load(PyObject*, PyObject* args) {
     Py_ssize_t size = 0;
     if (!PyArg_ParseTuple(args, "y#sii", &image, &size, &name, &shared, &device)) return nullptr;
     void* function = nullptr;
-    Driver::Result result = driver.enter(device);
-    if (result == 0) result = driver.load(image, name, shared, &function);
+    const Driver::Result result = driver.within(device, [&] { return driver.load(image, name, shared, &function); });
     if (result == 0) return PyLong_FromUnsignedLongLong((unsigned long long)function);
     return PyErr_Format(PyExc_RuntimeError, "the driver does not load %s: %s", name, driver.error(result).c_str());
 }

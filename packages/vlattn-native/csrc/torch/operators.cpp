@@ -106,8 +106,8 @@ Size gradients_of(Text kind) { return place("kind", kind, {"cacr", "iais_singula
 
 std::tuple<Tensor, Tensor> congruence_loss(Tensor text_query, Tensor image_query, Tensor cross_text_query,
                                            Tensor cross_image_query, Tensor text_key, Tensor image_key, Tensor cross_image_key,
-                                           Tensor cross_text_key, Maybe text_mask, Maybe image_mask, Word kind, Word direction,
-                                           double scale, bool saves, Word backend) {
+                                           Tensor cross_text_key, Maybe text_mask, Maybe image_mask, Word kind, Word normalize,
+                                           Word direction, double scale, bool saves, Word backend) {
     check_backend(backend);
     const Blocks blocks = {
         text_query, image_query, cross_text_query, cross_image_query, text_key, image_key, cross_image_key, cross_text_key};
@@ -123,6 +123,7 @@ std::tuple<Tensor, Tensor> congruence_loss(Tensor text_query, Tensor image_query
     call.number("dtype", dtype_of(text_query)).number("B", batch).number("H", text_query.size(1)).number("D", text_query.size(3));
     call.number("lengths[0]", L).number("lengths[1]", V).number("scale", scale);
     call.number("kind", place("kind", kind, {"cacr", "iais_singular", "iais_distributed"}));
+    call.number("as_they_are", place("normalize", normalize, {"softmax", "none"}));
     call.number("directions[0]", direction != "image").number("directions[1]", direction != "text");
     call.contiguous("masks[0]", text_mask).contiguous("masks[1]", image_mask);
     call.pointer("loss", loss).pointer("gradients", gradients).run();
@@ -132,7 +133,7 @@ std::tuple<Tensor, Tensor> congruence_loss(Tensor text_query, Tensor image_query
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> congruence_loss_backward(
     Tensor grad_loss, Tensor saved, Tensor text_query, Tensor image_query, Tensor cross_text_query, Tensor cross_image_query,
     Tensor text_key, Tensor image_key, Tensor cross_image_key, Tensor cross_text_key, Maybe text_mask, Maybe image_mask,
-    Word kind, Word direction, double scale, Word backend) {
+    Word kind, Word normalize, Word direction, double scale, Word backend) {
     check_backend(backend);
     const Blocks blocks = {
         text_query, image_query, cross_text_query, cross_image_query, text_key, image_key, cross_image_key, cross_text_key};
@@ -142,8 +143,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> congr
     Tensor gradients = saved;
     if (saved.numel() == 0)  // torch.func.vmap saves none
         gradients = std::get<1>(congruence_loss(text_query, image_query, cross_text_query, cross_image_query, text_key, image_key,
-                                                cross_image_key, cross_text_key, text_mask, image_mask, kind, direction, scale,
-                                                true, backend));
+                                                cross_image_key, cross_text_key, text_mask, image_mask, kind, normalize,
+                                                direction, scale, true, backend));
     check("gradients", gradients, {n * (text_query.numel() + image_query.numel())}, {ScalarType::Float});
     const Tensor factor = torch::stable::view(as(ScalarType::Float, grad_loss), {batch, 1, 1, 1});
     Blocks grads = {empty(grad_loss, {0}), empty(grad_loss, {0}), empty(grad_loss, {0}), empty(grad_loss, {0}),

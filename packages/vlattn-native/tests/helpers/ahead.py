@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.runtime.jit import JITFunction
 
 import vlattn_fast as va
@@ -163,3 +165,16 @@ def loads_of_threads(folder: Path, threads: int) -> list[str]:
             for done in [pool.submit(launch) for _ in range(threads)]:
                 done.result()
     return loaded
+
+
+def of_a_b300(folder: Path) -> tuple[bool, bool]:
+    """Whether an archive for sm_100 is that of a device of 10.3, and whether ptxas compiles its kernels for that."""
+    compile_calls(folder, 100, attend)
+    with launching.planned(folder, 103) as made:
+        archive = made.archive(0)
+        assert archive is not None
+        (entry,) = next(iter(archive.entries.values()))
+        ptx = folder / "kernel.ptx"
+        ptx.write_bytes(archive.image(entry))
+    command = [knobs.nvidia.ptxas_blackwell.path, "-arch=sm_103a", ptx, "-o", folder / "kernel.cubin"]
+    return archive.path.name == "sm_100.zip", subprocess.run(command).returncode == 0

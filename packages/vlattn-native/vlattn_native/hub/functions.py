@@ -29,7 +29,7 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepInputs,
     ScoreAttentionInputs,
 )
-from vlattn_fast.backends.reference.congruence_loss import block_inputs
+from vlattn_fast.backends.reference.congruence_loss import DIRECTIONS, KINDS, NORMALIZATIONS, block_inputs
 from vlattn_native.hub.operators import STATISTICS, congruence_op, map_op, relevancy_op, score_op, statistics_op, step_op
 from vlattn_native.hub.triton_kernels import BACKEND, check_device
 
@@ -179,6 +179,7 @@ def congruence_loss(
     cross: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     *,
     kind: str = "cacr",
+    normalize: str = "softmax",
     direction: str = "both",
     text_mask: Tensor | None = None,
     image_mask: Tensor | None = None,
@@ -187,16 +188,17 @@ def congruence_loss(
     """The loss of each sample (B) that compares the attention within a modality with what the other one implies for it.
 
     text, image: (query, key) of L and of V tokens, each (B, H, L or V, D). cross: ((text query, image key), (image query, text
-    key)), default those of text and image. kind: "cacr", "iais_singular" or "iais_distributed"; direction: "text", "image" or
-    "both". Masks bool (B, L), (B, V).
+    key)), default those of text and image. kind: "cacr", "iais_singular" or "iais_distributed"; normalize: "softmax" or "none";
+    direction: "text", "image" or "both". Masks bool (B, L), (B, V).
     """
-    check_choice("kind", kind, ("cacr", "iais_singular", "iais_distributed"))
-    check_choice("direction", direction, ("text", "image", "both"))
+    check_choice("kind", kind, KINDS)
+    check_choice("normalize", normalize, NORMALIZATIONS)
+    check_choice("direction", direction, DIRECTIONS)
     check_device(text[0])
     queries, keys = block_inputs(text, image, cross, None, None)  # the kernels mask padding
     saves = BACKEND == "cpu" and torch.is_grad_enabled() and any([x.requires_grad for x in (*queries, *keys)])
     blocks = *queries, *keys, text_mask, image_mask
-    loss, _ = congruence_op(CongruenceLossInputs(*blocks, kind, direction, _scale(text[0], scale), saves, BACKEND))
+    loss, _ = congruence_op(CongruenceLossInputs(*blocks, kind, normalize, direction, _scale(text[0], scale), saves, BACKEND))
     return loss
 
 

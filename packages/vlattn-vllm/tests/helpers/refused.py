@@ -50,6 +50,7 @@ def on_gpus(config: Any) -> None:
     from vllm import platforms
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+    from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
     with mock.patch.object(platforms, "_current_platform", SimpleNamespace(device_type="cuda", is_rocm=lambda: False)):
         assert not front.refusals(config, sampling(), False)
@@ -60,7 +61,8 @@ def on_gpus(config: Any) -> None:
         assert "fuse_attn_quant=False" in reason
     with mock.patch.object(platforms, "_current_platform", SimpleNamespace(device_type="xpu", is_rocm=lambda: False)):
         assert "'xpu'" in front.refusals(config, sampling(), False)[0]
-    worker.install("cuda")  # each class is there, and has the method
+    for v2 in (False, True):
+        worker.install("cuda", v2)  # each class is there, and has the method
     compiled = {"mode": CompilationMode.VLLM_COMPILE, "cudagraph_capture_sizes": [1, 2, 4], "max_cudagraph_capture_size": 4}
     compiled["splitting_ops"] = [*config.compilation_config._attention_ops]
     for mode, silent, asked in (
@@ -78,6 +80,15 @@ def on_gpus(config: Any) -> None:
             modes.append(dispatcher.dispatch(num_tokens=3, uniform_decode=True)[0].name)
         worker._NOW.step = None
         assert modes == [silent, asked], (mode, modes)
+    for modes_there, asked in ((("FULL", "PIECEWISE"), "PIECEWISE"), (("FULL",), "NONE")):
+        manager = object.__new__(CudaGraphManager)
+        graphs = [BatchExecutionDescriptor(CUDAGraphMode[mode], num_tokens=4, num_reqs=None) for mode in modes_there]
+        vars(manager).update(_graphs_captured=True, _candidates={(3, 0): graphs}, _resolve_effective_loras=lambda loras: loras)
+        modes = []
+        for step in (None, object(), None):
+            worker._NOW.step = step
+            modes.append(manager.dispatch(3, 3, 1, num_active_loras=0).cg_mode.name)
+        assert modes == ["FULL", asked, "FULL"], modes
 
 
 def replaced(config: Any, **fields: Any) -> Any:

@@ -12,6 +12,14 @@ os.environ.update(
 )
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
+if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":  # it launches Triton's kernels, which then run in Triton's interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
+    from types import SimpleNamespace
+
+    from triton.backends import Backend, backends
+
+    backends["cpu"] = Backend(compiler=None, driver=SimpleNamespace(is_active=lambda: False))  # vLLM asks for one of this name
+
 import tempfile
 from typing import Any
 

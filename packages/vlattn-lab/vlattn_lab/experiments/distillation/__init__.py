@@ -39,7 +39,18 @@ from vlattn_lab.experiments.congruence.training import (
     scores,
     train_with,
 )
-from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, band, paired_change, paired_test
+from vlattn_lab.experiments.experiment import (
+    Cell,
+    Effect,
+    Experiment,
+    Record,
+    Settings,
+    Stage,
+    band,
+    effects_of,
+    less,
+    paired_change,
+)
 from vlattn_lab.scenes import digit_scenes
 
 if TYPE_CHECKING:
@@ -191,17 +202,15 @@ def values(records: Sequence[Record], arm: str, measured: str) -> list[float]:
     return [record["arms"][arm][measured] for record in having(records, what="training")]
 
 
-def outcome(records: Sequence[Record]) -> str:
-    """What the divergence adds to the group score, in one bold sentence."""
-    said = []
-    for arm, plain, words in (*((*PAIRS[0], "labels"),), (*PAIRS[1], "labels and the teacher's outputs")):
-        differences = [a - b for a, b in zip(values(records, arm, "group"), values(records, plain, "group"), strict=True)]
-        if len(differences) < 2:
-            return "**One seed allows no test.**"
-        clear = paired_test(differences)[1] < 0.05 / 2
-        verb = "makes no clear difference" if not clear else "helps" if sum(differences) > 0 else "hurts"
-        said.append(f"beside {words} it {verb} ({spread(differences, sign='+')} of the group score)")
-    return f"**The divergence of attentions: {'; '.join(said)}.**"
+def effects(records: Sequence[Record]) -> list[Effect]:
+    """What the losses add to the group score and to finding the digit."""
+    return effects_of(
+        [
+            (f"{LABELS[arm]} less {LABELS[plain]}", score, less(values(records, arm, score), values(records, plain, score)))
+            for arm, plain in PAIRS
+            for score in ("group", "digit")
+        ]
+    )
 
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
@@ -223,7 +232,6 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
         changes = (paired_change(values(records, arm, score), values(records, plain, score)) for score in SCORES)
         lines.append([f"{LABELS[arm]} less {LABELS[plain]}", *(f"{mean} (p {p})" for mean, p in changes)])
     yield markdown(["differences", *SCORES], lines)
-    yield outcome(records)
     names = (*(f"divergence in layer {layer}" for layer in LAYERS), "agreement", "training")
     forms = (*(".3f" for _ in LAYERS), ".3f", ".1f")
     lines = [
@@ -236,7 +244,7 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
 
 def figure(records: Sequence[Record]) -> Figure:
     """The group score over steps, and at the end over the divergence, a point a student."""
-    drawn, (axes,) = panels(1, 2, (8.4, 3.2))
+    drawn, (axes,) = panels(1, 2, (7.6, 3.4))
     for arm, label in LABELS.items():
         curves = [record["arms"][arm]["curve"] for record in having(records, what="training")]
         by_step = list(zip(*(curve["group"] for curve in curves), strict=True))
@@ -252,5 +260,5 @@ def figure(records: Sequence[Record]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    (Stage(search_cells, measure_search), Stage(training_cells, measure_training)), tables, {"distillation": figure}
+    (Stage(search_cells, measure_search), Stage(training_cells, measure_training)), tables, {"distillation": figure}, effects
 )

@@ -20,7 +20,7 @@ import torch
 from vlattn_fast.measuring.memory import peak_of_call
 from vlattn_fast.models import UNITER
 from vlattn_lab.experiments.congruence.training import new_model
-from vlattn_lab.experiments.evidence.report import FIGURES, best, tables
+from vlattn_lab.experiments.evidence.report import FIGURES, best, effects, tables
 from vlattn_lab.experiments.evidence.training import (
     BATCH,
     TERMS,
@@ -104,4 +104,5 @@ EXPERIMENT = Experiment(
     stages=[Stage(search_cells, measure), Stage(training_cells, measure), Stage(cost_cells, measure_costs, alone=True)],
     tables=tables,
     figures=FIGURES,
+    effects=effects,
 )

@@ -1,4 +1,4 @@
-"""The records of the experiment as tables and a figure, its outcome, and the weights that the search's records choose."""
+"""The records of the experiment as tables and a figure, its effects, and the weights that the search's records choose."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.records import having, markdown, number, spread
 from vlattn_lab.experiments.evidence.training import TERMS
-from vlattn_lab.experiments.experiment import Record, paired_change, paired_test
+from vlattn_lab.experiments.experiment import Effect, Record, dots, effects_of, less, paired_change
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,8 +30,6 @@ SCORES = {
     "evidence": "attention on evidence",
 }
 CHANCE = {"natural": 1 / 10, "pointing": 1 / 4}
-COLOURS = ("#999999", "#555555", "#1b7f79", "#2f6db0", "#6a4fa3", "#c8702a", "#b03a5b")
-LEVEL = 0.05  # of the test of accuracy without the prior, divided by the number of terms
 
 
 def best(records: Sequence[Record], term: str) -> Record:
@@ -39,23 +37,14 @@ def best(records: Sequence[Record], term: str) -> Record:
     return max(having(records, what="search", term=term), key=lambda record: record["natural"])
 
 
-def outcome(records: Sequence[Record]) -> str:
-    """Which terms change the accuracy without the prior, in one bold sentence."""
+def effects(records: Sequence[Record]) -> list[Effect]:
+    """What each term changes of the accuracy without the prior."""
     plain = _values(records, "none", "natural")
-    if len(plain) < 2:
-        return "**One seed allows no test.**"
-    found: dict[str, list[str]] = {"More accurate": [], "Less accurate": [], "No difference": []}
-    for term in TERMS:
-        differences = [a - b for a, b in zip(_values(records, term, "natural"), plain, strict=True)]
-        clear = paired_test(differences)[1] < LEVEL / len(TERMS)
-        kind = "No difference" if not clear else "More accurate" if sum(differences) > 0 else "Less accurate"
-        found[kind].append(f"{LABELS[term]} ({spread(differences, sign='+')})")
-    parts = [f"{kind} with {', '.join(terms)}." for kind, terms in found.items() if terms]
-    return f"**{' '.join(parts)}**"
+    return effects_of([(LABELS[term], SCORES["natural"], less(_values(records, term, "natural"), plain)) for term in TERMS])
 
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
-    for make in (_search_table, _score_table, _difference_table, outcome, _cost_table):
+    for make in (_search_table, _score_table, _difference_table, _cost_table):
         yield make(records)
 
 
@@ -102,21 +91,14 @@ def _cost_table(records: Sequence[Record]) -> str:
 
 def seeds(records: Sequence[Record]) -> Figure:
     """Accuracy without the prior and pointing of each seed, a line a seed from arm to arm."""
-    figure, (line,) = panels(1, len(CHANCE), (8.6, 3.4), sharey=True)
-    arms = list(LABELS)
+    figure, (line,) = panels(1, len(CHANCE), (7.6, 4.0), sharey=True)
     for panel, (score, chance) in zip(line, CHANCE.items(), strict=True):
-        values = [_values(records, arm, score) for arm in arms]
-        for seed in zip(*values, strict=True):
-            panel.plot(range(len(arms)), seed, color="#cccccc", linewidth=0.8, zorder=1)
-        for place, (members, colour) in enumerate(zip(values, COLOURS, strict=True)):
-            panel.scatter([place] * len(members), members, color=colour, s=16, zorder=2)
-            panel.hlines(sum(members) / len(members), place - 0.3, place + 0.3, color=colour, linewidth=2.0)
-        panel.axhline(chance, color="#999999", linewidth=0.6, linestyle=":")
-        panel.set_title(SCORES[score], fontsize=9)
-        panel.set_xticks(range(len(arms)), [LABELS[arm] for arm in arms], rotation=35, ha="right", fontsize=8)
-        panel.set_ylim(0.0, 1.0)
-        panel.tick_params(labelsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
+        columns = {label: _values(records, term, score) for term, label in LABELS.items()}
+        for seed in zip(*columns.values(), strict=True):
+            panel.plot(range(len(columns)), seed, color="#cccccc", linewidth=0.8, zorder=1)
+        dots(panel, columns, "#0f766e")
+        panel.axhline(chance, color="#999999", linewidth=0.8, linestyle=":")
+        panel.set(title=SCORES[score], ylim=(0.0, 1.0))
     return figure
 
 

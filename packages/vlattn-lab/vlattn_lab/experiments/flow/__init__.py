@@ -19,7 +19,7 @@ from vlattn_fast.models import CLIPMapper
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
 from vlattn_lab.experiments.flow.edges import Effects, cut_together, falls, head_effects
 from vlattn_lab.experiments.flow.failures import by_mass, by_source, correlations, largest_miss
-from vlattn_lab.experiments.flow.report import effects_figure, flow_figure, tables
+from vlattn_lab.experiments.flow.report import effects, flow_figure, tables
 from vlattn_lab.experiments.flow.samples import draw
 from vlattn_lab.mapper import load_captioner, load_vqa
 from vlattn_lab.train.mapper import train
@@ -67,4 +67,4 @@ def _rounded(values: Any) -> list[float]:
     return [round(value, 5) for value in values.mean(1).tolist()]
 
 
-EXPERIMENT = Experiment((Stage(cells, measure),), tables, {"flow": flow_figure, "flow-effects": effects_figure})
+EXPERIMENT = Experiment((Stage(cells, measure),), tables, {"flow": flow_figure}, effects)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.records import grouped, having, markdown, spread
-from vlattn_lab.experiments.experiment import Record, band
+from vlattn_lab.experiments.experiment import Effect, Record, band, effects_of, less
 from vlattn_lab.experiments.flow.edges import CUT, FLOWS, LISTS
 from vlattn_lab.experiments.flow.failures import EFFECTS
 
@@ -57,6 +57,26 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
         yield _sources(records, task)
 
 
+def effects(records: Sequence[Record]) -> list[Effect]:
+    """What the cut of an edge costs, and how much more the first edges of one list cost than those of another."""
+    found = []
+    for edge in ("answer's digit to the last token", "other digits to the last token", "image to the words"):
+        for task in _tasks(records):
+            lost = [row["all"] for row in of(records, task, "flow", edge=edge)]
+            found.append((f"{TASKS[task]}: {edge}", "probability lost", lost))
+    compared = (
+        ("relevancy", "first order", 4),
+        ("first order after the cut", "first order", 4),
+        ("first order, by size", "first order", 16),
+        ("attention", "random", 8),
+    )
+    for one, other, count in compared:
+        for task in _tasks(records):
+            falls = ([row["fall"] for row in of(records, task, "cuts", list=name, edges=count)] for name in (one, other))
+            found.append((f"{TASKS[task]}: {one} less {other}", f"lost by {count} edges", less(*falls)))
+    return effects_of(found)
+
+
 def _flows(records: Sequence[Record], task: str) -> str:
     columns = [str(layer) for layer in range(5)] + ["all"]
     lines = []
@@ -101,7 +121,7 @@ def _sources(records: Sequence[Record], task: str) -> str:
 def flow_figure(records: Sequence[Record]) -> Figure:
     """The share of the answer's probability that is lost, by the layer where an edge is cut, and by the edges of a list."""
     tasks = _tasks(records)
-    drawn, lines = panels(len(tasks), 2, (9.6, 3.3 * len(tasks)))
+    drawn, lines = panels(len(tasks), 2, (7.8, 3.1 * len(tasks)))
     for task, (left, right) in zip(tasks, lines, strict=True):
         for name, colour in zip(DRAWN, COLOURS, strict=False):
             rows = of(records, task, "flow", edge=name)
@@ -116,23 +136,5 @@ def flow_figure(records: Sequence[Record]) -> Figure:
         right.set_xticks(CUT, [str(count) for count in CUT])
         right.minorticks_off()
     for axis in lines[-1]:
-        axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
-    return drawn
-
-
-def effects_figure(records: Sequence[Record]) -> Figure:
-    """A dot for every edge of every model, coloured by attention: first-order effect across, true effect up; sample means."""
-    tasks = _tasks(records)
-    drawn, lines = panels(1, len(tasks), (4.8 * len(tasks), 4.0))
-    for task, axis in zip(tasks, lines[0], strict=True):
-        edges = [record["edges"] for record in having(records, task=task)]
-        first_order, true, mass = ([x for one in edges for x in one[name]] for name in ("first_order", "true", "mass"))
-        dots = axis.scatter(first_order, true, c=mass, cmap="viridis_r", vmin=0, vmax=1, s=9, alpha=0.8, linewidths=0)
-        ends = min(*first_order, *true), max(*first_order, *true)
-        axis.plot(ends, ends, color="black", linewidth=0.7, linestyle=":")
-        for place in ("x", "y"):
-            getattr(axis, f"set_{place}scale")("symlog", linthresh=0.01)
-        axis.set(xlabel="first-order effect", ylabel="true effect", title=TASKS[task])
-        axis.spines[["top", "right"]].set_visible(False)
-    drawn.colorbar(dots, ax=lines[0].tolist(), label="attention of the edge")
+        axis.legend(frameon=False, fontsize=8, ncols=1, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return drawn

@@ -23,7 +23,7 @@ from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.measuring.provenance import fingerprint
 from vlattn_fast.methods import Method
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
-from vlattn_lab.experiments.hybrid.report import LAST, METHODS, TESTS, curves_figure, maps_figure, tables
+from vlattn_lab.experiments.hybrid.report import LAST, METHODS, TESTS, effects, figure, tables
 from vlattn_lab.hybrid import WEIGHTS, caption_truth, captions, inputs, load
 from vlattn_lab.processor import DIGIT_WORDS
 from vlattn_lab.questions import Questions, digit_prompts
@@ -63,7 +63,6 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
             {"method": curve["method"], "test": curve["test"], "steps": curve["steps"], "mean": _rounded(curve["mean"])}
             for curve in report.curves
         ],
-        "shown": shown(model, scenes.images[:1], said[:1]),
     }
 
 
@@ -97,19 +96,8 @@ def last_layer(model: nn.Module, inputs: Mapping[str, Any], target: Any) -> Expl
     return explain(model, inputs, target=target, method=published("gradient", start_layer=-1))
 
 
-def shown(model: LlavaForConditionalGeneration, images: Tensor, said: Tensor) -> dict[str, Any]:
-    """The caption `said` (1, 1 + words) of one picture, and each method's map of its last word."""
-    maps = {}
-    for method in METHODS:
-        if method not in (LAST, RANDOM):
-            map_ = explain(model, inputs(images, said[:, :-1]), target=said[:, -1].tolist(), method=published(method)).image
-            assert isinstance(map_, Tensor)
-            maps[method] = [_rounded(row) for row in map_[0].tolist()]
-    return {"caption": [TEXT_VOCABULARY[word] for word in said[0, 1:].tolist()], "maps": maps}
-
-
 def _rounded(values: Sequence[float]) -> list[float]:
     return [float(f"{value:.4g}") for value in values]
 
 
-EXPERIMENT = Experiment((Stage(cells, measure),), tables, {"hybrid": curves_figure, "hybrid-maps": maps_figure})
+EXPERIMENT = Experiment((Stage(cells, measure),), tables, {"hybrid": figure}, effects)

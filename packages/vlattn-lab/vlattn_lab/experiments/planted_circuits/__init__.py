@@ -23,14 +23,16 @@ from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.records import having, markdown, spread
 from vlattn_fast.methods import Method
-from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
+from vlattn_lab.experiments.experiment import Cell, Effect, Experiment, Record, Settings, Stage, effects_of, less
 from vlattn_lab.experiments.flow.samples import draw
 from vlattn_lab.experiments.planted_circuits.mib import (
     FIRST_ORDER,
     HELD,
     LISTS,
     RANDOM,
+    RELEVANCY,
     SHARES,
+    TRUE,
     measures_on_planted,
     measures_on_scenes,
 )
@@ -157,6 +159,26 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
     yield _of_removals(removed)
 
 
+def effects(records: Sequence[Record]) -> list[Effect]:
+    """What holding fixed changes of `gradient`, and how lists and orders of edges differ."""
+    found = []
+    kept = [record for record in records if "part" not in record]
+    for name, rows in _planted(kept).items():
+        both = {
+            held: [having(one["maps"], method="gradient", held=held)[0]["both"] for one in rows]
+            for held in map(", ".join, FROZEN)
+        }
+        for held in ("norms", "norms, attention"):
+            found.append((f"{name}: {held} held fixed", "finds both causes", less(both[held], both[""])))
+    for name, rows in _of_tasks(kept).items():
+        areas = {of: [having(one["areas"], list=of)[0]["cpr"] for one in rows] for of in (TRUE, FIRST_ORDER, HELD, RELEVANCY)}
+        for one, other in ((HELD, FIRST_ORDER), (RELEVANCY, TRUE)):
+            found.append((f"{name}: {one} less {other}", "CPR", less(areas[one], areas[other])))
+        ranks = [[row["ranks"]["edges"][by] for row in rows] for by in (HELD, FIRST_ORDER)]
+        found.append((f"{name}: {HELD} less {FIRST_ORDER}", "rank correlation", less(*ranks)))
+    return effects_of(found)
+
+
 def _of_models(records: Sequence[Record]) -> str:
     facts = {"right answers": "right", "probability": "probability", "faithfulness of only the planted edges": "alone"}
     lines = [
@@ -230,19 +252,19 @@ def figure(records: Sequence[Record]) -> Figure:
     """Faithfulness over the share of edges that are kept, the mean over the seeds, a panel for each model."""
     records = [record for record in records if "part" not in record]
     by_kind = _planted(records) | _of_tasks(records)
-    drawn, axes = panels(2, 3, (10, 6), sharey=True)
+    drawn, axes = panels(2, 3, (7.8, 5.2), sharey=True)
     for axis, (kind, rows_of_kind) in zip(axes.flat, by_kind.items(), strict=False):
         for row in rows_of_kind[0]["areas"]:
             curves = [having(one["areas"], list=row["list"])[0]["signed"] for one in rows_of_kind]
             style = {"color": "black", "linestyle": "--"} if row["list"] == RANDOM else {}
             axis.plot(SHARES, torch.tensor(curves).mean(0).tolist(), marker="o", markersize=3, label=row["list"], **style)
-        axis.set(title=kind, xscale="log", xlabel="share of the edges that are kept")
+        axis.set(title=kind, xscale="log", xlabel="share of edges kept")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("faithfulness")
     labels = dict(zip(*axes.flat[len(by_kind) - 1].get_legend_handles_labels()[::-1], strict=True))
-    drawn.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=5, frameon=False)
+    drawn.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3, frameon=False)
     return drawn
 
 
 _STAGES = Stage(cells, measure), Stage(scenes, measure_scenes), Stage(removals, measure_removals)
-EXPERIMENT = Experiment(_STAGES, tables, {"planted_circuits": figure})
+EXPERIMENT = Experiment(_STAGES, tables, {"planted_circuits": figure}, effects)

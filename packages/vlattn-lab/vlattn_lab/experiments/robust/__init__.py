@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
-from vlattn_lab.experiments.robust.report import LABELS, Setting, chosen, figure, tables
+from vlattn_lab.experiments.robust.report import LABELS, Setting, chosen, effects, figure, tables
 from vlattn_lab.experiments.robust.training import (
     Classifier,
     Scenes,
@@ -93,4 +93,6 @@ def after(before: Classifier, seen: Scenes, setting: Sequence[Any], sizes: Sizes
     return model
 
 
-EXPERIMENT = Experiment((Stage(sweep_cells, measure_sweep), Stage(training_cells, measure_training)), tables, {"robust": figure})
+EXPERIMENT = Experiment(
+    (Stage(sweep_cells, measure_sweep), Stage(training_cells, measure_training)), tables, {"robust": figure}, effects
+)

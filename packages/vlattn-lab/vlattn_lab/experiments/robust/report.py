@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.records import grouped, having, markdown, spread
-from vlattn_lab.experiments.experiment import Record, paired_change
-from vlattn_lab.experiments.robust.training import CORNERS, SHADE, shown_scenes
-from vlattn_lab.scenes import CANVAS, DIGIT
+from vlattn_lab.experiments.experiment import Effect, Record, dots, effects_of, less, paired_change
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,33 +81,37 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
     yield markdown(["test accuracy, no shade, never a shade in training", "accuracy"], lines)
 
 
-def figure(records: Sequence[Record]) -> Figure:
-    """Test scenes, a line each: the scene, and the maps of each model of the first seed. The digit has a frame, the shade a
-    dotted one."""
-    from matplotlib.patches import Rectangle
+def effects(records: Sequence[Record]) -> list[Effect]:
+    """The relevancy loss less the others, and its two forms."""
+    compared = [
+        ("gradient", "none", "shaded", ("none", "inverted", "as in training")),
+        ("gradient", "crop", "shaded", ("none", "inverted")),
+        ("gradient", "rollout", "shaded", ("none", "inverted")),
+        ("held", "gradient", "shaded", ("none", "inverted", "as in training")),
+        *((loss, "before", "clean", ("none",)) for loss in ("none", "crop", "gradient", "held")),
+        ("held", "gradient", "clean", ("none",)),
+    ]
+    names = {"none": "no shade", "inverted": "shade inverted", "as in training": "shade as in training"}
+    return effects_of(
+        [
+            (
+                f"{LABELS[one]} less {LABELS[other]}",
+                "never a shade" if scenes == "clean" else names[cue],
+                less(values(records, one, scenes, cue), values(records, other, scenes, cue)),
+            )
+            for one, other, scenes, cues in compared
+            for cue in cues
+        ]
+    )
 
-    record = having(records, what="training")[0]
-    plain = shown_scenes(record["seed"])
-    drawn, lines = panels(len(plain.answer), 1 + len(LABELS), (11.8, 3.9))
-    for place, line in enumerate(lines):
-        answer = int(plain.answer[place])
-        for axis, loss in zip(line, (None, *LABELS), strict=True):
-            (left, top), (x, y) = plain.box[place, :2].tolist(), CORNERS[answer].tolist()
-            frames = [((left, top), DIGIT, "#0a7d5e", "-")]
-            if loss is None:
-                ink = plain.shaded("as in training").images[place].numpy()
-                axis.set_xlabel(f"answer {answer}", fontsize=9)
-            else:
-                ink = plain.images[place].numpy()
-                frames.append(((x, y), SHADE, "#555555", ":"))
-                (one,) = having(record["shaded"], loss=loss)
-                map_ = torch.tensor(one["maps"][place])
-                axis.imshow((map_ / map_.max().clamp(min=1e-30)).numpy(), cmap="YlOrRd", vmin=0, extent=(0, CANVAS, CANVAS, 0))
-                axis.set_xlabel(f"says {one['says'][place]}", fontsize=9)
-            axis.imshow(ink * 0, cmap="Greys_r", alpha=ink, extent=(0, CANVAS, CANVAS, 0))
-            for corner, side, colour, style in frames:
-                axis.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linestyle=style, linewidth=1.6))
-            axis.set(xticks=[], yticks=[])
-            if not place:
-                axis.set_title("scene" if loss is None else LABELS[loss], fontsize=10)
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The accuracy of each model, by where the shade lies."""
+    drawn, (axes,) = panels(1, 3, (7.8, 3.8), sharey=True)
+    titles = {"none": "no shade", "inverted": "shade inverted", "as in training": "shade as in training"}
+    for axis, (cue, title) in zip(axes, titles.items(), strict=True):
+        dots(axis, {label: values(records, loss, "shaded", cue) for loss, label in LABELS.items()}, "#0f766e")
+        axis.axhline(1 / 4, color="#999999", linewidth=0.8, linestyle=":")  # chance
+        axis.set(title=title, ylim=(-0.03, 1.03))
+    axes[0].set_ylabel("accuracy")
     return drawn

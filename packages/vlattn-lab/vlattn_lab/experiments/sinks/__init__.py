@@ -16,11 +16,10 @@ from typing import Any
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
 from vlattn_lab.experiments.sinks.measures import detected, explained, seconds, thresholds
 from vlattn_lab.experiments.sinks.planted import SHARES, plant
-from vlattn_lab.experiments.sinks.report import figure, pictures, tables
+from vlattn_lab.experiments.sinks.report import effects, figure, tables
 from vlattn_lab.experiments.sinks.samples import TASKS, draw
 
 SAMPLES = 64
-PICTURED = SHARES[1]
 
 
 def cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
@@ -40,7 +39,7 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
         "agreement": round(float((asked.right(model) == right).double().mean()), 4),
         "sinks": detected(model, asked),
         "thresholds": thresholds(model, asked) if share <= SHARES[1] else [],
-        "maps": explained(model, asked, with_picture=cell == {"task": "clip", "seed": 0, "share": PICTURED}),
+        "maps": explained(model, asked),
     }
 
 
@@ -52,4 +51,4 @@ def measure_cost(cell: Cell, settings: Settings) -> dict[str, Any]:
     return {"times": seconds(cell["tokens"], 1 if settings.smoke else 3)}
 
 
-EXPERIMENT = Experiment((Stage(cells, measure), Stage(cost, measure_cost)), tables, {"sinks": figure, "sinks-pictures": pictures})
+EXPERIMENT = Experiment((Stage(cells, measure), Stage(cost, measure_cost)), tables, {"sinks": figure}, effects)

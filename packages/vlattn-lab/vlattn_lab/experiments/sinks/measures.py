@@ -23,7 +23,6 @@ from vlattn_lab.experiments.sinks.samples import Samples
 METHODS = ("gradient", "rollout", "attention", "weighted")
 SINKS = ("keep", "remove")
 TIMES, NORMS = (3.0, 5.0, 10.0), (0.5, 0.8, 1.0, 100.0)  # 100 = any values
-PICTURES = 3  # of the first seed
 
 
 def run(model: nn.Module, asked: Samples, method: str, sinks: str) -> Explanation:
@@ -92,20 +91,13 @@ def _attentions(model: nn.Module) -> int:
     return len(vision.encoder.layers) + (len(parts.layers) if isinstance(model, CLIPMapper) else 0)
 
 
-def explained(model: nn.Module, asked: Samples, with_picture: bool) -> list[dict[str, Any]]:
+def explained(model: nn.Module, asked: Samples) -> list[dict[str, Any]]:
     """By method, with sinks and without: pointing, mass, and the share of the map that lies on the planted patch."""
     rows = []
     for method, sinks in itertools.product(METHODS, SINKS):
         explanation = run(model, asked, method, sinks)
         pointing, mass, planted = _pointing(explanation, asked)
-        row = {"method": method, "sinks": sinks, "pointing": pointing, "mass": mass, "planted": planted}
-        if with_picture:
-            row["pictures"] = [[round(value, 6) for value in one] for one in _patches(explanation)[:PICTURES].tolist()]
-        rows.append(row)
-    if with_picture:
-        pixels = asked.inputs["pixel_values"][:PICTURES].flatten(1)
-        shown = (pixels - pixels.amin(1, keepdim=True)) / (pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True))
-        rows.append({"method": "photo", "sinks": "keep", "pictures": [[round(x, 2) for x in one] for one in shown.tolist()]})
+        rows.append({"method": method, "sinks": sinks, "pointing": pointing, "mass": mass, "planted": planted})
     return rows
 
 

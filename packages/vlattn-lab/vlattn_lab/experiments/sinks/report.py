@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.records import grouped, having, markdown, spread
-from vlattn_lab.experiments.experiment import Record, band, paired_change
-from vlattn_lab.experiments.flow.samples import GRID
+from vlattn_lab.experiments.experiment import Effect, Record, band, effects_of, less, paired_change
 from vlattn_lab.experiments.sinks.measures import METHODS, NORMS, SINKS
 from vlattn_lab.experiments.sinks.samples import TASKS
 
@@ -113,10 +110,24 @@ def _times(records: Sequence[Record]) -> str:
     return markdown(["method", "keep, processor time", "remove"], lines)
 
 
+def effects(records: Sequence[Record]) -> list[Effect]:
+    """How pointing changes if sinks are removed, the mean over the kinds of models."""
+    found = []
+    for share in _shares(records):
+        for method in METHODS:
+            changes = []
+            for task in _tasks(records):
+                kept, removed = (of(records, "maps", task, share, method=method, sinks=sinks) for sinks in SINKS)
+                changes.append(less(*([row["pointing"] for row in rows] for rows in (removed, kept))))
+            means = [sum(each) / len(each) for each in zip(*changes, strict=True)]
+            found.append((f"planted share {share:.1f}", f"pointing of `{method}`", means))
+    return effects_of(found)
+
+
 def figure(records: Sequence[Record]) -> Figure:
     """Pointing over the share of the planted sink, as the methods are and without the sinks."""
     tasks, shares = _tasks(records), _shares(records)
-    drawn, (axes,) = panels(1, len(tasks), (3.5 * len(tasks), 3.4), sharey=True)
+    drawn, (axes,) = panels(1, len(tasks), (2.6 * len(tasks), 3.4), sharey=True)
     for task, axis in zip(tasks, axes, strict=True):
         for method, colour in COLOURS.items():
             for sinks, style in zip(SINKS, ("--", "-"), strict=True):
@@ -128,22 +139,4 @@ def figure(records: Sequence[Record]) -> Figure:
         axis.set(title=TASKS[task], xlabel="attention of the planted sink", ylim=(-0.03, 1.03), xticks=shares)
     axes[0].set_ylabel("pointing")
     drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    return drawn
-
-
-def pictures(records: Sequence[Record]) -> Figure:
-    """Scenes, and the maps of each method with the planted sink and without it."""
-    shown = next(record for record in records if any("pictures" in row for row in record.get("maps", ())))
-    rows = {(row["method"], row["sinks"]): row["pictures"] for row in shown["maps"]}
-    photos = rows.pop(("photo", "keep"))
-    drawn, lines = panels(len(photos), 1 + len(rows), (1.25 * (1 + len(rows)), 1.35 * len(photos)))
-    for number, (photo, line) in enumerate(zip(photos, lines, strict=True)):
-        side = round(len(photo) ** 0.5)
-        titled = {"scene": np.array(photo).reshape(side, side)}
-        titled |= {f"{method}\n{sinks}": np.array(maps[number]).reshape(GRID, GRID) for (method, sinks), maps in rows.items()}
-        for axis, (title, values) in zip(line, titled.items(), strict=True):
-            axis.imshow(values, cmap="gray" if title == "scene" else "inferno", vmin=0 if title != "scene" else None)
-            axis.set(xticks=[], yticks=[])
-            if not number:
-                axis.set_title(title, fontsize=8)
     return drawn
