@@ -28,7 +28,7 @@ from vlattn_lab.experiments.scores import (
     reading,
     scan,
 )
-from vlattn_lab.experiments.scores.attend import GENERAL, SCORES, UNIFORM, Attend, perturbation, weights_and_relevancy
+from vlattn_lab.experiments.scores.attend import GENERAL, PLAIN, SCORES, UNIFORM, Attend, perturbation, weights_and_relevancy
 from vlattn_lab.experiments.scores.material import FEATURES, reader
 from vlattn_lab.processor import POSITION_DIM, DigitProcessor
 from vlattn_lab.texts import ANSWERS, TEXT_VOCABULARY
@@ -222,6 +222,13 @@ def test_equal_weights_cannot_tell_places():
             assert torch.allclose(painted, other, rtol=1e-5, atol=1e-6) == alike
 
 
+def test_equal_weights_point_by_chance():
+    """A tie is shared, and does not go to the key that comes first."""
+    model = seeded(0, lambda: drawing.Painter(UNIFORM))
+    found = drawing.measure(model, 0, drawing.SMOKE)
+    assert found["pointing"] == pytest.approx(1 / drawing.WORDS) == found["share"]
+
+
 def test_spearman_shares_ranks():
     from scipy.stats import spearmanr
 
@@ -240,17 +247,20 @@ def test_perturbation_takes_the_largest_first():
     assert 1 / 8 <= areas["auc_random"] <= 7 / 8
 
 
-def test_statistics_of_made_rows():
-    """A measure that follows the accuracy correlates with it, one that runs against it does so too."""
+def test_correlations_are_of_families():
+    """A measure that follows the accuracy, and one that runs against it; forms of a family are one point."""
     rows = [
         {"task": "matching", "arm": arm, "seed": seed, "trained": {"accuracy": i + 0.1 * seed, "pointing": i, "agreement": -i}}
         for i, arm in enumerate(SCORES)
         for seed in range(3)
     ]
-    assert page.correlation(rows, "matching", "pointing")["rho"] == pytest.approx(1)
-    against = page.correlation(rows, "matching", "agreement")
-    assert against["rho"] == against["low"] == against["high"] == pytest.approx(-1)
-    assert page.best(rows, "matching", "accuracy") == list(SCORES)[-1] and page.best(rows, "matching", "agreement") == "dot"
+    families = page.of_families(rows, "matching", "pointing")
+    assert [*families] == [*PLAIN] and families["dot"] == 0 and families["general"] == pytest.approx((3 + 8) / 2)
+    found = {effect.measured: effect for effect in page.effects(rows)}
+    for name, sign in (("pointing", 1), ("agreement", -1)):
+        effect = found[f"accuracy and {name}"]
+        assert effect.effect == pytest.approx(sign) and effect.p == pytest.approx(2 / math.factorial(8))
+        assert effect.low < effect.high and effect.seeds == 3
 
 
 def test_tables_of_made_rows():

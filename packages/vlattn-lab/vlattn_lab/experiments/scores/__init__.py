@@ -1,7 +1,7 @@
 """Score functions of attention on three tasks (Cao et al., "Understanding Attention for Vision-and-Language Tasks", COLING 2022).
 
 The same small models are trained with each score function: matching of images and texts, question answering, pictures from
-captions. The paper finds that the more accurate score is not the more interpretable one. Does that hold here?
+captions. Does a score that is more accurate have attention that can be interpreted better?
 
 In: options of the experiment.
 Out: its records.
@@ -21,7 +21,7 @@ import torch
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
 from vlattn_lab.experiments.scores import answering, conditions, drawing, generation, matching, reading, scan, timing
 from vlattn_lab.experiments.scores.attend import FORMS, PLAIN, SCORES
-from vlattn_lab.experiments.scores.page import accuracy_and_interpretability, of_conditions, pictures, tables
+from vlattn_lab.experiments.scores.page import accuracy_and_interpretability, effects, of_conditions, pictures, tables
 
 TASKS: dict[str, Any] = {
     "matching": matching,
@@ -132,4 +132,5 @@ EXPERIMENT = Experiment(
         "scores-pictures": functools.partial(pictures, task="generation"),
         "scores-drawing": functools.partial(pictures, task="drawing"),
     },
+    effects=effects,
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlattn_lab.experiments.experiment import spearman
-from vlattn_lab.experiments.scores.attend import SCORES, UNIFORM, Attend, perturbation, weights_and_relevancy
+from vlattn_lab.experiments.scores.attend import SCORES, UNIFORM, Attend, perturbation, points, weights_and_relevancy
 from vlattn_lab.experiments.scores.material import Sizes, TextEncoder, reader, region_encoder, regions, text_ids
 from vlattn_lab.processor import DIGIT_WORDS
 from vlattn_lab.questions import QUESTIONS, Questions, digit_questions
@@ -114,7 +114,7 @@ def measure(model: Mac, seed: int, sizes: Sizes) -> dict[str, float]:
     aimed = target.any(1)
     figures["share"] = float(last[target].double().mean())
     figures["chance"] = 1 / REGIONS
-    figures["pointing"] = float(target[aimed].gather(1, last[aimed].argmax(1, keepdim=True)).double().mean())
+    figures["pointing"] = float(points(last[aimed], target[aimed]).mean())
     for number, (weights, _) in enumerate(calls, 1):
         figures[f"share_step_{number}"] = float(weights[:, 0, 0][target].double().mean())
     weights, relevancy = (torch.stack([call[i][:, 0, 0] for call in calls]).mean(0) for i in (0, 1))

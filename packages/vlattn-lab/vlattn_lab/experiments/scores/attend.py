@@ -109,6 +109,12 @@ def weights_and_relevancy(attend: Attend, run: Callable[[], Tensor]) -> list[tup
         attend.seen = None
 
 
+def points(weights: Tensor, target: Tensor) -> Tensor:
+    """For weights (..., M), the share of the largest ones that are on `target`, bool (..., M): 0 or 1 without a tie."""
+    largest = weights == weights.amax(-1, keepdim=True)
+    return (largest & target).sum(-1).double() / largest.sum(-1)
+
+
 def perturbation(values: Tensor, accuracy: Callable[[Tensor], float], seed: int) -> dict[str, float]:
     """Areas under the accuracy while entries are removed one by one until none is left: largest values first ("auc_most"),
     least values first ("auc_least"), random order ("auc_random").

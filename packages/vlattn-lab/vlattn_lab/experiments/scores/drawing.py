@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlattn_lab.clip import words_of
 from vlattn_lab.experiments.experiment import spearman
-from vlattn_lab.experiments.scores.attend import PLAIN, UNIFORM, Attend, perturbation, weights_and_relevancy
+from vlattn_lab.experiments.scores.attend import PLAIN, UNIFORM, Attend, perturbation, points, weights_and_relevancy
 from vlattn_lab.experiments.scores.matching import said_regions
 from vlattn_lab.experiments.scores.material import Sizes, TextEncoder, reader, text_ids
 from vlattn_lab.processor import POSITION_DIM, REGION_DIM, DigitProcessor
@@ -131,7 +131,7 @@ def measure(model: Painter, seed: int, sizes: Sizes) -> dict[str, float]:
     said = test.said[..., None, None].expand(-1, -1, REGION_DIM, 1)
     figures["share"] = float(weights.gather(-1, said).double().mean())
     figures["chance"] = 1 / WORDS
-    figures["pointing"] = float((weights.argmax(-1, keepdim=True) == said).double().mean())
+    figures["pointing"] = float(points(weights, F.one_hot(said[..., 0], WORDS).bool()).mean())
     figures["agreement"] = float(spearman(weights, relevancy).mean())
 
     @torch.no_grad()

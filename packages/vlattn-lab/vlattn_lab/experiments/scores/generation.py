@@ -13,7 +13,7 @@ from vlattn_fast import damsm_similarity
 from vlattn_lab.clip import caption_pixels, words_of
 from vlattn_lab.experiments.experiment import spearman
 from vlattn_lab.experiments.scores import encoders
-from vlattn_lab.experiments.scores.attend import PLAIN, UNIFORM, Attend, perturbation, weights_and_relevancy
+from vlattn_lab.experiments.scores.attend import PLAIN, UNIFORM, Attend, perturbation, points, weights_and_relevancy
 from vlattn_lab.experiments.scores.encoders import BATCH, CELLS, GAMMA1, GAMMA2, SIZE, WORDS, Pair, PairSizes, captioned, pair
 from vlattn_lab.experiments.scores.material import text_ids
 from vlattn_lab.texts import SceneProcessor
@@ -143,8 +143,7 @@ def measure(model: Generator, seed: int, sizes: Sizes) -> dict[str, float]:
     figures["drawn"] = float(there.double().mean())
     figures["share"] = _mean(mass[there])
     figures["chance"] = _mean(inside[there].double().mean(-1))
-    top = inside.gather(2, weights.argmax(-1, keepdim=True))[..., 0]
-    figures["pointing"] = _mean(top[there].double())
+    figures["pointing"] = _mean(points(weights, inside)[there])
     figures["agreement"] = float(spearman(weights, relevancy).mean())
 
     @torch.no_grad()

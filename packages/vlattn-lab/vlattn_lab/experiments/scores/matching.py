@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlattn_lab.clip import caption_pixels, words_of
 from vlattn_lab.experiments.experiment import spearman
-from vlattn_lab.experiments.scores.attend import SCORES, UNIFORM, Attend, perturbation, weights_and_relevancy
+from vlattn_lab.experiments.scores.attend import SCORES, UNIFORM, Attend, perturbation, points, weights_and_relevancy
 from vlattn_lab.experiments.scores.material import Sizes, TextEncoder, reader, region_encoder, regions, text_ids
 from vlattn_lab.scenes import CLEARANCE, NEGATIVES, REGIONS, Scenes, digit_scenes, joined, select, swapped_pairs
 from vlattn_lab.train.fit import fit, seeded
@@ -138,11 +138,11 @@ def measure(model: Matcher, seed: int, sizes: Sizes) -> dict[str, float]:
     each, relevancy = weights_and_relevancy(model.attend, lambda: model.pairs(images, ids))[-1]
     places, target = torch.tensor([FIRST, SECOND]), said_regions(scenes)
     each, relevancy = each[:, :, places], relevancy[:, :, places].mean(1)
-    weights = each.mean(1)
-    figures["pointing_head"] = float((each.argmax(-1) == target[:, None]).double().mean())
+    weights, there = each.mean(1), F.one_hot(target, REGIONS).bool()
+    figures["pointing_head"] = float(points(each, there[:, None]).mean())
     figures["share"] = float(weights.gather(2, target[..., None]).mean())
     figures["chance"] = 1 / REGIONS
-    figures["pointing"] = float((weights.argmax(-1) == target).double().mean())
+    figures["pointing"] = float(points(weights, there).mean())
     figures["agreement"] = float(spearman(weights, relevancy).mean())
 
     @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,8 +13,8 @@ from torch import Tensor
 
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.records import grouped, markdown, mean_and_deviation, number, spread
-from vlattn_lab.experiments.experiment import Record, band, paired_change, paired_test, spearman
-from vlattn_lab.experiments.scores.attend import GENERAL, UNIFORM
+from vlattn_lab.experiments.experiment import Effect, Record, band, holm, paired_change, paired_test, spearman
+from vlattn_lab.experiments.scores.attend import GENERAL, PLAIN, SCORES, UNIFORM
 from vlattn_lab.experiments.scores.conditions import FACTORS, OPTIONS, arm_of
 from vlattn_lab.scenes import CANVAS
 
@@ -65,27 +67,49 @@ def scores_of(records: Sequence[Record], task: str) -> list[str]:
     return [arm for arm in arms(records, task) if arm not in CONTROLS]
 
 
-def correlation(records: Sequence[Record], task: str, name: str) -> dict[str, float]:
-    """Rank correlation over the scores between accuracy and a measure of interpretability: of the means over seeds (rho), its
-    2.5th and 97.5th percentile over all samples of seeds with replacement, and its mean and deviation over seeds."""
-    names = scores_of(records, task)
-    accuracy, measure = (
-        torch.tensor([values(records, task, score, key) for score in names], dtype=torch.float64) for key in ("accuracy", name)
-    )
-    seeds = accuracy.shape[1]
-    samples = torch.tensor(list(itertools.product(range(seeds), repeat=seeds)))
-
-    def rho(index: Tensor) -> Tensor:
-        return spearman(accuracy[:, index].mean(-1).T, measure[:, index].mean(-1).T)
-
-    resampled = rho(samples)
-    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    mean, deviation = mean_and_deviation(rho(torch.arange(seeds)[:, None]).tolist())
-    return {"rho": float(rho(torch.arange(seeds)[None])), "low": low, "high": high, "mean": mean, "deviation": deviation}
+def family(arm: str) -> str:
+    """The score function without the side that it projects and without its activation."""
+    return next((name for name, score in PLAIN.items() if SCORES[arm][0] == score[0]))
 
 
-def best(records: Sequence[Record], task: str, name: str) -> str:
-    return max(scores_of(records, task), key=lambda score: mean_and_deviation(values(records, task, score, name))[0])
+def families_of(records: Sequence[Record], task: str) -> dict[str, list[str]]:
+    """The scores by family."""
+    return grouped((arm for arm in scores_of(records, task) if arm in SCORES), family)
+
+
+def of_families(records: Sequence[Record], task: str, name: str) -> dict[str, float]:
+    """The mean over seeds, and over a family's forms."""
+    found = families_of(records, task)
+    means = {arm: mean_and_deviation(values(records, task, arm, name))[0] for arms in found.values() for arm in arms}
+    return {title: sum(means[arm] for arm in arms) / len(arms) for title, arms in found.items()}
+
+
+def effects(records: Sequence[Record]) -> list[Effect]:
+    """Rank correlations over families between accuracy and a measure of interpretability. p: of all orders of the families. The
+    interval and what is detectable: Fisher's z, whose error for ranks is 1.03 / sqrt(n - 3) (Fieller et al., 1957)."""
+    normal = statistics.NormalDist().inv_cdf
+    asked = [(task, name) for task in tasks(records) if len(families_of(records, task)) > 4 for name in INTERPRETABILITY]
+    asked = [(task, name) for task, name in asked if values(records, task, scores_of(records, task)[0], name)]
+    found = []
+    for task, name in asked:
+        one, two = (torch.tensor([*of_families(records, task, key).values()], dtype=torch.float64) for key in ("accuracy", name))
+        found.append((float(spearman(one, two)), chance_of(one, two), len(one)))
+    corrected = holm([p for _, p, _ in found])
+    shown = []
+    for (task, name), (rho, p, count), after in zip(asked, found, corrected, strict=True):
+        error = 1.03 / (count - 3) ** 0.5
+        low, high = (math.tanh(math.atanh(max(min(rho, 0.999), -0.999)) + sign * 1.96 * error) for sign in (-1, 1))
+        least = math.tanh((normal(1 - 0.025 / len(asked)) + normal(0.8)) * error)
+        seeds = len(values(records, task, scores_of(records, task)[0], name))
+        shown.append(Effect(task, f"accuracy and {INTERPRETABILITY[name]}", rho, low, high, seeds, p, after, least))
+    return shown
+
+
+def chance_of(one: Tensor, two: Tensor) -> float:
+    """The share of all orders of `two` whose rank correlation with `one` is at least as far from 0."""
+    orders = torch.tensor([*itertools.permutations(range(len(two)))])
+    rho = spearman(one.expand(len(orders), -1), two[orders])
+    return float((rho.abs() >= spearman(one, two).abs() - 1e-9).double().mean())
 
 
 # --- tables ---
@@ -98,7 +122,6 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
     for task in ("matching", "answering"):
         yield forms_table(records, task)
     yield conditions_table(records)
-    yield correlation_table(records)
     yield choice_table(records)
     yield time_table(records)
 
@@ -154,18 +177,6 @@ def conditions_table(records: Sequence[Record]) -> str:
         lines.append([arm, spread(accuracy), *change, *map(spread, cells)])
     head = ["condition", "accuracy", "difference", "p", *(INTERPRETABILITY.get(name, name) for name in names[1:])]
     return markdown([name.replace("_head", " of a head") for name in head], lines)
-
-
-def correlation_table(records: Sequence[Record]) -> str:
-    lines = []
-    for task in tasks(records):
-        for name, title in INTERPRETABILITY.items():
-            x = correlation(records, task, name)
-            rho, share = f"{x['rho']:+.2f}", f"{x['low']:+.2f} to {x['high']:+.2f}"
-            bests = (f"`{best(records, task, measure)}`" for measure in ("accuracy", name))
-            lines.append([f"{task}: {title}", rho, share, f"{x['mean']:+.2f} ± {x['deviation']:.2f}", *bests])
-    head = ["accuracy and", "rank correlation", "95 % of samples", "within a seed", "most accurate", "most interpretable"]
-    return markdown(head, lines)
 
 
 def choice_table(records: Sequence[Record]) -> str:
