@@ -21,13 +21,16 @@ def test_everything_is_measured_once(tmp_path, capsys):
     out = tmp_path / "rows.json"
     main(["value", "--smoke", "--out", str(out), "--figures", str(tmp_path), "--seeds", "1", "--processes", "1"])
     rows = json.loads(out.read_text())["rows"]
-    assert [row["model"] for row in rows] == ["UNITER", "LXMERT"]
+    assert [(row["arm"], row["model"]) for row in rows] == [("pretraining", "UNITER"), ("pretraining", "LXMERT")]
     for row, joined in zip(rows, (3 * 6, (3 + 3 + 2) * 6), strict=True):
         for state in value.STATES:
             assert {*value.PAIRS} <= row[state]["heads"].keys() & row[state]["whole"].keys() & row[state]["chosen"].keys()
             assert {f"linguistic_heads: {task}" for task in value.TASKS} <= row[state]["heads"].keys()
             assert {"fusion", *(f"linguistic: {task}" for task in value.TASKS)} <= row[state]["layers"].keys()
         assert len(row["without_head"]) == joined and row["trained"] != row["untrained"]
+        linking, *pairs = (one["heads"] for one in row["without_pair"])
+        assert linking[0] == row["trained"]["chosen"]["coreference"]
+        assert not any(head in linking for pair in pairs for head in pair)
     assert "other captions" in rows[0] and "other captions" not in rows[1]
     shown = capsys.readouterr().out
     assert all(f"({number})" in shown for number in value.OBSERVATIONS)
@@ -76,6 +79,27 @@ def test_what_cls_takes_is_what_attention_adds():
     assert image == pytest.approx(added, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", value.ARCHITECTURES)
+def test_what_cls_takes_first_holds_nothing_of_the_image(name):
+    """Other regions leave what it takes from the text as it is."""
+    kind, model, inputs = value.ARCHITECTURES[name], value.fresh(name, 0), next(lab.probe_samples(5, seed=2))[0]
+    text, image = kind.first_taken(model, inputs)
+    other_text, other_image = kind.first_taken(model, {**inputs, "region_features": inputs["region_features"] ** 0.1})
+    assert image == kind.taken(model, inputs)[0][1] != other_image
+    if name == "LXMERT":  # in UNITER regions take a part of one softmax
+        assert text == other_text != kind.taken(model, inputs)[0][0]
+
+
+def test_what_silencing_a_head_costs():
+    """The best head against the mean of the others that attend across, and the two best against random pairs."""
+    heads = [("both", 0, 0, 0.9), ("both", 0, 1, 0.6), ("both", 1, 0, 0.8), ("text", 0, 1, 0.1)]
+    without = [{"stream": stream, "layer": layer, "head": head, "digit": left} for stream, layer, head, left in heads]
+    pairs = [{"digit": left} for left in (0.5, 0.8, 0.9)]
+    record = {"digit": 0.95, "trained": {"chosen": {"coreference": [0, 1]}}, "without_head": without, "without_pair": pairs}
+    assert value.lost_without_the_best(record) == pytest.approx((0.35, 0.1))
+    assert value.lost_without_two(record) == pytest.approx((0.45, 0.1))
+
+
 def test_other_captions_are_those_of_other_scenes():
     own = next(lab.probe_samples(4, seed=3, batch=4))[0]
     other = next(value.other_captions(4, 3))[0]
@@ -121,4 +145,3 @@ def test_the_page_answers_each_observation_for_both_models():
     page = (ROOT / "docs" / "experiments" / "value.md").read_text(encoding="utf-8")
     answers = re.findall(r"^\| \((\w+)\) [^|]+ \| ([^|]+) \| ([^|]+) \|$", page, re.M)
     assert [number for number, *_ in answers] == [*value.OBSERVATIONS]
-    assert [number for number in re.findall(r"^- \*\*\((\w+)\) ", page, re.M)] == [*value.OBSERVATIONS]

@@ -1,5 +1,5 @@
 """The five observations of VALUE (Cao et al., "Behind the Scene", ECCV 2020), on a model with one stream, UNITER, and one with
-two, LXMERT, both trained on DigitScenes.
+two, LXMERT, both trained on DigitScenes, with losses on where named digits are ("located") and without ("pretraining").
 
 A seed stands for a trained model, the same model untrained, and its test scenes. Controls are the untrained model and captions of
 other scenes. [CLS] and [SEP] count as neither text nor image: otherwise seven of eleven tokens would be text, and a head that
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,10 +24,20 @@ from torch.utils.hooks import RemovableHandle
 from vlattn_fast import ProbeReport, probe
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.provenance import fingerprint
-from vlattn_fast.measuring.records import markdown, spread
+from vlattn_fast.measuring.records import having, markdown, spread
 from vlattn_fast.models import UNITER
 from vlattn_lab import lxmert, uniter
-from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, spearman
+from vlattn_lab.experiments.experiment import (
+    Cell,
+    Effect,
+    Experiment,
+    Record,
+    Settings,
+    Stage,
+    effects_of,
+    effects_table,
+    spearman,
+)
 from vlattn_lab.probing import probe_samples
 from vlattn_lab.scenes import NEGATIVES, Scenes, digit_scenes
 from vlattn_lab.train.fit import seeded
@@ -36,11 +48,19 @@ from vlattn_lab.weights import DATA
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+ARMS = ("pretraining", "located")  # recipes of `train.uniter`; claims are those of the first
+STEPS = {  # by arm and model
+    ("pretraining", "UNITER"): 3000,
+    ("pretraining", "LXMERT"): 3000,
+    ("located", "UNITER"): 3000,
+    ("located", "LXMERT"): 2000,
+}
 STATES = ("trained", "untrained")
 OBSERVATIONS = ("i", "ii", "iii", "iv", "v")
 TOKENS = {"text": 5, "image": 4, "special": 2}  # in a caption and a scene
 SAMPLES, CHOOSING, SCENES = 200, 100, 500  # for the probes, for the choice of heads, and for an accuracy
 OTHER_SCENES = 1000  # added to the seed
+RANDOM_PAIRS = 5  # of heads, silenced at once
 ALIGNED = 0.9  # accuracy of a head that tells a phrase's region
 PAIRS = {
     "coreference": "the region of a phrase",
@@ -56,6 +76,12 @@ TASKS = {
     "odd_word": "a word that does not go with its neighbour",
     "inverted": "a caption with its digits exchanged",
 }
+SHOWN = (  # in the picture: arm, state, colour, and how far to the right
+    (ARMS[0], "untrained", "#9a9a9a", 0.22),
+    (ARMS[0], "trained", "#c2410c", 0.0),
+    (ARMS[1], "trained", "#1d4ed8", -0.22),
+)
+ORDER = ("word_order", "odd_word", "inverted")  # tasks that need more than which words there are
 HEAD_TESTS = (*PAIRS, "linguistic_heads")
 
 
@@ -63,7 +89,8 @@ class Architecture(NamedTuple):
     """An architecture as the experiment needs it.
 
     joins: a model's modules that join the heads of an attention, by (stream, layer). inputs: UNITER's inputs under the model's
-    names. matching: a model as a function of UNITER's inputs. taken: see `taken_by_uniter`.
+    names. matching: a model as a function of UNITER's inputs. taken: see `taken_by_uniter`. first_taken: the same where words
+    hold nothing of the image yet.
     """
 
     fresh: Callable[[], nn.Module]
@@ -73,17 +100,19 @@ class Architecture(NamedTuple):
     matching: Callable[[Any], Callable[..., Any]]
     joins: Callable[[Any], dict[tuple[str, int], nn.Module]]
     taken: Callable[[Any, dict[str, Tensor]], list[tuple[float, float]]]
+    first_taken: Callable[[Any, dict[str, Tensor]], tuple[float, float]]
 
 
 def cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
-    return [{"model": name, "seed": seed} for seed in range(settings.seeds) for name in ARCHITECTURES]
+    arms = itertools.product(ARMS[:1] if settings.smoke else ARMS, ARCHITECTURES, range(settings.seeds))
+    return [{"arm": arm, "model": name, "seed": seed} for arm, name, seed in arms]
 
 
 def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
-    name, seed = cell["model"], cell["seed"]
+    name, arm, seed = cell["model"], cell["arm"], cell["seed"]
     samples, scenes = (20, 10) if settings.smoke else (SAMPLES, SCENES)
     kind = ARCHITECTURES[name]
-    untrained, model = fresh(name, seed), trained(name, seed, settings)
+    untrained, model = fresh(name, seed), trained(name, arm, seed, settings)
     measured: dict[str, Any] = {"weights": fingerprint(model)}
     for state, one in zip(STATES, (model, untrained), strict=True):
         report = probe(one, named(name, samples, seed), special=False)
@@ -91,19 +120,34 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
         if not settings.smoke:
             report = probe(one, named(name, CHOOSING, seed + OTHER_SCENES), tests=HEAD_TESTS, special=False)
         measured[state]["chosen"] = chosen(report)
-        measured[state]["taken"] = kind.taken(one, next(probe_samples(samples, seed=seed, batch=samples))[0])
+        inputs = next(probe_samples(samples, seed=seed, batch=samples))[0]
+        measured[state] |= {"taken": kind.taken(one, inputs), "first taken": kind.first_taken(one, inputs)}
+        if state == "trained":
+            linking = ranked(report, "coreference")[:2]
     if name == "UNITER":
         tests = ("modality", "cross_modal")
         measured["other captions"] = kept(probe(model, other_captions(samples, seed), tests=tests, special=False))
     drawn = [digit_scenes(scenes, seed=seed, negative=negative) for negative in (None, *NEGATIVES)]
     matching = kind.matching(model)
-    measured["accuracy"] = accuracy(matching, drawn)
+    measured |= accuracy(matching, drawn)
     measured["without_head"] = []
     for (stream, layer), module in kind.joins(model).items():
         for head in range(uniter.CONFIG.num_attention_heads):
             with without_head(module, head):
                 left = accuracy(matching, drawn)
-            measured["without_head"].append({"stream": stream, "layer": layer, "head": head, "accuracy": left})
+            measured["without_head"].append({"stream": stream, "layer": layer, "head": head, **left})
+    across = [module for (stream, _), module in kind.joins(model).items() if stream == "both"]
+    heads = [*itertools.product(range(len(across)), range(uniter.CONFIG.num_attention_heads))]
+    others = [place for place in heads if [*place] not in linking]
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.randperm(len(others), generator=generator)[:2].tolist() for _ in range(1 if settings.smoke else RANDOM_PAIRS)]
+    pairs = [linking, *([others[place] for place in draw] for draw in draws)]
+    measured["without_pair"] = []
+    for pair in pairs:
+        with contextlib.ExitStack() as stack:
+            for layer, head in pair:
+                stack.enter_context(without_head(across[layer], head))
+            measured["without_pair"].append({"heads": pair, **accuracy(matching, drawn)})
     return measured
 
 
@@ -112,11 +156,11 @@ def fresh(name: str, seed: int) -> nn.Module:
     return seeded(seed, ARCHITECTURES[name].fresh).eval()
 
 
-def trained(name: str, seed: int, settings: Settings) -> nn.Module:
+def trained(name: str, arm: str, seed: int, settings: Settings) -> nn.Module:
     kind = ARCHITECTURES[name]
     if settings.models is not None:
-        return kind.load(Path(settings.models) / str(seed))[0]
-    return kind.train(2, seed=seed, log_every=0) if settings.smoke else kind.train(seed=seed, log_every=0)
+        return kind.load(Path(settings.models) / arm / str(seed))[0]
+    return kind.train(2 if settings.smoke else STEPS[arm, name], seed=seed, log_every=0, recipe=arm)
 
 
 def named(name: str, count: int, seed: int) -> Iterator[tuple[dict[str, Tensor], Any]]:
@@ -153,22 +197,26 @@ def kept(report: ProbeReport) -> dict[str, Any]:
     return stored
 
 
+def ranked(report: ProbeReport, key: str) -> list[list[int]]:
+    """[layer, head], the best first, of a test or task."""
+    layers = kept(report)["heads"][key]
+    places = [[layer, head] for layer, row in enumerate(layers) for head in range(len(row))]
+    return sorted(places, key=lambda place: -layers[place[0]][place[1]])
+
+
 def chosen(report: ProbeReport) -> dict[str, list[int]]:
     """The best head of each test and task."""
-    best: dict[str, list[int]] = {}
-    for key, layers in kept(report)["heads"].items():
-        largest = max(itertools.chain(*layers))
-        layer = next(number for number, row in enumerate(layers) if largest in row)
-        best[key] = [layer, layers[layer].index(largest)]
-    return best
+    return {key: ranked(report, key)[0] for key in kept(report)["heads"]}
 
 
 @torch.no_grad()
-def accuracy(model: Callable[..., Any], drawn: Sequence[Scenes]) -> float:
-    """Mean accuracy over the kinds of wrong captions; `drawn`: scenes with true captions, then the same with wrong ones."""
+def accuracy(model: Callable[..., Any], drawn: Sequence[Scenes]) -> dict[str, float]:
+    """Accuracy for each kind of wrong captions, and "accuracy", their mean; `drawn`: scenes with true captions, then with each
+    kind of wrong ones."""
     true, *false = (uniter.log_odds(model(**scenes.inputs())) > 0 for scenes in drawn)
     right = true.double().mean()
-    return round(sum(float(right + 1 - wrong.double().mean()) / 2 for wrong in false) / len(false), 4)
+    kinds = {kind: float(right + 1 - wrong.double().mean()) / 2 for kind, wrong in zip(NEGATIVES, false, strict=True)}
+    return {kind: round(value, 4) for kind, value in {"accuracy": _mean([*kinds.values()]), **kinds}.items()}
 
 
 def without_head(join: nn.Module, head: int) -> RemovableHandle:
@@ -204,7 +252,8 @@ def _norm(joined: Tensor, dense: Any) -> float:
 
 @torch.no_grad()
 def taken_by_uniter(model: Any, inputs: dict[str, Tensor]) -> list[tuple[float, float]]:
-    """For each layer, the mean norm of what attention adds to [CLS] from the text, and from the image."""
+    """For each layer, the mean norm of what attention adds to [CLS] from the text, and from the image. Only in the first layer
+    the text holds nothing of the image."""
     taken, length = [], inputs["input_ids"].shape[1]
     for layer in model.uniter.encoder.layer:
         attention = layer.attention.self
@@ -220,7 +269,8 @@ def taken_by_uniter(model: Any, inputs: dict[str, Tensor]) -> list[tuple[float, 
 
 @torch.no_grad()
 def taken_by_lxmert(model: Any, inputs: dict[str, Tensor]) -> list[tuple[float, float]]:
-    """The same for each layer in which the streams attend to one another; text = from the words' attention to words."""
+    """The same for each layer in which the streams attend to one another; text = from the words' attention to words, which comes
+    after they have attended to the image."""
     taken = []
     for layer in model.lxmert.encoder.x_layers:
         denses = [layer.visual_attention.output.dense, layer.lang_self_att.output.dense]
@@ -229,6 +279,18 @@ def taken_by_lxmert(model: Any, inputs: dict[str, Tensor]) -> list[tuple[float, 
         across, own = seen[0][:, 0], seen[2][:, 0]  # the second call has the regions ask
         taken.append((round(_norm(own, denses[1]), 4), round(_norm(across, denses[0]), 4)))
     return taken
+
+
+@torch.no_grad()
+def first_taken_by_lxmert(model: Any, inputs: dict[str, Tensor]) -> tuple[float, float]:
+    """The mean norm of what [CLS] takes from words in the last layer of their own stream, and then from the image, in the first
+    layer in which it attends to the image."""
+    encoder = model.lxmert.encoder
+    denses = [encoder.layer[-1].attention.output.dense, encoder.x_layers[0].visual_attention.output.dense]
+    with watched(denses, "inputs") as seen:
+        model(**lxmert.inputs(inputs))
+    text, image = (round(_norm(joined[:, 0], dense), 4) for joined, dense in zip(seen, denses, strict=False))
+    return text, image
 
 
 # --- the architectures ---
@@ -257,6 +319,7 @@ ARCHITECTURES = {
         lambda model: model,
         _joins_of_uniter,
         taken_by_uniter,
+        lambda model, inputs: taken_by_uniter(model, inputs)[0],
     ),
     "LXMERT": Architecture(
         lambda: lxmert.build(lxmert.CONFIG),
@@ -266,6 +329,7 @@ ARCHITECTURES = {
         lxmert.matching,
         _joins_of_lxmert,
         taken_by_lxmert,
+        first_taken_by_lxmert,
     ),
 }
 
@@ -322,7 +386,9 @@ def facts(record: Record) -> list[tuple[str, str, dict[str, float]]]:
     def one(what: str, value: float, observation: str = "ii") -> None:
         observed.append((observation, what, {"trained": value}))
 
-    one("accuracy of the model on true and on wrong captions", record["accuracy"], "")
+    for kind in ("accuracy", *NEGATIVES):
+        of = "on true and on wrong captions" if kind == "accuracy" else f"if the {kind} is wrong"
+        one(f"accuracy of the model {of}", record[kind], "")
     if record["model"] == "UNITER":
         for kind, count in TOKENS.items():
             what = f"attention of [CLS] on the {kind}, {count} tokens of 11"
@@ -330,6 +396,7 @@ def facts(record: Record) -> list[tuple[str, str, dict[str, float]]]:
         add("i", "attention on a word over attention on a region", partial(per_token, record))
         one("the same with captions of other scenes", per_token(record, "other captions"), "i")
     add("i", "norm that [CLS] takes from text over that from the image", lambda state: _taken(record, state))
+    add("i", "the same before words hold anything of the image", lambda state: _first_taken(record, state))
     drops = lost(record)
     if record["model"] == "UNITER":
         crossing = "share of heads that are cross-modal in most samples"
@@ -346,6 +413,10 @@ def facts(record: Record) -> list[tuple[str, str, dict[str, float]]]:
         one("accuracy lost without such a head, mean", _mean([drops[place] for place in linking]))
     one("accuracy lost without another head, mean", _mean([drop for place, drop in drops.items() if place not in linking]))
     one("accuracy lost without the head that matters most", max(drops.values()))
+    one("accuracy for wrong digits lost without the best head for a phrase's region", lost_without_the_best(record)[0])
+    one("the same, mean of the other heads", lost_without_the_best(record)[1])
+    one("accuracy for wrong digits lost without the two best heads for a phrase's region", lost_without_two(record)[0])
+    one("the same, mean of random pairs of other heads", lost_without_two(record)[1])
     for number, tests in (("iii", ("coreference", "coreference_class")), ("iv", ("relation_detection", "relation"))):
         for test in tests:
             add_test(record, number, test, add)
@@ -356,6 +427,22 @@ def facts(record: Record) -> list[tuple[str, str, dict[str, float]]]:
             add("v", f"accuracy, {what}: states after the {name} layer", partial(_after, record, key=key, layer=layer))
         add("v", f"accuracy, {what}: best head's output", partial(best, record, key=f"linguistic_heads: {task}"))
     return observed
+
+
+def lost_without_the_best(record: Record) -> tuple[float, float]:
+    """What accuracy for wrong digits loses without the head that is best at coreference on other scenes, and the mean over all
+    other heads that attend across."""
+    layer, head = record["trained"]["chosen"]["coreference"]
+    across = having(record["without_head"], stream="both")
+    drops = {(one["layer"], one["head"]): record["digit"] - one["digit"] for one in across}
+    of_best = drops.pop((layer, head))
+    return of_best, _mean([*drops.values()])
+
+
+def lost_without_two(record: Record) -> tuple[float, float]:
+    """The same for the two best heads at once, and random pairs of others."""
+    two, *random = (record["digit"] - one["digit"] for one in record["without_pair"])
+    return two, _mean(random)
 
 
 def add_test(record: Record, number: str, test: str, add: Callable[..., None]) -> None:
@@ -373,18 +460,60 @@ def _taken(record: Record, state: str, layer: int | None = None) -> float:
     return sum(text for text, _ in norms) / sum(image for _, image in norms)
 
 
+def _first_taken(record: Record, state: str) -> float:
+    text, image = record[state]["first taken"]
+    return float(text / image)
+
+
+def _doublings(record: Record, ratio: Callable[[Record, str], float]) -> float:
+    """How often training doubles a ratio."""
+    return math.log2(ratio(record, "trained") / ratio(record, "untrained"))
+
+
+def _gain(record: Record, key: str) -> float:
+    return best(record, "trained", key) - best(record, "untrained", key)
+
+
+def effects(records: Sequence[Record], arm: str = ARMS[0]) -> list[Effect]:
+    """Of training, and of a head that is silenced, on what the observations say."""
+    found: list[tuple[str, str, list[float]]] = []
+    for name, of_name in by_model(having(records, arm=arm)).items():
+
+        def add(number: str, what: str, value: Callable[[Record], float]) -> None:
+            found.append((f"({number}) {name}", what, [value(record) for record in of_name]))  # noqa: B023
+
+        if name == "UNITER":
+            add("i", "training on attention to a word over a region, log2", lambda record: _doublings(record, per_token))
+        add("i", "training on the norm from text over image, log2", lambda record: _doublings(record, _first_taken))
+        add("ii", "silencing the best head, less another", lambda record: operator.sub(*lost_without_the_best(record)))
+        add("ii", "silencing the two best heads, less two others", lambda record: operator.sub(*lost_without_two(record)))
+        gains = {"iii": ["coreference"], "iv": ["relation_detection"], "v": [f"linguistic_heads: {task}" for task in ORDER]}
+        for number, key in ((number, key) for number, keys in gains.items() for key in keys):
+            what = PAIRS.get(key) or TASKS[key.partition(": ")[2]]
+            add(number, f"training on the best head, {what}", lambda record, key=key: _gain(record, key))
+    return effects_of(found)
+
+
 def by_model(records: Sequence[Record]) -> dict[str, list[Record]]:
     """The records of each model, of those that have some."""
     return {name: found for name in ARCHITECTURES if (found := [record for record in records if record["model"] == name])}
 
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
+    measured = [arm for arm in ARMS if having(records, arm=arm)]
+    for arm in measured[1:]:  # the page has the first
+        yield effects_table(effects(records, arm))
+    for arm in measured:
+        yield facts_table(having(records, arm=arm), arm)
+        yield layers_table(having(records, arm=arm), arm)
+
+
+def facts_table(records: Sequence[Record], arm: str) -> str:
     measured: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = {}
     for record in records:
         for observation, what, by_state in facts(record):
-            key = (observation, what)
             for state, value in by_state.items():
-                measured.setdefault(key, {}).setdefault((record["model"], state), []).append(value)
+                measured.setdefault((observation, what), {}).setdefault((record["model"], state), []).append(value)
     columns = [(name, state) for name in by_model(records) for state in STATES]
     order = sorted(measured, key=lambda key: ("", *OBSERVATIONS).index(key[0]))
     lines = [
@@ -395,8 +524,12 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
         ]
         for observation, what in order
     ]
-    yield markdown(["", "measured", *(f"{name}, {state}" for name, state in columns)], lines, words=(0, 1))
+    return markdown(["", f"measured, {arm}", *(f"{name}, {state}" for name, state in columns)], lines, words=(0, 1))
 
+
+def layers_table(records: Sequence[Record], arm: str) -> str:
+    """The trained models layer by layer; LXMERT's are those in which the streams attend to one another. Fusion: the mutual
+    information of two clusters of states with text and image; low = fused."""
     lines = []
     for name, of_name in by_model(records).items():
         for layer in range(len(of_name[0]["trained"]["taken"])):
@@ -408,25 +541,27 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
                 [record["trained"]["layers"]["fusion"][layer]["shuffled"] for record in of_name],
             ]
             lines.append([f"{name}, {layer + 1}", *(spread(values, none="–") for values in spreads)])
-    head = ["layer", "a word over a region", "norm from text over image", "best head for a phrase's region"]
-    yield markdown([*head, "fusion", "fusion, untrained", "fusion, shuffled"], lines, words=(0,))
+    head = [f"layer, {arm}", "a word over a region", "norm from text over image", "best head for a phrase's region"]
+    return markdown([*head, "fusion", "fusion, untrained", "fusion, shuffled"], lines, words=(0,))
 
 
 def figure(records: Sequence[Record]) -> Figure:
-    """A dot for every head: how well its two numbers tell regions and relations; trained and untrained."""
+    """A dot for every head: how well its two numbers tell regions and relations; trained in either way, and untrained."""
     tests = (("coreference", 0.5), ("relation_detection", 0.5), ("relation", 0.25))
     models = by_model(records)
     drawn, axes = panels(len(models), len(tests), (11, 3.2 * len(models)))
     for row, (name, of_name) in zip(axes, models.items(), strict=True):
         for axis, (test, chance) in zip(row, tests, strict=True):
-            for state, colour, shift in (("untrained", "#9a9a9a", 0.12), ("trained", "#c2410c", -0.12)):
+            for arm, state, colour, shift in SHOWN:
                 points = [
                     (layer + 1 + shift + 0.03 * (record["seed"] - 2), value)
-                    for record in of_name
+                    for record in having(of_name, arm=arm)
                     for layer, row_of_heads in enumerate(record[state]["heads"][test])
                     for value in row_of_heads
                 ]
-                axis.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.7, linewidths=0, label=state)
+                label = arm if state == "trained" else state
+                if points:
+                    axis.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.7, linewidths=0, label=label)
             layers = len(of_name[0]["trained"]["heads"][test])
             axis.axhline(chance, color="black", linewidth=0.8, linestyle=":")
             axis.annotate("chance", (0.52, chance), xytext=(0, 3), textcoords="offset points", fontsize=8)
@@ -456,4 +591,5 @@ EXPERIMENT = Experiment(
         "value-coreference": lambda records: patterns("coreference"),
         "value-relations": lambda records: patterns("relation_detection"),
     },
+    effects,
 )
