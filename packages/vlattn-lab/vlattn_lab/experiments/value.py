@@ -43,7 +43,6 @@ from vlattn_lab.scenes import NEGATIVES, Scenes, digit_scenes
 from vlattn_lab.train.fit import seeded
 from vlattn_lab.train.lxmert import train as train_lxmert
 from vlattn_lab.train.uniter import train as train_uniter
-from vlattn_lab.weights import DATA
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -386,7 +385,7 @@ def facts(record: Record) -> list[tuple[str, str, dict[str, float]]]:
     def one(what: str, value: float, observation: str = "ii") -> None:
         observed.append((observation, what, {"trained": value}))
 
-    for kind in ("accuracy", *NEGATIVES):
+    for kind in (kind for kind in ("accuracy", *NEGATIVES) if kind in record):
         of = "on true and on wrong captions" if kind == "accuracy" else f"if the {kind} is wrong"
         one(f"accuracy of the model {of}", record[kind], "")
     if record["model"] == "UNITER":
@@ -396,7 +395,8 @@ def facts(record: Record) -> list[tuple[str, str, dict[str, float]]]:
         add("i", "attention on a word over attention on a region", partial(per_token, record))
         one("the same with captions of other scenes", per_token(record, "other captions"), "i")
     add("i", "norm that [CLS] takes from text over that from the image", lambda state: _taken(record, state))
-    add("i", "the same before words hold anything of the image", lambda state: _first_taken(record, state))
+    if "first taken" in record["trained"]:
+        add("i", "the same before words hold anything of the image", lambda state: _first_taken(record, state))
     drops = lost(record)
     if record["model"] == "UNITER":
         crossing = "share of heads that are cross-modal in most samples"
@@ -413,10 +413,11 @@ def facts(record: Record) -> list[tuple[str, str, dict[str, float]]]:
         one("accuracy lost without such a head, mean", _mean([drops[place] for place in linking]))
     one("accuracy lost without another head, mean", _mean([drop for place, drop in drops.items() if place not in linking]))
     one("accuracy lost without the head that matters most", max(drops.values()))
-    one("accuracy for wrong digits lost without the best head for a phrase's region", lost_without_the_best(record)[0])
-    one("the same, mean of the other heads", lost_without_the_best(record)[1])
-    one("accuracy for wrong digits lost without the two best heads for a phrase's region", lost_without_two(record)[0])
-    one("the same, mean of random pairs of other heads", lost_without_two(record)[1])
+    if "without_pair" in record:
+        one("accuracy for wrong digits lost without the best head for a phrase's region", lost_without_the_best(record)[0])
+        one("the same, mean of the other heads", lost_without_the_best(record)[1])
+        one("accuracy for wrong digits lost without the two best heads for a phrase's region", lost_without_two(record)[0])
+        one("the same, mean of random pairs of other heads", lost_without_two(record)[1])
     for number, tests in (("iii", ("coreference", "coreference_class")), ("iv", ("relation_detection", "relation"))):
         for test in tests:
             add_test(record, number, test, add)
@@ -430,11 +431,12 @@ def facts(record: Record) -> list[tuple[str, str, dict[str, float]]]:
 
 
 def lost_without_the_best(record: Record) -> tuple[float, float]:
-    """What accuracy for wrong digits loses without the head that is best at coreference on other scenes, and the mean over all
-    other heads that attend across."""
+    """What accuracy for wrong digits (in rows without it, for all wrong captions) loses without the head that is best at
+    coreference on other scenes, and the mean over all other heads that attend across."""
+    kind = "digit" if "digit" in record else "accuracy"
     layer, head = record["trained"]["chosen"]["coreference"]
     across = having(record["without_head"], stream="both")
-    drops = {(one["layer"], one["head"]): record["digit"] - one["digit"] for one in across}
+    drops = {(one["layer"], one["head"]): record[kind] - one[kind] for one in across}
     of_best = drops.pop((layer, head))
     return of_best, _mean([*drops.values()])
 
@@ -474,6 +476,11 @@ def _gain(record: Record, key: str) -> float:
     return best(record, "trained", key) - best(record, "untrained", key)
 
 
+def _gain_of_all_heads(record: Record) -> float:
+    one, two = (float(record[state]["whole"]["coreference"]["value"]) for state in STATES)
+    return one - two
+
+
 def effects(records: Sequence[Record], arm: str = ARMS[0]) -> list[Effect]:
     """Of training, and of a head that is silenced, on what the observations say."""
     found: list[tuple[str, str, list[float]]] = []
@@ -484,9 +491,12 @@ def effects(records: Sequence[Record], arm: str = ARMS[0]) -> list[Effect]:
 
         if name == "UNITER":
             add("i", "training on attention to a word over a region, log2", lambda record: _doublings(record, per_token))
-        add("i", "training on the norm from text over image, log2", lambda record: _doublings(record, _first_taken))
+        if "first taken" in of_name[0]["trained"]:
+            add("i", "training on the norm from text over image, log2", lambda record: _doublings(record, _first_taken))
         add("ii", "silencing the best head, less another", lambda record: operator.sub(*lost_without_the_best(record)))
-        add("ii", "silencing the two best heads, less two others", lambda record: operator.sub(*lost_without_two(record)))
+        if "without_pair" in of_name[0]:
+            add("ii", "silencing the two best heads, less two others", lambda record: operator.sub(*lost_without_two(record)))
+        add("iii", "training on all heads, the region of a phrase", _gain_of_all_heads)
         gains = {"iii": ["coreference"], "iv": ["relation_detection"], "v": [f"linguistic_heads: {task}" for task in ORDER]}
         for number, key in ((number, key) for number, keys in gains.items() for key in keys):
             what = PAIRS.get(key) or TASKS[key.partition(": ")[2]]
@@ -574,22 +584,4 @@ def figure(records: Sequence[Record]) -> Figure:
     return drawn
 
 
-def patterns(test: str, name: str = "UNITER", directory: str | Path = DATA, count: int = 100) -> Figure:
-    """The attention of the three heads that are best in `test`, and of three random ones, on the first of `count` test scenes; of
-    the shipped UNITER, or of a model that a training wrote to a directory."""
-    model, processor = ARCHITECTURES[name].load(Path(directory))
-    report = probe(model, named(name, count, OTHER_SCENES), tests=(test,), special=False)
-    scene = digit_scenes(count, seed=OTHER_SCENES)
-    return report.plot_patterns(test=test, image=scene.render(0), processor=processor)
-
-
-EXPERIMENT = Experiment(
-    (Stage(cells, measure),),
-    tables,
-    {
-        "value": figure,
-        "value-coreference": lambda records: patterns("coreference"),
-        "value-relations": lambda records: patterns("relation_detection"),
-    },
-    effects,
-)
+EXPERIMENT = Experiment((Stage(cells, measure),), tables, {"value": figure}, effects)
