@@ -42,7 +42,6 @@ from vlattn_fast.attach.session import overridden
 @pytest.mark.parametrize("make", [*MODELS, *map(of_class, MODULES)], ids=lambda make: make.__name__)
 @torch.no_grad()
 def test_a_model_gives_the_same_and_every_attention_is_one_call(make: Callable[[], Made], dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
     model, inputs, calls = make()
     lively(model).eval().to(dtype)
     inputs = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
@@ -67,7 +66,6 @@ def test_a_model_gives_the_same_and_every_attention_is_one_call(make: Callable[[
 
 
 def test_lxmert_calls_one_module_twice_in_turn() -> None:
-    torch.manual_seed(0)
     model, inputs, _ = lxmert()
     with torch.no_grad(), replaced(model.eval()) as watch:
         model(**inputs)
@@ -77,7 +75,6 @@ def test_lxmert_calls_one_module_twice_in_turn() -> None:
 
 @torch.no_grad()
 def test_a_cache_goes_on_where_it_stopped() -> None:
-    torch.manual_seed(0)
     for make in (rembert, trocr, git):
         model, inputs, _ = make()
         lively(model).eval()
@@ -93,7 +90,6 @@ def test_a_cache_goes_on_where_it_stopped() -> None:
 
 @torch.no_grad()
 def test_generation_by_blip_is_the_same() -> None:
-    torch.manual_seed(0)
     model, inputs, _ = blip()
     lively(model).eval()
     inputs = dict(inputs, max_new_tokens=4, min_new_tokens=4)
@@ -103,7 +99,6 @@ def test_generation_by_blip_is_the_same() -> None:
 
 
 def test_gradients_are_the_same() -> None:
-    torch.manual_seed(0)
     model, inputs, _ = layoutlmv3()
     lively(model).eval().double()
     inputs["pixel_values"] = inputs["pixel_values"].double().requires_grad_()

@@ -45,7 +45,6 @@ def causal_mask() -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_multihead_attention(kind: str, masks: str, need_weights: bool) -> None:
-    torch.manual_seed(0)
     module = lively(nn.MultiheadAttention(32, 4, dropout=0.1, **KINDS[kind])).eval().double()
     shape = (2, 5) if module.batch_first else (5, 2)
     states = [torch.randn(*shape, size).double() for size in (32, module.kdim, module.vdim)]
@@ -61,7 +60,6 @@ def test_multihead_attention(kind: str, masks: str, need_weights: bool) -> None:
 
 @torch.no_grad()
 def test_multihead_attention_without_a_batch() -> None:
-    torch.manual_seed(0)
     module = lively(nn.MultiheadAttention(32, 4)).eval()
     x, y, masks = torch.randn(3, 32), torch.randn(5, 32), {"attn_mask": torch.randn(4, 3, 5), "key_padding_mask": torch.randn(5)}
     expected = module(x, y, y, **masks)
@@ -74,7 +72,6 @@ def test_multihead_attention_without_a_batch() -> None:
 @pytest.mark.parametrize("nested", [True, False])
 @torch.no_grad()
 def test_a_transformer_encoder_leaves_its_fast_path(nested: bool) -> None:
-    torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
     model = lively(nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)).eval()
     x, masked = torch.randn(2, 7, 32), padding(2, 7) == 0
