@@ -5,5 +5,5 @@ the rows. `python -m tools.environments real` makes its environment first.
 
 In: names of parts.
 Out: rows, pictures and a page.
-Imports: vlattn_lab, vlattn_lab.pages.
+Imports: vlattn_lab.
 """
