@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from vlattn_fast._ground.origin import device_name
 from vlattn_fast.backends import native
 
-CLOCK, SMS = 1.83e9, 132  # of an H200 and an H100; docs/kernels.md names the sources
+CLOCK, SMS = 1.83e9, 132  # of an H200 and an H100; docs/developers/kernels.md names the sources
 OPERATIONS_OF_TILES = 2 * 16 * 16 * 32  # a product of AMX tiles
 SIDE, CHANNELS = 2048, 256  # of the products and the convolution that are measured
 LEAST_SECONDS, LEAST_CALLS = 0.3, 5  # of a measurement, whose fastest call counts

@@ -11,7 +11,7 @@ Few queries, such as a decoder's, leave most SMs without a program: their keys a
 `_join_kernel` joins. Up to 256 keys of 16 bits fit into registers beside their queries: a program has all of a head
 (`_whole_forward_kernel`). Long causal dot products take cuDNN's forward pass on sm_90 (_cudnn.py).
 The backward passes are in _products_backward.py and _units_backward.py. Under a float mask `_rows_kernel` recomputes rows whose
-lse is too large to be rounded. Measured on an H100: docs/kernels.md.
+lse is too large to be rounded. Measured on an H100: docs/developers/kernels.md.
 """
 
 from __future__ import annotations

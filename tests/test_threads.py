@@ -228,7 +228,6 @@ class TakesDict(torch.nn.Module):
 
 def test_inputs_that_are_dicts() -> None:
     """Another thread's run, of other entries, begins within a run of several passes, and ends after it."""
-    torch.manual_seed(0)
     model, method, others = TakesDict().eval(), va.methods.IntegratedGradients(n_steps=2), list[Any]()
     text = {"batch": {"input_ids": torch.tensor([[1, 2, 3]])}}
     both = {"batch": {**text["batch"], "pixel_values": torch.rand(1, 3, 4, 4)}}

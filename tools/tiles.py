@@ -1,6 +1,6 @@
 """Counts of attention by AMX tiles, forward and backward, as the stand-in for their instructions takes them.
 
-    python -m tools.tiles    the table of docs/reliability.md: products, loads, stores, bytes packed
+    python -m tools.tiles    a table: products, loads, stores, bytes packed
 
 A call with dropout takes the schedule without panels (csrc/cpu/forward.h, backward_tile.h), with the same products.
 """

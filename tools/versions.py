@@ -3,7 +3,7 @@
     python -m tools.versions [PYTEST ...]    the whole suite, or what pytest's arguments name
 
 `python -m tools.environments oldest` and `newest` do so with the lowest and the highest versions. A row replaces that of the same
-versions and tests. The tables of docs/install.md and docs/building.md are made of pyproject.toml and these rows.
+versions and tests. The tables of docs/install.md and docs/developers/building.md are made of pyproject.toml and these rows.
 """
 
 from __future__ import annotations

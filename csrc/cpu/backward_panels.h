@@ -11,7 +11,7 @@
 //
 // Bound: tile products, and of the vectors' instructions the exponentials. Tricks: a chunk's S and dP stay in the first cache. All
 // three sums are tiles in memory, which a product loads and stores once for a panel of keys, or once for BLOCK_TILES tiles of rows.
-// No softmax of a panel has to be closed: the log-sum-exp comes from the forward pass. Counts stand in docs/reliability.md; no stored
+// No softmax of a panel has to be closed: the log-sum-exp comes from the forward pass. `python -m tools.tiles` counts; no stored
 // row has the time.
 #pragma once
 #include "key_heads.h"

@@ -12,7 +12,7 @@
 //
 // Bound: tile products, and of the vectors' instructions the exponentials. Tricks: no row is copied within a product
 // (packed_tiles.h), and no stride is a power of two. Four tiles of sums take two loads for two products. A panel stays in the second
-// cache while SWEEP tiles of rows pass it. Counts stand in docs/reliability.md; no stored row has the time.
+// cache while SWEEP tiles of rows pass it. `python -m tools.tiles` counts; no stored row has the time.
 #pragma once
 #include "packed_tiles.h"
 

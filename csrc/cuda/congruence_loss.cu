@@ -13,7 +13,7 @@
 // backward pass computes them again. Products of heads run on tensor cores in 16 bits, those of maps in tf32, and in three parts
 // of it where inputs are float32, whose heads have fused multiply-adds.
 // Why CUDA C++: rows and columns are padded to 16, where Triton's tiles are powers of two: 100 regions take 112 rows, and not 128.
-// docs/kernels.md has the estimates. Not measured on a GPU.
+// `python -m tools.pages.kernels_page` estimates it. Not measured on a GPU.
 #include <algorithm>
 
 #include "congruence_maps.h"

@@ -11,7 +11,7 @@
 // has at most 160 keys of 64 features or 128 of 128; it goes over the queries again for the others. Python adds the key heads'
 // r_abar, in order. For row_normalize it asks for row sums first, and divides r by them.
 // Why CUDA C++: keys are padded to 16, where Triton's tiles are powers of two: 160 tokens take 160 rows, and not 256. There are two
-// launches, and not four. docs/kernels.md has the estimates. Not measured on a GPU.
+// launches, and not four. `python -m tools.pages.kernels_page` estimates it. Not measured on a GPU.
 #include <algorithm>
 
 #include "relevancy.h"

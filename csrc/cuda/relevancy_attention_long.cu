@@ -16,7 +16,7 @@
 // as `turns` counts them: it cannot wait for ever. With the causal mask the last keys come first, whose queries are the fewest:
 // block n then comes to tile i when block n+1 has left it.
 // Why CUDA C++: five products a pair, where our Triton kernels take seven, in two kernels; Triton has no turns. Not measured on a
-// GPU. The estimate is in docs/kernels.md.
+// GPU. The estimate is in docs/developers/kernels.md.
 #include <algorithm>
 
 #include "relevancy.h"

@@ -7,6 +7,7 @@ import vlattn_fast as va
 from tests.helpers.compare import as_dtype
 from tests.helpers.ops.map_cases import check_statistics, groups, statistics_inputs
 from tests.helpers.ops.masks import real_keys
+from vlattn_fast.ops.attention_map import HEAD_REDUCTIONS
 
 
 # either dtype with each number of queries, and each number of keys once
@@ -80,3 +81,15 @@ def test_groups_in_runs_and_in_any_order(num_groups: int) -> None:
     index = torch.randint(-1, num_groups, (900,))
     for key_groups in (index, index.sort().values, torch.arange(900).clamp_max(num_groups - 1)):
         check_statistics("cpu", inputs, key_groups=key_groups, num_groups=num_groups)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("reduction", HEAD_REDUCTIONS)
+def test_nan_in_a_head_of_another_thread(reduction: str) -> None:
+    query, key = (torch.randn(1, 6, length, 8) for length in (3, 40))
+    for head in (0, 5):
+        broken = query.clone()
+        broken[0, head, 1] = torch.nan
+        torch.set_num_threads(4)
+        found = va.attention_map(broken, key, head_reduction=reduction, backend="cpu")
+        assert found[0, 1].isnan().all() and not found[0, (0, 2)].isnan().any()

@@ -76,7 +76,7 @@ def test_packed_panels() -> None:
 
 
 def row(operator: Operator) -> str:
-    """The operator's line of the table in docs/reliability.md."""
+    """The operator's line of the table in docs/developers/same_bits.md."""
     results = [result for results in _results(operator) for result in results]
     cells = [f"`{operator.stem}`"]
     for name in ("cpu", "triton", "cuda"):
@@ -92,6 +92,6 @@ def _results(operator: Operator) -> Iterator[dict[str, Tensor]]:
 
 
 def test_the_page_has_the_table() -> None:
-    page = (ROOT / "docs" / "reliability.md").read_text().splitlines()
+    page = (ROOT / "docs" / "developers" / "same_bits.md").read_text().splitlines()
     missing = [line for line in map(row, WITH_CPU.values()) if line not in page]
-    assert not missing, "write into docs/reliability.md:\n" + "\n".join(missing)
+    assert not missing, "write into docs/developers/same_bits.md:\n" + "\n".join(missing)

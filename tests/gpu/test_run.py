@@ -277,7 +277,7 @@ def test_the_first_steps_fit_one_call_and_the_last_ones_leave_nothing_out(tree, 
     benchmarks, named = asked[False]["benchmarks"], [f"{name}{run.BESIDE}" for name in production.NAMED]
     assert benchmarks[-1] == "host" and asked[True]["benchmarks"] == named
     assert compiled["benchmarks"] == [*named, *production.NAMED]  # before one of them is timed
-    # plain dot products, whose rates docs/kernels.md estimates, come first
+    # plain dot products come first
     assert [name.split("/")[1] for name in production.NAMED[:3]] == ["scaled dot, forward+backward", *["scaled dot, forward"] * 2]
     tests = asked[True]["tests"]
     assert tests[0].startswith("tests/gpu/device_only.py") and tests[-1] == "memcheck triton score_attention uniter groups"

@@ -1,11 +1,11 @@
-"""`freeze` beside norms that are written out with detached denominators: `python -m tools.model_classes --held`."""
+"""`freeze`, and functions of ours that change nothing, by class: `python -m tools.model_classes`."""
 
 import json
 from typing import Any
 
 import pytest
 
-from tools.model_classes import held
+from tools.model_classes import held, unchanged
 from tools.model_classes.compare import BOUND, outcome_of
 from tools.model_classes.run import HELD, classes
 from vlattn_fast.attach import frozen
@@ -51,3 +51,31 @@ def test_the_stored_outcomes_are_of_classes_and_none_is_wrong() -> None:
         for kind, (name, outcome, reason) in rows.items():
             assert named[kind] == name and outcome in ("equal", "refused", "cannot be built", "cannot be compared")
             assert outcome != "equal" or float(reason.removeprefix("gradient ").partition(",")[0]) <= BOUND
+
+
+@pytest.mark.parametrize(
+    ("mapping", "name"),
+    [
+        ("causal", "DeepseekV32ForCausalLM"),  # whose indexer chooses keys
+        ("causal", "DeepseekV4ForCausalLM"),  # adds masks by hand
+        ("image-text", "MiniMaxM3SparseForConditionalGeneration"),  # whose indexer chooses blocks of keys
+        ("causal", "MixtralForCausalLM"),  # whose router may choose differently after a rounding
+        ("sequence", "T5ForConditionalGeneration"),  # learns a bias of positions
+        ("text", "ModernBertForSequenceClassification"),  # reads from padding, which sees no key in its window
+    ],
+)
+def test_three_functions_change_nothing(mapping: str, name: str) -> None:
+    row = outcome_of(mapping, name, unchanged.compared)
+    ways = ["by name"] if name.startswith("DeepseekV4") else unchanged.WAYS
+    assert row.outcome == "equal" and all(f"{way}: equal" in row.reason for way in ways), row
+
+
+def test_a_model_without_names_is_refused() -> None:
+    row = outcome_of("causal", "BloomForCausalLM", unchanged.compared)
+    assert row.outcome == "equal" and "by name: refused" in row.reason and "edited: equal" in row.reason, row
+
+
+def test_a_change_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unchanged, "NOTHING", 1 + 1e-6)
+    row = outcome_of("causal", "LlamaForCausalLM", unchanged.compared)
+    assert row.outcome == "wrong" and "by name: equal" in row.reason and "edited: wrong, float64 " in row.reason, row

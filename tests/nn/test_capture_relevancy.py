@@ -299,7 +299,6 @@ def test_dropout_is_the_models_own() -> None:
 
 @pytest.mark.parametrize("method", ["gradient", "rollout"])
 def test_autocast(method: str) -> None:
-    torch.manual_seed(0)
     model, pixels = lively(vit()).float().train(), PIXELS.float()
     want = va.explain(model, {"pixel_values": pixels}, target=1, method=method).relevancy["vision"]
     with torch.autocast("cpu", torch.bfloat16):
@@ -471,7 +470,6 @@ def test_dropout_of_attention_that_is_written_out() -> None:
 
 def test_dropout_of_multihead_attention() -> None:
     """It runs by another call than outside of the context, with the same distribution."""
-    torch.manual_seed(0)
     model = nn.ModuleList([nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)])
     model.forward = lambda x: model[0](x, x, x, need_weights=False)[0] + x  # type: ignore[method-assign]
     x = torch.randn(1, 6, 8).expand(2000, -1, -1)

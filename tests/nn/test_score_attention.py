@@ -161,7 +161,6 @@ def test_options_of_scores_are_refused_where_the_layer_is_made(
 @pytest.mark.parametrize("sink", [False, True])
 def test_a_bias_of_groups_is_its_dense_mask(name: str, sink: bool) -> None:
     """In the output and in the attention's head mean; a gate stands in front of the output projection."""
-    torch.manual_seed(0)
     layer = ScoreAttention(16, 4, name, sink=sink).double()
     x, groups = torch.randn(2, 6, 16).double(), torch.tensor([0, 1, -1, 1, 0, 0])
     bias = torch.randn(4, 2, 2).double()

@@ -1,6 +1,6 @@
 """score_attention on every backend against its formula: scores, heads, values.
 
-Masks: test_score_attention_masks.py. Dropout, autograd: test_score_attention_autograd.py. tests/kernels/ and
+Dropout, autograd, masks: test_score_attention_autograd.py. tests/kernels/ and
 tests/cuda/ have the tile edges of their kernels.
 """
 

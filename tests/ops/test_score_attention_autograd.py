@@ -1,4 +1,4 @@
-"""score_attention: dropout, what autograd may ask, autocast."""
+"""score_attention: dropout, what autograd may ask, autocast, memory under masks of any shape."""
 
 import math
 from typing import Any
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_grads
-from tests.helpers.ops.backends import F64, each
+from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of, outputs_and_grads
+from tests.helpers.ops.backends import F64, each, on
 from tests.helpers.ops.score_cases import SCORES, B, H, M, N, attention_inputs, call, sizes_of, tensors
 from vlattn_fast import scores as S
+from vlattn_fast._ground import tensors as tensor_helpers
 from vlattn_fast.backends.streaming import _tiles
 
 # ------------------------------------------------------------------------------------------------- dropout
@@ -156,3 +157,53 @@ def test_autocast_to_float16_takes_bfloat16(score: str) -> None:
         out = call(va.score_attention, make)(**inputs)
     assert out.dtype == torch.float16
     assert (out.double() - exact).abs().max() < 64 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
+def shapes(b: int, h: int, n: int, m: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of masks that broadcast to (b, h, n, m), of every rank from 0 to 4."""
+    vectors = ((), (1,), (m,), (n, 1), (1, m), (n, m))
+    return (
+        *vectors,
+        (1, n, m),
+        (h, 1, m),
+        (h, n, 1),
+        (h, n, m),
+        (b, 1, 1, m),
+        (b, 1, n, 1),
+        (1, h, n, m),
+        (b, h, n, m),
+        (1,) * 4,
+    )
+
+
+@on("streaming", "cpu", "triton")
+@pytest.mark.slow("triton")
+def test_garbage_in_padding_under_dropout_and_grouped_heads(backend: str) -> None:
+    inputs, make = tensors(backend, "dot", n=34, m=37, h=4, kv=2)
+    keys = torch.rand(B, 37) > 0.3
+    there = ~keys[:, None].expand(B, 2, 37)
+
+    def run(**x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        options = {"key_mask": keys, "dropout_p": 0.4, "enable_gqa": True, "backend": backend}
+        return call(va.score_attention, make, **options)(**x)
+
+    bad = inputs | {name: inputs[name].clone().masked_fill_(there[..., None], math.nan) for name in ("key", "value")}
+    clean = outputs_and_grads(run, inputs)
+    for name, x in outputs_and_grads(run, bad).items():
+        assert torch.equal(x, clean[name]), name
+    assert not clean["grad key"][there].any() and clean["grad key"].any()
+
+
+@pytest.mark.parametrize("shape", shapes(2, 4, 128, 96), ids=str)
+def test_no_mask_brings_a_whole_map(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's SDPA falls back to whole maps for masks of three dimensions: it gets them with four."""
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 1024)
+    monkeypatch.setattr(tensor_helpers, "SHORT_PAIRS", 1024)
+    mask = torch.rand(shape) > 0.4
+    for lse in (False, True):
+        q, k, v = (torch.randn(2, 4, length, 8, requires_grad=True) for length in (128, 96, 96))
+        with LargestAllocation() as seen:
+            out = va.score_attention(q, k, v, attn_mask=mask, return_lse=lse)
+            (out[0] if lse else out).sum().backward()
+        assert seen.bytes <= max(bytes_of(q), 4 * mask.numel()), (seen.by, seen.bytes)

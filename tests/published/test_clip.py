@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
-from tests.helpers.published.authors import assert_equal, clone, on_cpu
+from tests.helpers.published.authors import assert_equal, clone, drawn, on_cpu, published
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what their code warns of
@@ -41,32 +41,35 @@ OTHERS = {
 
 
 def their_clip(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """In float64, with random weights."""
+    """In float64."""
     package = ModuleType("their_clip")  # without its __init__.py, which asks for torchvision
     package.__path__ = [str(clone(REPOSITORY) / "CLIP" / "clip")]
     monkeypatch.setitem(sys.modules, package.__name__, package)
     module = importlib.import_module("their_clip.model")
     monkeypatch.setattr(module.LayerNorm, "forward", nn.LayerNorm.forward)  # theirs computes in float32
     sizes = (PROJECTED, 8 * PATCHES, LAYERS, WIDTH["visual"], 8, LENGTH, VOCABULARY, WIDTH["text"], 4, LAYERS)
-    model = module.CLIP(*sizes).double().eval().requires_grad_()
-    for name, parameter in model.named_parameters():
-        if "embedding" in name:
-            parameter.data.normal_(0, 0.5)
-        elif parameter.ndim > 1:
-            parameter.data.normal_(0, 0.15)
-        elif name != "logit_scale":
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model: nn.Module = module.CLIP(*sizes).double().eval().requires_grad_()
     return model
 
 
-def our_clip(theirs: nn.Module) -> nn.Module:
+def weights(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    found = drawn(shapes, lambda name: 0.5 if "embedding" in name else 0.15 if len(shapes[name]) > 1 else 0.1)
+    for name, x in found.items():
+        if name == "logit_scale":
+            x.fill_(2.66)
+        elif ".ln_" in f".{name}" and name.endswith("weight"):
+            x += 1
+    return found
+
+
+def our_clip(state: dict[str, Tensor]) -> nn.Module:
     shared = {"num_hidden_layers": LAYERS, "projection_dim": PROJECTED, "hidden_act": "quick_gelu"}
     sizes = {part: {"hidden_size": width, "intermediate_size": 4 * width, **shared} for part, width in WIDTH.items()}
     text = {**sizes["text"], "vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "num_attention_heads": 4}
     text |= {"eos_token_id": VOCABULARY - 1, "bos_token_id": VOCABULARY - 2, "pad_token_id": 0}
     vision = {**sizes["visual"], "image_size": 8 * PATCHES, "patch_size": 8, "num_attention_heads": WIDTH["visual"] // 64}
     model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=PROJECTED))
-    state, found = theirs.state_dict(), {}
+    found = {}
     for name, tensor in state.items():
         if name in ("visual.proj", "text_projection"):
             found["visual_projection.weight" if name == "visual.proj" else "text_projection.weight"] = tensor.mT
@@ -90,22 +93,30 @@ def our_clip(theirs: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("start_layer", [0, 1, -1])
 def test_notebook(start_layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = their_clip(monkeypatch)
-    cells = json.loads((clone(REPOSITORY) / "CLIP_explainability.ipynb").read_text())["cells"]
-    (source,) = ["".join(cell["source"]) for cell in cells if "def interpret" in "".join(cell["source"])]
-    notebook: dict[str, Any] = {"torch": torch, "np": np, "start_layer": -1, "start_layer_text": -1}
-    exec(source[source.index("def interpret") :], notebook)
+    shapes = published("clip", lambda: {"shapes": {name: [*x.shape] for name, x in their_clip(monkeypatch).state_dict().items()}})
+    state = weights(shapes["shapes"])
     ids, ends = torch.zeros(3, LENGTH, dtype=torch.int64), torch.tensor([4, 7, 9])
     for row, end in zip(ids, ends, strict=True):
         row[0], row[end] = VOCABULARY - 2, VOCABULARY - 1
         row[1:end] = torch.randint(1, VOCABULARY - 2, (int(end) - 1,))
     pixels = torch.randn(1, 3, 8 * PATCHES, 8 * PATCHES, dtype=torch.float64)
-    with on_cpu():
-        words, patches = notebook["interpret"](pixels, ids, theirs, "cpu", start_layer, start_layer)
-    ours = our_clip(theirs)
+
+    def compute() -> dict[str, Tensor]:
+        theirs = their_clip(monkeypatch)
+        theirs.load_state_dict(state)
+        cells = json.loads((clone(REPOSITORY) / "CLIP_explainability.ipynb").read_text())["cells"]
+        (source,) = ["".join(cell["source"]) for cell in cells if "def interpret" in "".join(cell["source"])]
+        notebook: dict[str, Any] = {"torch": torch, "np": np, "start_layer": -1, "start_layer_text": -1}
+        exec(source[source.index("def interpret") :], notebook)
+        with on_cpu():
+            words, patches = notebook["interpret"](pixels, ids, theirs, "cpu", start_layer, start_layer)
+        return {"text": words[range(3), ends], "image": patches}
+
+    wanted = published(f"clip {start_layer}", compute)
+    ours = our_clip(state)
     for dtype in (torch.float64, torch.float32):
         inputs: dict[str, Tensor] = {"input_ids": ids, "pixel_values": pixels.to(dtype)}
         method = va.methods.Gradient(start_layer=start_layer, freeze=())
         explanation = va.explain(copy.deepcopy(ours).to(dtype), inputs, method=method)
-        assert_equal(explanation.image.flatten(1), patches.detach().double(), "image")
-        assert_equal(explanation.relevancy["text"], words[range(3), ends].detach().double(), "text")
+        assert_equal(explanation.image.flatten(1), wanted["image"], "image")
+        assert_equal(explanation.relevancy["text"], wanted["text"], "text")

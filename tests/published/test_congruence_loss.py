@@ -5,6 +5,7 @@ import copy
 import importlib
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
-from tests.helpers.published.authors import assert_equal, clone
+from tests.helpers.published.authors import assert_equal, clone, drawn, published
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what their code warns of
 
@@ -23,36 +24,54 @@ WORDS, REGIONS = [9, 5, 7, 4], [6, 4, 2, 5]  # of each sample
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 
 
-@pytest.fixture
-def uniter(monkeypatch: pytest.MonkeyPatch) -> Iterator[nn.Module]:
-    """Theirs, float64, with random weights. Apex's layer norm is torch's here."""
-    fused: Any = ModuleType("apex.normalization.fused_layer_norm")
-    fused.FusedLayerNorm = nn.LayerNorm
-    for name in ("apex", "apex.normalization"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, fused.__name__, fused)
-    monkeypatch.syspath_prepend(str(clone("KhoomeiK/CACR")))
-    before = set(sys.modules)
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    try:
-        config_of = importlib.import_module("model.model").UniterConfig
-        config = config_of(60, **SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=20)
-        model = importlib.import_module("model.itm").UniterForImageTextRetrieval(config, 10, 1).eval()
-        for parameter in model.parameters():
-            parameter.data.normal_(0, 0.3) if parameter.ndim > 1 else parameter.data.add_(0.1 * torch.randn_like(parameter))
-        model.uniter.embeddings.word_embeddings.weight.data[0] = 0
-        yield model
-    finally:
-        torch.set_default_dtype(default)
-        for name in set(sys.modules) - before:
-            if name.partition(".")[0] in ("model", "utils"):
-                del sys.modules[name]
+    yield
+    torch.set_default_dtype(default)
+
+
+@contextmanager
+def their_uniter() -> Iterator[Any]:
+    """Apex's layer norm is torch's here."""
+    fused: Any = ModuleType("apex.normalization.fused_layer_norm")
+    fused.FusedLayerNorm = nn.LayerNorm
+    before = set(sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("apex", "apex.normalization"):
+            patch.setitem(sys.modules, name, ModuleType(name))
+        patch.setitem(sys.modules, fused.__name__, fused)
+        patch.syspath_prepend(str(clone("KhoomeiK/CACR")))
+        try:
+            config_of = importlib.import_module("model.model").UniterConfig
+            config = config_of(60, **SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=20)
+            yield importlib.import_module("model.itm").UniterForImageTextRetrieval(config, 10, 1).eval()
+        finally:
+            for name in set(sys.modules) - before:
+                if name.partition(".")[0] in ("model", "utils"):
+                    del sys.modules[name]
+
+
+def shapes_of_their_uniter() -> dict[str, Any]:
+    with their_uniter() as model:
+        return {"shapes": {name: [*x.shape] for name, x in model.state_dict().items()}}
+
+
+def weights() -> dict[str, Tensor]:
+    shapes: dict[str, list[int]] = published("uniter", shapes_of_their_uniter)["shapes"]
+    state = drawn(shapes, lambda name: 0.3 if len(shapes[name]) > 1 else 0.1)
+    for name, x in state.items():
+        if "LayerNorm.weight" in name or "layer_norm.weight" in name:
+            x += 1
+    state["uniter.embeddings.word_embeddings.weight"][0] = 0
+    return state
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_of_their_uniter(kind: str, direction: str, uniter: Any) -> None:
+def test_losses_of_their_uniter(kind: str, direction: str) -> None:
+    state = weights()
     batch, num_words, num_regions = len(WORDS), max(WORDS), max(REGIONS)
     place = torch.arange(num_words)
     real_words = place < torch.tensor(WORDS)[:, None]
@@ -61,25 +80,32 @@ def test_losses_of_their_uniter(kind: str, direction: str, uniter: Any) -> None:
     ids = torch.randint(1, 60, (batch, num_words)) * real_words
     features, positions = (torch.randn(batch, num_regions, size) * regions[..., None] for size in (10, 7))
     masks = [torch.cat(pair, 1).long() for pair in ((real_words, regions), (inner, regions & False), (inner & False, regions))]
-    _, losses = uniter.uniter(
-        ids, place[None], features, positions, masks[0], None, None, masks[1], masks[2],
-        output_all_encoded_layers=False, IAIS=f"{DIRECTIONS[direction]}-{KINDS[kind]}", pairs_num=1,
-    )  # fmt: skip
-    wanted = losses["self_attn_loss"]
-    wanted.backward()
-    published = {name: x.grad for name, x in uniter.named_parameters() if x.grad is not None}
-    largest = max(float(grad.abs().max()) for grad in published.values())
 
-    own = va.models.UNITER.from_published(uniter.state_dict(), num_attention_heads=4)
+    def compute() -> dict[str, Tensor]:
+        with their_uniter() as uniter:
+            uniter.load_state_dict(state)
+            _, losses = uniter.uniter(
+                ids, place[None], features, positions, masks[0], None, None, masks[1], masks[2],
+                output_all_encoded_layers=False, IAIS=f"{DIRECTIONS[direction]}-{KINDS[kind]}", pairs_num=1,
+            )  # fmt: skip
+            losses["self_attn_loss"].backward()
+            grads = {name: x.grad for name, x in uniter.named_parameters() if x.grad is not None}
+        largest = max(float(grad.abs().max()) for grad in grads.values())
+        return {"loss": losses["self_attn_loss"], "largest": largest, **{name: grad / largest for name, grad in grads.items()}}
+
+    wanted = dict(published(f"uniter {kind} {direction}", compute))
+    loss_there, largest = wanted.pop("loss"), wanted.pop("largest")
+
+    own = va.models.UNITER.from_published(state, num_attention_heads=4)
     for dtype, backend in ((torch.float64, "streaming"), (torch.float64, "reference"), (torch.float32, "auto")):
         model = copy.deepcopy(own).to(dtype)
         with va.nn.capture_attention(model) as captured:
             model(ids, features.to(dtype), positions.to(dtype), real_words, regions)
         loss = va.nn.CongruenceLoss(kind, direction=direction, backend=backend)(captured, text_mask=inner, image_mask=regions)
-        assert_equal(loss, wanted.detach(), f"{dtype} {backend}")
+        assert_equal(loss, loss_there, f"{dtype} {backend}")
         loss.backward()
         got = dict(model.named_parameters())
-        for name, grad in published.items():
+        for name, grad in wanted.items():
             here: Tensor | None = got[name].grad
             assert here is not None, name
-            assert_equal(here / largest, grad / largest, f"{name} {dtype} {backend}")
+            assert_equal(here / largest, grad, f"{name} {dtype} {backend}")

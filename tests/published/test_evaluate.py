@@ -1,5 +1,6 @@
 """The perturbation tests of Chefer et al. on LXMERT, positive and negative, over boxes and words, against `evaluate`."""
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.helpers.published.authors import defined
+from tests.helpers.published.authors import defined, published
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what their code warns of
@@ -30,14 +31,15 @@ def perturbation(model: Any, inputs: dict[str, Tensor], label: dict[str, float])
     return theirs
 
 
-@pytest.mark.parametrize("method", ["gradient", "rollout", "attention"])
+@pytest.mark.parametrize(
+    "method", ["gradient", *[pytest.param(each, marks=pytest.mark.slow) for each in ("rollout", "attention")]]
+)
 @pytest.mark.parametrize(("words", "boxes"), [(6, 36), (9, 10), (12, 7)])
-def test_curves_on_lxmert(words: int, boxes: int, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    to = Tensor.to
-    monkeypatch.setattr(Tensor, "to", lambda x, *args, **options: x if args[:1] == ("cuda",) else to(x, *args, **options))
+def test_curves_on_lxmert(words: int, boxes: int, method: str) -> None:
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 40, "num_qa_labels": ANSWERS}
     config = transformers.LxmertConfig(**sizes, l_layers=2, r_layers=2, x_layers=2, visual_feat_dim=10)
     model = transformers.LxmertForQuestionAnswering(config).eval()
+    torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(0, 0.35)  # so that answers change
@@ -46,7 +48,6 @@ def test_curves_on_lxmert(words: int, boxes: int, method: str, monkeypatch: pyte
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     inputs |= {"visual_feats": torch.randn(1, boxes, 10), "visual_pos": torch.rand(1, boxes, 4)}
     label = {f"answer {i}": float(x) for i, x in enumerate(torch.rand(ANSWERS))}
-    theirs = perturbation(model, inputs, label)
     relevancy = va.explain(model, inputs, method=method).relevancy
     rows = {"text": relevancy["text"][0], "image": relevancy["vision"][0]}
     maps = {part: (row - row.min()) / (row.max() - row.min()) for part, row in rows.items()}
@@ -54,14 +55,22 @@ def test_curves_on_lxmert(words: int, boxes: int, method: str, monkeypatch: pyte
     def accuracy(output: Any) -> Tensor:
         return torch.tensor([label[f"answer {i}"] for i in output.question_answering_score.argmax(-1).tolist()])
 
-    found = va.evaluate(model, [(inputs, None, None)], methods=(method,), tests=("positive", "negative"), accuracy=accuracy)
     steps = [0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1]
-    for test in ("positive", "negative"):
-        for part in ("image", "text"):
-            # transformers' LXMERT does not run without boxes
-            theirs.pert_steps = [x for x in steps if part == "text" or int((1 - x) * boxes) > 0]
-            theirs.pert_acc = [0] * len(theirs.pert_steps)
-            item = {"img_id": "", "sent": "", "label": label}
-            published = getattr(theirs, f"perturbation_{part}")(item, maps["image"], maps["text"], test == "positive")
-            (curve,) = (row["mean"] for row in found.curves if (row["test"], row["part"]) == (test, part))
-            assert curve[: len(published)] == pytest.approx(list(published), abs=1e-6), (test, part)
+
+    def compute() -> dict[str, Any]:
+        theirs, to, curves = perturbation(model, inputs, label), Tensor.to, {}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, "to", lambda x, *args, **options: x if args[:1] == ("cuda",) else to(x, *args, **options))
+            for test, part in itertools.product(("positive", "negative"), ("image", "text")):
+                # transformers' LXMERT does not run without boxes
+                theirs.pert_steps = [x for x in steps if part == "text" or int((1 - x) * boxes) > 0]
+                theirs.pert_acc = [0] * len(theirs.pert_steps)
+                item = {"img_id": "", "sent": "", "label": label}
+                curve = getattr(theirs, f"perturbation_{part}")(item, maps["image"], maps["text"], test == "positive")
+                curves[f"{test} {part}"] = [float(x) for x in curve]
+        return curves
+
+    found = va.evaluate(model, [(inputs, None, None)], methods=(method,), tests=("positive", "negative"), accuracy=accuracy)
+    for name, wanted in published(f"perturbation {method} {words} {boxes}", compute).items():
+        (curve,) = (row["mean"] for row in found.curves if f"{row['test']} {row['part']}" == name)
+        assert curve[: len(wanted)] == pytest.approx(wanted, abs=1e-6), name

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.helpers.published.authors import assert_equal, clone
+from tests.helpers.published.authors import assert_equal, clone, published
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
@@ -21,8 +21,7 @@ STEPS, TOKENS = 2, 7  # [start], five words, [end]
 LARGEST_GRID = ("down_blocks.0", "up_blocks.3")
 
 
-@pytest.fixture
-def trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def their_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Theirs. Spacy, which it imports, is for words' parents alone; what it writes goes to tmp_path."""
     tokens: Any = ModuleType("spacy.tokens")
     tokens.Token = tokens.Doc = tokens.Span = object
@@ -47,9 +46,11 @@ def small_unet() -> torch.nn.Module:
     return unet.double().eval()
 
 
+@pytest.mark.slow
 @torch.no_grad()
-def test_heat_maps_of_tokens(trace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heat_maps_of_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     unet = small_unet()
+    torch.manual_seed(0)
     latents = torch.randn(STEPS, 1, 4, 64, 64, dtype=torch.float64).expand(-1, 2, -1, -1, -1)  # without and with the prompt
     states = 3 * torch.randn(2, 77, 32, dtype=torch.float64)
     tokenizer = SimpleNamespace(tokenize=str.split)
@@ -66,13 +67,17 @@ def test_heat_maps_of_tokens(trace: Any, monkeypatch: pytest.MonkeyPatch) -> Non
             denoise()
         return STEPS * maps.token_maps(list(range(TOKENS)))[0]  # theirs are sums over the steps
 
-    with trace(pipeline) as traced:
-        pipeline.check_inputs("a b c d e")
-        denoise()
-        largest_grid = traced.compute_global_heat_map(factors=[1]).heat_maps
-        # they cut each head's resized map at 0, which cannot be done to a mean over heads
-        monkeypatch.setattr(Tensor, "clamp_", lambda x, *_, **__: x)
-        all_grids = traced.compute_global_heat_map().heat_maps
-        monkeypatch.undo()
-    assert_equal(ours(lambda path: path.startswith(LARGEST_GRID)), largest_grid.double(), "one grid")
-    assert_equal(ours(lambda path: "mid_block" not in path), all_grids.double(), "all grids")
+    def compute() -> dict[str, Tensor]:
+        with their_trace(monkeypatch, tmp_path)(pipeline) as traced:
+            pipeline.check_inputs("a b c d e")
+            denoise()
+            one = traced.compute_global_heat_map(factors=[1]).heat_maps
+            # they cut each head's resized map at 0, which cannot be done to a mean over heads
+            monkeypatch.setattr(Tensor, "clamp_", lambda x, *_, **__: x)
+            all_grids = traced.compute_global_heat_map().heat_maps
+            monkeypatch.undo()
+        return {"one grid": one, "all grids": all_grids}
+
+    wanted = published("daam", compute)
+    assert_equal(ours(lambda path: path.startswith(LARGEST_GRID)), wanted["one grid"], "one grid")
+    assert_equal(ours(lambda path: "mid_block" not in path), wanted["all grids"], "all grids")

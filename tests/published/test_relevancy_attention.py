@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import vlattn_fast as va
-from tests.helpers.published.authors import assert_equal, defined, on_cpu
+from tests.helpers.published.authors import assert_equal, defined, on_cpu, published
 from vlattn_fast.interpret.relevancy.methods.registry import published as as_published
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what their code warns of
@@ -48,16 +48,20 @@ def theirs() -> SimpleNamespace:
 )
 def test_rules(dtype: torch.dtype, backend: str) -> None:
     """Equations 5 and 6 over four layers, their rollout, and one layer's map."""
-    rules = theirs()
     layers = [[torch.randn(1, HEADS, TOKENS, SIZE, dtype=torch.float64) for _ in range(3)] for _ in range(LAYERS)]
     weights = torch.randn(LAYERS, 1, HEADS, TOKENS, SIZE, dtype=torch.float64)
     maps = [torch.softmax(q @ k.mT / SIZE**0.5, -1).requires_grad_() for q, k, _ in layers]
     sum(((a @ v) * w).sum() for a, (_, _, v), w in zip(maps, layers, weights, strict=True)).backward()
-    wanted, nothing = torch.eye(TOKENS, dtype=torch.float64), torch.zeros(TOKENS, 4, dtype=torch.float64)
-    for a in maps:
-        wanted = wanted + rules.apply_self_attention_rules(wanted, nothing, rules.avg_heads(a.detach(), a.grad))[0]
-    rollout = rules.compute_rollout_attention([a.detach().mean(1) for a in maps])[0]
 
+    def compute() -> dict[str, Tensor]:
+        rules, nothing = theirs(), torch.zeros(TOKENS, 4, dtype=torch.float64)
+        relevancy = torch.eye(TOKENS, dtype=torch.float64)
+        for a in maps:
+            relevancy = relevancy + rules.apply_self_attention_rules(relevancy, nothing, rules.avg_heads(a.detach(), a.grad))[0]
+        rollout = rules.compute_rollout_attention([a.detach().mean(1) for a in maps])[0]
+        return {"relevancy": relevancy, "rollout": rollout, "map": rules.avg_heads(maps[0].detach(), maps[0].grad)}
+
+    wanted = published("relevancy rules", compute)
     ours = [[x.to(dtype).requires_grad_() for x in layer] for layer in layers]
     start = torch.zeros(1, TOKENS, TOKENS, dtype=dtype, requires_grad=True)
     rows = torch.eye(TOKENS, dtype=dtype)[None]
@@ -65,14 +69,15 @@ def test_rules(dtype: torch.dtype, backend: str) -> None:
     for layer, w in zip(ours, weights, strict=True):
         out, carrier = va.relevancy_attention(*layer, carrier, backend=backend)
         score = score + (out * w.to(dtype)).sum()
-    assert_equal(torch.autograd.grad([score, carrier], start, [torch.ones_like(score), rows])[0][0], wanted, "relevancy")
+    (relevancy,) = torch.autograd.grad([score, carrier], start, [torch.ones_like(score), rows])
+    assert_equal(relevancy[0], wanted["relevancy"], "relevancy")
     carrier, halves = start, {"residual_weight": 0.5, "attention_weight": 0.5}
     for layer in ours:
         carrier = va.relevancy_attention(*layer, carrier, rule="attention", **halves, backend=backend)[1]
-    assert_equal(torch.autograd.grad(carrier, start, rows)[0][0], rollout, "rollout")
+    assert_equal(torch.autograd.grad(carrier, start, rows)[0][0], wanted["rollout"], "rollout")
     q, k, v = (x.detach() for x in ours[0])
     abar = va.attention_map(q, k, v, weights[0].to(dtype), rule="gradient", backend=backend)[0]
-    assert_equal(abar, rules.avg_heads(maps[0].detach(), maps[0].grad), "map")
+    assert_equal(abar, wanted["map"], "map")
 
 
 class Attention:
@@ -123,6 +128,7 @@ def usage(model: Any, inputs: dict[str, Tensor]) -> SimpleNamespace:
 def lively(build: Callable[[], Any]) -> Any:
     """With random weights as large as those of a trained model, in float64."""
     model = build().eval().double()
+    torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.25) if parameter.ndim > 1 else parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model
@@ -136,15 +142,20 @@ def test_lxmert(method: str) -> None:
     features, positions = torch.randn(1, 9, 10, dtype=torch.float64), torch.rand(1, 9, 4, dtype=torch.float64)
     inputs = {"input_ids": torch.randint(1, 40, (1, 7)), "visual_feats": features, "visual_pos": positions}
     generator, generate, options = METHODS[method]
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # their maps begin as torch.eye(n)
-    try:
-        with on_cpu():
-            found = getattr(getattr(theirs(), generator)(usage(model, inputs)), generate)(None, **options)
-    finally:
-        torch.set_default_dtype(default)
+
+    def compute() -> dict[str, Tensor]:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)  # their maps begin as torch.eye(n)
+        try:
+            with on_cpu():
+                found = getattr(getattr(theirs(), generator)(usage(model, inputs)), generate)(None, **options)
+        finally:
+            torch.set_default_dtype(default)
+        return {tower: relevancy[0] for tower, relevancy in zip(("text", "vision"), found, strict=True)}
+
+    wanted = published(f"lxmert {method}", compute)
     for dtype in (torch.float64, torch.float32):
         ours = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
         explanation = va.explain(copy.deepcopy(model).to(dtype), ours, method=as_published(method))
-        for tower, published in zip(("text", "vision"), found, strict=True):
-            assert_equal(explanation.relevancy[tower][0], published[0].detach().double(), f"{tower} {dtype}")
+        for tower, relevancy in wanted.items():
+            assert_equal(explanation.relevancy[tower][0], relevancy, f"{tower} {dtype}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
-from tests.helpers.published.authors import assert_equal, defined
+from tests.helpers.published.authors import assert_equal, defined, published
 from vlattn_fast import scores
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what their code warns of
@@ -26,28 +26,41 @@ FILES: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize(("dtype", "backend"), [(torch.float64, "auto"), (torch.float64, "reference"), (torch.float32, "auto")])
 @pytest.mark.parametrize("file", FILES)
 def test_layers_of_m4c(file: str, dtype: torch.dtype, backend: str) -> None:
-    path = f"M4C/pytorchtransformers/{file}.py"
-    layer_of = defined("adlnlp/Attention_VL", path, "BertSelfAttention", torch=torch, nn=nn, math=math).BertSelfAttention
-    config = SimpleNamespace(hidden_size=24, num_attention_heads=3, output_attentions=False, attention_probs_dropout_prob=0.0)
-    layer = layer_of(config).double().eval()
-    for parameter in layer.parameters():
-        parameter.data.normal_(0, 0.4)
+    def layer_of() -> Any:
+        path = f"M4C/pytorchtransformers/{file}.py"
+        found = defined("adlnlp/Attention_VL", path, "BertSelfAttention", torch=torch, nn=nn, math=math).BertSelfAttention
+        return found(
+            SimpleNamespace(hidden_size=24, num_attention_heads=3, output_attentions=False, attention_probs_dropout_prob=0.0)
+        )
+
+    def shapes() -> dict[str, Any]:
+        layer = layer_of()
+        return {"W": [[*x.shape] for x in layer.W.parameters()] if hasattr(layer, "W") else []}
+
+    shapes_of_w = published(f"m4c {file}, shapes", shapes)["W"]
+    torch.manual_seed(0)
+    heads = [torch.randn(2, 3, 7, 8, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    parameters = [0.4 * torch.randn(shape, dtype=torch.float64) for shape in shapes_of_w]
     states, mask = torch.randn(2, 7, 24, dtype=torch.float64), torch.zeros(2, 1, 1, 7, dtype=torch.float64)
     mask[0, ..., 5:] = -10000.0
-    heads = [
-        layer.transpose_for_scores(project(states)).detach().requires_grad_() for project in (layer.query, layer.key, layer.value)
-    ]
-    layer.query = layer.key = layer.value = nn.Identity()
-    given = iter(heads)
-    layer.transpose_for_scores = lambda _: next(given)  # queries, keys and values are leaves
-    out = layer(states, mask)[0].unflatten(-1, (3, 8)).transpose(1, 2)
-    parameters = list(layer.W.parameters()) if hasattr(layer, "W") else []
-    cotangent = torch.randn_like(out)
-    wanted = torch.autograd.grad(out, [*heads, *parameters], cotangent)
+    cotangent = torch.randn(2, 3, 7, 8, dtype=torch.float64)
 
+    def compute() -> dict[str, Tensor]:
+        layer = layer_of().double().eval()
+        own = list(layer.W.parameters()) if parameters else []
+        for parameter, value in zip(own, parameters, strict=True):
+            parameter.data.copy_(value)
+        layer.query = layer.key = layer.value = nn.Identity()
+        given = iter(heads)
+        layer.transpose_for_scores = lambda _: next(given)  # queries, keys and values are leaves
+        out = layer(states, mask)[0].unflatten(-1, (3, 8)).transpose(1, 2)
+        grads = torch.autograd.grad(out, [*heads, *own], cotangent)
+        return {"out": out, **dict(zip(("query", "key", "value", "weight", "bias"), grads, strict=False))}
+
+    wanted = dict(published(f"m4c {file}", compute))
     leaves = [x.detach().to(dtype).requires_grad_() for x in (*heads, *parameters)]
     got = va.score_attention(*leaves[:3], score=FILES[file](*leaves[3:]), attn_mask=mask.to(dtype), backend=backend)
-    assert_equal(got, out.detach(), "out")
+    assert_equal(got, wanted.pop("out"), "out")
     grads: tuple[Tensor, ...] = torch.autograd.grad(got, leaves, cotangent.to(dtype))
-    for name, grad, published in zip(("query", "key", "value", "weight", "bias"), grads, wanted, strict=False):
-        assert_equal(grad, published, name)
+    for grad, (name, there) in zip(grads, wanted.items(), strict=True):
+        assert_equal(grad, there, name)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
-from tests.helpers.published.authors import assert_equal, defined, on_cpu
+from tests.helpers.published.authors import assert_equal, defined, on_cpu, published
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what their code warns of
 
@@ -37,51 +37,63 @@ def unit_sets() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("dtype", "backend"), RUNS)
 @pytest.mark.parametrize("direction", ["t2i", "i2t"])
 def test_similarities_of_scan(direction: str, dtype: torch.dtype, backend: str) -> None:
-    theirs, (images, captions) = scan(), unit_sets()
+    images, captions = unit_sets()
     cotangent = torch.randn(4, 4, dtype=torch.float64)
     for (norm, their_norm), (aggregation, their_aggregation) in itertools.product(NORMS.items(), AGGREGATIONS.items()):
         options = SimpleNamespace(raw_feature_norm=their_norm, agg_func=their_aggregation, lambda_softmax=9.0, lambda_lse=6.0)
-        leaves = [x.clone().requires_grad_() for x in (images, captions)]
-        wanted = getattr(theirs, f"xattn_score_{direction}")(*leaves, LENGTHS, options)
-        wanted_grads = torch.autograd.grad(wanted, leaves, cotangent)
 
+        def compute(options: SimpleNamespace = options) -> dict[str, Tensor]:
+            leaves = [x.clone().requires_grad_() for x in (images, captions)]
+            similarity = getattr(scan(), f"xattn_score_{direction}")(*leaves, LENGTHS, options)
+            grads = torch.autograd.grad(similarity, leaves, cotangent)
+            return {"similarity": similarity, "images": grads[0], "captions": grads[1]}
+
+        wanted = dict(published(f"scan {direction} {norm} {aggregation}", compute))
         ours = [x.to(dtype).requires_grad_() for x in (images, captions)]
         rule = {"first_norm": norm, "smooth": 9.0, "aggregation": aggregation, "lambda_lse": 6.0}
         got = va.stacked_cross_attention(*ours, LENGTHS, direction=direction, **rule, backend=backend)
-        assert_equal(got, wanted.detach(), f"{norm} {aggregation}")
-        for grad, published in zip(torch.autograd.grad(got, ours, cotangent.to(dtype)), wanted_grads, strict=True):
-            assert_equal(grad, published, f"{norm} {aggregation}, a gradient")
+        assert_equal(got, wanted.pop("similarity"), f"{norm} {aggregation}")
+        for grad, there in zip(torch.autograd.grad(got, ours, cotangent.to(dtype)), wanted.values(), strict=True):
+            assert_equal(grad, there, f"{norm} {aggregation}, a gradient")
 
 
 @pytest.mark.parametrize("max_violation", [False, True])
 def test_loss_of_scan(max_violation: bool) -> None:
     names = {"raw_feature_norm": "clipped_l2norm", "agg_func": "LogSumExp", "lambda_softmax": 9.0, "lambda_lse": 6.0}
     images, captions = unit_sets()
-    with on_cpu():
-        loss = scan().ContrastiveLoss(SimpleNamespace(**names, cross_attn="t2i"), 0.2, max_violation)(images, captions, LENGTHS)
+
+    def compute() -> dict[str, Tensor]:
+        with on_cpu():
+            loss = scan().ContrastiveLoss(SimpleNamespace(**names, cross_attn="t2i"), 0.2, max_violation)
+            return {"loss": loss(images, captions, LENGTHS)}
+
     ours = va.nn.ScanLoss(0.2, max_violation, direction="t2i", first_norm="clipped_l2norm", aggregation="logsumexp")
-    assert_equal(ours(images, captions, LENGTHS), loss)
+    assert_equal(ours(images, captions, LENGTHS), published(f"scan loss {max_violation}", compute)["loss"])
 
 
 @pytest.mark.parametrize(("dtype", "backend"), RUNS)
 @pytest.mark.parametrize("ids", [None, [0, 1, 0, 2, 1]])
-def test_words_loss_of_attngan(ids: list[int] | None, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    smooth = SimpleNamespace(GAMMA1=4.0, GAMMA2=5.0, GAMMA3=10.0)
-    config = SimpleNamespace(CUDA=False, TRAIN=SimpleNamespace(SMOOTH=smooth))
-    attention = defined("taoxugit/AttnGAN", "code/GlobalAttention.py", "func_attention", torch=torch, nn=nn).func_attention
-    imports = {"torch": torch, "nn": nn, "np": np, "cfg": config, "func_attention": attention}
-    words_loss = defined("taoxugit/AttnGAN", "code/miscc/losses.py", "cosine_similarity", "words_loss", **imports).words_loss
-    fill = Tensor.masked_fill_
-    monkeypatch.setattr(Tensor, "masked_fill_", lambda x, mask, value: fill(x, mask.bool(), value))  # their masks are bytes
+def test_words_loss_of_attngan(ids: list[int] | None, dtype: torch.dtype, backend: str) -> None:
     lengths = torch.tensor([6, 3, 5, 2, 4])
     leaves = [torch.randn(5, 8, *size, dtype=torch.float64).mul_(0.7).requires_grad_() for size in ((4, 4), (6,))]
-    classes = None if ids is None else np.array(ids)
-    by_image, by_caption, _ = words_loss(*leaves, torch.arange(5), lengths, classes, 5)
-    wanted_grads = torch.autograd.grad(by_image + by_caption, leaves)
 
+    def compute() -> dict[str, Tensor]:
+        smooth = SimpleNamespace(GAMMA1=4.0, GAMMA2=5.0, GAMMA3=10.0)
+        config = SimpleNamespace(CUDA=False, TRAIN=SimpleNamespace(SMOOTH=smooth))
+        attention = defined("taoxugit/AttnGAN", "code/GlobalAttention.py", "func_attention", torch=torch, nn=nn).func_attention
+        imports = {"torch": torch, "nn": nn, "np": np, "cfg": config, "func_attention": attention}
+        words_loss = defined("taoxugit/AttnGAN", "code/miscc/losses.py", "cosine_similarity", "words_loss", **imports).words_loss
+        fill = Tensor.masked_fill_
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, "masked_fill_", lambda x, mask, value: fill(x, mask.bool(), value))  # their masks are bytes
+            by_image, by_caption, _ = words_loss(*leaves, torch.arange(5), lengths, None if ids is None else np.array(ids), 5)
+        grads = torch.autograd.grad(by_image + by_caption, leaves)
+        return {"loss": by_image + by_caption, "images": grads[0], "captions": grads[1]}
+
+    wanted = dict(published(f"attngan {ids}", compute))
     ours = [x.detach().to(dtype).requires_grad_() for x in leaves]
     loss = va.nn.DamsmLoss(4.0, 5.0, 10.0, backend=backend)
     got = loss(ours[0].flatten(2).mT, ours[1].mT, lengths, ids=None if ids is None else torch.tensor(ids))
-    assert_equal(got, (by_image + by_caption).detach(), "loss")
-    for grad, published in zip(torch.autograd.grad(got, ours), wanted_grads, strict=True):
-        assert_equal(grad, published, "a gradient")
+    assert_equal(got, wanted.pop("loss"), "loss")
+    for grad, (name, there) in zip(torch.autograd.grad(got, ours), wanted.items(), strict=True):
+        assert_equal(grad, there, name)

@@ -150,7 +150,6 @@ def test_evaluation_between_steps_has_no_term(name: str) -> None:
 
 def test_a_decoders_loss_by_the_number_of_its_tokens() -> None:
     """Trainer leaves the division by accumulated batches to such a model: two batches of one are one batch of two."""
-    torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     state = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).state_dict()
     ids = torch.randint(0, 50, (4, 9))

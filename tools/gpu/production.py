@@ -294,7 +294,7 @@ HOTTEST = (
         128,
     ),
 )
-# The benchmarks that are timed first: plain dot products, whose rates docs/kernels.md estimates, and those of the launches above
+# The benchmarks that are timed first: plain dot products, and those of the launches above
 PLAIN = (f"{DOT}/clip", "score_attention/scaled dot, forward/llava", "score_attention/scaled dot, forward/highres")
 # of which the first step has ours, and the attentions of torch
 VARIANTS = [f"{name}{ending}" for name in ("triton", "SDPA", "SDPA cuDNN", FLEX, FLEX_FLASH) for ending in ("", GRAPH)]

@@ -1,4 +1,4 @@
-"""Two tables of docs/kernels.md: what an H100 measured."""
+"""Two tables of docs/developers/kernels.md: what an H100 measured."""
 
 from __future__ import annotations
 

@@ -33,6 +33,9 @@ TABLES = {  # by name the function that makes it, of this package or of vlattn_l
     "evaluation": "vlattn_lab.pages.evaluation_page.evaluation",
     "residual shares": "vlattn_lab.pages.evaluation_page.residual_shares",
     "pointing": "vlattn_lab.real.page.pointing",
+    "real": "vlattn_lab.real.page.page",
+    "planted faults": "tools.planted.table.planted_faults",
+    "reasons of planted faults": "tools.planted.table.planted_reasons",
     "evaluations of others": "vlattn_lab.pages.evaluations_of_others.evaluations_of_others",
 }
 MARK = re.compile(r"^<!-- table: (.+?) -->$", re.M)

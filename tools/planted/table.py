@@ -80,6 +80,15 @@ def reasons(calls: list[dict[str, Any]]) -> list[str]:
     return [f"| {line} |" for line in ("reason | the fault is | faults", "--- | --- | ---:", *rows)]
 
 
+def planted_faults() -> str:
+    """The summary of the stored faults."""
+    return "\n".join(summary(json.loads(TABLE.read_text(encoding="utf-8"))["calls"]))
+
+
+def planted_reasons() -> str:
+    return "\n".join(reasons(json.loads(TABLE.read_text(encoding="utf-8"))["calls"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.planted")
     parser.add_argument("--limit", type=int, default=4, metavar="N", help="faults of a kind in a call; 0: all (default: 4)")

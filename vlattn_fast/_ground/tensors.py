@@ -99,7 +99,7 @@ _IN_FLOAT32 = range(0 if _HAS_AMX else 16**3 + 1, 2**16 + 1)
 def reads_rows_alone(x: Tensor, factor: Tensor) -> bool:
     """Whether torch's products of `x` by this matrix read nothing beyond rows. In 16 bits on a CPU with AMX they read up to the
     next multiple of 32 numbers, into the next row or a gap, and multiply by 0: Inf and NaN there spoil the row
-    (docs/bugs.md)."""
+    (docs/developers/bugs.md)."""
     if _TILE == 1 or (x.dtype.itemsize != 2 and not autocasts(x)):
         return True
     return x.device.type != "cpu" or not any([size % _TILE for size in factor.shape[-2:]])

@@ -257,7 +257,7 @@ class Observer(TorchFunctionMode):
         sdpa = functional.scaled_dot_product_attention
         event = AttentionEvent.from_sdpa(run, args, kwargs)
         if event is not None:
-            return self._answer(event, _plain if self._parts is not None else lambda _: sdpa(*args, **kwargs))
+            return self._answer(event, _computed if self._parts is not None else lambda _: sdpa(*args, **kwargs))
         if self._parts is not None:
             shapes = " and ".join(str(tuple(x.shape)) for x in (*args, *kwargs.values())[:2])
             raise ValueError(f"model must call attention with (B, H, N, D) tensors; got {shapes} in '{run.path}'")
@@ -269,7 +269,7 @@ class Observer(TorchFunctionMode):
             return attention(query, key, value, masks)
         dropout_p = masks.pop("dropout_p", 0.0)
         event = AttentionEvent(self.runs[-1], query, key, value, masks, (query, key, value), dropout_p)
-        output: Tensor = self._answer(event, _plain)
+        output: Tensor = self._answer(event, _computed)
         return output
 
     def _score_attention(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -507,7 +507,7 @@ def _scored(run: ModuleRun, inputs: ScoreAttentionInputs) -> AttentionEvent:
     return AttentionEvent(run, x.query, x.key, value, masks, (x.query, x.key, value), inputs.dropout_p, inputs=inputs)
 
 
-def _plain(event: AttentionEvent) -> Tensor:
+def _computed(event: AttentionEvent) -> Tensor:
     """The call, computed by torch's function or by score_attention."""
     assert event.value is not None and event.masks is not None
     dropout = {"dropout_p": event.dropout_p} if event.dropout_p else {}

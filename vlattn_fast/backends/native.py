@@ -3,7 +3,7 @@
 A call is one struct of pointers, strides, sizes and numbers through ctypes, which releases the GIL. The library says which
 members a struct has, and where they lie (csrc/layout.h). The limits of backends only check whether the file exists; it is loaded
 at the first call. VLATTN_CPU_LIBRARY names another file than the installed one, and calls that would use it
-raise if it does not exist. VLATTN_CPU_ISA names one of the instruction sets (docs/building.md).
+raise if it does not exist. VLATTN_CPU_ISA names one of the instruction sets (docs/developers/building.md).
 The library for GPUs: cuda/_shared_library.py.
 """
 

@@ -234,7 +234,7 @@ def _results(
     forward_mode: bool = True,
 ) -> Tensors:
     """Floating outputs and gradients by name, on `backend`; without a backend, of the formula on contiguous tensors. (torch's
-    product in bfloat16 reads the gaps between rows of odd size on some CPUs: docs/bugs.md.) `tangents`: of what.
+    product in bfloat16 reads the gaps between rows of odd size on some CPUs: docs/developers/bugs.md.) `tangents`: of what.
     """
     call = partial(example.call, backend=backend) if backend else OPERATORS[example.operator].formula
     if not backend:

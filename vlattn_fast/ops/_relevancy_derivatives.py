@@ -46,12 +46,12 @@ def _jvp(inputs: Any, tangents: Named, outputs: tuple[Tensor, ...]) -> tuple[Ten
     x = named(inputs)
     attention, u = named_attention(x), {field: tangents[field] for field in _FIELDS}
     h, h_tangent = _of_outputs(x), _of_outputs(tangents)
-    made: Named = {}
+    changes: Named = {}
     if has_any(h):
-        made |= ATTENTION.tangents_of_gradients(attention, h, u | {"vector": None}, h_tangent)
+        changes |= ATTENTION.tangents_of_gradients(attention, h, u | {"vector": None}, h_tangent)
     if x["grad_carrier"] is not None:
-        made["grad_carrier"] = _jvp_of_carrier(x, tangents, u)
-    pairs = [(made.get(name), out) for name, out in zip(_OUTPUTS, outputs, strict=True)]
+        changes["grad_carrier"] = _jvp_of_carrier(x, tangents, u)
+    pairs = [(changes.get(name), out) for name, out in zip(_OUTPUTS, outputs, strict=True)]
     return tuple([torch.zeros_like(out) if y is None or y.shape != out.shape else y for y, out in pairs])
 
 
@@ -89,35 +89,35 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> Named:
         for name, y in zip(_OUTPUTS, cotangents, strict=True)
     }
     u = {field: c[field] for field in _FIELDS}
-    made: Named = {}
+    gradients: Named = {}
     if has_any(u) and has_any(h):
-        rows, made = ATTENTION.second_gradients(attention, h, u | {"vector": None}, with_jvp=True)
-        made |= {grad: y for grad, y in zip(h, rows, strict=True) if h[grad] is not None}
+        rows, gradients = ATTENTION.second_gradients(attention, h, u | {"vector": None}, with_jvp=True)
+        gradients |= {grad: y for grad, y in zip(h, rows, strict=True) if h[grad] is not None}
     if c["grad_carrier"] is not None:
         for name, y in _backward_of_carrier(x, attention, c["grad_carrier"]).items():
-            made[name] = plus(made.get(name), y)
-    return of_tensors(made, x)
+            gradients[name] = plus(gradients.get(name), y)
+    return of_tensors(gradients, x)
 
 
 def _backward_of_carrier(x: Named, attention: Named, cotangent: Tensor) -> Named:
     """The gradients of the product of `cotangent` with r * a + (r * b) Abar."""
     step = _step_of(x)
-    made: Named = {"grad_carrier": weigh_rows(cotangent, x["residual_weight"])}
+    grads: Named = {"grad_carrier": weigh_rows(cotangent, x["residual_weight"])}
     if step is None:
-        return made
+        return grads
     has_sink = _has_sink(x)
     inputs = named_inputs(RelevancyStepBackwardInputs, step | {"grad": cotangent, "need_lse": has_sink})
     by_step = dict(zip(STEP.fields, STEP.backward(inputs), strict=True))
-    made["grad_carrier"] = made["grad_carrier"] + weigh_rows(by_step["relevancy"], x["attention_weight"])
+    grads["grad_carrier"] = grads["grad_carrier"] + weigh_rows(by_step["relevancy"], x["attention_weight"])
     if x["rule"] == "gradient":
-        made["grad_out" if x["grad_behind_sink"] is None else "grad_behind_sink"] = by_step["grad_output"]
-    made |= {field: by_step[field] for field in _FIELDS if x[field] is not None and (field != "value" or x["rule"] == "gradient")}
+        grads["grad_out" if x["grad_behind_sink"] is None else "grad_behind_sink"] = by_step["grad_output"]
+    grads |= {name: by_step[name] for name in _FIELDS if x[name] is not None and (name != "value" or x["rule"] == "gradient")}
     if has_sink:
         of_keys, of_sink = _shares(x, step["lse"])
-        made["sink"] = (of_sink * by_step["lse"]).sum_to_size(x["sink"].shape)
+        grads["sink"] = (of_sink * by_step["lse"]).sum_to_size(x["sink"].shape)
         through = ATTENTION.gradients(attention, {"grad_out": None, "grad_lse": of_keys * by_step["lse"]})
-        made |= {field: plus(made.get(field), through[field]) for field in _FIELDS}
-    return made
+        grads |= {field: plus(grads.get(field), through[field]) for field in _FIELDS}
+    return grads
 
 
 differentiable("relevancy_attention_backward", _backward, save, _jvp)

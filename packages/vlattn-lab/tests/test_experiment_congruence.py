@@ -17,14 +17,11 @@ from vlattn_fast.measuring.records import having
 from vlattn_fast.nn import CapturedLayer, CongruenceLoss
 from vlattn_fast.nn.congruence_loss import SCHEDULES
 from vlattn_lab import digit_scans, is_true, swapped_pairs
-from vlattn_lab.checkout import ROOT
 from vlattn_lab.experiments import congruence
 from vlattn_lab.experiments import run as frame
 from vlattn_lab.experiments.congruence import cost, report, training
 from vlattn_lab.processor import DIGIT_WORDS, VOCABULARY
 from vlattn_lab.scenes import held_out_captions
-
-PAGE, ROWS = ROOT / "docs/experiments/congruence.md", ROOT / "benchmarks/results/experiment-congruence.json"
 
 
 def test_everything_is_measured_once(tmp_path, capsys, monkeypatch):
@@ -38,11 +35,11 @@ def test_everything_is_measured_once(tmp_path, capsys, monkeypatch):
     stored = (tmp_path / "rows.json").read_text()
     rows = json.loads(stored)["rows"]
     trained = having(rows, what="training")
-    assert [row["loss"] for row in trained] == ["untrained", *report.ARMS]
+    assert [row["loss"] for row in trained] == ["untrained", "none", *report.LOSSES]
     assert trained[0]["curve"] == {} and all(row["curve"]["step"] == [2, 4] for row in trained[1:])
     assert all(0 <= row[pairs][score] <= 1 for row in trained for pairs in ("held_out", "seen") for score in report.SCORES)
     for seed in congruence.SEARCH_SEEDS:
-        assert [row["loss"] for row in having(rows, what="search", seed=seed)] == list(report.ARMS)
+        assert [row["loss"] for row in having(rows, what="search", seed=seed)] == ["none", *report.LOSSES]
     assert [row["scenes"] for row in having(rows, what="room")] == [168, 96] and having(rows, what="cost")
     assert {path.stem for path in tmp_path.glob("*.png")} == set(report.FIGURES)
     shown = capsys.readouterr().out
@@ -52,15 +49,6 @@ def test_everything_is_measured_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(congruence, "measure_cost", None)
     frame.main([*options, "--processes", "1"])
     assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
-
-
-def test_the_page_shows_the_stored_rows():
-    assert PAGE.exists() == ROWS.exists()
-    if ROWS.exists():
-        page = PAGE.read_text()
-        missing = [table for table in report.tables(json.loads(ROWS.read_text())["rows"]) if table not in page]
-        assert not missing, missing[0]
-        assert all(f"{figure}.png" in page and (PAGE.parent / f"{figure}.png").is_file() for figure in report.FIGURES)
 
 
 def test_all_arms_of_a_seed_start_alike_and_see_the_same():
@@ -117,7 +105,7 @@ def test_the_loss_reaches_words_and_regions_of_matched_pairs_alone(kind):
     with va.nn.capture_attention(training.new_model(0), layers=1) as captured:
         captured.model(**training.model_inputs(scenes))
     query, key = (x.detach().requires_grad_() for x in captured.layer.joint)
-    training.congruence(CongruenceLoss(kind), CapturedLayer(joint=(query, key)), 2).backward()
+    training.congruence(CongruenceLoss(**training.KINDS[kind]), CapturedLayer(joint=(query, key)), 2).backward()
     for gradient in (query.grad, key.grad):
         reached = gradient.abs().sum((1, 3)) > 0  # (B, N)
         assert reached[:2, training.WORDS].all() and reached[:2, training.CAPTION :].all()
@@ -125,7 +113,7 @@ def test_the_loss_reaches_words_and_regions_of_matched_pairs_alone(kind):
 
 
 @pytest.mark.parametrize("direction", ["text", "image", "both"])
-@pytest.mark.parametrize("kind", training.KINDS)
+@pytest.mark.parametrize("kind", congruence.PUBLISHED)
 def test_the_loop_that_is_measured_computes_the_same_loss(kind, direction):
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -239,19 +227,43 @@ def test_the_best_over_the_most_seeds_is_chosen():
     assert groups() == [0.7, 0.9, 0.8, 0.6]
 
 
-def test_the_outcome_says_what_the_rows_say():
+def test_the_control_is_told_the_named_regions_and_nothing_else():
+    """As the loss on relevancy is: 0 if all lies on them, and the states of the regions alone are asked."""
+    inputs, _, named = next(training.batches(24, torch.Generator().manual_seed(0)))
+    output = training.new_model(0)(**inputs)
+    states = output.last_hidden_state.detach().clone().requires_grad_()
+    loss = training.told(replace(output, last_hidden_state=states), named)
+    assert 0 < loss < 1 and training.told(output, torch.ones_like(named)) == 0
+    loss.backward()
+    reached = states.grad.abs().sum((0, 2)) > 0
+    assert reached.tolist() == [True] + 6 * [False] + training.REGIONS * [True]
+
+
+def test_hard_negatives_are_the_likeliest_pairs_that_do_not_belong_together(monkeypatch):
+    inputs, _, _ = next(training.batches(24, torch.Generator().manual_seed(0)))
+    model, count = training.new_model(0), training.MATCHED
+    asked = []
+    found = training.log_odds
+    monkeypatch.setattr(training, "log_odds", lambda model, pairs: asked.append(pairs) or found(model, pairs))
+    loss = training.hard_negatives(model, model(**inputs), inputs)
+    odds = torch.full((count, count), -torch.inf)
+    for scene in range(count):
+        for caption in range(count):
+            if not torch.equal(inputs["input_ids"][scene], inputs["input_ids"][caption]):
+                pair = {"input_ids": inputs["input_ids"][[caption]]}
+                pair |= {name: inputs[name][[scene]] for name in ("region_features", "region_positions")}
+                odds[scene, caption] = found(model, pair)
+    assert torch.equal(asked[1]["input_ids"][:count], inputs["input_ids"][odds.argmax(1)])
+    assert torch.equal(asked[1]["region_features"][count:], inputs["region_features"][odds.argmax(0)])
+    true = torch.sigmoid(found(model, {name: x[:count] for name, x in inputs.items()}))
+    likeliest = [torch.sigmoid(odds.amax(dim)) for dim in (0, 1)]
+    want = sum((0.2 + one - true).clamp(min=0).mean() for one in likeliest) / 2
+    torch.testing.assert_close(loss, want)
+
+
+def test_the_effects_are_those_of_the_losses_that_were_trained():
     noise = (0.0, 0.01, -0.01, 0.005, -0.005)
-
-    def rows(**gains):
-        changes = {"none": 0.0, **dict.fromkeys(report.LOSSES, 0.0), **gains}
-        groups = {loss: [0.5 + 0.1 * i + x + (loss != "none") * noise[i] for i in range(5)] for loss, x in changes.items()}
-        return [row_of("training", loss, i, group) for loss, values in groups.items() for i, group in enumerate(values)]
-
-    nothing = report.outcome(rows())
-    assert nothing.startswith("**Nothing is gained with any of the four losses. No difference with CACR (")
-    assert "A loss of accuracy" not in nothing
-    assert report.outcome(rows(cacr=0.1)).startswith("**A gain with CACR (+0.100 ± 0.008). No difference with IAIS singular (")
-    assert "No difference with CACR (+0.012 ± 0.008)" in report.outcome(rows(cacr=0.012)), "p is 0.027, and there are four tests"
-    worse = report.outcome(rows(relevancy=-0.1))
-    assert worse.startswith("**Nothing is gained") and "A loss of accuracy with relevancy (-0.100 ± 0.008)." in worse
-    assert report.outcome(rows()[:1]) == "**One seed allows no test.**"
+    rows = [row_of("training", "none", seed, 0.5 + 0.1 * seed) for seed in range(5)]
+    rows += [row_of("training", "cacr", seed, 0.6 + 0.1 * seed + noise[seed]) for seed in range(5)]
+    (effect,) = report.effects(rows)
+    assert effect.claim == "CACR less no loss" and effect.effect == pytest.approx(0.1) and effect.p < 1e-4

@@ -1,23 +1,31 @@
 """Which number of `va.token_grounding` tells digits that the captioner sees from digits that it makes up: python -m
 vlattn_lab.grounding.
 
-The shipped captioner names the digits of faint test scenes, where some of its words are absent digits. Prints the areas under the
-ROC curve with intervals over answers, and draws an answer with its words coloured.
+The shipped captioner names the digits of faint test scenes, where some of its words are absent digits. With --speech, Whisper
+writes down spoken sentences: its right words beside the same words over noise, over the sound of another sentence, and beside one
+wrong word in a right answer; and the words of its own answers, of which some are mistakes. Prints the areas under the ROC curve
+with intervals over answers, and draws an answer with its words coloured.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import Tensor
 
 import vlattn_fast as va
 from vlattn_lab.mapper import LONGEST, load_captioner
 from vlattn_lab.processor import DIGIT_WORDS
 from vlattn_lab.questions import Questions, digit_prompts
+from vlattn_lab.real.listening import Listener, Row, heard, plain
+from vlattn_lab.real.voice import SENTENCES, Speech, spoken
+from vlattn_lab.speech import NO_TIMESTAMPS, START, load_whisper
 from vlattn_lab.texts import END
 
 if TYPE_CHECKING:
@@ -25,10 +33,11 @@ if TYPE_CHECKING:
 
 NUMBERS = ("log_probability", "gain", "entropy", "attention_entropy", "compactness", "near_peak", "components")
 WORDS, SURE = 4, 0.5  # of an answer; the least probability of a confident word
+Case = tuple[list[va.TokenGrounding], list[list[bool]]]  # a table for each answer, and whether each of its tokens is grounded
 
 
-def grounded(scenes: Questions, ink: float) -> tuple[list[va.TokenGrounding], list[list[bool]]]:
-    """A table for each answer, and whether its words name digits of the scene."""
+def grounded(scenes: Questions, ink: float) -> Case:
+    """The captioner's answers; a word is grounded if it names a digit of the scene."""
     model, processor = load_captioner()
     inputs = dict(processor(scenes.images * ink, scenes.questions))
     with torch.no_grad():
@@ -36,23 +45,65 @@ def grounded(scenes: Questions, ink: float) -> tuple[list[va.TokenGrounding], li
     table = va.token_grounding(model, inputs, answer=said.tolist(), processor=processor)
     tables, labels = [], []
     for n, (words, digits) in enumerate(zip(table.tokens, scenes.digits.tolist(), strict=True)):
-        parts = [{name: x[n : n + 1] for name, x in numbers.items()} for numbers in (table.numbers, table.by_head)]
-        tables.append(va.TokenGrounding([words], *parts))
+        tables.append(part(table, n, range(len(words))))
         labels.append([word in DIGIT_WORDS and DIGIT_WORDS.index(str(word)) in digits for word in words])
     return tables, labels
 
 
-def confident(
-    tables: Sequence[va.TokenGrounding], labels: Sequence[Sequence[bool]]
-) -> tuple[list[va.TokenGrounding], list[list[bool]]]:
+def part(table: va.TokenGrounding, sample: int, tokens: Sequence[int]) -> va.TokenGrounding:
+    """Some tokens of a sample."""
+    parts = [{name: x[sample : sample + 1, list(tokens)] for name, x in each.items()} for each in (table.numbers, table.by_head)]
+    return va.TokenGrounding([[table.tokens[sample][token] for token in tokens]], *parts)
+
+
+def confident(tables: Sequence[va.TokenGrounding], labels: Sequence[Sequence[bool]]) -> Case:
     """The same with only the words of a probability of at least SURE, and answers that have one."""
-    kept: list[tuple[va.TokenGrounding, list[bool]]] = []
+    kept: Case = [], []
     for table, row in zip(tables, labels, strict=True):
         sure = [i for i, x in enumerate(table.column("log_probability").exp().tolist()) if x >= SURE]
-        parts = [{name: x[:, sure] for name, x in numbers.items()} for numbers in (table.numbers, table.by_head)]
         if sure:
-            kept.append((va.TokenGrounding([[table.tokens[0][i] for i in sure]], *parts), [row[i] for i in sure]))
-    return [table for table, _ in kept], [row for _, row in kept]
+            kept[0].append(part(table, 0, sure))
+            kept[1].append([row[i] for i in sure])
+    return kept
+
+
+def heard_cases(count: int) -> dict[str, Case]:
+    """Of `count` sentences that Whisper writes down right, and of as many that it does not."""
+    listener = Listener(*load_whisper())
+    right, wrong = list[Row](), list[Row]()
+    for number in range(2 * len(SENTENCES)):
+        row = heard(listener, number)
+        (right if row["right"] else wrong).append(row)
+        if min(len(right), len(wrong)) >= count:
+            break
+    cases: dict[str, Case] = {name: ([], []) for name in ("noise", "another sentence", "one wrong word", "its own answers")}
+
+    def add(name: str, speech: Speech, ids: list[int], labels: list[bool]) -> None:
+        """Of a case, or of all with the right words; only tokens of words count."""
+        begin = {"decoder_input_ids": torch.tensor([[START, NO_TIMESTAMPS]])}  # as the answer was generated
+        inputs: dict[str, Tensor] = {**listener.inputs(speech), **begin}
+        words = [i for i, word in enumerate(listener.words(ids)) if word is not None]
+        table = part(va.token_grounding(listener.model, inputs, answer=[ids]), 0, words)
+        for case in [name] if name else cases:
+            cases[case][0].append(table)
+            cases[case][1].append([labels[i] for i in words])
+
+    for row, other in zip(right[:count], [*right[1:count], right[0]], strict=True):
+        speech, ids = spoken(row["number"]), row["ids"]
+        power, generator = float(np.sqrt((speech.wave**2).mean())), np.random.default_rng(row["number"])
+        noise = generator.normal(0, power, len(speech.wave)).astype(np.float32)
+        add("", speech, ids, [True] * len(ids))
+        add("noise", Speech(noise, speech.words), ids, [False] * len(ids))
+        add("another sentence", spoken(other["number"]), ids, [False] * len(ids))
+        words, others = ([i for i, word in enumerate(listener.words(x)) if word is not None] for x in (ids, other["ids"]))
+        changed, place = [*ids], words[len(words) // 2]
+        changed[place] = next(x for x in (other["ids"][i] for i in others[len(others) // 2 :]) if x not in ids)
+        add("one wrong word", speech, changed, [i != place for i in range(len(ids))])
+    for row in wrong[:count]:
+        same = difflib.SequenceMatcher(None, plain(row["answer"]), plain(row["source"]), autojunk=False).get_matching_blocks()
+        found = {place for block in same for place in range(block.a, block.a + block.size)}
+        add("its own answers", spoken(row["number"]), row["ids"], [word in found for word in listener.words(row["ids"])])
+    return cases
 
 
 def picture(scenes: Questions, tables: Sequence[va.TokenGrounding], labels: Sequence[Sequence[bool]]) -> Figure:
@@ -84,20 +135,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vlattn_lab.grounding", description=__doc__)
     parser.add_argument("--count", type=int, default=300, help="scenes")
     parser.add_argument("--ink", type=float, default=0.5, help="of the scenes; 1 = as in training")
+    parser.add_argument("--speech", type=int, metavar="COUNT", help="Whisper and so many sentences instead")
     parser.add_argument("--out", type=Path, help="file of the picture, .png; default: none")
     chosen = parser.parse_args(arguments)
+    if chosen.speech is not None:
+        cases = heard_cases(chosen.speech)
+        print_areas({**cases, f"its own, probability {SURE:g} and more": confident(*cases["its own answers"])})
+        return
     scenes = digit_prompts(chosen.count, seed=0, kind="which")
     every = grounded(scenes, chosen.ink)
-    cases = {"all words": every, f"words of probability {SURE:g} and more": confident(*every)}
+    print_areas({"all words": every, f"words of probability {SURE:g} and more": confident(*every)})
+    if chosen.out is not None:
+        picture(scenes, *every).savefig(chosen.out, dpi=120, bbox_inches="tight")
+
+
+def print_areas(cases: dict[str, Case]) -> None:
     for name, (_, labels) in cases.items():
         flat = [label for row in labels for label in row]
-        print(f"{name}: {len(flat)}, of which {len(flat) - sum(flat)} are absent digits, in {len(labels)} answers")
+        print(f"{name}: {len(flat)}, of which {len(flat) - sum(flat)} are not grounded, in {len(labels)} answers")
     print(f"\n| number | {' | '.join(cases)} |\n| --- | {' | '.join(['---:'] * len(cases))} |")
     for number in NUMBERS:
         areas = [tables[0].detector(number).auroc(tables, labels) for tables, labels in cases.values()]
         print(f"| `{number}` | {' | '.join(f'{x.value:.2f} ({x.low:.2f} to {x.high:.2f})' for x in areas)} |")
-    if chosen.out is not None:
-        picture(scenes, *every).savefig(chosen.out, dpi=120, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A stand-in for torch's products of 16-bit numbers on a CPU with AMX, which read beyond the rows (docs/bugs.md)."""
+"""A stand-in for torch's products of 16-bit numbers on a CPU with AMX, which read beyond the rows (docs/developers/bugs.md)."""
 
 from typing import Any
 

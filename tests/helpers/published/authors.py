@@ -1,17 +1,23 @@
-"""The published code of the papers, run as it is: functions and classes out of clones of the authors' repositories.
+"""The published code of the papers, and what it computed.
+
+Numbers that functions and classes of the authors' repositories compute are stored in `recorded.json`, and every machine compares
+with them. None of the code is part of this repository. With clones at hand, the tests run it again:
 
     VLATTN_PUBLISHED=/folder/of/clones python -m pytest tests/published
+    VLATTN_PUBLISHED=/folder/of/clones python -m tools.published --record
 
-None of it is part of this repository. The commits below are those that were compared.
+The commits below are those that were compared.
 """
 
 import ast
+import functools
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -27,6 +33,56 @@ COMMITS = {
 }
 # float32 against float64 over a few layers; float64 differs by the order of sums alone
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5}
+
+
+FILE = Path(__file__).with_name("recorded.json")
+LIVE, RECORDING = "VLATTN_PUBLISHED" in os.environ, "VLATTN_RECORD" in os.environ
+WHOLE, SUMS = 12, 3  # a tensor of more numbers is recorded by so many weighted sums
+
+
+class Recorded(NamedTuple):
+    """A tensor of the authors' code: its shape, its largest number, and its numbers or their `sums`."""
+
+    shape: list[int]
+    largest: float
+    numbers: list[float]
+
+
+def published(name: str, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What `compute` returns by the authors' code: tensors, or what JSON holds. Without clones their records, each a `Recorded`.
+    Inputs and weights must come from seeds, and not from their code."""
+    if not LIVE:
+        return {key: Recorded(*value["tensor"]) if "tensor" in value else value["json"] for key, value in records()[name].items()}
+    found = {key: value.detach().double() if isinstance(value, Tensor) else value for key, value in compute().items()}
+    if RECORDING:
+        records()[name] = {
+            key: {"tensor": record(value)} if isinstance(value, Tensor) else {"json": value} for key, value in found.items()
+        }
+        lines = [f"{json.dumps(each)}: {json.dumps(value)}" for each, value in sorted(records().items())]
+        FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    return found
+
+
+@functools.cache
+def records() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
+    return found
+
+
+def record(x: Tensor) -> Recorded:
+    return Recorded(list(x.shape), float(x.abs().max()), x.flatten().tolist() if x.numel() <= WHOLE else sums(x))
+
+
+def sums(x: Tensor) -> list[float]:
+    """Some weighted sums, as large as a number of `x`. A fault in one number shows in all of them."""
+    place = torch.arange(x.numel(), dtype=torch.float64)
+    return [float((x.flatten().double() * torch.cos((0.7 + k) * place)).sum()) / x.numel() ** 0.5 for k in range(SUMS)]
+
+
+def drawn(shapes: Mapping[str, list[int]], scale: Callable[[str], float]) -> dict[str, Tensor]:
+    """Float64 weights of the names and shapes of the authors' model, as large as those of a trained one."""
+    torch.manual_seed(0)
+    return {name: scale(name) * torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
 
 def clone(repository: str) -> Path:
@@ -54,11 +110,16 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
-def assert_equal(got: Tensor, published: Tensor, what: str = "") -> None:
+def assert_equal(got: Tensor, published: Tensor | Recorded, what: str = "") -> None:
     """Within the tolerance of `got`'s dtype, of the largest number that the authors' code gives in float64.
 
     Gradients of a bias that cancels in the softmax are zero but for rounding, hence the least scale.
     """
-    assert got.shape == published.shape, what
-    error = float((got.double() - published).abs().max()) / max(float(published.abs().max()), 1e-2)
+    if isinstance(published, Recorded):
+        assert list(got.shape) == published.shape, what
+        here, largest = record(got.detach().double()).numbers, published.largest
+        error = max(abs(x - y) for x, y in zip(here, published.numbers, strict=True)) / max(largest, 1e-2)
+    else:
+        assert got.shape == published.shape, what
+        error = float((got.double() - published).abs().max()) / max(float(published.abs().max()), 1e-2)
     assert error <= TOLERANCE[got.dtype], f"{what}: {error:.1e}"

@@ -163,7 +163,6 @@ def test_a_dark_edge_of_the_photo_is_no_edge_of_the_canvas() -> None:
 
 
 def test_pictures_of_a_batch_want_a_photo_each() -> None:
-    torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     vision = t.ViTForImageClassification(t.ViTConfig(**sizes, image_size=24, patch_size=6)).eval()
     got = explain(vision, {"pixel_values": torch.rand(3, 3, 24, 24)})
@@ -180,7 +179,6 @@ def test_pictures_of_a_batch_want_a_photo_each() -> None:
 
 
 def test_one_image_with_many_texts_is_one_photo() -> None:
-    torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = t.CLIPConfig(text_config={**sizes, "vocab_size": 99}, vision_config={**sizes, "image_size": 24, "patch_size": 6})
     ids = torch.tensor([[0, 5, 98], [0, 6, 98], [0, 7, 98]])

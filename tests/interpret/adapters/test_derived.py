@@ -120,7 +120,6 @@ def test_targets_of_an_unlisted_language_model(unlisted, side):
 
 def test_a_masked_language_model_is_not_read_as_a_causal_one():
     """Each token has logits of its own. A callable score names the row by its gradient."""
-    torch.manual_seed(0)
     model = lively(transformers.BertForMaskedLM(transformers.BertConfig(**TEXT))).eval()
     inputs = {"input_ids": torch.tensor([[1, *words(4)]])}
     with pytest.raises(
@@ -141,7 +140,6 @@ def test_a_masked_language_model_is_not_read_as_a_causal_one():
 
 def test_image_tokens_without_a_grid_are_flat():
     """A picture's tokens that do not add up to its patches, or to squares of them that the config names, have no map."""
-    torch.manual_seed(0)
     vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=8)
     config = transformers.VipLlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**vision), text_config=LLAMA, image_token_index=98, vision_feature_layers=[-1]

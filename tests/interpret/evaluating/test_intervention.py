@@ -108,7 +108,6 @@ def test_the_overlap_is_of_the_largest_quarter_rounded_up() -> None:
 
 
 def test_an_image_of_many_patches_has_sixteen_pieces() -> None:
-    torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = lively(ViTForImageClassification(ViTConfig(**sizes, image_size=48, patch_size=8))).double().eval()
     inputs = {"pixel_values": torch.randn(1, 3, 48, 48).double()}
@@ -136,7 +135,6 @@ def test_an_image_of_many_patches_has_sixteen_pieces() -> None:
 
 def test_pieces_of_several_images_are_those_of_each() -> None:
     """A prompt with two images of 4 x 4 patches."""
-    torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     vision, text = CLIPVisionConfig(**sizes, image_size=24, patch_size=6), LlamaConfig(**sizes, vocab_size=100)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=99)

@@ -1,15 +1,19 @@
-"""What looks into models: within a function that torch.compile compiles it gives what it gives elsewhere, and the model stays."""
+"""What stands around a call changes nothing: torch.compile, pipelines, PEFT's wrapper."""
 
 import copy
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import vlattn_fast as va
+from tests.helpers.interpret.cases import TEXT, lively
 from tests.interpret.properties.test_traces import assert_same, marked, state_of
+from vlattn_fast.interpret import explain
 from vlattn_fast.models import UNITER, UNITERConfig
 from vlattn_fast.nn import capture_attention, capture_relevancy
 
@@ -98,3 +102,46 @@ def test_the_same_as_elsewhere(function: Callable[[Tensor], Any], graphs: list[t
     attends = [node for graph in graphs for node in graph.graph.nodes if "attention" in str(node.target)]
     assert not attends, "Dynamo traced the model"
     assert len(graphs) <= 2, "Dynamo traced what looks into the model"
+
+
+@pytest.fixture
+def bert():
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT, num_labels=3))
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, 5:] = 0
+    return lively(model).eval(), {"input_ids": torch.randint(5, 50, (2, 7)), "attention_mask": mask}
+
+
+def same(got, want):
+    torch.testing.assert_close(got.relevancy["text"], want.relevancy["text"], rtol=1e-5, atol=1e-6)
+    assert got.target == want.target
+
+
+def test_pipeline(bert):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    model, inputs = bert
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "a": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]")
+    pipeline = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
+    same(explain(pipeline, inputs), explain(model, inputs))
+
+
+def test_peft(bert):
+    """PEFT puts its layers into the model and keeps that as its base model; prompts it would prepend itself."""
+    model, inputs = bert
+
+    class Wrapped(nn.Module):
+        def __init__(self, prompts: bool) -> None:
+            super().__init__()
+            self.inner, self.peft_config = model, {}
+            self.active_peft_config = SimpleNamespace(is_prompt_learning=prompts, peft_type="PREFIX_TUNING")
+
+        def get_base_model(self) -> nn.Module:
+            return self.inner
+
+    same(explain(Wrapped(False), inputs), explain(model, inputs))
+    with pytest.raises(ValueError, match="model must take its prompts as inputs; got PEFT's PREFIX_TUNING"):
+        explain(Wrapped(True), inputs)

@@ -65,7 +65,6 @@ def pixels(height: int = 32, width: int = 32) -> torch.Tensor:
 
 @pytest.mark.parametrize(("prefix", "size", "grid"), [(1, (32, 32), (4, 4)), (5, (48, 48), (6, 6)), (1, (32, 48), (4, 6))])
 def test_the_grid_is_derived_from_the_picture(prefix, size, grid) -> None:
-    torch.manual_seed(0)
     model = lively(Classifier(prefix))
     explanation = explain(model, {"x": pixels(*size)}, position="cls", target=2)
     assert torch.equal(explanation.image, explanation.relevancy["tower0"][:, prefix:].reshape(2, *grid))
@@ -76,7 +75,6 @@ def test_the_grid_is_derived_from_the_picture(prefix, size, grid) -> None:
 
 @pytest.mark.parametrize("pooled", [True, False])
 def test_a_classifier_of_timm_needs_no_arguments(pooled: bool) -> None:
-    torch.manual_seed(0)
     model, inputs = lively(TimmClassifier(pooled)), {"x": pixels()}
     rows = torch.tensor([0] + [1 / 16] * 16) if pooled else "cls"
     want, got = explain(model, inputs, position=rows), explain(model, inputs)

@@ -67,7 +67,6 @@ class MeanViT(transformers.ViTForImageClassification):
 
 
 def test_a_subclass_with_a_forward_of_its_own():
-    torch.manual_seed(0)
     model = lively(MeanViT(transformers.ViTConfig(**VISION, num_labels=3))).eval()
     row = torch.full((2, IMAGE), 1 / PATCHES, dtype=torch.float64)
     row[:, 0] = 0
@@ -76,7 +75,6 @@ def test_a_subclass_with_a_forward_of_its_own():
 
 
 def test_mean_of_patches_beside_a_text():
-    torch.manual_seed(0)
     words = dict(T5, eos_token_id=58, bos_token_id=57, pad_token_id=1)
     config = transformers.CLIPConfig(text_config=words, vision_config=VISION, projection_dim=16)
     model, inputs = lively(transformers.CLIPModel(config)).eval(), {**text(last=58), **pixels()}
@@ -90,7 +88,6 @@ def test_mean_of_patches_beside_a_text():
 
 
 def test_decoder_whose_score_is_read_from_another_position():
-    torch.manual_seed(0)
     model = lively(transformers.LlamaForCausalLM(transformers.LlamaConfig(**T5, num_key_value_heads=2))).eval()
     inputs = text()
     score = lambda outputs: outputs.logits[:, 4, 7]  # noqa: E731
@@ -131,7 +128,6 @@ def test_no_mean_is_refused(pool):
 
 
 def test_score_beside_the_pooling_head_is_refused():
-    torch.manual_seed(0)
     config = transformers.SiglipVisionConfig(**VISION)
     model = lively(transformers.SiglipVisionModel(config)).eval()
     explain(model, pixels(), target=lambda outputs: outputs.pooler_output[:, 0])

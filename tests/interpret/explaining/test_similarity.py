@@ -29,7 +29,6 @@ def cosine(states: Tensor, weights: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("read", [None, "mean", "cls", "last", 2])
 def test_two_texts(read):
-    torch.manual_seed(0)
     model, inputs = lively(transformers.BertModel(transformers.BertConfig(**T5))).eval(), text(last=3)
     mask = inputs["attention_mask"]
     weights = mask.double() / mask.sum(-1, keepdim=True)
@@ -43,7 +42,6 @@ def test_two_texts(read):
 
 
 def test_two_pictures():
-    torch.manual_seed(0)
     model = lively(transformers.ViTModel(transformers.ViTConfig(**VISION))).eval()
     inputs = {"pixel_values": torch.randn(2, 3, 24, 24)}
     row = one_hot(torch.zeros(2, dtype=torch.long), 17)
@@ -52,7 +50,6 @@ def test_two_pictures():
 
 
 def test_what_is_refused():
-    torch.manual_seed(0)
     model, inputs = transformers.BertModel(transformers.BertConfig(**T5)), text()
     one = {name: value[:1] for name, value in inputs.items()}
     with pytest.raises(ValueError, match="target='similarity' needs two texts or images, or pairs of them; got 1"):

@@ -126,7 +126,6 @@ def test_gradients_of_rows_without_a_key(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["softmax", "a layer made on the way", "keywords", "einsum", "einsum of a list"])
 def test_own_modules(kind: str) -> None:
-    torch.manual_seed(0)
     model, inputs = Stack(kind, "torch", kind).double().eval(), {"x": torch.randn(2, 7, 10).double()}
     inputs["attention_mask"] = torch.ones(2, 7, dtype=torch.long)
     inputs["attention_mask"][1, 5:] = 0

@@ -85,7 +85,6 @@ def test_one_map_is_an_explanation(case):
 
 
 def test_the_rows_of_a_whole_answer():
-    torch.manual_seed(0)
     model = lively(DECODERS["LlamaForCausalLM"]().model).eval().double()
     prompt, answer = [1, 4, 9, 11], [17, 30]
     got = explain_layers(model, {"input_ids": torch.tensor([prompt])}, answer=answer, per="head")

@@ -87,7 +87,6 @@ def test_patches_that_a_model_shuffles_keep_their_places():
 
 def test_the_first_layer_that_runs():
     """Layers that see an image do not run without one."""
-    torch.manual_seed(0)
     sizes = dict(LLAMA, model_type=None, num_hidden_layers=3, cross_attention_layers=[0])
     model = lively(transformers.MllamaForCausalLM(transformers.MllamaTextConfig(**sizes))).eval().double()
     ids = torch.tensor([[1, 5, 9, 20]])
@@ -100,7 +99,6 @@ def test_the_first_layer_that_runs():
 @pytest.mark.filterwarnings("ignore:The relevancy leaves out")  # of the tokens that a layer chooses
 def test_several_streams():
     """A model may hand on copies (B, N, streams, C) of its embeddings."""
-    torch.manual_seed(0)
     model = small_model(transformers.HYV4ForCausalLM).eval().double()
     inputs = next(inputs_of("causal", model))()
     got = explain(model, inputs, target=7, method="input_gradient").relevancy["language"]
@@ -119,7 +117,6 @@ MIXING = [("causal", "InklingForCausalLM"), ("causal", "JambaForCausalLM"), ("im
 
 @pytest.mark.parametrize(("mapping", "name"), MIXING)
 def test_models_without_attention_in_some_layer(mapping, name):
-    torch.manual_seed(0)
     model = small_model(getattr(transformers, name)).eval().double()
     inputs = with_floats(next(inputs_of(mapping, model))(), torch.float64)
     if name == "InklingForCausalLM":
@@ -216,7 +213,6 @@ SEQUENCES = [  # whose tables of positions take a shape, or ids
 @pytest.mark.parametrize(("name", "copies"), SEQUENCES)
 def test_only_words_count(name, copies):
     """Rows of each method are those of embeddings that enter by hand: positions, whose numbers may equal ids, are no words."""
-    torch.manual_seed(0)
     config = transformers.LEDConfig(**LED) if name.startswith("LED") else None
     model = getattr(transformers, name)(config) if config else small_model(getattr(transformers, name))
     model = lively(model).eval().double()
@@ -261,7 +257,6 @@ LED = dict(vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encode
 @pytest.mark.parametrize("kind", ["Bart", "RoFormer", "MBart", "T5"])  # BART shifts the ids themselves into the decoder
 def test_every_use_of_a_word_counts(kind):
     """The gradient at a row of the table is that of all its uses."""
-    torch.manual_seed(0)
     model = lively(small_model(getattr(transformers, f"{kind}ForSequenceClassification"))).eval().double()
     ids = torch.tensor([[10, 11, 12, 13, 14, model.config.eos_token_id or 15]])
     got = explain(model, {"input_ids": ids}, target=1, method=va.methods.InputGradient(freeze=()))

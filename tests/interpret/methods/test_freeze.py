@@ -104,7 +104,6 @@ class Attends(nn.Module):
 @pytest.mark.parametrize("method", [va.methods.Gradient, va.methods.Weighted, va.methods.InputGradient])
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_attention_is_constant(method: type[va.methods.Method], by_hand: bool) -> None:
-    torch.manual_seed(0)
     model, inputs = Attends(by_hand).double(), {"features": torch.randn(2, 5, 6).double()}
     constant = Attends(by_hand, constant=True).double()
     constant.load_state_dict(model.state_dict())
@@ -141,7 +140,6 @@ class Biased(nn.Module):
 
 @pytest.mark.parametrize("method", [va.methods.Gradient, va.methods.InputGradient])
 def test_a_bias_is_constant_and_a_router_is_not(method: type[va.methods.Method]) -> None:
-    torch.manual_seed(0)
     model, constant, inputs = Biased().double(), Biased(constant=True).double(), {"features": torch.randn(2, 5, 6).double()}
     constant.load_state_dict(model.state_dict())
     how: dict[str, Any] = {"target": lambda outputs: outputs[:, 1]} | ({"position": "cls"} if method.needs == "attention" else {})
@@ -202,7 +200,6 @@ def test_written_norms_and_maps_are_constants_of_a_training_only_while_asked() -
 
 def test_training_keeps_its_gradients() -> None:
     """The loss has the plain derivatives, the relevancy those of constant denominators, from one forward pass."""
-    torch.manual_seed(0)
     case = CASES["vit"]()
     lively(case.model)
     inputs = in_double(case)
@@ -330,7 +327,6 @@ class Written(nn.Module):
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_written_norm_has_a_constant_denominator(name: str, place: str) -> None:
     """In a module of its own, with child modules and weights of any shape, and in a layer that writes it between other steps."""
-    torch.manual_seed(0)
     model = Written(name, 12 if place == "layer" else 0).eval()
     x, cotangent = torch.randn(2, 3, 12, dtype=torch.float64).requires_grad_(), torch.randn(2, 3, 12, dtype=torch.float64)
     with holding(model) as frozen:
@@ -370,7 +366,6 @@ class Doubles(nn.Module):
 
 def test_a_layer_holds_the_lengths_of_its_parts() -> None:
     """Of those that give tensors of another shape; what another thread runs meanwhile is no part."""
-    torch.manual_seed(0)
     model, x = Doubles(), torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
     with holding(model):
         output = model(x)
@@ -422,7 +417,6 @@ class Similar(nn.Module):
 @pytest.mark.parametrize("norm", [False, True])
 def test_the_vectors_of_a_similarity_are_no_norm(norm: bool) -> None:
     """They belong to the score. A root of a mean of squares is a norm's wherever it is."""
-    torch.manual_seed(0)
     model, x = Similar(norm), torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
     with holding(model) as frozen:
         output = model(x)
@@ -596,7 +590,6 @@ def test_options_that_are_none() -> None:
 
 def test_a_score_beside_a_sink_is_constant() -> None:
     """A score's bias cancels in a softmax, but not beside a sink. The output is linear in the values: <gradient, x> is it."""
-    torch.manual_seed(0)
     layer = va.nn.ScoreAttention(8, 2, "biased_general").double()
     layer.sink = nn.Parameter(torch.randn(2).double())
     for name, parameter in layer.named_parameters():

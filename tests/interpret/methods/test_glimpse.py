@@ -68,7 +68,6 @@ def test_each_tower(case, request, start_layer):
 
 
 def test_each_token_of_an_answer():
-    torch.manual_seed(0)
     model = lively(DECODERS["LlamaForCausalLM"]().model).eval().double()
     prompt, answer = [1, 4, 9, 11], [17, 30]
     got = explain(model, {"input_ids": torch.tensor([prompt])}, answer=answer, method="glimpse")

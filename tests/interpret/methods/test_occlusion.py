@@ -83,7 +83,6 @@ def test_words() -> None:
 
 
 def test_the_words_of_an_answer() -> None:
-    torch.manual_seed(0)
     model = lively(DECODERS["LlamaForCausalLM"]().model).eval().double()
     prompt, answer = [1, 4, 9, 11], [17, 30]
     options = {"answer": answer, "method": Occlusion(fill=5)}

@@ -180,7 +180,6 @@ def test_what_has_no_earlier_words_is_refused(case):
 
 @pytest.mark.parametrize("shape", [(5, 7), (2, 2), (4, 3)])
 def test_the_filter_is_that_of_the_paper(shape):
-    torch.manual_seed(0)
     maps = torch.rand(3, *shape, dtype=torch.float64) ** 3
     maps[1] *= torch.rand(shape) > 0.7  # windows of zeros
     maps[2] = 0.25  # numbers that are all equal

@@ -182,7 +182,6 @@ def test_states_are_the_hidden_states(name: str) -> None:
 
 def test_two_streams_against_stored_maps() -> None:
     """LXMERT: words and regions in the cross-attention both ways, two regions in their own stream."""
-    torch.manual_seed(0)
     model, inputs = models.lxmert()
     model = model.double().eval()
     inputs = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
@@ -213,7 +212,6 @@ def test_two_streams_against_stored_maps() -> None:
 
 
 def test_two_streams_are_joined_where_they_attend_to_one_another() -> None:
-    torch.manual_seed(0)
     model, inputs = models.lxmert()
     with torch.no_grad():
         run = stream_of(model.eval()).run(inputs, statistics=False)
@@ -227,7 +225,6 @@ def test_two_streams_are_joined_where_they_attend_to_one_another() -> None:
 @pytest.mark.parametrize("name", ["UNITER", "VisualBERT", "LXMERT"])
 def test_outputs_of_heads_are_what_the_layer_joins(name: str) -> None:
     """Called by the operator, by torch's function, and written out by hand."""
-    torch.manual_seed(0)
     model, inputs = (models.lxmert if name == "LXMERT" else CASES[name][0])()
     joined: list[Tensor] = []
     ends = ("attention.output.dense", "lang_self_att.output.dense")
@@ -250,7 +247,6 @@ def test_outputs_of_heads_are_what_the_layer_joins(name: str) -> None:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", ["LXMERT", "CLIP, sdpa"])
 def test_what_two_streams_have(name: str) -> None:
-    torch.manual_seed(0)
     model, inputs = models.MODELS[name]()
     inputs["input_ids"][:, -1] = 98  # CLIP's end of the text
     labels = [{"phrases": [((1, 3), 2)], "relations": [(0, 1, "one"), (2, 3, "other")]}, None]
@@ -368,7 +364,6 @@ def test_fusion_of_separate_and_of_mixed_states() -> None:
 @pytest.mark.slow
 def test_linguistic_probes() -> None:
     """Word content and a text's class are in the word embeddings, of which the first layer's states are nearly made."""
-    torch.manual_seed(0)
     model = UNITER(
         UNITERConfig(
             vocab_size=40, hidden_size=32, num_attention_heads=4, intermediate_size=16, num_hidden_layers=1, region_dim=4
@@ -419,7 +414,6 @@ def test_variants_of_a_text_and_its_heads() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_text_alone() -> None:
-    torch.manual_seed(0)
     model, inputs = models.llama("sdpa")
     report = va.probe(model, [(inputs, [None, None])] * 6)
     notes = {row["test"]: row["note"] for row in report.table}
@@ -499,7 +493,6 @@ def test_a_model_without_an_adapter_says_its_parts() -> None:
 )
 def test_image_tokens_that_are_learnt_queries(name: str) -> None:
     """They come from no input, but from attention to the image."""
-    torch.manual_seed(0)
     decoder = DECODERS[name]()
     model, inputs = decoder.model.eval(), decoder.inputs()
     report = va.probe(model, [(inputs, [None, None])], tests=("modality", "cross_modal"))

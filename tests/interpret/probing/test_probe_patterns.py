@@ -86,7 +86,6 @@ def test_words_photos_and_pairs_of_regions(report: va.ProbeReport) -> None:
 
 @pytest.mark.slow
 def test_patches_and_two_streams() -> None:
-    torch.manual_seed(0)
     labels = [{"phrases": [((1, 3), 2)], "word_relations": [((1, 2), (2, 3), "a"), ((2, 3), (3, 4), "b")]}, None]
     model, inputs = models.vilt()
     report = va.probe(model, [(inputs, labels)] * 6, tests=("coreference",))

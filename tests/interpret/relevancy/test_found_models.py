@@ -33,7 +33,6 @@ class Encoder(nn.Module):
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_transformer_encoder(batch_first, norm_first, causal):
-    torch.manual_seed(0)
     model, inputs = lively(Encoder(batch_first, norm_first)).eval(), sequences()
     real = None if causal else inputs["attention_mask"].bool()
     inputs = {"x": inputs["x"], "padding": None if real is None else ~real, "causal": causal}
@@ -52,7 +51,6 @@ def pixels() -> dict[str, Tensor]:
 
 
 def test_beit_with_position_bias():
-    torch.manual_seed(0)
     config = transformers.BeitConfig(**VISION, num_labels=3, use_relative_position_bias=True)
     place = Place("beit.layers", torch.full((2, 17), 1 / 17, dtype=torch.float64))
     model = made(transformers.BeitForImageClassification(config))
@@ -60,7 +58,6 @@ def test_beit_with_position_bias():
 
 
 def test_vit_mae_with_a_noise_of_its_own():
-    torch.manual_seed(0)
     model = made(transformers.ViTMAEModel(transformers.ViTMAEConfig(**VISION, mask_ratio=0.5)))
     inputs = {**pixels(), "noise": torch.rand(2, 16)}
     score = lambda outputs: outputs.last_hidden_state[:, 0, 3]  # noqa: E731
@@ -68,7 +65,6 @@ def test_vit_mae_with_a_noise_of_its_own():
 
 
 def test_blip_image_text_retrieval_without_cross_attention():
-    torch.manual_seed(0)
     words = dict(T5, encoder_hidden_size=32, bos_token_id=1, eos_token_id=2, sep_token_id=3)
     config = transformers.BlipConfig(text_config=words, vision_config=VISION, image_text_hidden_size=16)
     model, inputs = made(transformers.BlipForImageTextRetrieval(config)), {**text(), **pixels(), "use_itm_head": False}
@@ -82,7 +78,6 @@ def test_blip_image_text_retrieval_without_cross_attention():
 
 def test_owlvit_detects_by_one_patch():
     """Several queries an image: the image's tower is read, at CLS and at the patch."""
-    torch.manual_seed(0)
     config = transformers.OwlViTConfig(text_config=T5, vision_config=VISION, projection_dim=32)
     model, inputs = made(transformers.OwlViTForObjectDetection(config)), {**text(4), **pixels()}
     row = one_hot(torch.tensor([6, 6]), 17)
@@ -93,7 +88,6 @@ def test_owlvit_detects_by_one_patch():
 
 
 def test_xclip_reads_the_text_and_refuses_frames():
-    torch.manual_seed(0)
     frames = dict(num_frames=2, mit_hidden_size=32, mit_intermediate_size=48, mit_num_attention_heads=4, mit_num_hidden_layers=1)
     config = transformers.XCLIPConfig(
         text_config=dict(T5, eos_token_id=58), vision_config={**VISION, **frames}, projection_dim=32
@@ -110,7 +104,6 @@ def test_xclip_reads_the_text_and_refuses_frames():
 
 def test_clipseg_reads_the_decoder_behind_frozen_towers():
     """Its CLIP runs without gradients, so that only the decoder can be read."""
-    torch.manual_seed(0)
     decoder = dict(reduce_dim=16, decoder_num_attention_heads=4, decoder_intermediate_size=20, extract_layers=[0, 1])
     config = transformers.CLIPSegConfig(text_config=dict(T5, eos_token_id=58), vision_config=VISION, projection_dim=32, **decoder)
     model, inputs = made(transformers.CLIPSegForImageSegmentation(config)), {**text(), **pixels()}

@@ -277,7 +277,6 @@ class Siamese(nn.Module):
 @pytest.mark.parametrize("size", [7, 5])
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_stack_that_runs_twice_is_two_towers(size, layers):
-    torch.manual_seed(0)
     model = lively(Siamese(layers)).eval().double()
     inputs = {"one": torch.randn(2, 7, 10).double(), "other": torch.randn(2, size, 10).double()}
     got = explain(model, inputs, position="cls", target=second).relevancy

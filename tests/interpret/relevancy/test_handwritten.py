@@ -1,4 +1,4 @@
-"""Hand-written attention by scaled_dot_product_attention: the same outputs, one call each, and everything put back."""
+"""Hand-written attention and nn.MultiheadAttention by scaled_dot_product_attention give the same outputs."""
 
 import contextlib
 import importlib
@@ -42,7 +42,6 @@ from vlattn_fast.attach.session import overridden
 @pytest.mark.parametrize("make", [*MODELS, *map(of_class, MODULES)], ids=lambda make: make.__name__)
 @torch.no_grad()
 def test_a_model_gives_the_same_and_every_attention_is_one_call(make: Callable[[], Made], dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
     model, inputs, calls = make()
     lively(model).eval().to(dtype)
     inputs = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
@@ -67,7 +66,6 @@ def test_a_model_gives_the_same_and_every_attention_is_one_call(make: Callable[[
 
 
 def test_lxmert_calls_one_module_twice_in_turn() -> None:
-    torch.manual_seed(0)
     model, inputs, _ = lxmert()
     with torch.no_grad(), replaced(model.eval()) as watch:
         model(**inputs)
@@ -77,7 +75,6 @@ def test_lxmert_calls_one_module_twice_in_turn() -> None:
 
 @torch.no_grad()
 def test_a_cache_goes_on_where_it_stopped() -> None:
-    torch.manual_seed(0)
     for make in (rembert, trocr, git):
         model, inputs, _ = make()
         lively(model).eval()
@@ -93,7 +90,6 @@ def test_a_cache_goes_on_where_it_stopped() -> None:
 
 @torch.no_grad()
 def test_generation_by_blip_is_the_same() -> None:
-    torch.manual_seed(0)
     model, inputs, _ = blip()
     lively(model).eval()
     inputs = dict(inputs, max_new_tokens=4, min_new_tokens=4)
@@ -103,7 +99,6 @@ def test_generation_by_blip_is_the_same() -> None:
 
 
 def test_gradients_are_the_same() -> None:
-    torch.manual_seed(0)
     model, inputs, _ = layoutlmv3()
     lively(model).eval().double()
     inputs["pixel_values"] = inputs["pixel_values"].double().requires_grad_()
@@ -196,3 +191,78 @@ def test_every_function_takes_what_the_class_takes() -> None:
             assert {"_", "named"} & set(ours) or given <= set(ours) or calls_interface(kind), name
         seen |= names
     assert seen == set(_TRANSFORMERS) or (OLDER and seen)
+
+
+MASKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "none": lambda: {},
+    "bool padding": lambda: {"key_padding_mask": padding(2, 5) == 0},
+    "float padding": lambda: {"key_padding_mask": torch.randn(2, 5)},
+    "bool mask": lambda: {"attn_mask": torch.rand(5, 5).index_fill(1, torch.tensor(2), 0) > 0.6},
+    "float mask": lambda: {"attn_mask": torch.randn(5, 5)},
+    "mask per head": lambda: {"attn_mask": torch.randn(8, 5, 5)},
+    "both bool": lambda: {"attn_mask": causal_mask(), "key_padding_mask": padding(2, 5) == 0},
+    "both float": lambda: {"attn_mask": torch.randn(8, 5, 5), "key_padding_mask": torch.randn(2, 5)},
+    "bool mask, float padding": lambda: {"attn_mask": causal_mask(), "key_padding_mask": torch.randn(2, 5)},
+    "float mask, bool padding": lambda: {"attn_mask": torch.randn(5, 5), "key_padding_mask": padding(2, 5) == 0},
+    "causal": lambda: {"attn_mask": causal_mask(), "is_causal": True},
+    "causal and padding": lambda: {"attn_mask": causal_mask(), "is_causal": True, "key_padding_mask": padding(2, 5) == 0},
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "batch first": {"batch_first": True},
+    "batch second": {},
+    "no bias": {"bias": False},
+    "key and value bias": {"add_bias_kv": True},
+    "zero attention": {"add_zero_attn": True, "batch_first": True},
+    "both extra keys": {"add_bias_kv": True, "add_zero_attn": True},
+    "own sizes": {"kdim": 12, "vdim": 20, "batch_first": True},
+}
+
+
+def causal_mask() -> Tensor:
+    return torch.ones(5, 5, dtype=torch.bool).triu(1)
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask")
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_multihead_attention(kind: str, masks: str, need_weights: bool) -> None:
+    module = lively(nn.MultiheadAttention(32, 4, dropout=0.1, **KINDS[kind])).eval().double()
+    shape = (2, 5) if module.batch_first else (5, 2)
+    states = [torch.randn(*shape, size).double() for size in (32, module.kdim, module.vdim)]
+    given = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in MASKS[masks]().items()}
+    expected = module(*states, **given, need_weights=need_weights)
+    with replaced(module) as watch:
+        outputs = module(*states, **given, need_weights=need_weights)
+    assert_equal(outputs, expected, torch.float64)
+    assert (outputs[1] is None) == (not need_weights)
+    assert len(watch.shapes) == 1
+    assert watch.shapes[0] == (2, 4, 5, 5 + ("add_bias_kv" in KINDS[kind]) + ("add_zero_attn" in KINDS[kind]))
+
+
+@torch.no_grad()
+def test_multihead_attention_without_a_batch() -> None:
+    module = lively(nn.MultiheadAttention(32, 4)).eval()
+    x, y, masks = torch.randn(3, 32), torch.randn(5, 32), {"attn_mask": torch.randn(4, 3, 5), "key_padding_mask": torch.randn(5)}
+    expected = module(x, y, y, **masks)
+    with replaced(module) as watch:
+        assert_equal(module(x, y, y, **masks), expected, torch.float32)
+    assert watch.shapes == [(1, 4, 3, 5)]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("nested", [True, False])
+@torch.no_grad()
+def test_a_transformer_encoder_leaves_its_fast_path(nested: bool) -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+    model = lively(nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)).eval()
+    x, masked = torch.randn(2, 7, 32), padding(2, 7) == 0
+    expected = model(x, src_key_padding_mask=masked)
+    with replaced(model) as watch:
+        outputs = model(x, src_key_padding_mask=masked)
+    assert bool((expected[masked] == 0).all()) == nested  # the fast path was taken without the mode
+    assert_equal(outputs[~masked], expected[~masked], torch.float32)
+    assert len(watch.shapes) == 2
+    fast = {"_transformer_encoder_layer_fwd", "_nested_tensor_from_mask", "_native_multi_head_attention"}
+    assert not fast & set(watch.names)

@@ -39,7 +39,6 @@ def lxmert_maps(model, inputs, score, held=False):
 
 @pytest.mark.parametrize("regions", [7, 9])  # as many as words, too: nothing but the tensors' past tells the two apart then
 def test_lxmert(regions):
-    torch.manual_seed(0)
     model = lively(transformers.LxmertForQuestionAnswering(transformers.LxmertConfig(**LXMERT, num_qa_labels=5))).eval()
     ids, mask = torch.randint(3, 60, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[1, 6:] = 0
@@ -66,7 +65,6 @@ def test_lxmert(regions):
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-6])
 def test_small_relevancies_keep_their_digits(scale):
     """Where the score's gradient vanishes, R - I is far below I; equation 9 divides it by its own sums."""
-    torch.manual_seed(0)
     model = lively(transformers.LxmertForQuestionAnswering(transformers.LxmertConfig(**LXMERT, num_qa_labels=5))).eval()
     inputs = {"input_ids": torch.randint(3, 60, (2, 9)), "visual_feats": torch.randn(2, 7, 10), "visual_pos": torch.rand(2, 7, 4)}
 
@@ -80,7 +78,6 @@ def test_small_relevancies_keep_their_digits(scale):
 
 
 def test_other_classes_of_lxmert():
-    torch.manual_seed(0)
     config = transformers.LxmertConfig(**LXMERT, num_qa_labels=5)
     answers = lively(transformers.LxmertForQuestionAnswering(config)).eval()
     inputs = {"input_ids": torch.randint(3, 60, (2, 6)), "visual_feats": torch.randn(2, 5, 10), "visual_pos": torch.rand(2, 5, 4)}
@@ -95,7 +92,6 @@ def test_other_classes_of_lxmert():
 
 def test_weights_of_one_between_towers():
     """No token is read by itself where all have a weight: none has an entry of its own that is set to zero."""
-    torch.manual_seed(0)
     model = lively(transformers.LxmertForQuestionAnswering(transformers.LxmertConfig(**LXMERT, num_qa_labels=5))).eval()
     inputs = {"input_ids": torch.randint(3, 60, (2, 6)), "visual_feats": torch.randn(2, 5, 10), "visual_pos": torch.rand(2, 5, 4)}
     mean = explain(model, inputs, position={"text": "mean"}).relevancy
@@ -256,7 +252,6 @@ def test_answers_of_blip_2_over_t5(kind):
 
 
 def test_what_is_refused_between_towers():
-    torch.manual_seed(0)
     model = transformers.LxmertForQuestionAnswering(transformers.LxmertConfig(**LXMERT, num_qa_labels=5))
     inputs = {"input_ids": torch.randint(3, 60, (1, 4)), "visual_feats": torch.randn(1, 5, 10), "visual_pos": torch.rand(1, 5, 4)}
     for method in ("gradient", "rollout"):
@@ -373,7 +368,6 @@ class Merging(torch.nn.Module):
 
 @pytest.mark.parametrize("patches", [6, 8])
 def test_streams_that_read_one_another_as_they_were(patches):
-    torch.manual_seed(0)
     model = lively(Merging()).eval().double()
     inputs = {"text": torch.randn(2, 6, 32).double(), "image": torch.randn(2, patches, 32).double()}
     kept = Kept(model)

@@ -78,7 +78,6 @@ def alike(batch: Explanation, alone: Explanation, row: int) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", [Sentences, Joined])
 def test_a_mean_leaves_padding_out(kind, method):
-    torch.manual_seed(0)
     model = kind().eval()
     batch = va.explain(model, inputs_of(model, IDS, SHORT), target=1, method=method, position="mean")
     for row, text in enumerate((IDS, SHORT)):
@@ -87,7 +86,6 @@ def test_a_mean_leaves_padding_out(kind, method):
 
 @pytest.mark.parametrize("position", ["mean", "patch_mean", "cls_and_patch_mean"])
 def test_a_records_mean_leaves_padding_out(position):
-    torch.manual_seed(0)
     model = Sentences().eval()
     tower = Tower("text", "bert", "encoder.layer", position, "bert_text", prefix=0 if position == "mean" else 1)
     try:
@@ -101,7 +99,6 @@ def test_a_records_mean_leaves_padding_out(position):
 
 @pytest.mark.parametrize("kind", [Sentences, Pooled])
 def test_a_mean_of_capture_relevancy_leaves_padding_out(kind):
-    torch.manual_seed(0)
     model = kind().eval()
 
     def row(*texts: Tensor) -> Tensor:
@@ -134,7 +131,6 @@ def weights_seen() -> tuple[list[Tensor], object]:
 )
 @pytest.mark.parametrize("kind", [Sentences, Pooled])
 def test_the_start_is_no_relevancy_of_the_attention(kind, method):
-    torch.manual_seed(0)
     model, (seen, weighting) = kind().eval(), weights_seen()
     inputs = inputs_of(model, IDS, SHORT)
     asked = va.methods.Weighted(weighting=weighting) if method == "weighted" else method
@@ -166,7 +162,6 @@ def test_the_start_is_no_relevancy_of_the_attention(kind, method):
 @pytest.mark.parametrize("method", ["gradient", "glimpse"])
 def test_a_faint_map_keeps_its_digits(method):
     """The map of the last layer grows with the score, also where it is a millionth of what the rows put on themselves."""
-    torch.manual_seed(0)
     model = Sentences().eval()
     inputs = inputs_of(model, IDS)
 
@@ -184,7 +179,6 @@ def test_a_faint_map_keeps_its_digits(method):
 @pytest.mark.filterwarnings("ignore:A part of the map belongs to later tokens")
 @pytest.mark.parametrize("method", ["gradient", "weighted", "rollout"])
 def test_between_towers(method, read):
-    torch.manual_seed(0)
     sizes = dict(d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2)
     sizes |= dict(encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=40, max_position_embeddings=20)
     model = transformers.BartModel(transformers.BartConfig(**sizes)).eval()
@@ -204,7 +198,6 @@ def test_between_towers(method, read):
 
 
 def test_one_word_alone_is_read_as_one_token():
-    torch.manual_seed(0)
     model, one = Sentences().eval(), torch.tensor([[21]])
     alone = va.explain(model, inputs_of(model, one), target=1, position="mean")
     batch = va.explain(model, inputs_of(model, IDS, one), target=1, position="mean")

@@ -172,7 +172,6 @@ class PrefixTuned(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are not its tokens")
 def test_prefix_tuning():
-    torch.manual_seed(0)
     model, inputs = lively(PrefixTuned()).eval(), {"input_ids": torch.randint(3, 60, (2, 6))}
     place = Place("inside.model.layers", torch.eye(6)[-1:].expand(2, 6), others=(3, 0))
     check(model, inputs, {"tower0": place}, second, METHODS, position="last", target=second)
@@ -278,7 +277,6 @@ def test_keys_that_are_no_tokens_own_are_refused(kind, read):
 
 def test_edits_of_a_prefix_tuned_model():
     """Its cache counts the prefix, which has no tokens."""
-    torch.manual_seed(0)
     model, ids = lively(PrefixTuned()).double().eval(), torch.randint(3, 50, (2, 6))
     queries, keys = torch.zeros(2, 6, dtype=torch.bool), torch.zeros(2, 9, dtype=torch.bool)
     queries[:, 5], keys[:, 4:6] = True, True

@@ -191,7 +191,6 @@ class Reader(nn.Module):
 @pytest.mark.parametrize("score", ["scaled_dot", "cosine", "additive"])
 @pytest.mark.parametrize("method", linked_maps.METHODS)
 def test_between_towers(score, method):
-    torch.manual_seed(0)
     model = lively(Reader(score)).eval().double()
     padding = torch.zeros(2, 6, dtype=torch.bool)
     padding[1, 4:] = True  # as the attention's masks say, and no input by a name that is known
@@ -224,7 +223,6 @@ class Grouped(nn.Module):
 
 
 def test_the_function_with_grouped_heads():
-    torch.manual_seed(0)
     model, x = lively(Grouped()).double(), torch.randn(2, 5, 16).double()
     got = explain(model, {"x": x}, position=0, target=second)
     q, k = (project(x).unflatten(-1, (-1, 8)).transpose(1, 2) for project in (model.query, model.key))
@@ -261,7 +259,6 @@ class Biased(nn.Module):
 @pytest.mark.parametrize("method", ["gradient", "rollout", "attention", "gradcam", "glimpse"])
 @pytest.mark.parametrize("score", ["scaled_dot", "cosine"])
 def test_a_bias_of_groups_is_explained_as_its_dense_mask(score: str, method: str):
-    torch.manual_seed(0)
     model, x = lively(Biased(score)).double(), torch.randn(2, 5, 16).double()
     got = explain(model, {"x": x}, position=0, target=second, method=method)
     model.dense = True
@@ -273,7 +270,6 @@ def test_a_bias_of_groups_is_explained_as_its_dense_mask(score: str, method: str
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["cosine", "additive"])
 def test_no_map_is_held(name, method):
-    torch.manual_seed(0)
     model, size = lively(Stack(f"score {name}", width=16)).eval(), 1100
     inputs = {"x": torch.randn(1, size, 10), "attention_mask": torch.ones(1, size)}
     with LargestAllocation() as allocated:
@@ -311,7 +307,6 @@ def test_parts_of_a_tower_that_are_moved(kind, method):
 
 @pytest.mark.parametrize("wide", ["patches", "words"])
 def test_towers_that_are_moved(wide):
-    torch.manual_seed(0)
     model = lively(Reader("scaled_dot")).eval()
     inputs = {"image": torch.randn(2, 9, 32), "text": torch.randn(2, 6, 32), "padding": torch.zeros(2, 6, dtype=torch.bool)}
     want = explain(model, inputs, position={"tower1": "cls"}, target=second).relevancy

@@ -71,18 +71,18 @@ class Logits:
             x["score"] = self._score(units)
 
         def run(leaves: Named) -> Sequence[Tensor]:
-            made = x | leaves
-            return rows(self._masked(tile, made), **{name: made[name] for name in others})
+            tensors = x | leaves
+            return rows(self._masked(tile, tensors), **{name: tensors[name] for name in others})
 
         leaves = {name: y for name, y in x.items() if name == "score" or name in sums}
-        outputs, made = outputs_and_gradients(run, leaves, by_rows)
+        outputs, gradients = outputs_and_gradients(run, leaves, by_rows)
         if units:
-            slopes = _slopes_of_units(self.attention.score, made.pop("score") * self.attention.scale, *units.values())
-            made |= dict(zip(units, slopes, strict=True))
+            slopes = _slopes_of_units(self.attention.score, gradients.pop("score") * self.attention.scale, *units.values())
+            gradients |= dict(zip(units, slopes, strict=True))
         row_bias, groups = self.attention.row_bias, self.attention.key_groups
-        if row_bias is not None and groups is not None and "row_bias" in made:
-            made["row_bias"] = sums_of_groups(made["row_bias"].mT, groups[tile[0]], row_bias.shape[3]).mT
-        sums.add(tile, made)
+        if row_bias is not None and groups is not None and "row_bias" in gradients:
+            gradients["row_bias"] = sums_of_groups(gradients["row_bias"].mT, groups[tile[0]], row_bias.shape[3]).mT
+        sums.add(tile, gradients)
         return outputs
 
 
@@ -102,15 +102,15 @@ class Sums:
     def __contains__(self, name: str) -> bool:
         return name in self._sums
 
-    def add(self, tile: Tile, made: Named) -> None:
+    def add(self, tile: Tile, gradients: Named) -> None:
         b, h, _ = tile
-        for name, x in made.items():
+        for name, x in gradients.items():
             self._sums[name][(h,) if name == "vector" else (b, h) if name in _OF_KEYS else tile] += x
 
     def result(self) -> tuple[Tensor | None, ...]:
         """In the dtypes of the tensors; None for None."""
-        made = {name: fold_heads(self._sums[name], x.shape[1]).to(x.dtype) for name, x in self._tensors.items()}
-        return tuple([made.get(name) for name in self.names])
+        gradients = {name: fold_heads(self._sums[name], x.shape[1]).to(x.dtype) for name, x in self._tensors.items()}
+        return tuple([gradients.get(name) for name in self.names])
 
 
 _OF_KEYS = "key", "value"

@@ -14,7 +14,7 @@ from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.token_scores import token_scores
 
 
-def _plain(sizes: Sizes) -> Tensors:
+def _required(sizes: Sizes) -> Tensors:
     tensors = plain(sizes)
     return {name: tensors[name] for name in ("query", "key")}
 
@@ -25,11 +25,11 @@ def _in_two_groups(t: Tensors) -> dict[str, Any]:
 
 
 def examples(sizes: Sizes) -> Iterator[Example]:
-    tensors, floats = _plain(sizes) | {"row_weight": torch.rand(sizes.batch, sizes.queries)}, {"scale": FLOATS}
+    tensors, floats = _required(sizes) | {"row_weight": torch.rand(sizes.batch, sizes.queries)}, {"scale": FLOATS}
     yield Example(attention_statistics, "", tensors, {}, _in_two_groups, floats)
-    tensors, floats = _plain(sizes) | {"sink": torch.randn(sizes.heads)}, {"scale": FLOATS, "softcap": FLOATS}
+    tensors, floats = _required(sizes) | {"sink": torch.randn(sizes.heads)}, {"scale": FLOATS, "softcap": FLOATS}
     yield Example(attention_statistics, "softcap and sink", tensors, {"softcap": 1.5}, _in_two_groups, floats)
-    yield Example(token_scores, "", _plain(sizes), {"rule": "h2o"}, floats={"scale": FLOATS})
+    yield Example(token_scores, "", _required(sizes), {"rule": "h2o"}, floats={"scale": FLOATS})
 
 
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
@@ -68,4 +68,4 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
 
 def host(sizes: Sizes) -> Iterator[Example]:
     options = {"key_groups": torch.arange(sizes.keys) % 2, "num_groups": 2}
-    yield Example(attention_statistics, "", _plain(sizes), options)
+    yield Example(attention_statistics, "", _required(sizes), options)

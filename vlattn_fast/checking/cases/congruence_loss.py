@@ -25,17 +25,17 @@ def _name(kind: str, normalize: str) -> str:
     return f"{kind}, rows as they are" if normalize == "none" else kind
 
 
-def _plain(sizes: Sizes) -> Tensors:
+def _required(sizes: Sizes) -> Tensors:
     lengths = {"text_query": sizes.queries, "text_key": sizes.queries, "image_query": sizes.keys, "image_key": sizes.keys}
     return {name: torch.randn(sizes.batch, sizes.heads, length, sizes.head_dim) for name, length in lengths.items()}
 
 
 def examples(sizes: Sizes) -> Iterator[Example]:
-    yield Example(congruence_loss, "", _plain(sizes), {}, _in_pairs, {"scale": FLOATS})
+    yield Example(congruence_loss, "", _required(sizes), {}, _in_pairs, {"scale": FLOATS})
     for kind, normalize in itertools.product(KINDS, NORMALIZATIONS):
         if (name := _name(kind, normalize)) != "cacr":
             options = {"kind": kind, "normalize": normalize, "reduction": "none"}
-            yield Example(congruence_loss, name, _plain(sizes), options, _in_pairs, {"scale": FLOATS})
+            yield Example(congruence_loss, name, _required(sizes), options, _in_pairs, {"scale": FLOATS})
 
 
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
@@ -82,7 +82,7 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
 
 
 def host(sizes: Sizes) -> Iterator[Example]:
-    yield Example(congruence_loss, "", _plain(sizes), {}, _in_pairs)
+    yield Example(congruence_loss, "", _required(sizes), {}, _in_pairs)
 
 
 def fit(sizes: Sizes) -> Sizes:

@@ -22,7 +22,7 @@ def _indexer(sizes: Sizes, randn: Callable[..., Tensor] = torch.randn) -> Tensor
     return {name: randn(*shape) for name, shape in shapes.items()}
 
 
-def _plain(sizes: Sizes) -> Tensors:
+def _required(sizes: Sizes) -> Tensors:
     qkv = plain(sizes)
     return {"query": qkv["query"], "key": qkv["key"], **_indexer(sizes)}
 
@@ -42,8 +42,8 @@ def _with_chosen(tensors: Tensors) -> dict[str, Any]:
 
 def examples(sizes: Sizes) -> Iterator[Example]:
     floats = {"scale": FLOATS}
-    yield Example(indexer_divergence, "", _plain(sizes), floats=floats)
-    yield Example(indexer_divergence, "chosen keys", _plain(sizes), {"is_causal": True}, _with_chosen)
+    yield Example(indexer_divergence, "", _required(sizes), floats=floats)
+    yield Example(indexer_divergence, "chosen keys", _required(sizes), {"is_causal": True}, _with_chosen)
 
 
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
@@ -82,4 +82,4 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
 
 
 def host(sizes: Sizes) -> Iterator[Example]:
-    yield Example(indexer_divergence, "", _plain(sizes))
+    yield Example(indexer_divergence, "", _required(sizes))

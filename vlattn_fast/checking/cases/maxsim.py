@@ -12,13 +12,13 @@ from vlattn_fast.checking.cases._example import Example, Sizes, Tensors, normal
 from vlattn_fast.ops.maxsim import maxsim
 
 
-def _plain(sizes: Sizes) -> Tensors:
+def _required(sizes: Sizes) -> Tensors:
     shapes = {"queries": (sizes.captions, sizes.words), "documents": (sizes.images, sizes.regions)}
     return {name: torch.randn(*shape, sizes.features) for name, shape in shapes.items()}
 
 
 def examples(sizes: Sizes) -> Iterator[Example]:
-    yield Example(maxsim, "", _plain(sizes))
+    yield Example(maxsim, "", _required(sizes))
 
 
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
@@ -48,7 +48,7 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
 
 
 def host(sizes: Sizes) -> Iterator[Example]:
-    yield Example(maxsim, "", _plain(sizes))
+    yield Example(maxsim, "", _required(sizes))
 
 
 def fit(sizes: Sizes) -> Sizes:

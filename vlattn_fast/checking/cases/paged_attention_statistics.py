@@ -34,7 +34,7 @@ def _arranged(requests: int, block_size: int) -> Callable[[Tensors], dict[str, A
     return arrange
 
 
-def _plain(sizes: Sizes, block_size: int = BLOCK_SIZE) -> Tensors:
+def _required(sizes: Sizes, block_size: int = BLOCK_SIZE) -> Tensors:
     columns = -(-sizes.keys // block_size)
     return {
         "query": torch.randn(sizes.batch * sizes.queries, sizes.heads, sizes.head_dim),
@@ -44,7 +44,7 @@ def _plain(sizes: Sizes, block_size: int = BLOCK_SIZE) -> Tensors:
 
 def _example(sizes: Sizes, name: str, floats: dict[str, Any], options: dict[str, Any]) -> Example:
     arrange = _arranged(sizes.batch, BLOCK_SIZE)
-    return Example(paged_attention_statistics, name, _plain(sizes), options, arrange, floats, differentiable=False)
+    return Example(paged_attention_statistics, name, _required(sizes), options, arrange, floats, differentiable=False)
 
 
 def examples(sizes: Sizes) -> Iterator[Example]:
@@ -105,7 +105,7 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
 
 
 def host(sizes: Sizes) -> Iterator[Example]:
-    yield Example(paged_attention_statistics, "", _plain(sizes, 16), {}, _arranged(sizes.batch, 16), differentiable=False)
+    yield Example(paged_attention_statistics, "", _required(sizes, 16), {}, _arranged(sizes.batch, 16), differentiable=False)
 
 
 def fit(sizes: Sizes) -> Sizes:

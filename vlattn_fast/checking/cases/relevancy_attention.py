@@ -20,17 +20,17 @@ def fit(sizes: Sizes) -> Sizes:
     return sizes._replace(keys=sizes.queries)
 
 
-def _plain(sizes: Sizes) -> Tensors:
+def _required(sizes: Sizes) -> Tensors:
     return {**plain(fit(sizes)), "carrier": carried(sizes)}
 
 
 def examples(sizes: Sizes) -> Iterator[Example]:
     floats = {"scale": FLOATS, "residual_weight": FLOATS, "attention_weight": FLOATS}
-    yield Example(relevancy_attention, "", _plain(sizes), floats=floats, in_float32=CARRIER)
+    yield Example(relevancy_attention, "", _required(sizes), floats=floats, in_float32=CARRIER)
     options, floats = {"rule": "attention", "row_normalize": True}, {"scale": FLOATS}
-    yield Example(relevancy_attention, "rollout", _plain(sizes), options, floats=floats, in_float32=CARRIER)
+    yield Example(relevancy_attention, "rollout", _required(sizes), options, floats=floats, in_float32=CARRIER)
     options, floats = {"rule": "attention", "softcap": 1.5}, {"scale": FLOATS, "softcap": FLOATS, "residual_weight": FLOATS}
-    tensors = _plain(sizes) | {"sink": torch.randn(sizes.heads)}
+    tensors = _required(sizes) | {"sink": torch.randn(sizes.heads)}
     yield Example(relevancy_attention, "softcap and sink", tensors, options, floats=floats, in_float32=CARRIER)
 
 
@@ -67,4 +67,4 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
 
 
 def host(sizes: Sizes) -> Iterator[Example]:
-    yield Example(relevancy_attention, "", _plain(sizes), in_float32=CARRIER)
+    yield Example(relevancy_attention, "", _required(sizes), in_float32=CARRIER)

@@ -16,14 +16,14 @@ from vlattn_fast.ops.relevancy_residual import relevancy_residual
 CARRIERS = ("residual_carrier", "branch_carrier")
 
 
-def _plain(sizes: Sizes) -> Tensors:
+def _required(sizes: Sizes) -> Tensors:
     stream = torch.randn(sizes.batch, sizes.queries, sizes.features)
     carriers = carried(sizes), carried(sizes) - 1
     return {"residual": stream, "branch": stream + 1, **dict(zip(CARRIERS, carriers, strict=True))}
 
 
 def examples(sizes: Sizes) -> Iterator[Example]:
-    yield Example(relevancy_residual, "", _plain(sizes), in_float32=CARRIERS)
+    yield Example(relevancy_residual, "", _required(sizes), in_float32=CARRIERS)
 
 
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
@@ -48,4 +48,4 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
 
 
 def host(sizes: Sizes) -> Iterator[Example]:
-    yield Example(relevancy_residual, "", _plain(sizes), in_float32=CARRIERS)
+    yield Example(relevancy_residual, "", _required(sizes), in_float32=CARRIERS)

@@ -15,12 +15,12 @@ from vlattn_fast.ops.relevancy_step import relevancy_step
 ROWS = ("relevancy",)
 
 
-def _plain(sizes: Sizes) -> Tensors:
+def _required(sizes: Sizes) -> Tensors:
     return {**plain(sizes), "relevancy": carried(sizes), "grad_output": grad_output(sizes)}
 
 
 def examples(sizes: Sizes) -> Iterator[Example]:
-    yield Example(relevancy_step, "", _plain(sizes), floats={"scale": FLOATS}, in_float32=ROWS)
+    yield Example(relevancy_step, "", _required(sizes), floats={"scale": FLOATS}, in_float32=ROWS)
 
 
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
@@ -49,4 +49,4 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
 
 def host(sizes: Sizes) -> Iterator[Example]:
     """Only forward: the backward pass is that of streaming."""
-    yield Example(relevancy_step, "", _plain(sizes), in_float32=ROWS, differentiable=False)
+    yield Example(relevancy_step, "", _required(sizes), in_float32=ROWS, differentiable=False)

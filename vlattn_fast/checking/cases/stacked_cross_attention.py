@@ -17,7 +17,7 @@ from vlattn_fast.scores.general import General
 from vlattn_fast.scores.score import MATRIX
 
 
-def _plain(sizes: Sizes) -> Tensors:
+def _required(sizes: Sizes) -> Tensors:
     shapes = {"images": (sizes.images, sizes.regions), "captions": (sizes.captions, sizes.words)}
     return {name: torch.randn(*shape, sizes.features) for name, shape in shapes.items()}
 
@@ -29,10 +29,10 @@ def _scored(make: Callable[..., scores.Score], names: tuple[str, ...]) -> Callab
 
 def examples(sizes: Sizes) -> Iterator[Example]:
     floats = {"smooth": FLOATS, "lambda_lse": FLOATS}
-    yield Example(stacked_cross_attention, "", _plain(sizes), floats=floats)
+    yield Example(stacked_cross_attention, "", _required(sizes), floats=floats)
     i2t = {"direction": "i2t", "aggregation": "mean"}
-    yield Example(stacked_cross_attention, "i2t", _plain(sizes), i2t, floats={"smooth": FLOATS})
-    yield Example(damsm_similarity, "", _plain(sizes), floats={"gamma1": FLOATS, "gamma2": FLOATS})
+    yield Example(stacked_cross_attention, "i2t", _required(sizes), i2t, floats={"smooth": FLOATS})
+    yield Example(damsm_similarity, "", _required(sizes), floats={"gamma1": FLOATS, "gamma2": FLOATS})
 
 
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
@@ -74,7 +74,7 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
 
 
 def host(sizes: Sizes) -> Iterator[Example]:
-    yield Example(stacked_cross_attention, "", _plain(sizes))
+    yield Example(stacked_cross_attention, "", _required(sizes))
 
 
 def fit(sizes: Sizes) -> Sizes:

@@ -135,9 +135,9 @@ class GroundingDetector:
         except RuntimeError:
             sizes = sorted({table.features().shape[1] for table in tables})
             raise ValueError(f"tables must be of one model, with as many layers and heads; got {sizes} features") from None
-        known = ~features.isnan()
-        means = torch.where(known, features, 0.0).sum(0) / known.sum(0).clamp(min=1)
-        features = torch.where(known, features, means)
+        is_number = ~features.isnan()
+        means = torch.where(is_number, features, 0.0).sum(0) / is_number.sum(0).clamp(min=1)
+        features = torch.where(is_number, features, means)
         deviations = features.std(0, correction=0)
         deviations = torch.where(deviations > 0, deviations, 1.0)
         fitted = LogisticRegression(max_iter=1000).fit(((features - means) / deviations).numpy(), wanted.numpy())
@@ -174,9 +174,9 @@ class GroundingDetector:
         for _ in range(draws):
             drawn = torch.randint(len(pieces), (len(pieces),), generator=generator).tolist()
             areas.append(_area([pieces[number] for number in drawn]))
-        known = torch.tensor(areas, dtype=torch.float64)
-        known = known[~known.isnan()]  # a draw may have tokens of one kind alone
-        low, high = known.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist() if len(known) else (value, value)
+        finite = torch.tensor(areas, dtype=torch.float64)
+        finite = finite[~finite.isnan()]  # a draw may have tokens of one kind alone
+        low, high = finite.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist() if len(finite) else (value, value)
         return Auroc(value, low, high)
 
     def save(self, path: str | Path) -> Path:
@@ -189,12 +189,12 @@ class GroundingDetector:
     def load(path: str | Path) -> GroundingDetector:
         """Reads the file of `save`. ValueError for another file."""
         try:
-            known: Any = json.loads(Path(path).read_text())
+            stored: Any = json.loads(Path(path).read_text())
         except json.JSONDecodeError:
-            known = None
-        if not isinstance(known, dict) or known.pop("format", None) != _FORMAT:
+            stored = None
+        if not isinstance(stored, dict) or stored.pop("format", None) != _FORMAT:
             raise ValueError(f"path must be a file of GroundingDetector.save; got {str(path)!r}")
-        fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in known.items()}
+        fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()}
         return GroundingDetector(**fields)
 
 
@@ -212,8 +212,8 @@ def _labels(tables: Sequence[TokenGrounding], labels: Sequence[Sequence[bool]]) 
 def _area(pieces: Sequence[tuple[Tensor, Tensor]]) -> float:
     """The chance that a score of a grounded token is above that of another one; equal ones count half. NaN of one kind alone."""
     scores, wanted = (torch.cat(x) for x in zip(*pieces, strict=True))
-    known = ~scores.isnan()
-    above, below = scores[known & wanted], scores[known & ~wanted].sort().values
+    is_number = ~scores.isnan()
+    above, below = scores[is_number & wanted], scores[is_number & ~wanted].sort().values
     if not len(above) or not len(below):
         return float("nan")
     less = torch.searchsorted(below, above, right=False) + torch.searchsorted(below, above, right=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.ops.attention_statistics import attention_statistics
-
-if TYPE_CHECKING:
-    pass
 
 
 @never_compiled

@@ -17,6 +17,7 @@ import torch
 from vlattn_fast.benchmarks._records import device_name, provenance
 from vlattn_fast.measuring.provenance import commit, fingerprint, versions
 from vlattn_fast.measuring.records import write_records
+from vlattn_lab.experiments.experiment import effects_table
 from vlattn_lab.real import cuts, formula_picture, listening, measures, page, pictures, reactions, reading, rival, sinks
 from vlattn_lab.real.formulas import formulas
 from vlattn_lab.real.models import load_dino, load_sentences, onnx_saliency
@@ -173,8 +174,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         origin, began = {"part": part, "commit": commit()}, time.perf_counter()
         measured = [{**origin, **row} for row in study.parts[part]()]
         store(part, [*study.parts], measured, time.perf_counter() - began)
-    page.PAGE.write_text(page.page(), encoding="utf-8")
-    print(f"wrote {page.ROWS} and {page.PAGE}")
+    print(
+        effects_table(page.effects(page.Stored(json.loads(page.ROWS.read_text(encoding="utf-8"))))),
+        f"wrote {page.ROWS}",
+        sep="\n\n",
+    )
 
 
 if __name__ == "__main__":

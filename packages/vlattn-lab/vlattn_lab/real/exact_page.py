@@ -1,4 +1,4 @@
-"""The sections of docs/experiments/real.md on speech and on chemical reactions, whose truth is exact, from the stored rows."""
+"""The sections of docs/experiments/real_tables.md on speech and chemical reactions, whose truth is exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/experiments/real.md from the stored rows: `python -m vlattn_lab.real.page` writes it anew."""
+"""docs/experiments/real_tables.md, and the effects of docs/experiments/real.md, from the stored rows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import torch
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 from vlattn_fast.measuring.records import markdown, mean_and_deviation, spread
 from vlattn_lab.checkout import ROOT
+from vlattn_lab.experiments.experiment import Effect, effects_of, less
 from vlattn_lab.real.exact_page import by_method, sections
 from vlattn_lab.real.photos import SOURCES
 from vlattn_lab.real.reading import BOTH, PLAIN, Rule
 from vlattn_lab.real.reading_page import Readings, clustered, section
+from vlattn_lab.real.rival import PACKAGE
 from vlattn_lab.real.text import BOX, OUTLIERS, SINKS, TEXT
 
 PAGE = ROOT / "docs" / "experiments" / "real.md"
@@ -308,6 +310,27 @@ def pointing() -> str:
     return markdown(["model", *map(shown, POINTING)], [[name, *row] for (name, _), row in zip(lines, cells, strict=True)])
 
 
+def effects(stored: Stored) -> list[Effect]:
+    """Of photos and of formulas, each a sample."""
+    found = []
+    for test in SHARED:
+        one, two = ([row[test] for row in stored.of("evaluation", score="class token", method=method)] for method in COMPARED)
+        found.append(("DINOv2-S: `gradient` less `rollout`", test, less(one, two)))
+    readings, held = Readings(stored.rows), Rule("gradient", BOTH, "logit")
+    pairs_of_rules = {
+        "formulas: `gradient`, norms and attention held fixed": (Rule("gradient", PLAIN, "logit"), held),
+        "formulas: `gradient` less `rollout`": (Rule("rollout"), held),
+        "formulas: `input_gradient` less `lxt`, less the blank image": (
+            Rule(PACKAGE, None, "logit", "blank"),
+            Rule("input_gradient", BOTH, "logit", "blank"),
+        ),
+    }
+    for name, (first, second) in pairs_of_rules.items():
+        for test in ("pointing", "mass"):
+            found.append((name, test, [mean(glyphs) for glyphs in readings.differences(first, second, test)]))
+    return effects_of(found)
+
+
 def page() -> str:
     stored = Stored(json.loads(ROWS.read_text(encoding="utf-8")))
     numbers = pairs(stored)
@@ -350,7 +373,3 @@ def page() -> str:
         formulas=section(stored.rows, stored.facts["versions"]) + sections(stored.rows, stored.facts["versions"]),
         words="\n\n".join(words(stored, sentence) for sentence in sentences),
     )
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")

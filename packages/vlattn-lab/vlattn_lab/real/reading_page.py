@@ -1,4 +1,4 @@
-"""The section of docs/experiments/real.md on formulas that a model reads, from the stored rows."""
+"""The section of docs/experiments/real_tables.md on formulas that a model reads, from the stored rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sentences of docs/experiments/real.md around its numbers, which `vlattn_lab.real.page` fills in."""
+"""The sentences of docs/experiments/real_tables.md around its numbers, which `vlattn_lab.real.page` fills in."""
 
 BOX = """## The saliency in a box
 
@@ -61,10 +61,9 @@ the words with the falls of the cosine without them:
 
 """
 
-TEXT = """# Trained models and real photos
-
-Do maps work for models that somebody else trained? This page tests the methods of `va.explain` on five of them: a vision
-transformer on real photos, a sentence encoder, a reader of formulas, a recogniser of speech and a model of chemical reactions.
+TEXT = """Do maps work for models that somebody else trained? This page tests the methods of `va.explain` on five of them: a
+vision transformer on real photos, a sentence encoder, a reader of formulas, a recogniser of speech and a model of chemical
+reactions.
 
 ```
 python -m tools.environments real

@@ -280,8 +280,8 @@ class TokenMoves:
 
     def _known(self, numbers: Numbers) -> Numbers:
         key = numbers.shape, hash(numbers.ids.numpy().tobytes())
-        known = self._same.setdefault(key, numbers)
-        return known if known is numbers or torch.equal(known.ids, numbers.ids) else numbers
+        first = self._same.setdefault(key, numbers)
+        return first if first is numbers or torch.equal(first.ids, numbers.ids) else numbers
 
     # --- functions that move tokens ---
 
@@ -319,24 +319,24 @@ class TokenMoves:
         tensors, rest = (call.args[0], call.args[1:]) if call.args else (call.kwargs["tensors"], ())
         kwargs = {name: value for name, value in call.kwargs.items() if name != "tensors"}
         numbers = [self.of(x) for x in tensors]
-        known = [n for n in numbers if n is not None]
-        if not known:
+        numbered = [n for n in numbers if n is not None]
+        if not numbered:
             return None
-        are_new = len(known) < len(numbers) and not any(map(self._is_after_attention, tensors))
+        are_new = len(numbered) < len(numbers) and not any(map(self._is_after_attention, tensors))
         shapes = [tuple(x.shape) for x in tensors]
         if call.name in CONCATENATIONS:
             dim: int = (rest[0] if rest else kwargs.get("dim", 0)) % len(shapes[0])
-            if all(n.shape[dim] == 1 for n in known) and min(shape[dim] for shape in shapes) > 1:  # features side by side
+            if all(n.shape[dim] == 1 for n in numbered) and min(shape[dim] for shape in shapes) > 1:  # features side by side
                 both = zip(tensors, numbers, strict=True)
-                after = [n for x, n in both if n is not None and self._is_after_attention(x)] or known
+                after = [n for x, n in both if n is not None and self._is_after_attention(x)] or numbered
                 return after[0] if not are_new and all(are_equal(n, after[0]) for n in after) else None
-            if dim < len(shapes[0]) - 1 and all(n.shape[-1] == 1 for n in known):  # the same for all features
+            if dim < len(shapes[0]) - 1 and all(n.shape[-1] == 1 for n in numbered):  # the same for all features
                 shapes = [(*shape[:-1], min(shape[-1], 1)) for shape in shapes]
 
         def join() -> Numbers:
             none = torch.tensor(NONE)
             parts = [none.expand(s) if n is None else n.over(s) for n, s in zip(numbers, shapes, strict=True)]
-            return self._numbers(narrowed(call.func(parts, *rest, **kwargs)), call, known)
+            return self._numbers(narrowed(call.func(parts, *rest, **kwargs)), call, numbered)
 
         key = key_of(rest, tuple(kwargs.items()))
         joined: Numbers = self._once(key and (call.func, key, *map(id, numbers), *shapes), numbers, join)
@@ -374,8 +374,8 @@ class TokenMoves:
             return self._kept(call, [(x, n) for x, n in call.numbered if x is args[1]])
         values = [x for x in (*args[1:], *call.kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
         if call.name == "where":
-            known = [n for _, n in call.numbered]
-            if len(known) < 2 or known[0] is known[1] or are_equal(*known[:2]):
+            numbers = [n for _, n in call.numbered]
+            if len(numbers) < 2 or numbers[0] is numbers[1] or are_equal(*numbers[:2]):
                 return self._kept(call, call.numbered[:1])
         elif not any(self.of(x) is not None for x in values[-1:]) or call.kwargs.get("accumulate"):
             return self.of(args[0])
@@ -443,18 +443,18 @@ class TokenMoves:
         if not isinstance(equation, str) or "..." in equation or "->" not in equation:
             return None
         sources, _, product = equation.replace(" ", "").partition("->")
-        known = False
+        is_after = False
         for labels, x in zip(sources.split(","), operands, strict=True):
             numbers = self.of(x)
             if numbers is None:
                 continue
-            known = known or self._is_after_attention(x)
+            is_after = is_after or self._is_after_attention(x)
             if all(label in product for label, size in zip(labels, numbers.shape, strict=True) if size > 1):
                 ids = numbers.ids.permute([labels.index(label) for label in product if label in labels])
                 for dim, label in enumerate(product):
                     ids = ids if label in labels else ids.unsqueeze(dim)
                 return self._numbers(ids, call, [numbers])
-        return self._mixed(call) if known else None
+        return self._mixed(call) if is_after else None
 
 
 _Rule = Callable[[TokenMoves, TorchCall], Any]

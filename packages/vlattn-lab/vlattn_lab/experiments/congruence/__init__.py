@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from vlattn_fast.backends.reference.congruence_loss import KINDS as PUBLISHED
 from vlattn_lab.experiments.congruence.cost import PROBLEMS
 from vlattn_lab.experiments.congruence.cost import measure as measure_cost
-from vlattn_lab.experiments.congruence.report import FIGURES, LOSSES, best, tables
+from vlattn_lab.experiments.congruence.report import FIGURES, LOSSES, best, effects, tables
 from vlattn_lab.experiments.congruence.training import KINDS, MATCHED, Setting, Sizes, scores, train
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
 
@@ -40,7 +41,7 @@ SETTING = tuple(asdict(Setting()))
 
 def settings_of(loss: str) -> list[Setting]:
     """The settings that the search tries. Of a congruence loss these are six of 72, in which each level of weight, layer and
-    direction occurs equally often. Relevancy has no layer or direction."""
+    direction occurs equally often. The other losses have no layer or direction."""
     weights = WEIGHTS[loss]
     if loss not in KINDS:
         return [Setting(loss, weight, schedule) for weight, schedule in zip(weights, ("linear", "log", "const"), strict=True)]
@@ -69,7 +70,7 @@ def training_cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
 
 
 def cost_cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
-    kinds = KINDS[:1] if settings.smoke else KINDS
+    kinds = PUBLISHED[:1] if settings.smoke else PUBLISHED
     return [{"what": "cost", "problem": problem, "loss": kind, "seed": 0} for problem in PROBLEMS for kind in kinds]
 
 
@@ -108,4 +109,5 @@ EXPERIMENT = Experiment(
     ],
     tables=tables,
     figures=FIGURES,
+    effects=effects,
 )

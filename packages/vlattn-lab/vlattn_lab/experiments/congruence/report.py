@@ -8,27 +8,26 @@ from typing import TYPE_CHECKING
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.records import grouped, having, markdown, number, spread
 from vlattn_lab.experiments.congruence.training import KINDS, value_name
-from vlattn_lab.experiments.experiment import Record, paired_change, paired_test
+from vlattn_lab.experiments.experiment import Effect, Record, dots, effects_of, less, paired_change
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LOSSES = ("cacr", "iais_singular", "iais_distributed", "relevancy")
-ARMS = ("none", *LOSSES)
+LOSSES = (*KINDS, "hard", "relevancy", "told")
 LABELS = {
     "untrained": "untrained",
     "none": "no loss",
     "cacr": "CACR",
+    "cacr_as_is": "CACR, rows as they are",
     "iais_singular": "IAIS singular",
     "iais_distributed": "IAIS distributed",
+    "hard": "hard negatives",
     "relevancy": "relevancy",
+    "told": "told, without relevancy",
 }
-COLOURS = {"cacr": "#6a4fa3", "iais_singular": "#1b7f79", "iais_distributed": "#c8702a", "relevancy": "#b03a5b"}
 SCORES = ("text", "image", "group", "digit", "relation", "order")
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6, "digit": 1 / 2, "relation": 1 / 2, "order": 1 / 2}
 RISE = 1 / 3  # group score, twice chance, at which a model has begun to tell swapped pairs apart
-LEVEL = 0.05  # of the test of each score, divided by the number of losses
 
 
 # --- the choice of settings ---
@@ -60,24 +59,19 @@ def _settings(records: Sequence[Record], loss: str) -> list[list[Record]]:
 # --- the outcome ---
 
 
-def outcome(records: Sequence[Record]) -> str:
-    """Which losses change the group score on held-out pairs, in one bold sentence."""
-    plain = [record["held_out"]["group"] for record in having(records, what="training", loss="none")]
-    if len(plain) < 2:
-        return "**One seed allows no test.**"
-    better: list[str] = []
-    worse: list[str] = []
-    same: list[str] = []
-    for loss in LOSSES:
-        trained = [record["held_out"]["group"] for record in having(records, what="training", loss=loss)]
-        differences = [a - b for a, b in zip(trained, plain, strict=True)]
-        clear = paired_test(differences)[1] < LEVEL / len(LOSSES)
-        group = same if not clear else better if sum(differences) > 0 else worse
-        group.append(f"{LABELS[loss]} ({spread(differences, sign='+')})")
-    parts = [f"A gain with {', '.join(better)}." if better else "Nothing is gained with any of the four losses."]
-    parts += [f"A loss of accuracy with {', '.join(worse)}."] if worse else []
-    parts += [f"No difference with {', '.join(same)}."] if same else []
-    return f"**{' '.join(parts)}**"
+def losses_of(records: Sequence[Record]) -> list[str]:
+    """The losses that the records have."""
+    return [loss for loss in LOSSES if having(records, loss=loss)]
+
+
+def effects(records: Sequence[Record]) -> list[Effect]:
+    """What each loss adds to the group score on held-out pairs, for the same seed."""
+    groups = {
+        loss: [record["held_out"]["group"] for record in having(records, what="training", loss=loss)]
+        for loss in ("none", *losses_of(records))
+    }
+    plain = groups.pop("none")
+    return effects_of([(f"{LABELS[loss]} less no loss", "group score", less(group, plain)) for loss, group in groups.items()])
 
 
 # --- tables ---
@@ -85,7 +79,7 @@ def outcome(records: Sequence[Record]) -> str:
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
     search = (_room_table, _effect_table, _final_table)
-    for make in (*search, _score_table, _difference_table, outcome, _rise_table, _value_table, _cost_table):
+    for make in (*search, _score_table, _difference_table, _rise_table, _value_table, _cost_table):
         yield make(records)
 
 
@@ -109,7 +103,7 @@ def _room_table(records: Sequence[Record]) -> str:
 def _effect_table(records: Sequence[Record]) -> str:
     lines = []
     searched = having(records, what="search", seed=having(records, what="search")[0]["seed"])
-    for loss in LOSSES:
+    for loss in losses_of(searched):
         members = having(searched, loss=loss)
         for factor in ("weight", "schedule", *(("layer", "direction") if loss in KINDS else ())):
             shown = []
@@ -123,7 +117,7 @@ def _effect_table(records: Sequence[Record]) -> str:
 
 def _final_table(records: Sequence[Record]) -> str:
     lines = []
-    for loss in LOSSES:
+    for loss in losses_of(having(records, what="search")):
         settings = sorted(_settings(records, loss), key=len, reverse=True)
         above = sum(change(members[0], records) > 0 for members in settings)
         for members in settings:
@@ -138,7 +132,7 @@ def _final_table(records: Sequence[Record]) -> str:
 
 def _score_table(records: Sequence[Record]) -> str:
     lines = [["chance", *(f"{CHANCE[score]:.3f}" for score in SCORES)]]
-    for arm in ("untrained", *ARMS):
+    for arm in ("untrained", "none", *losses_of(records)):
         members = having(records, what="training", loss=arm)
         lines.append([_name(members[0]), *(spread([record["held_out"][score] for record in members]) for score in SCORES)])
     return markdown(["held-out pairs, test scans", *SCORES], lines)
@@ -146,7 +140,7 @@ def _score_table(records: Sequence[Record]) -> str:
 
 def _difference_table(records: Sequence[Record]) -> str:
     plain, lines = having(records, what="training", loss="none"), []
-    for arm in LOSSES:
+    for arm in losses_of(records):
         members = having(records, what="training", loss=arm)
         for pairs, label in (("held_out", "held-out pairs"), ("seen", "pairs seen in training")):
             values = ([[record[pairs][score] for record in group] for group in (members, plain)] for score in SCORES)
@@ -165,7 +159,7 @@ def rise(record: Record) -> float:
 
 def _rise_table(records: Sequence[Record]) -> str:
     lines, plain = [], [rise(record) for record in having(records, what="training", loss="none")]
-    for arm in ARMS:
+    for arm in ("none", *losses_of(records)):
         members = having(records, what="training", loss=arm)
         steps = [rise(record) for record in members]
         rose = sum(max(record["curve"]["group"]) >= RISE for record in members)
@@ -176,7 +170,7 @@ def _rise_table(records: Sequence[Record]) -> str:
 
 def _value_table(records: Sequence[Record]) -> str:
     lines = []
-    for arm in KINDS:
+    for arm in (arm for arm in losses_of(records) if arm in KINDS):
         members = having(records, what="training", loss=arm)
         value = value_name(arm, members[0]["layer"])
         arms = ("untrained", "none", arm)
@@ -197,51 +191,21 @@ def _cost_table(records: Sequence[Record]) -> str:
     return markdown(head, lines, words=(0, 1))
 
 
-# --- pictures ---
+# --- the picture ---
 
 
-def learning_curves(records: Sequence[Record]) -> Figure:
-    """The group score over steps, a line a seed."""
-    figure, (line,) = panels(1, len(LOSSES), (2.6 * len(LOSSES) + 0.6, 2.7), sharey=True)
-    for panel, arm in zip(line, LOSSES, strict=True):
-        for loss, colour, width in (("none", "#bbbbbb", 0.8), (arm, COLOURS[arm], 1.1)):
-            for record in having(records, what="training", loss=loss):
-                panel.plot(record["curve"]["step"], record["curve"]["group"], color=colour, linewidth=width)
-        panel.axhline(CHANCE["group"], color="#999999", linewidth=0.6, linestyle=":")
-        panel.set_title(_name(having(records, what="training", loss=arm)[0]).replace(", weight", "\nweight"), fontsize=9)
-        panel.set_ylim(0.0, 1.0)
-        _quiet(panel)
-    line[0].set_ylabel("group score, validation", fontsize=9)
+def scores_of_seeds(records: Sequence[Record]) -> Figure:
+    """The group score on held-out pairs, a dot a seed."""
+    figure, ((axis,),) = panels(1, 1, (6.4, 3.0))
+    arms = ("none", *losses_of(records))
+    columns = {
+        LABELS[arm]: [record["held_out"]["group"] for record in having(records, what="training", loss=arm)] for arm in arms
+    }
+    dots(axis, columns, "#6a4fa3")
+    axis.axhline(CHANCE["group"], color="#999999", linewidth=0.6, linestyle=":")
+    axis.set_ylim(0.0, 1.0)
+    axis.set_ylabel("group score, held-out pairs", fontsize=9)
     return figure
 
 
-def congruence_curves(records: Sequence[Record]) -> Figure:
-    """The value of each loss on validation scenes over steps, for models trained with this loss and without."""
-    from matplotlib.lines import Line2D
-
-    figure, (line,) = panels(1, len(KINDS), (2.6 * len(KINDS) + 0.6, 2.7), sharey=True)
-    for panel, arm in zip(line, KINDS, strict=True):
-        members = having(records, what="training", loss=arm)
-        value = value_name(arm, members[0]["layer"])
-        for loss, colour in (("none", "#999999"), (arm, COLOURS[arm])):
-            for record in having(records, what="training", loss=loss):
-                panel.plot(record["curve"]["step"], record["curve"][value], color=colour, linewidth=1.0)
-        panel.set_yscale("log")
-        panel.set_title(f"{LABELS[arm]}, layer {members[0]['layer'] + 1}", fontsize=9)
-        lines = [Line2D([], [], color="#999999"), Line2D([], [], color=COLOURS[arm])]
-        panel.legend(lines, ["no loss", f"weight {members[0]['weight']:g}"], fontsize=7, frameon=False)
-        _quiet(panel)
-    line[0].set_ylabel("value of the loss (nats)", fontsize=9)
-    return figure
-
-
-def _quiet(panel: Axes) -> None:
-    panel.set_xlabel("training steps", fontsize=9)
-    panel.tick_params(labelsize=8)
-    panel.spines[["top", "right"]].set_visible(False)
-
-
-FIGURES: dict[str, Callable[[Sequence[Record]], Figure]] = {
-    "congruence-learning": learning_curves,
-    "congruence-values": congruence_curves,
-}
+FIGURES: dict[str, Callable[[Sequence[Record]], Figure]] = {"congruence": scores_of_seeds}

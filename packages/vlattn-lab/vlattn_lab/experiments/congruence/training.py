@@ -26,7 +26,12 @@ from vlattn_lab.processor import DIGIT_WORDS, VOCABULARY
 from vlattn_lab.scenes import CANVAS, DIGIT, NEGATIVES, Scenes, by_digit, digit_scans, paint, sample_scenes
 from vlattn_lab.train.fit import seeded
 
-KINDS = ("cacr", "iais_singular", "iais_distributed")  # of the loss
+KINDS: dict[str, dict[str, Any]] = {  # congruence losses, and their arguments
+    "cacr": {"kind": "cacr"},
+    "cacr_as_is": {"kind": "cacr", "normalize": "none"},
+    "iais_singular": {"kind": "iais_singular"},
+    "iais_distributed": {"kind": "iais_distributed"},
+}
 CONFIG = UNITERConfig(
     vocab_size=len(VOCABULARY),
     hidden_size=64,
@@ -69,8 +74,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Setting:
-    """loss: "none", a kind of `CongruenceLoss`, or "relevancy". schedule: of its weight, see `training_signal_annealing`. layer
-    and direction: of a congruence loss."""
+    """loss: "none", one of KINDS, "relevancy", "told" (`told`) or "hard" (`hard_negatives`). schedule: of its weight, see
+    `training_signal_annealing`. layer and direction: of a congruence loss."""
 
     loss: str = "none"
     weight: float = 0.0
@@ -162,6 +167,33 @@ def losses(model: UNITER, output: UNITEROutput, inputs: Inputs, label: Tensor) -
     return F.cross_entropy(output.logits[: 2 * MATCHED], label) + F.cross_entropy(said.flatten(0, 1), words.flatten())
 
 
+def told(output: UNITEROutput, named: Tensor) -> Tensor:
+    """The share of a map of the regions that lies on those which the captions do not name, as the loss on relevancy has it. This
+    map is the softmax of the dot products of the regions' last states with that of [CLS]: no attention, and no relevancy."""
+    states = output.last_hidden_state[:MATCHED]
+    share = torch.softmax((states[:, CAPTION:] @ states[:, 0, :, None])[..., 0] * states.shape[2] ** -0.5, dim=1)
+    return (share * ~named).sum(1).mean()
+
+
+def hard_negatives(model: UNITER, output: UNITEROutput, inputs: Inputs) -> Tensor:
+    """The loss with which IAIS trains: each scene takes the caption, and each caption the scene, that the model finds the most
+    likely of those of the batch that do not belong to it; the true pair is to have a probability larger by 0.2."""
+    scenes = {name: x[:MATCHED] for name, x in inputs.items()}
+    first, second = torch.cartesian_prod(torch.arange(MATCHED), torch.arange(MATCHED)).unbind(1)
+
+    def pairs(scene: Tensor, caption: Tensor) -> Inputs:
+        return {name: x[caption if name == "input_ids" else scene] for name, x in scenes.items()}
+
+    ids = scenes["input_ids"]
+    with torch.no_grad():
+        odds = log_odds(model, pairs(first, second)).view(MATCHED, MATCHED)
+        odds = odds.masked_fill((ids[:, None] == ids).all(2), -torch.inf)  # also of another scene with the same caption
+    every = torch.arange(MATCHED)
+    chosen = pairs(torch.cat([every, odds.argmax(0)]), torch.cat([odds.argmax(1), every]))
+    true = torch.sigmoid(uniter.log_odds(output)[:MATCHED]).repeat(2)
+    return (0.2 + torch.sigmoid(log_odds(model, chosen)) - true).clamp(min=0).mean()
+
+
 class Regulariser:
     """Runs a model with the loss of a setting: (its output, the loss with its weight)."""
 
@@ -171,20 +203,23 @@ class Regulariser:
         self._congruence: CongruenceLoss | None = None
         if setting.loss in KINDS:
             schedule: dict[str, Any] = {"schedule": setting.schedule, "num_steps": steps, "weight": setting.weight}
-            self._congruence = CongruenceLoss(setting.loss, setting.direction, **schedule)
+            self._congruence = CongruenceLoss(**KINDS[setting.loss], direction=setting.direction, **schedule)
 
     def __call__(self, model: UNITER, inputs: Inputs, named: Tensor, step: int) -> tuple[UNITEROutput, Tensor | float]:
         if self._congruence is not None:
             with va.nn.capture_attention(model, layers=self.setting.layer) as attention:
                 output = model(**inputs)
             return output, congruence(self._congruence, attention.layer, MATCHED, step=step)
-        if self.setting.loss == "none":
-            return model(**inputs), 0.0
+        weight = self.setting.weight * training_signal_annealing(step, self.steps, self.setting.schedule)
+        if self.setting.loss != "relevancy":
+            output = model(**inputs)
+            if self.setting.loss == "told":
+                return output, weight * told(output, named)
+            return output, weight * hard_negatives(model, output, inputs) if self.setting.loss == "hard" else 0.0
         with va.nn.capture_relevancy(model) as captured:
             output = model(**inputs)
         relevancy = captured.relevancy(output.logits[:MATCHED, 1].sum())
         assert isinstance(relevancy, Tensor)  # a model of one tower
-        weight = self.setting.weight * training_signal_annealing(step, self.steps, self.setting.schedule)
         return output, weight * self._outside(relevancy[:MATCHED], named[:, None])  # regions are a grid of one line
 
 
@@ -260,7 +295,7 @@ def congruences(model: UNITER, inputs: Inputs) -> tuple[Tensor, dict[str, float]
     with va.nn.capture_attention(model, layers=layers) as captured:
         odds = log_odds(model, inputs)
     return odds, {
-        value_name(kind, layer): float(congruence(CongruenceLoss(kind), captured[layer], len(odds)))
+        value_name(kind, layer): float(congruence(CongruenceLoss(**KINDS[kind]), captured[layer], len(odds)))
         for kind in KINDS
         for layer in layers
     }
