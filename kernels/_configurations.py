@@ -480,13 +480,10 @@ LINES: dict[str, list[Line]] = {
         _line((64, 64, 8, 1), "rows of 256 features fill shared memory"),
     ],
     "maxsim query_gradient": [
-        _whole((32, 4, 2), "rows of the documents lie anywhere: many at a time", size=128),
-        _whole((16, 4, 2), _WIDER),
+        _whole((8, 4, 2), "estimated: of 32 queries of 32 words 128 programs, where 32 rows leave most SMs without one")
     ],
     "maxsim document_gradient": [
-        _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32),
-        _line((32, 64, 4, 1), "a token's two parts take registers", size=128),
-        _line((32, 32, 4, 1), _WIDER),
+        _line((16, 4, 1), "estimated: most tokens are chosen once or twice", "BLOCK_KV num_warps num_stages")
     ],
     "paged_attention_statistics rows": [  # few: most requests have a token or two
         _line(

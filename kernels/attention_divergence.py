@@ -24,6 +24,7 @@ from vlattn_fast.kernels import attention_statistics
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._group_bias import FLOAT_MASK
+from vlattn_fast.kernels._scores import reciprocal
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     ROW_MULTIPLE,
@@ -271,13 +272,13 @@ def _terms_kernel(own, other, masks, strip, p_sums, N, M, first, rows, keys, bet
             t_theirs = keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
             b_b = _logs(others, t_theirs, Pairs(at_head, start, o_q, o_kv, N, M), other.scale_log2, C.OTHER_D, C.OTHER_FOLDED, C)
         if strip is None:
-            b_f = _divergence(b_a, b_b, beta, C.KIND)
+            b_f = _divergence(b_a, b_b, beta, C)
             if C.KIND == "total_variation":
                 b_negative += tl.where(b_f > 0.0, 0.0, -b_f)  # NaN stays in both
                 b_f = tl.where(b_f < 0.0, 0.0, b_f)
             b_sum += b_f
         else:
-            store_tile(strip[0] + i_b * rows * M, M, o_q - first, o_kv, rows, M, _weighted(b_a, b_b, beta, C.KIND))
+            store_tile(strip[0] + i_b * rows * M, M, o_q - first, o_kv, rows, M, _weighted(b_a, b_b, beta, C))
             if len(strip) > 1:
                 b_log = tl.where(b_a == float("-inf"), 0.0, b_a)
                 store_tile(strip[1] + i_b * rows * M, M, o_q - first, o_kv, rows, M, b_log)
@@ -304,7 +305,7 @@ def _backward_q_kernel(own, other, masks, strip, p_grad, p_mean, p_grad_q, N, M,
     queries = _queries(own, i_b, i_h, o_q, N, C.D, C.BLOCK_D)
     others = queries if C.MEAN else _queries(other, i_b, i_h, o_q, N, C.OTHER_D, C.OTHER_BLOCK_D)
     b_sum = tl.zeros([C.BLOCK_Q, C.BLOCK_KV], dtype=tl.float32)
-    for start in range(0, end, C.BLOCK_KV):
+    for start in range(0, 0 if C.KIND == "reverse_kl" and not C.MEAN else end, C.BLOCK_KV):  # sum p - q is 0
         o_kv = start + tl.arange(0, C.BLOCK_KV)
         t_k = keys_of(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
         t_theirs = t_k if C.MEAN else keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
@@ -453,7 +454,7 @@ def _terms(own, other, strip, place, queries, t_k, others, t_theirs, masks, star
         return b_log, b_share * load_tile(strip[0] + i_b * rows * M, M, o_q - first, o_kv, rows, M)
     else:
         b_other = _logs(others, t_theirs, Pairs(masks, start, o_q, o_kv, N, M), other.scale_log2, C.OTHER_D, C.OTHER_FOLDED, C)
-        return b_log, _weighted(b_log, b_other, beta, C.KIND)
+        return b_log, _weighted(b_log, b_other, beta, C)
 
 
 @triton.jit
@@ -475,28 +476,29 @@ def _difference(b_a, b_b):
 @triton.jit
 def _kl(b_p, b_q, b_d):
     """p (d - 1 + e^-d) for d = ln p - ln q, a power series where that would cancel."""
-    b = 1.0 - b_d * 0.09090909090909091
-    b = 1.0 - b_d * b * 0.1
-    b = 1.0 - b_d * b * 0.1111111111111111
-    b = 1.0 - b_d * b * 0.125
-    b = 1.0 - b_d * b * 0.14285714285714285
-    b = 1.0 - b_d * b * 0.16666666666666666
-    b = 1.0 - b_d * b * 0.2
-    b = 1.0 - b_d * b * 0.25
-    b = 1.0 - b_d * b * 0.3333333333333333
-    return tl.where(tl.abs(b_d) < 1.0, b_p * (b_d * b_d * b * 0.5), b_p * b_d + b_q - b_p)
+    b = b_d * -2.505210838544172e-08 + 2.755731922398589e-07  # (-d)^n / (n + 2)!, n from 9 to 0
+    b = b * b_d - 2.755731922398589e-06
+    b = b * b_d + 2.48015873015873e-05
+    b = b * b_d - 0.0001984126984126984
+    b = b * b_d + 0.001388888888888889
+    b = b * b_d - 0.008333333333333333
+    b = b * b_d + 0.041666666666666664
+    b = b * b_d - 0.16666666666666666
+    b = b * b_d + 0.5
+    return tl.where(tl.abs(b_d) < 1.0, b_p * (b_d * b_d * b), b_p * b_d + b_q - b_p)
 
 
 @triton.jit
-def _from_mixture(b_d, beta):
+def _from_mixture(b_d, beta, PRECISION: tl.constexpr):
     """ln p - ln m and ln q - ln m of the mixture m = beta p + (1 - beta) q, for d = ln p - ln q."""
     b_less = tl.where(b_d >= 0.0, 1.0 - beta, beta)  # the factor of the smaller of p and q; m is the larger one times
-    b_log = log1p(b_less * expm1(-tl.abs(b_d)))  # the exponential of this
+    b_x = b_less * expm1(-tl.abs(b_d))  # from -1 to 0
+    b_log = log1p(b_x, b_x * reciprocal(2.0 + b_x, PRECISION))  # the exponential of this
     return tl.minimum(b_d, 0.0) - b_log, -tl.maximum(b_d, 0.0) - b_log
 
 
 @triton.jit
-def _divergence(b_a, b_b, beta, KIND: tl.constexpr):
+def _divergence(b_a, b_b, beta, C: tl.constexpr):
     """f(p, q) of a = log2 p and b = log2 q: no term is negative, so that small divergences keep their digits.
 
     Of total variation p - q, and 0 for a key with more than half of the weight, whose difference has no digits beside 1. The
@@ -505,13 +507,13 @@ def _divergence(b_a, b_b, beta, KIND: tl.constexpr):
     """
     b_d = _difference(b_a, b_b)
     b_p, b_q = tl.exp2(b_a), tl.exp2(b_b)
-    if KIND == "kl":
+    if C.KIND == "kl":
         return _kl(b_p, b_q, b_d)
-    elif KIND == "js":
+    elif C.KIND == "js":
         b_m = beta * b_p + (1.0 - beta) * b_q
-        b_to, b_from = _from_mixture(b_d, beta)
+        b_to, b_from = _from_mixture(b_d, beta, C.PRECISION)
         return beta * _kl(b_p, b_m, b_to) + (1.0 - beta) * _kl(b_q, b_m, b_from)
-    elif KIND == "hellinger":
+    elif C.KIND == "hellinger":
         b_root = tl.exp2(b_a * 0.5) - tl.exp2(b_b * 0.5)
         return b_root * b_root * 0.5
     else:
@@ -519,18 +521,18 @@ def _divergence(b_a, b_b, beta, KIND: tl.constexpr):
 
 
 @triton.jit
-def _weighted(b_a, b_b, beta, KIND: tl.constexpr):
+def _weighted(b_a, b_b, beta, C: tl.constexpr):
     """p df/dp of a = log2 p and b = log2 q, up to a constant times p, which drops out."""
     b_d = _difference(b_a, b_b)
     b_p, b_q = tl.exp2(b_a), tl.exp2(b_b)
-    if KIND == "kl":
+    if C.KIND == "kl":
         return b_p * b_d
-    elif KIND == "reverse_kl":
+    elif C.KIND == "reverse_kl":
         return b_p - b_q
-    elif KIND == "js":
-        b_to, _ = _from_mixture(b_d, beta)
+    elif C.KIND == "js":
+        b_to, _ = _from_mixture(b_d, beta, C.PRECISION)
         return beta * b_p * b_to
-    elif KIND == "hellinger":
+    elif C.KIND == "hellinger":
         b_root = tl.exp2(b_a * 0.5)
         return b_root * (b_root - tl.exp2(b_b * 0.5)) * 0.5
     else:

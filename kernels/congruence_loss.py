@@ -359,26 +359,31 @@ def _dot_tf32(b_a, b_b):
 @triton.jit
 def expm1(x):
     """exp(x) - 1 to a few ulp. Small x take the power series, since exp(x) - 1 would cancel."""
-    b = 1.0 + x * 0.1
-    b = 1.0 + x * b * 0.1111111111111111
-    b = 1.0 + x * b * 0.125
-    b = 1.0 + x * b * 0.14285714285714285
-    b = 1.0 + x * b * 0.16666666666666666
-    b = 1.0 + x * b * 0.2
-    b = 1.0 + x * b * 0.25
-    b = 1.0 + x * b * 0.3333333333333333
-    b = x * (1.0 + x * b * 0.5)
+    b = x * 2.755731922398589e-07 + 2.755731922398589e-06  # x^n / (n + 2)!, n from 8 to 0
+    b = b * x + 2.48015873015873e-05
+    b = b * x + 0.0001984126984126984
+    b = b * x + 0.001388888888888889
+    b = b * x + 0.008333333333333333
+    b = b * x + 0.041666666666666664
+    b = b * x + 0.16666666666666666
+    b = b * x + 0.5
+    b = x * b * x + x
     return tl.where(tl.abs(x) < 0.7, b, tl.exp(x) - 1.0)
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x) for x > -1 to a few ulp. Small x take the series of the inverse hyperbolic tangent, since 1 + x would round."""
-    z = x / (2.0 + x)
+def log1p(x, z):
+    """log(1 + x) for x > -1 to a few ulp, with z = x / (2 + x). Small x take the series of the inverse hyperbolic tangent, since
+    1 + x would round."""
     zz = z * z
     b = 0.2 + zz * (0.14285714285714285 + zz * (0.1111111111111111 + zz * 0.09090909090909091))
     b = 2.0 * z * (1.0 + zz * (0.3333333333333333 + zz * b))
     return tl.where(tl.abs(x) < 0.4, b, tl.log(1.0 + x))
+
+
+@triton.jit
+def _log1p(x):
+    return log1p(x, x / (2.0 + x))
 
 
 @triton.jit
@@ -532,7 +537,7 @@ def _divergence_of_products(b_p, b_t, epsilon, GRAD: tl.constexpr):
         return b_grad_p, b_grad_t
     else:
         b_loss = (b_t - b_p) * (b_log_t - b_log_p)
-        b_loss -= b_t * log1p(epsilon / b_t_safe) + b_p * log1p(epsilon / b_p_safe)
+        b_loss -= b_t * _log1p(epsilon / b_t_safe) + b_p * _log1p(epsilon / b_p_safe)
         return b_loss
 
 
@@ -550,7 +555,7 @@ def _divergence_of_softmax(b_intra, b_target, m_pair, per_head, KIND: tl.constex
     if KIND == "cacr":
         # log p - log t is the gap minus the difference of the two log-sum-exps, which is log sum t e^gap
         b_gap = b_intra - b_target
-        b_d = b_gap - log1p(tl.sum(b_t * expm1(b_gap), axis=1))[:, None]
+        b_d = b_gap - _log1p(tl.sum(b_t * expm1(b_gap), axis=1))[:, None]
     else:
         b_log_p = b_intra * 0.6931471805599453 + tl.log(per_head)  # of the mean over the heads
         b_d = b_log_p - (b_target - tl.log(b_sum))

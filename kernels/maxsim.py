@@ -1,11 +1,10 @@
 """maxsim in Triton: the largest product of each query token with the tokens of each document; forward and backward.
 
 Shapes: queries (A, N, D), documents (B, M, D); similarity (A, B), places (A, B, N). L = A N query tokens lie one after the other.
-Roofline: tensor cores, one product forward and two (in bfloat16 parts) for the documents' gradients; those of the queries are
-gathered.
+Roofline: tensor cores, one product forward; gradients are gathered, one row for each pair of a query token and a document.
 Trick: a maximum of every BLOCK_KV-th product, and where it stood, stay in registers: nothing is exchanged between threads before
-the loop ends. The gradient of a document is a product with 0s and 1s, which says what query tokens chose a token, so that sums
-have an order: no atomics. Measured on an H100: docs/operators/maxsim.md.
+the loop ends. Query tokens are sorted by the place that they chose in a document, so that the sum of each place has an order: no
+atomics. Measured on an H100, before they were sorted: docs/operators/maxsim.md.
 """
 
 from __future__ import annotations
@@ -20,27 +19,15 @@ from torch import Tensor
 from vlattn_fast.backends.inputs import MaxsimBackwardInputs, MaxsimInputs
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
-from vlattn_fast.kernels._tiles import (
-    block_size,
-    cdiv,
-    dot,
-    input_precision,
-    launched,
-    load_tile,
-    real_tokens,
-    row_products,
-    store_tile,
-    tile_of,
-)
+from vlattn_fast.kernels._tiles import block_size, cdiv, input_precision, launched, real_tokens, row_products, store_tile, tile_of
 
 
 class Constants(NamedTuple):
-    """D: features. MASKED: whether documents have a mask. PARTS: whether weighted 16-bit tokens are split for a product."""
+    """D: features. MASKED: whether documents have a mask."""
 
     D: int
     BLOCK_D: int
     MASKED: bool
-    PARTS: bool
     PRECISION: str
     BLOCK_Q: int = 0
     BLOCK_KV: int = 0
@@ -85,13 +72,14 @@ def backward(inputs: MaxsimBackwardInputs) -> tuple[Tensor, Tensor]:
     if places.numel() == 0 or documents.shape[1] == 0:
         return grad_q, grad_d
     call = _arguments(queries, documents, None)
-    call |= {"p_places": places, "p_weight": inputs.grad_similarity.to(torch.float32).contiguous()}
+    call |= {"p_weight": inputs.grad_similarity.to(torch.float32).contiguous()}
     facts, rows = _facts(queries, documents), queries.shape[0] * queries.shape[1]
     config = configuration("maxsim", "query_gradient", **facts)
-    _query_gradient_kernel[(cdiv(rows, config["BLOCK_Q"]),)](**launched(call, config), p_grad=grad_q)
+    _query_gradient_kernel[(cdiv(rows, config["BLOCK_Q"]),)](**launched(call, config), p_places=places, p_grad=grad_q)
     config = configuration("maxsim", "document_gradient", **facts)
     grid = (cdiv(documents.shape[1], config["BLOCK_KV"]) * documents.shape[0],)
-    _document_gradient_kernel[grid](**launched(call, config), p_grad=grad_d)
+    chosen = places.transpose(0, 1).flatten(1).sort(stable=True)  # (B, L)
+    _document_gradient_kernel[grid](**launched(call, config), p_places=chosen.values, p_tokens=chosen.indices, p_grad=grad_d)
     return grad_q, grad_d
 
 
@@ -108,11 +96,7 @@ def _arguments(queries: Tensor, documents: Tensor, mask: Tensor | None) -> dict[
         L=queries.shape[0] * queries.shape[1],
     )
     constants = Constants(
-        D=queries.shape[2],
-        BLOCK_D=block_size(queries.shape[2]),
-        MASKED=mask is not None,
-        PARTS=queries.dtype != torch.float32,
-        PRECISION=input_precision(),
+        D=queries.shape[2], BLOCK_D=block_size(queries.shape[2]), MASKED=mask is not None, PRECISION=input_precision()
     )
     return {"x": x, "C": constants}
 
@@ -177,44 +161,31 @@ def _query_gradient_kernel(x, p_places, p_weight, p_grad, C: tl.constexpr):
 
 
 @triton.jit
-def _document_gradient_kernel(x, p_places, p_weight, p_grad, C: tl.constexpr):
-    """d d_j = sum over a and i with place_abi = j of weight_ab q_ai, of a tile of tokens j of one document b.
-
-    A tile [kv,q] of 0s and 1s says which query tokens chose which token. It is exact in 16 bits, and weight q is split in two.
-    A product with 0s turns one NaN or infinity into NaN for all tokens of the tile: sums that are not finite are taken again,
-    without products.
-    """
+def _document_gradient_kernel(x, p_places, p_tokens, p_weight, p_grad, C: tl.constexpr):
+    """d d_j = sum over a and i with place_abi = j of weight_ab q_ai, of a tile of tokens j of one document b. places (B, L) are
+    sorted, and tokens (B, L) are those of the queries that have them."""
     p_queries, p_documents, p_mask, N, M, B, L = x
     blocks = tl.cdiv(M, C.BLOCK_KV)
     i = tl.program_id(0)
     i_b = (i // blocks).to(tl.int64)
-    first = (i % blocks) * C.BLOCK_KV
-    o_kv = first + tl.arange(0, C.BLOCK_KV)
+    o_kv = (i % blocks) * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV)
     o_d = tl.arange(0, C.BLOCK_D)
+    b_at = tl.zeros([C.BLOCK_KV], dtype=tl.int32)  # the first place that is not before j lies from here on, and not after
+    b_end = tl.full([C.BLOCK_KV], 0, dtype=tl.int32) + L
+    size = L
+    while size > 0:
+        b_middle = (b_at + b_end) // 2
+        b_before = tl.load(p_places + i_b * L + b_middle, mask=b_at < b_end, other=2147483647) < o_kv
+        b_at, b_end = tl.where(b_before, b_middle + 1, b_at), tl.where(b_before, b_end, b_middle)
+        size //= 2
+    m_chose = tl.load(p_places + i_b * L + b_at, mask=(b_at < L) & (o_kv < M), other=-1) == o_kv
     b_grad = tl.zeros([C.BLOCK_KV, C.BLOCK_D], dtype=tl.float32)
-    for start in range(0, L, C.BLOCK_Q):
-        o_q = start + tl.arange(0, C.BLOCK_Q)
-        o_a = (o_q // N).to(tl.int64)
-        b_place = tl.load(p_places + (o_a * B + i_b) * N + o_q % N, mask=o_q < L, other=-1)
-        b_weight = tl.load(p_weight + o_a * B + i_b, mask=o_q < L, other=0.0)
-        b_q = load_tile(p_queries, C.D, o_q, o_d, L, C.D).to(tl.float32)
-        b_q = tl.where((b_place >= 0)[:, None], b_q * b_weight[:, None], 0.0)  # NaN that nobody chose times 0 would be NaN
-        b_chose = o_kv[:, None] == b_place[None, :]  # [kv,q]
-        if C.PARTS:
-            b_high = b_q.to(tl.bfloat16)
-            b_low = (b_q - b_high.to(tl.float32)).to(tl.bfloat16)
-            b_chose = b_chose.to(tl.float32).to(tl.bfloat16)  # the interpreter takes no bool to bfloat16
-            b_grad += dot(b_chose, b_high, C.PRECISION) + dot(b_chose, b_low, C.PRECISION)
-        else:
-            b_grad += dot(b_chose.to(tl.float32), b_q, C.PRECISION)
-    zero = tl.sum(b_grad * 0.0)
-    if zero != zero:
-        b_grad = tl.zeros([C.BLOCK_KV, C.BLOCK_D], dtype=tl.float32)
-        for i_q in range(0, L):
-            i_a, i_n = (i_q // N).to(tl.int64), i_q % N
-            place = tl.load(p_places + (i_a * B + i_b) * N + i_n)
-            if (place >= first) & (place < first + C.BLOCK_KV):
-                weight = tl.load(p_weight + i_a * B + i_b)
-                b_q = tl.load(p_queries + (i_a * N + i_n) * C.D + o_d, mask=o_d < C.D, other=0.0).to(tl.float32)  # [D]
-                b_grad = tl.where((o_kv == place)[:, None], b_grad + (b_q * weight)[None, :], b_grad)
+    while tl.max(m_chose.to(tl.int32), axis=0) > 0:
+        b_token = tl.load(p_tokens + i_b * L + b_at, mask=m_chose, other=0)
+        b_weight = tl.load(p_weight + b_token // N * B + i_b, mask=m_chose, other=0.0)
+        m_row = m_chose[:, None] & (o_d < C.D)[None, :]
+        b_row = tl.load(p_queries + b_token[:, None] * C.D + o_d[None, :], mask=m_row, other=0.0)
+        b_grad += b_row.to(tl.float32) * b_weight[:, None]
+        b_at += 1
+        m_chose = m_chose & (tl.load(p_places + i_b * L + b_at, mask=m_chose & (b_at < L), other=-1) == o_kv)
     store_tile(p_grad + i_b * M * C.D, C.D, o_kv, o_d, M, C.D, b_grad)

@@ -19,6 +19,7 @@ constexpr float LARGEST = 22.0f;  // e^-2x is finite up to there, and so is its 
 constexpr float LARGEST_SMALL = 1.0f;  // |x + y| up to there is small
 constexpr float LARGEST_REST = 2.0f;  // the same where x and y cancel: their exponentials have larger errors
 constexpr float LARGEST_SUM = 20.0f;  // two denominators of up to 1 + e^40 have a finite product
+constexpr float LEAST = 1e-10f;  // of weights over the largest, where one divides by them
 constexpr float CLAMP = 2.3538526683701998e17f;  // e^40: tanh is -1 there, far below float32's resolution
 
 // x, of which the compiler knows nothing: what a rare branch alone needs is then not computed in advance and kept in registers.
@@ -68,13 +69,14 @@ struct Reach {
 struct Shared {
     float* rows;  // (units, stride): e^-2x
     float* columns;  // (pairs, PAIR): e^-2y of two units, COLUMNS of each
-    float2* weights;  // (pairs): those of two units
+    float2* weights;  // (pairs): those of two units, of 16-bit types 1/w1 and w2 with the largest as 1
+    float2* total;  // the largest |weight|, and the sum of those over it
     Reach *query_reach, *key_reach;  // (WARPS) each, by `stage_largest`
     void* rest;
 
     __host__ __device__ static size_t bytes(int A, int stride) {
         const size_t units = round_up(A, 8);
-        return sizeof(float) * (units * stride + units / 2 * PAIR + units + 4 * WARPS);
+        return sizeof(float) * (units * stride + units / 2 * PAIR + units + 4 * WARPS + 4);
     }
     __device__ Shared(int A, int stride) {
         const int units = round_up(A, 8);
@@ -83,7 +85,8 @@ struct Shared {
         query_reach = reinterpret_cast<Reach*>(columns + units / 2 * PAIR);
         key_reach = query_reach + WARPS;
         weights = reinterpret_cast<float2*>(key_reach + WARPS);
-        rest = weights + units / 2;
+        total = weights + units / 2;
+        rest = total + 2;
     }
 };
 
@@ -122,10 +125,20 @@ __device__ __forceinline__ void stage_rows(const Shared& shared, const Side<T>& 
         to[0] = e1;
         to[ROW_STRIDE<MT>] = e2;
     });
+    float2 total = {0.0f, 0.0f};
+    for (int unit = lane_index(); unit < A; unit += WARP) {
+        const float w = to_float(vector[unit]);
+        total = {fmaxf(total.x, fabsf(w)), total.y + w};
+    }
+    const float largest = warp_max(total.x), scale = largest > 0.0f ? 1.0f / largest : 1.0f;
+    const float sum = warp_sum(total.y) * scale;
+    if (threadIdx.x == 0) *shared.total = {largest, sum};
     for (int pair = threadIdx.x; pair < round_up(A, 8) / 2; pair += THREADS) {
         const float w1 = 2 * pair < A ? to_float(vector[2 * pair]) : 0.0f;
         const float w2 = 2 * pair + 1 < A ? to_float(vector[2 * pair + 1]) : 0.0f;
-        shared.weights[pair] = {w1, w2};
+        const float over = w1 * scale;
+        shared.weights[pair] =
+            std::is_same_v<T, float> ? float2{w1, w2} : float2{1.0f / (fabsf(over) < LEAST ? LEAST : over), w2 * scale};
     }
 }
 
@@ -205,21 +218,23 @@ template <bool CLAMPED> __device__ __forceinline__ float denominator(float u, fl
     return CLAMPED ? 1.0f + fminf(u * v, CLAMP) : fmaf(u, v, 1.0f);
 }
 
-// Adds half the sums of w tanh(x + y) = w (2/d - 1) over pairs of hidden units, whose w1/d1 + w2/d2 have one reciprocal. EXACT:
-// with (w1+w2)/2 taken off each, since the sum of all weights may be much larger than the score.
+// Adds half the sums of w tanh(x + y) = w (2/d - 1) over pairs of hidden units with one reciprocal for both: w1/d1 + w2/d2 =
+// (D w2 + d2) / (D d2) with D = d1/w1, which takes no more than d1. Where D d2 overflows, both terms are below 1e-11 of the largest
+// weight, and become 0. EXACT: (w1 d2 + w2 d1) / (d1 d2) with (w1+w2)/2 taken off, since the sum of all weights may be much larger
+// than the score.
 template <bool CLAMPED, bool EXACT, int MT>
 __device__ __forceinline__ void sum_pairs(Tile<MT>& halves, const Shared& shared, int begin, int end) {
     constexpr int OWN = 2 * MT;
     const float* rows = shared.rows + warp_index() * 16 * MT + lane_row() * OWN;
     const float* columns = shared.columns + lane_column() * 8;
-    float weights = 0.0f;
 #pragma unroll 2
     for (int pair = begin; pair < end; ++pair) {
         const float2 w = shared.weights[pair];
-        weights += w.x + w.y;
         float u1[OWN], u2[OWN];
         read(u1, rows + 2 * pair * ROW_STRIDE<MT>);
         read(u2, rows + (2 * pair + 1) * ROW_STRIDE<MT>);
+        if (!EXACT && !CLAMPED)
+            for (float& u : u1) u *= w.x;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             float v1[4], v2[4];
@@ -229,15 +244,20 @@ __device__ __forceinline__ void sum_pairs(Tile<MT>& halves, const Shared& shared
             for (int i = 0; i < OWN; ++i) {
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
-                    const float d1 = denominator<CLAMPED>(u1[i], v1[c]), d2 = denominator<CLAMPED>(u2[i], v2[c]);
                     float& sum = halves[i / 2][2 * k + c / 2][i % 2 * 2 + c % 2];
-                    const float both = fmaf(w.x, d2, w.y * d1), reciprocal = reciprocal_of<EXACT>(d1 * d2);
-                    sum = EXACT ? sum + fmaf(both, reciprocal, -0.5f * (w.x + w.y)) : fmaf(both, reciprocal, sum);
+                    const float d2 = denominator<CLAMPED>(u2[i], v2[c]);
+                    if (EXACT) {
+                        const float d1 = denominator<CLAMPED>(u1[i], v1[c]), both = fmaf(w.x, d2, w.y * d1);
+                        sum += fmaf(both, reciprocal_of<EXACT>(d1 * d2), -0.5f * (w.x + w.y));
+                    } else {
+                        const float d1 = CLAMPED ? fmaf(fminf(u1[i] * v1[c], CLAMP), w.x, w.x) : fmaf(u1[i], v1[c], w.x);
+                        sum = fmaf(fmaf(d1, w.y, d2), fast_reciprocal(d1 * d2), sum);
+                    }
                 }
             }
         }
     }
-    if (!EXACT) each<MT>(halves, [&](float& x) { x -= 0.5f * weights; });
+    if (!EXACT) each<MT>(halves, [&](float& x) { x = shared.total->x * (x - 0.5f * shared.total->y); });
 }
 
 // The same from sums: slow, rare, and right for any.

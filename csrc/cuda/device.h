@@ -52,16 +52,17 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
     return y;
 }
 
-// Launches `kernel`, unless it has no blocks, with `shared` bytes of dynamic shared memory per block. Returns the status of this
-// launch: an earlier error of other code is neither reported nor cleared.
+// Launches `kernel`, unless it has no blocks, with `shared` bytes of dynamic shared memory per block, and all of an SM's for its
+// blocks. Returns the status of this launch: an earlier error of other code is neither reported nor cleared.
 template <class... Params>
 cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t stream, Params... args) {
     if (blocks == 0) return cudaSuccess;
     if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-    if (shared > 48 * 1024) {
-        cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-        if (status != cudaSuccess) return status;
-    }
+    const auto set = [&](cudaFuncAttribute attribute, int value) { return cudaFuncSetAttribute(kernel, attribute, value); };
+    cudaError_t status = cudaSuccess;
+    if (shared > 48 * 1024) status = set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (shared > 0 && status == cudaSuccess) status = set(cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+    if (status != cudaSuccess) return status;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(threads);

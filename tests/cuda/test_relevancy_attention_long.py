@@ -82,11 +82,12 @@ def test_the_order_of_blocks_and_warps_changes_no_bit(causal: bool, cuda_library
     cotangents = [torch.randn(1, 2, 300, 32, dtype=BF16), torch.rand(1, 1, 300)]
     found = []
     for seed in range(4):
-        with cuda.emulated(90, Options(seed=seed, interleave=seed + 1), library=cuda_library):
+        with cuda.emulated(90, Options(seed=seed, interleave=seed + 1), library=cuda_library) as launches:
             outputs = call(va.relevancy_attention, backend="cuda", is_causal=causal, enable_gqa=True)(**inputs)
             found.append(torch.autograd.grad(outputs, [*inputs.values()], cotangents))
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+    assert 100 in {launch.carveout for launch in launches}  # an SM holds the blocks for which tiles were chosen
 
 
 @pytest.mark.parametrize(

@@ -77,13 +77,6 @@ FAULTS = (
         "tl.where((o_kv < num)[None, :], b_x, float('-inf'))",
         "b_x",
     ),
-    Planted(
-        "the next part of a split number makes up for it",
-        *("maxsim", "all tokens", torch.bfloat16, "maxsim._document_gradient_kernel"),
-        "b_low = (b_q -",
-        "b_low = 0.5 * (b_q -",
-        True,
-    ),
 )
 
 
