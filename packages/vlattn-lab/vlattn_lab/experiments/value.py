@@ -500,7 +500,7 @@ def effects(records: Sequence[Record], arm: str = ARMS[0]) -> list[Effect]:
         gains = {"iii": ["coreference"], "iv": ["relation_detection"], "v": [f"linguistic_heads: {task}" for task in ORDER]}
         for number, key in ((number, key) for number, keys in gains.items() for key in keys):
             what = PAIRS.get(key) or TASKS[key.partition(": ")[2]]
-            add(number, f"training on the best head, {what}", lambda record, key=key: _gain(record, key))
+            add(number, f"training on the best head, {what}", partial(_gain, key=key))
     return effects_of(found)
 
 
