@@ -365,7 +365,7 @@ def expm1(x):
 
 
 @triton.jit
-def log1p(x, z):
+def log1p_by(x, z):
     """log(1 + x) for x > -1 to a few ulp, with z = x / (2 + x). Small x take the series of the inverse hyperbolic tangent, since
     1 + x would round."""
     zz = z * z
@@ -375,8 +375,8 @@ def log1p(x, z):
 
 
 @triton.jit
-def _log1p(x):
-    return log1p(x, x / (2.0 + x))
+def log1p(x):
+    return log1p_by(x, x / (2.0 + x))
 
 
 @triton.jit
@@ -530,7 +530,7 @@ def _divergence_of_products(b_p, b_t, epsilon, GRAD: tl.constexpr):
         return b_grad_p, b_grad_t
     else:
         b_loss = (b_t - b_p) * (b_log_t - b_log_p)
-        b_loss -= b_t * _log1p(epsilon / b_t_safe) + b_p * _log1p(epsilon / b_p_safe)
+        b_loss -= b_t * log1p(epsilon / b_t_safe) + b_p * log1p(epsilon / b_p_safe)
         return b_loss
 
 
@@ -548,7 +548,7 @@ def _divergence_of_softmax(b_intra, b_target, m_pair, per_head, KIND: tl.constex
     if KIND == "cacr":
         # log p - log t is the gap minus the difference of the two log-sum-exps, which is log sum t e^gap
         b_gap = b_intra - b_target
-        b_d = b_gap - _log1p(tl.sum(b_t * expm1(b_gap), axis=1))[:, None]
+        b_d = b_gap - log1p(tl.sum(b_t * expm1(b_gap), axis=1))[:, None]
     else:
         b_log_p = b_intra * 0.6931471805599453 + tl.log(per_head)  # of the mean over the heads
         b_d = b_log_p - (b_target - tl.log(b_sum))
