@@ -53,7 +53,7 @@ from vlattn_fast.kernels._tiles import (
     store_tile,
     zero_sums,
 )
-from vlattn_fast.kernels.congruence_loss import expm1, log1p
+from vlattn_fast.kernels.congruence_loss import expm1, log1p_by
 from vlattn_fast.kernels.congruence_maps import dot_small
 
 _STRIP_BYTES = 1 << 26  # of A r and log A of the heads' mean, for each sample: bits are the same in any batch
@@ -493,7 +493,7 @@ def _from_mixture(b_d, beta, PRECISION: tl.constexpr):
     """ln p - ln m and ln q - ln m of the mixture m = beta p + (1 - beta) q, for d = ln p - ln q."""
     b_less = tl.where(b_d >= 0.0, 1.0 - beta, beta)  # the factor of the smaller of p and q; m is the larger one times
     b_x = b_less * expm1(-tl.abs(b_d))  # from -1 to 0
-    b_log = log1p(b_x, b_x * reciprocal(2.0 + b_x, PRECISION))  # the exponential of this
+    b_log = log1p_by(b_x, b_x * reciprocal(2.0 + b_x, PRECISION))  # the exponential of this
     return tl.minimum(b_d, 0.0) - b_log, -tl.maximum(b_d, 0.0) - b_log
 
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
-from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
+from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs, queries_and_keys
 from vlattn_fast.backends.reference.congruence_loss import EPSILON, num_gradients, of_all_blocks
 from vlattn_fast.kernels._configurations import cached_launch, configuration
 from vlattn_fast.kernels._device import on_device
@@ -54,19 +54,19 @@ _CHUNK_BYTES, _MAPS = 1 << 28, 6  # a chunk of samples holds about _MAPS maps of
 @on_device
 def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
     """The loss of each sample, (B), and an empty tensor: nothing is stored for the backward pass."""
-    queries = inputs.queries
     losses = [part.losses() for _, part in _chunks(inputs)]
     if len(losses) == 1:
         loss = losses[0]
     else:
-        loss = torch.cat(losses) if losses else queries[0].new_zeros(queries[0].shape[0], dtype=torch.float32)
+        text = inputs.text_query
+        loss = torch.cat(losses) if losses else text.new_zeros(text.shape[0], dtype=torch.float32)
     return loss, loss.new_empty(0)
 
 
 @on_device
 def backward(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of the queries and of the keys; None for those of blocks that are constants."""
-    queries, keys, direction = inputs.queries, inputs.keys, inputs.direction
+    (queries, keys), direction = queries_and_keys(inputs), inputs.direction
     distributed = inputs.kind == "iais_distributed"
     # iais_distributed in one direction does not use the other modality's attention to itself
     zero = {"text": {1}, "image": {0}}.get(direction, set()) if distributed else set()
@@ -92,7 +92,7 @@ def _without_tokens(queries: list[Tensor]) -> bool:
 
 def _chunks(inputs: CongruenceLossInputs | CongruenceLossBackwardInputs) -> Iterator[tuple[slice | None, _Chunk]]:
     """The samples in chunks whose maps have a bounded size; None where one chunk has all of them."""
-    queries, keys, text_mask, image_mask = inputs.queries, inputs.keys, inputs.text_mask, inputs.image_mask
+    (queries, keys), text_mask, image_mask = queries_and_keys(inputs), inputs.text_mask, inputs.image_mask
     if _without_tokens(queries):
         return
     batch, length = queries[0].shape[0], queries[0].shape[2] + queries[1].shape[2]
@@ -106,20 +106,13 @@ def _chunks(inputs: CongruenceLossInputs | CongruenceLossBackwardInputs) -> Iter
     step = max(1, _CHUNK_BYTES // (_MAPS * 4 * length**2))
     for start in range(0, batch, step):
         b = None if step >= batch else slice(start, min(start + step, batch))
-        part = _at(queries, b), _at(keys, b), masks and _at(masks, b)
-        yield b, _Chunk(*part, inputs)
+        yield b, _Chunk(_at(queries, b), _at(keys, b), masks and _at(masks, b), inputs)
 
 
 class _Chunk:
     """Some samples. A map is (b, S, S): the blocks LL, LV over VL, VV."""
 
-    def __init__(
-        self,
-        queries: list[Tensor],
-        keys: list[Tensor],
-        masks: list[Tensor] | None,
-        inputs: CongruenceLossInputs | CongruenceLossBackwardInputs,
-    ) -> None:
+    def __init__(self, queries: list[Tensor], keys: list[Tensor], masks: list[Tensor] | None, inputs: Any) -> None:
         self.queries, self.keys, self.masks = queries, keys, masks
         self.kind, self.scale, self.as_they_are = inputs.kind, inputs.scale, inputs.normalize == "none"
         self.logs = self.kind == "iais_singular" and not self.as_they_are  # whether a map's logarithm is compared
@@ -372,7 +365,7 @@ def expm1(x):
 
 
 @triton.jit
-def log1p(x, z):
+def log1p_by(x, z):
     """log(1 + x) for x > -1 to a few ulp, with z = x / (2 + x). Small x take the series of the inverse hyperbolic tangent, since
     1 + x would round."""
     zz = z * z
@@ -382,8 +375,8 @@ def log1p(x, z):
 
 
 @triton.jit
-def _log1p(x):
-    return log1p(x, x / (2.0 + x))
+def log1p(x):
+    return log1p_by(x, x / (2.0 + x))
 
 
 @triton.jit
@@ -537,7 +530,7 @@ def _divergence_of_products(b_p, b_t, epsilon, GRAD: tl.constexpr):
         return b_grad_p, b_grad_t
     else:
         b_loss = (b_t - b_p) * (b_log_t - b_log_p)
-        b_loss -= b_t * _log1p(epsilon / b_t_safe) + b_p * _log1p(epsilon / b_p_safe)
+        b_loss -= b_t * log1p(epsilon / b_t_safe) + b_p * log1p(epsilon / b_p_safe)
         return b_loss
 
 
@@ -555,7 +548,7 @@ def _divergence_of_softmax(b_intra, b_target, m_pair, per_head, KIND: tl.constex
     if KIND == "cacr":
         # log p - log t is the gap minus the difference of the two log-sum-exps, which is log sum t e^gap
         b_gap = b_intra - b_target
-        b_d = b_gap - _log1p(tl.sum(b_t * expm1(b_gap), axis=1))[:, None]
+        b_d = b_gap - log1p(tl.sum(b_t * expm1(b_gap), axis=1))[:, None]
     else:
         b_log_p = b_intra * 0.6931471805599453 + tl.log(per_head)  # of the mean over the heads
         b_d = b_log_p - (b_target - tl.log(b_sum))

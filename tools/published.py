@@ -10,14 +10,15 @@ import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-from tests.helpers.published.authors import FILE, LIVE
+FILE = Path(__file__).parents[1] / "tests" / "helpers" / "published" / "recorded.json"
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true")
     record = parser.parse_args().record
-    if not LIVE:
+    if "VLATTN_PUBLISHED" not in os.environ:
         parser.error("set VLATTN_PUBLISHED to the folder of the clones")
     if record:
         FILE.unlink(missing_ok=True)

@@ -5,7 +5,7 @@
 //   lse: shift = lse log2(e), norm = 1; where rounding it shows, max_j s_ij and 1 / sum_j 2^(s_ij - shift_i)
 //   dP_ij = dout_i . v_j     delta_i = sum_j P_ij dP_ij - dlse_i     g_ij = scale P_ij (dP_ij - delta_i)     dv_j = sum_i P_ij dout_i
 //   q_ija = tanh(x_ia + y_ja) / 2     dx_ia = 4 u_a sum_j g_ij (1/4 - q_ija^2), dy_ja the same over i     du_a = 2 sum_ij g_ij q_ija
-// The special function unit and the instructions are the bound: forward half a reciprocal and 4 instructions for each pair and unit
+// The special function unit and the instructions are the bound: forward half a reciprocal and 3 instructions for each pair and unit
 // (additive_scores.h), backward a whole one and 12.5. Scores are computed in the registers that the product with the values reads.
 // Backward, a block has 64 keys at a time and loops over the queries. A tile's g goes through shared memory to lanes that each hold
 // two hidden units of the warp's 16 keys. dy is summed in registers, dx within the lane, and then in memory in float32. No two

@@ -1,4 +1,4 @@
-"""Products of 16-bit numbers on a CPU take nothing from outside of a row, as torch's own do on CPUs with AMX (docs/developers/bugs.md)."""
+"""Products of 16-bit numbers on a CPU take nothing from outside of a row, as torch's do with AMX (docs/developers/bugs.md)."""
 
 import itertools
 from collections.abc import Callable

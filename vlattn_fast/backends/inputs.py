@@ -350,14 +350,6 @@ class CongruenceLossInputs(NamedTuple):
     saves: bool
     backend: str
 
-    @property
-    def queries(self) -> list[Tensor]:
-        return [self.text_query, self.image_query, self.cross_text_query, self.cross_image_query]
-
-    @property
-    def keys(self) -> list[Tensor]:
-        return [self.text_key, self.image_key, self.cross_image_key, self.cross_text_key]
-
 
 class CongruenceLossBackwardInputs(NamedTuple):
     """grad_loss (B), the gradients from the backend's forward pass; the others as in CongruenceLossInputs."""
@@ -380,13 +372,11 @@ class CongruenceLossBackwardInputs(NamedTuple):
     scale: float
     backend: str
 
-    @property
-    def queries(self) -> list[Tensor]:
-        return [self.text_query, self.image_query, self.cross_text_query, self.cross_image_query]
 
-    @property
-    def keys(self) -> list[Tensor]:
-        return [self.text_key, self.image_key, self.cross_image_key, self.cross_text_key]
+def queries_and_keys(x: CongruenceLossInputs | CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns those of the blocks LL, VV, LV, VL."""
+    queries = [x.text_query, x.image_query, x.cross_text_query, x.cross_image_query]
+    return queries, [x.text_key, x.image_key, x.cross_image_key, x.cross_text_key]
 
 
 CongruenceLossJvpInputs, CongruenceLossSecondInputs = derivative_inputs(

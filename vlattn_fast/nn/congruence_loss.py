@@ -137,9 +137,8 @@ class CongruenceLoss(nn.Module):
         self.calls = int(state)
 
     def extra_repr(self) -> str:
-        options = f"{self.kind!r}, direction={self.direction!r}, scale={self.scale}, reduction={self.reduction!r}"
-        options += f", normalize={self.normalize!r}"
-        return f"{options}, schedule={self.schedule!r}, num_steps={self.num_steps}, weight={self.weight}"
+        names = ("direction", "scale", "reduction", "normalize", "schedule", "num_steps", "weight")
+        return ", ".join([repr(self.kind), *(f"{name}={getattr(self, name)!r}" for name in names)])
 
 
 def _parts(layer: CapturedLayer, text_mask: Tensor | None) -> tuple[QueryKey, QueryKey, Any]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
 
 import vlattn_lab as lab
+from vlattn_fast.models import UNITER, UNITERConfig
 from vlattn_lab import winoground
 from vlattn_lab.winoground import run as command
-from vlattn_lab.winoground.run import load_score
+from vlattn_lab.winoground.run import load_score, load_uniter_score
 
 
 def test_equals_the_batched_scores() -> None:
@@ -203,3 +205,37 @@ def test_a_model_without_a_matching_score_says_so(tmp_path):
     save_model("ViltForMaskedLM", tmp_path)
     with pytest.raises(ValueError, match=r"model must score an image and a caption, in itm_score.*; got logits \(1, 3, 5\)"):
         load_score(tmp_path)(Image.new("RGB", (20, 16)), "red")
+
+
+def test_published_uniter_reads_region_files(tmp_path, capsys):
+    """A checkpoint that was fine-tuned for retrieval, which is judged by its rank alone."""
+    model = UNITER(UNITERConfig(5, 64, 2, 1, 48, max_position_embeddings=8, region_dim=6)).eval()
+    state = model.state_dict()
+    weight, bias = state.pop("itm_output.weight"), state.pop("itm_output.bias")
+    torch.save({**state, "rank_output.weight": weight[:1], "rank_output.bias": bias[:1]}, tmp_path / "uniter.pt")
+    save_model("CLIPModel", tmp_path / "words")
+    copy = save_copy(tmp_path / "copy", [{}, {}])
+    stream = np.random.RandomState(0)
+    (tmp_path / "regions").mkdir()
+    files = {f"ex_{i}_img_{j}": (stream.rand(4, 6), stream.rand(4, 6)) for i in (0, 1) for j in (0, 1)}
+    for name, (features, boxes) in files.items():
+        np.savez(tmp_path / f"regions/{name}.npz", features=features, norm_bb=boxes, conf=np.ones(4))
+
+    score = load_uniter_score(tmp_path / "uniter.pt", tmp_path / "regions", tmp_path / "words")
+    features, boxes = (torch.from_numpy(x).float()[None] for x in files["ex_1_img_0"])
+    hidden = model(
+        torch.tensor([[1, 4, 2]]), features, torch.cat([boxes, boxes[..., 4:5] * boxes[..., 5:]], -1)
+    ).last_hidden_state
+    expected = model.uniter.pooler(hidden)[0] @ weight[0] + bias[0]
+    torch.testing.assert_close(score("ex_1_img_0", "blue"), expected.detach())
+
+    options = ["--regions", str(tmp_path / "regions"), "--tokenizer", str(tmp_path / "words")]
+    command.main([str(copy), "--model", str(tmp_path / "uniter.pt"), *options])
+    assert "| all | 2 |" in capsys.readouterr().out
+    (tmp_path / "regions/ex_1_img_1.npz").unlink()
+    with pytest.raises(SystemExit):
+        command.main([str(copy), "--model", str(tmp_path / "uniter.pt"), *options])
+    assert "regions must have a file for each image; got none at" in capsys.readouterr().err
+    np.savez(tmp_path / "regions/ex_1_img_1.npz", features=stream.rand(4, 6), norm_bb=stream.rand(4, 5))
+    with pytest.raises(ValueError, match=r"must have features .* and norm_bb \(R, 6\); got \(4, 6\) and \(4, 5\)"):
+        score("ex_1_img_1", "red")

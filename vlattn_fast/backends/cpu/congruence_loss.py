@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import saved_for_the_last_time, unit_strides
-from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs, CongruenceLossJvpInputs
+from vlattn_fast.backends.inputs import (
+    CongruenceLossBackwardInputs,
+    CongruenceLossInputs,
+    CongruenceLossJvpInputs,
+    queries_and_keys,
+)
 from vlattn_fast.backends.native import DTYPES, address, kernel, strided
 from vlattn_fast.backends.reference.congruence_loss import KINDS, num_gradients, of_all_blocks
 from vlattn_fast.backends.streaming.congruence_loss import differentiated, filled, product_with_tangents
@@ -18,7 +23,7 @@ _run = kernel("congruence_loss")
 
 def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
     """Returns the loss of each sample, (B), and its gradients if they are needed. Padding may hold anything."""
-    queries, keys, kind, direction = inputs.queries, inputs.keys, inputs.kind, inputs.direction
+    (queries, keys), kind, direction = queries_and_keys(inputs), inputs.kind, inputs.direction
     text, image, *_ = queries
     batch, heads, L, head_dim = text.shape
     loss = text.new_empty(batch, dtype=torch.float32)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
 from vlattn_fast.backends.cuda._shared_library import kernel
-from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
+from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs, queries_and_keys
 from vlattn_fast.backends.native import DTYPES, address, strided
 from vlattn_fast.backends.reference.congruence_loss import num_gradients, of_all_blocks
 
@@ -23,7 +23,7 @@ _BLOCKS = (0, 2, 3, 1)  # LL, LV, VL, VV, as the kernel has them, of LL, VV, LV,
 
 def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
     """Returns the loss of each sample, (B), and an empty tensor: nothing is stored for the backward pass."""
-    text, image = inputs.queries[:2]
+    text, image = inputs.text_query, inputs.image_query
     parts = sum(-(-x.shape[2] // _ROWS) for x in (text, image))
     losses = text.new_empty(text.shape[0], parts, dtype=torch.float32)
     _call(_forward, inputs, 1, loss=address(losses), parts=parts)
@@ -33,7 +33,7 @@ def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
 def backward(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of the queries and of the keys; None for those of blocks that are constants."""
     n = num_gradients(inputs.kind)
-    queries, keys = ([x.new_empty(*x.shape) for x in xs[:n]] for xs in (inputs.queries, inputs.keys))
+    queries, keys = ([x.new_empty(*x.shape) for x in xs[:n]] for xs in queries_and_keys(inputs))
     grad_loss = inputs.grad_loss.float().contiguous()
     grads = {"grad_query": _in_order(queries), "grad_key": _in_order(keys)}
     _call(_backward, inputs, 3, grad_loss=address(grad_loss), **grads)
@@ -42,10 +42,10 @@ def backward(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor | None, ...]:
 
 def _call(run: Any, inputs: CongruenceLossInputs | CongruenceLossBackwardInputs, regions: int, **others: Any) -> None:
     """Runs the kernels with the operator's inputs, a workspace of so many maps a sample, and other members."""
-    like, direction = inputs.queries[0], inputs.direction
+    like, direction = inputs.text_query, inputs.direction
     batch, heads, L, head_dim = like.shape
-    V = inputs.queries[1].shape[2]
-    queries, keys = unit_strides(*inputs.queries), unit_strides(*inputs.keys)
+    V = inputs.image_query.shape[2]
+    queries, keys = (unit_strides(*xs) for xs in queries_and_keys(inputs))
     text_mask, image_mask = (None if mask is None else mask.contiguous() for mask in (inputs.text_mask, inputs.image_mask))
     length = sum(-(-size // _STRIP) * _STRIP for size in (L, V))
     maps = like.new_empty(regions, batch, length, length, dtype=torch.float32)

@@ -30,6 +30,7 @@ from vlattn_fast.backends.inputs import (
     CongruenceLossInputs,
     CongruenceLossJvpInputs,
     CongruenceLossSecondInputs,
+    queries_and_keys,
 )
 from vlattn_fast.backends.reference.congruence_loss import EPSILON, num_gradients, of_all_blocks
 from vlattn_fast.backends.streaming._forward_mode import Named, outputs_and_gradients, tangents_of, vjp
@@ -58,9 +59,9 @@ def _gradients(inputs: CongruenceLossBackwardInputs) -> list[Tensor]:
 def _run(inputs: CongruenceLossInputs | CongruenceLossBackwardInputs, grad: Tensor | None, sums: list[Tensor]) -> Tensor:
     """Returns the loss of each sample, (B). Adds its gradients times `grad` (B) to `sums`, those of the queries, then of the keys
     of as many blocks as have gradients."""
-    text, n = inputs.queries[0], len(sums) // 2
+    text, n = inputs.text_query, len(sums) // 2
     loss = text.new_zeros(text.shape[0], dtype=compute_dtype(text))
-    for b in _batches(inputs.queries):
+    for b in _batches(queries_and_keys(inputs)[0]):
         of_blocks = [(sums[k][b], sums[n + k][b]) if k < n else None for k in range(4)]
         blocks = [_Block(*block, total) for block, total in zip(_inputs_of_blocks(b, inputs), of_blocks, strict=True)]
         for ll, vv, lv, vl in _directions(blocks, inputs.direction):
@@ -322,7 +323,7 @@ def _batches(queries: list[Tensor]) -> list[slice]:
 
 def _inputs_of_blocks(b: slice, inputs: CongruenceLossInputs | CongruenceLossBackwardInputs) -> list[_Inputs]:
     """Those of LL, VV, LV, VL of the samples `b`."""
-    queries, keys, text_mask, image_mask = inputs.queries, inputs.keys, inputs.text_mask, inputs.image_mask
+    (queries, keys), text_mask, image_mask = queries_and_keys(inputs), inputs.text_mask, inputs.image_mask
     text, image = (
         x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool)[b] if mask is None else mask[b]
         for mask, x in ((text_mask, queries[0]), (image_mask, queries[1]))

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from vlattn_fast.backends.reference.congruence_loss import KINDS, NORMALIZATIONS
 from vlattn_fast.checking.cases._dice import DIMS, LENGTHS, Dice, poison
 from vlattn_fast.checking.cases._example import FLOATS, Example, Sizes, Tensors, normal
-from vlattn_fast.ops.congruence_loss import KINDS, NORMALIZATIONS, congruence_loss
+from vlattn_fast.ops.congruence_loss import congruence_loss
 
 LONGEST = 400  # tokens of a text or an image
 

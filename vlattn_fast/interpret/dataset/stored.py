@@ -18,6 +18,7 @@ from vlattn_fast.interpret.dataset.pieces import unpack
 from vlattn_fast.interpret.dataset.store import SHARDS, read_settings, stored_items
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.figures.page import Page
+from vlattn_fast.interpret.result.figures.scale import RELEVANCY
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,7 +112,7 @@ class Explanations(Sequence[Explanation]):
         return summary(self.failures)
 
     def to_html(
-        self, *, processor: Any = None, limit: int | None = 200, title: str = "Explanations", cmap: str = "inferno"
+        self, *, processor: Any = None, limit: int | None = 200, title: str = "Explanations", cmap: str = RELEVANCY
     ) -> Page:
         """Returns a gallery, one self-contained page: a thumbnail of each photo under its map, its words and score; the mean map;
         what failed, by reason. Photos are read again from their paths.

@@ -11,6 +11,7 @@ from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.exploring.exploration import Exploration
 from vlattn_fast.interpret.intervening.token_sets import TokenGroup
 from vlattn_fast.interpret.relevancy.method import Method
+from vlattn_fast.interpret.result.figures.scale import RELEVANCY
 
 if TYPE_CHECKING:
     from vlattn_fast.interpret.exploring.notebook import Explorer
@@ -30,7 +31,7 @@ def widget(
     processor: Any = None,
     labels: Sequence[Any] | None = None,
     crop: Any = None,
-    cmap: str = "inferno",
+    cmap: str = RELEVANCY,
 ) -> Explorer:
     """Shows a model in a notebook: the image under its map, words, layers and heads, and the flow between groups of tokens.
 

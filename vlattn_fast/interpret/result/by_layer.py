@@ -13,6 +13,7 @@ from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.figures.multiples import Multiples
 from vlattn_fast.interpret.result.figures.page import Page
+from vlattn_fast.interpret.result.figures.scale import RELEVANCY
 from vlattn_fast.interpret.result.numbers.explained import Explained
 from vlattn_fast.interpret.result.numbers.samples import chosen_rows, some_samples
 
@@ -159,7 +160,7 @@ class LayerExplanation(Explanation):
         labels: Sequence[Any] | None = None,
         crop: Any = None,
         processor: Any = None,
-        cmap: str = "inferno",
+        cmap: str = RELEVANCY,
         alpha: float = 0.85,
         scale: str = "max",
         common: bool = False,
@@ -177,7 +178,7 @@ class LayerExplanation(Explanation):
         crop: Any = None,
         processor: Any = None,
         title: str = "Relevancy by layer",
-        cmap: str = "inferno",
+        cmap: str = RELEVANCY,
         scale: str = "max",
         others: Sequence[Explanation] = (),
     ) -> Page:

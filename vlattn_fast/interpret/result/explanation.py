@@ -17,6 +17,7 @@ from vlattn_fast.interpret.result.figures.figure import draw
 from vlattn_fast.interpret.result.figures.overlay import overlay
 from vlattn_fast.interpret.result.figures.page import Page, render
 from vlattn_fast.interpret.result.figures.photos import read_boxes, read_images
+from vlattn_fast.interpret.result.figures.scale import RELEVANCY
 from vlattn_fast.interpret.result.numbers import table
 from vlattn_fast.interpret.result.numbers.explained import Explained
 from vlattn_fast.interpret.result.numbers.interference import subtract_earlier
@@ -251,7 +252,7 @@ class Explanation(Explained):
         labels: Sequence[Any] | None = None,
         crop: Any = None,
         processor: Any = None,
-        cmap: str = "inferno",
+        cmap: str = RELEVANCY,
         alpha: float = 0.85,
         scale: str = "max",
         common: bool = False,
@@ -299,7 +300,7 @@ class Explanation(Explained):
         panel: int = 0,
         crop: Any = None,
         processor: Any = None,
-        cmap: str = "inferno",
+        cmap: str = RELEVANCY,
         alpha: float = 0.85,
         scale: str = "max",
     ) -> PILImage:
@@ -326,7 +327,7 @@ class Explanation(Explained):
         crop: Any = None,
         processor: Any = None,
         title: str = "Relevancy",
-        cmap: str = "inferno",
+        cmap: str = RELEVANCY,
         scale: str = "max",
         others: Sequence[Explanation] = (),
     ) -> Page:

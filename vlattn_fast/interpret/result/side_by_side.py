@@ -13,7 +13,7 @@ from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.figures.multiples import Multiples
 from vlattn_fast.interpret.result.figures.page import Page
-from vlattn_fast.interpret.result.figures.scale import check_scale
+from vlattn_fast.interpret.result.figures.scale import RELEVANCY, check_scale
 from vlattn_fast.interpret.result.numbers import table
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class SideBySide:
     labels: Any = None
     crop: Any = None
     processor: Any = None
-    cmap: str = "inferno"
+    cmap: str = RELEVANCY
     scale: str = "max"
 
     @property
@@ -98,7 +98,7 @@ def compare(
     labels: Any = None,
     crop: Any = None,
     processor: Any = None,
-    cmap: str = "inferno",
+    cmap: str = RELEVANCY,
     scale: str = "max",
 ) -> SideBySide:
     """Shows explanations side by side, as a figure, a page and a table: of several methods, checkpoints or inputs.

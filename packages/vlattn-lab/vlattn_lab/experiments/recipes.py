@@ -22,7 +22,7 @@ from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.provenance import fingerprint
 from vlattn_fast.measuring.records import having, markdown, spread
 from vlattn_lab import recipes
-from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, paired_change
+from vlattn_lab.experiments.experiment import Cell, Effect, Experiment, Record, Settings, Stage, effects_of, less, paired_change
 from vlattn_lab.hybrid import IMAGE, PATCHES, WORDS, inputs, load
 from vlattn_lab.mapper import LONGEST, load_captioner
 from vlattn_lab.processor import DIGIT_WORDS
@@ -177,6 +177,19 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
             yield markdown([f"{kind}, {shade}", *head], lines)
 
 
+def effects(records: Sequence[Record]) -> list[Effect]:
+    """Of edits on faint scenes, where there are absent digits to lose."""
+    compared = {name: (name, NONE) for name in ("image × 0.5", "image × 4", "image × 16", "evidence × e^3", "sink cut")}
+    compared["text cut from even heads, less drawn ones"] = "text cut from even heads", "text cut from drawn heads"
+    found = []
+    for kind in KINDS:
+        for claim, (first, second) in compared.items():
+            for number, measured in (("absent", "absent digits"), ("true", "true answers")):
+                one, two = (_values(records, kind, "faint", name, number) for name in (first, second))
+                found.append((f"{kind}: {claim}", measured, less(one, two)))
+    return effects_of([one for one in found if any(one[2])])  # no edit, no effect
+
+
 def figure(records: Sequence[Record]) -> Figure:
     """Digits that are there and that are not, and true answers, over the weight of the image."""
     drawn, (axes,) = panels(1, 4, (11, 3.2))
@@ -192,4 +205,4 @@ def figure(records: Sequence[Record]) -> Figure:
     return drawn
 
 
-EXPERIMENT = Experiment((Stage(cells, measure),), tables, {"recipes": figure})
+EXPERIMENT = Experiment((Stage(cells, measure),), tables, {"recipes": figure}, effects)

@@ -36,6 +36,7 @@ POINTING = {  # the columns of its table, as rules of formulas; the defaults but
     "rollout": Rule("rollout"),
 }
 LATER = ("formulas", "speech", "reactions")  # parts that go on where they were stopped
+_WEIGHTED = "weighted(sinks=remove)", "weighted"
 BETTER = {"deletion": "low", "insertion": "high", "pointing": "high", "mass": "high", "sanity": "near 0"}
 Row = dict[str, Any]
 
@@ -311,7 +312,7 @@ def pointing() -> str:
 
 
 def effects(stored: Stored) -> list[Effect]:
-    """Of photos and of formulas, each a sample."""
+    """Of photos, formulas, sentences and reactions, each a sample."""
     found = []
     for test in SHARED:
         one, two = ([row[test] for row in stored.of("evaluation", score="class token", method=method)] for method in COMPARED)
@@ -328,6 +329,17 @@ def effects(stored: Stored) -> list[Effect]:
     for name, (first, second) in pairs_of_rules.items():
         for test in ("pointing", "mass"):
             found.append((name, test, [mean(glyphs) for glyphs in readings.differences(first, second, test)]))
+    for task, name in (("sentence maps", "speech"), ("reaction maps", "reactions")):
+        values = {
+            label: {row["number"]: mean(row["pointing"]) for row in rows} for label, rows in by_method(stored.rows, task).items()
+        }
+        for claim, second, first in (
+            ("`gradient` less `rollout`", "gradient", "rollout"),
+            ("`weighted`, sinks removed", *_WEIGHTED),
+        ):
+            if {first, second} <= {*values}:
+                both = sorted(values[first].keys() & values[second].keys())
+                found.append((f"{name}: {claim}", "pointing", [values[second][n] - values[first][n] for n in both]))
     return effects_of(found)
 
 

@@ -97,8 +97,11 @@ def read_examples(directory: str | Path) -> Iterator[dict[str, Any]]:
         yield example
 
 
-def pair_of(directory: str | Path, example: dict[str, Any]) -> Pair:
-    images = [open_image(Path(directory) / "images" / f"{example[f'image_{i}']}.png") for i in (0, 1)]
+def pair_of(directory: str | Path | None, example: dict[str, Any]) -> Pair:
+    """Two images, or their names if no directory has them, and two captions."""
+    images: list[Any] = [example[f"image_{i}"] for i in (0, 1)]
+    if directory is not None:
+        images = [open_image(Path(directory) / "images" / f"{name}.png") for name in images]
     return images, [example[f"caption_{i}"] for i in (0, 1)]
 
 

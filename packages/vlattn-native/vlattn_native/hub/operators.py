@@ -23,6 +23,7 @@ from vlattn_fast.backends.inputs import (
     ScoreAttentionBackwardInputs,
     ScoreAttentionInputs,
     named,
+    queries_and_keys,
 )
 from vlattn_fast.backends.reference.congruence_loss import num_gradients, of_all_blocks
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
@@ -91,7 +92,7 @@ def _congruence_fake(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
 
 
 def _congruence_gradients(x: CongruenceLossBackwardInputs) -> tuple[Tensor, ...]:
-    blocks = enumerate((*x.queries, *x.keys))
+    blocks = enumerate(sum(queries_and_keys(x), []))
     return tuple(each.new_empty(each.shape if k % 4 < num_gradients(x.kind) else 0) for k, each in blocks)
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
+# The colour map of relevancy, in figures, overlays, pages, galleries and the widget. Over a photo 0 is transparent, and without
+# one it is the map's first colour, so that white is never an amount.
+RELEVANCY = "inferno"
 KINDS = ("max", "quantile")
 _SHARE = 0.99  # of the numbers lie on a scale of the kind "quantile"
 _BELOW = (0.43, 0.70, 1.0)  # the colour of the scale's lower end, as that of words below 0
