@@ -1,5 +1,5 @@
 """Which number of `va.token_grounding` tells digits that the captioner sees from digits that it makes up: python -m
-vlattn_lab.grounding.
+vlattn_lab.real.grounding.
 
 The shipped captioner names the digits of faint test scenes, where some of its words are absent digits. With --speech, Whisper
 writes down spoken sentences: its right words beside the same words over noise, over the sound of another sentence, and beside one
@@ -132,7 +132,7 @@ def picture(scenes: Questions, tables: Sequence[va.TokenGrounding], labels: Sequ
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m vlattn_lab.grounding", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m vlattn_lab.real.grounding", description=__doc__)
     parser.add_argument("--count", type=int, default=300, help="scenes")
     parser.add_argument("--ink", type=float, default=0.5, help="of the scenes; 1 = as in training")
     parser.add_argument("--speech", type=int, metavar="COUNT", help="Whisper and so many sentences instead")
