@@ -64,7 +64,7 @@ def test_even_heads_have_the_largest_entropy(asked: tuple[Any, dict[str, Tensor]
     image = maps[..., :PATCHES] / maps[..., :PATCHES].sum(-1, keepdim=True)
     entropy = -(image * image.log()).sum(-1).mean((1, 3))  # (L, H)
     best = entropy.flatten().topk(4).indices.tolist()
-    chosen = recipes.even_heads(model, given, ANSWER, range(4), 0.25)
+    chosen = recipes.even_heads(model, given, ANSWER, 0.25)
     assert {(layer, head) for layer, heads in chosen.items() for head in heads} == {divmod(i, 4) for i in best}
     layers = {edit.layers[0] for edit in recipes.cut_even_heads(chosen)}
     assert layers == {*chosen} and recipes.cut_even_heads(chosen, ("text", "vision"))[0].factor == 0

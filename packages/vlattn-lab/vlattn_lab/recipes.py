@@ -34,13 +34,16 @@ def raise_image(weight: float, layers: Sequence[int], tower: Tower = None) -> Ed
     return [va.Steer(queries="last", keys="image", weight=weight, layers=layers)]
 
 
-def even_heads(model: nn.Module, inputs: Inputs, answer: Answer, layers: Sequence[int], share: float) -> dict[int, list[int]]:
-    """Layer -> the heads among the `share` whose attention to the image is most even, in the mean over the answers' tokens.
-    layers: the numbers of those that attend to the image."""
+def even_heads(model: nn.Module, inputs: Inputs, answer: Answer, share: float) -> dict[int, list[int]]:
+    """Layer -> the heads among the `share` whose attention to the image is most even, in the mean over the answers' tokens."""
     entropy = va.token_grounding(model, inputs, answer=answer, maps=False).by_head["attention_entropy"].nanmean((0, 1))  # (L, H)
-    least = entropy.flatten().topk(max(1, round(share * entropy.numel()))).values[-1]
-    chosen = zip(layers, (entropy >= least).tolist(), strict=True)
-    return {layer: [head for head, even in enumerate(row) if even] for layer, row in chosen if any(row)}
+    known = entropy[~entropy.isnan()]  # of the layers that attend to the image
+    least = known.topk(max(1, round(share * len(known)))).values[-1]
+    return {
+        layer: [head for head, even in enumerate(row) if even]
+        for layer, row in enumerate((entropy >= least).tolist())
+        if any(row)
+    }
 
 
 def cut_even_heads(heads: Mapping[int, Sequence[int]], tower: Tower = None) -> Edits:

@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GPT2Config,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+)
 
 import vlattn_fast as va
 from tests.helpers.interpret import decoder_cases
@@ -84,6 +93,20 @@ def test_numbers_of_a_map_by_hand() -> None:
     two = torch.tensor([[4.0, 2.0, 0.0, 2.0], [0.0, -9.0, 0.0, 0.0]])
     assert map_numbers([two, torch.zeros(1, 1)])[1:] == (6 / 8, 2.0)  # two parts of at least half the peak
     assert all(x != x for x in map_numbers([-torch.ones(2, 2)]))
+
+
+def test_layers_have_the_numbers_of_interventions() -> None:
+    """The only layer of a mapper attends to the image, and comes after two layers of a text encoder."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=8, patch_size=4))
+    text = CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=20, bos_token_id=1, eos_token_id=2))
+    model = va.models.CLIPMapper(vision, text, hidden_size=16, num_layers=1, num_heads=2, vocab_size=20).eval()
+    inputs = {"pixel_values": torch.randn(1, 3, 8, 8), "input_ids": torch.tensor([[1, 5]])}
+    by_head = va.token_grounding(model, inputs, answer=[[6, 7]], maps=False).by_head
+    entropy = by_head["attention_entropy"][0, 0]  # (L, H)
+    assert entropy.isnan().all(-1).tolist() == [True, True, False] and by_head["diagonal"].shape[2] == 3
+    with torch.no_grad(), va.intervene(model, inputs, va.ScaleHeads({2: [0]}, 0.0, tower=("text", "vision"))):
+        model(**inputs)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -33,7 +33,7 @@ class TokenGrounding:
     Args:
         tokens: the tokens of each answer, as strings if a tokenizer was given, else ids.
         numbers: (B, T) of each name; NaN after shorter answers, and where the model has no such number.
-        by_head: (B, T, L, H), the attention's numbers by layer and head, of which `numbers` has the means.
+        by_head: (B, T, L, H), the attention's numbers by layer and head, NaN for layers without; `numbers` has their means.
     """
 
     tokens: list[list[str | int]]

@@ -54,7 +54,7 @@ def token_grounding(
     - Of the query that predicts it, in the decoder's attention to itself: `share_image`, `share_question` and `share_answer`, the
       attention on image tokens, on the other tokens of the prompt, and on the answer so far. `attention_entropy` in nats: of its
       attention to the image tokens, as parts of what they get; of an encoder-decoder, of its cross-attention. All are means over
-      layers and heads; `by_head` has each.
+      layers and heads; `by_head` has each, by the numbers of layers that interventions take.
     - Of the token itself: `diagonal`, its attention on itself, and `received_less_diagonal`, the mean attention that it gets from
       itself and later tokens, less that: an eigenvalue of the Laplacian of the attention's graph.
     - Of its map by method "gradient" over the image, or the sound: `compactness`, 1 less the entropy of the positive part over
@@ -137,28 +137,38 @@ class _Looks(Method):
     def __init__(self, prompt: Prompt | None = None) -> None:
         super().__init__()
         self._prompt = prompt
-        self._found: dict[TowerTrace, dict[str, list[Tensor]]] = {}
+        self._found: dict[TowerTrace, list[tuple[int, dict[str, Tensor]]]] = {}
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         if self._decodes(tower) and not call.is_mixing:
-            self._see(tower, self._of_itself(tower, call))
+            self._see(tower, call, self._of_itself(tower, call))
         return call.computed()
 
     def cross(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         if self._decodes(tower):
             probs = attention_rows(call, self._places(tower)[0])
-            self._see(tower, {"attention_entropy": torch.special.entr(probs).sum(-1)})
+            self._see(tower, call, {"attention_entropy": torch.special.entr(probs).sum(-1)})
         return call.computed()
 
     def by_head(self) -> dict[str, Tensor]:
-        """(B, T, L, H) of the last tower over the answer: an encoder, whose text may be as long, runs before."""
-        found = list(self._found.values())[-1] if self._found else {}
-        return {name: torch.stack([x.double().cpu() for x in found[name]], 2) for name in BY_HEAD if name in found}
+        """(B, T, L, H) of the last tower over the answer: an encoder, whose text may be as long, runs before. NaN for layers
+        without such a number."""
+        found = list(self._found.values())[-1] if self._found else []
+        count, by_name = 1 + max((layer for layer, _ in found), default=-1), {}
+        for name in BY_HEAD:
+            seen = dict[int, list[Tensor]]()
+            for layer, numbers in found:
+                if name in numbers:
+                    seen.setdefault(layer, []).append(numbers[name].double().cpu())
+            if seen:
+                each = {layer: torch.cat(calls, -1) for layer, calls in seen.items()}  # the heads of all calls of a layer
+                nothing = torch.full_like(next(iter(each.values())), torch.nan)
+                by_name[name] = torch.stack([each.get(layer, nothing) for layer in range(count)], 2)
+        return by_name
 
-    def _see(self, tower: TowerTrace, numbers: Mapping[str, Tensor]) -> None:
-        found = self._found.setdefault(tower, {})
-        for name, values in numbers.items():  # (B, H, T)
-            found.setdefault(name, []).append(values.transpose(1, 2))
+    def _see(self, tower: TowerTrace, call: TracedCall, numbers: Mapping[str, Tensor]) -> None:
+        turned = {name: values.transpose(1, 2) for name, values in numbers.items()}  # (B, H, T)
+        self._found.setdefault(tower, []).append((call.layer, turned))
 
     @property
     def _answer(self) -> Answer:

@@ -59,7 +59,7 @@ class Asked:
 
     def heads(self, chosen: str) -> dict[int, list[int]]:
         """The most even heads, or as many of these layers drawn."""
-        even = recipes.even_heads(self.model, self.inputs, self.said.tolist(), self.layers, SHARE)
+        even = recipes.even_heads(self.model, self.inputs, self.said.tolist(), SHARE)
         if chosen == "even":
             return even
         order = torch.randperm(4 * len(self.layers), generator=torch.Generator().manual_seed(0)).tolist()
