@@ -295,6 +295,25 @@ results.live = document.getElementById("summary").getAttribute("aria-live");
 
 
 @pytest.mark.slow
+def test_the_strip_of_a_sound_has_its_seconds_below(browse):
+    strip = torch.tensor([[[0.0, 1.0, 3.0, 2.0]]])
+    script = """
+const [canvas, caption] = ["canvas", "figcaption"].map((name) => document.querySelector(`figure ${name}`));
+results.below = caption.getBoundingClientRect().top >= canvas.getBoundingClientRect().bottom - 1;
+results.told = [caption.textContent, canvas.getAttribute("aria-label"), document.getElementById("summary").textContent];
+"""
+    found = browse(Explanation({"sound": strip.flatten(1)}, image=strip, seconds=[2.0]).to_html(), script)
+    caption, label, summary = found["told"]
+    assert (
+        found["below"]
+        and caption == "0 to 2.00 s"
+        and label.startswith("Relevancy of the sound")
+        and "strongest at 1.25 s" in label
+    )
+    assert "Sound: strongest at 1.25 s (3)" in summary
+
+
+@pytest.mark.slow
 def test_the_box_that_clips(browse):
     """One patch of 0.8 among 11 of 0.1 hides them; the box shows them, and says so."""
     image = torch.full((1, 3, 4), 0.1).index_put((torch.tensor(0), torch.tensor(0), torch.tensor(0)), torch.tensor(0.8))

@@ -57,12 +57,12 @@ function timeAt(map, share) {
 
 /* A figure with its photo and its name, if it has them, and a canvas for its maps. */
 function frame(holder, figure, data) {
-  const image = data.images[figure.image], [rows, columns] = figure.maps[0].size;
-  const box = make("figure", holder, { className: image ? (image.width < 300 ? "tiny" : "") : "bare" });
+  const image = data.images[figure.image], [rows, columns] = figure.maps[0].size, sound = figure.maps[0].seconds;
+  const box = make("figure", holder, { className: image ? (image.width < 300 ? "tiny" : "") : sound ? "" : "bare" });
   if (image) make("img", box, { src: image.source, alt: "" });
-  const sound = figure.maps[0].seconds, canvas = make("canvas", box, { width: image ? Math.max(360, Math.min(720, image.width)) : sound ? 720 : 360 });
+  const canvas = make("canvas", box, { width: image ? Math.max(360, Math.min(720, image.width)) : sound ? 720 : 360 });
   canvas.height = Math.max(1, Math.round(canvas.width * (image ? image.height / image.width : sound ? 0.12 : rows / columns)));
-  if (sound) make("figcaption", box, { textContent: `0 to ${timeAt(figure.maps[0], 1)}` });
+  if (sound) make("figcaption", box, { className: "strip", textContent: `0 to ${timeAt(figure.maps[0], 1)}` });
   canvas.setAttribute("role", "img");
   if (figure.name) make("figcaption", box, { textContent: figure.name });
   return canvas;

@@ -28,7 +28,7 @@ function showFigure(choice) {
     });
   }
   [...holder.querySelectorAll("canvas")].forEach((canvas, i) => {
-    canvas.setAttribute("aria-label", `Relevancy of the ${view.figures[i].maps[0].seconds ? "sound" : "image"} to ${choice.label}, strongest at the ${strongest([view.figures[i]]).place}`);
+    canvas.setAttribute("aria-label", `Relevancy of the ${kindOf(view.figures[i])} to ${choice.label}, strongest at ${strongest([view.figures[i]]).place}`);
     paint(canvas, view.figures[i], data, low, high, opacity, element("patches").checked);
   });
   const patches = view.figures.some((figure) => figure.maps.some((map) => map.cells.length > 1));
@@ -55,6 +55,10 @@ function tell(canvas, event) {
   element("under").textContent = `${place}: ${format(valueAt(map, u, v, false, data.steps))}`;
 }
 
+function kindOf(figure) {
+  return figure.maps[0].seconds ? "sound" : "image";
+}
+
 function strongest(figures) {
   let best = { value: -Infinity, place: "" };
   for (const [name, map] of figures.flatMap((figure) => figure.maps.map((map) => [figure.name, map]))) {
@@ -68,7 +72,7 @@ function strongest(figures) {
     }
     const third = (share, names) => names[Math.max(0, Math.min(2, Math.floor(3 * share)))];
     const place = `${third(y, ["top", "", "bottom"])} ${third(x, ["left", "", "right"])}`.trim();
-    best = { value, place: (place || "centre") + (figures.length > 1 ? ` of ${/^t/.test(name) ? "the " : ""}${name}` : "") }; /* the tiles, the thumbnail */
+    best = { value, place: `the ${place || "centre"}` + (figures.length > 1 ? ` of ${/^t/.test(name) ? "the " : ""}${name}` : "") }; /* the tiles, the thumbnail */
   }
   return best;
 }
@@ -143,7 +147,10 @@ function show(index) {
   const parts = ["\u201c", isolated(choice.label), "\u201d"];
   if (choice.score !== null) parts.push(`, ${choice.scored}`);
   const [least, most] = viewOf(choice).range;
-  if (figures.length) parts.push(least === most ? `. Image: ${format(most)} everywhere` : `. Image: strongest at the ${best.place} (${format(best.value)})`);
+  if (figures.length) {
+    const kind = kindOf(figures[0]).replace(/^./, (letter) => letter.toUpperCase());
+    parts.push(`. ${kind}: `, least === most ? `${format(most)} everywhere` : `strongest at ${best.place} (${format(best.value)})`);
+  }
   words.forEach((word, i) => parts.push(i ? ", " : ". Words: ", isolated(word.name), ` ${format(word.value)}`));
   element("summary").replaceChildren(...parts, ".");
 }
