@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+import vlattn_fast as va
 from vlattn_fast.measuring.records import markdown
 from vlattn_lab.real.listening import COUNT, MARGIN
 from vlattn_lab.real.reactions import KNOWN, NEEDED
@@ -42,6 +46,13 @@ same without the masked token alone, and *mass* the right one's share of the pos
 log-probability of the masked atom. Values are means ± standard errors over reactions.
 
 {table}
+
+Is a masked atom [grounded](../guides/ground_words.md)? Areas under the ROC curve with 95 % intervals over reactions: the right
+atom beside the most probable wrong one in its place, and beside itself with the reactants of another reaction; in the last column
+only those of these that still have p above {known}. `gain` is less the log-probability without attention to the reactants, and
+the map of `compactness` is over their atoms.
+
+{grounding}
 
 """
 
@@ -118,4 +129,25 @@ def _reactions(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         needed=NEEDED,
         chance=f"{clustered(chances)[0]:.3f}",
         table=_table(methods, ("pointing", "among tokens", "mass"), "reactions", ""),
+        grounding=_grounding([row for row in rows if row["task"] == "reaction grounding"]),
     )
+
+
+def _grounding(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "Not measured."
+    sure = [row for row in rows if row["other reactants"]["log_probability"] > math.log(KNOWN)]
+    cases = {
+        **{f"{case}, {len(rows)}": (case, rows) for case in ("wrong atom", "other reactants")},
+        f"p above {KNOWN}, {len(sure)}": ("other reactants", sure),
+    }
+    lines = []
+    for name in rows[0]["right"]:
+        areas = []
+        for case, listed in cases.values():
+            numbers = [torch.tensor([[row["right"][name], row[case][name]]]) for row in listed]
+            tables = [va.TokenGrounding([[0, 1]], {name: pair}, {}) for pair in numbers]
+            area = tables[0].detector(name).auroc(tables, [[True, False]] * len(tables))
+            areas.append(f"{area.value:.2f} ({area.low:.2f} to {area.high:.2f})")
+        lines.append([f"`{name}`", *areas])
+    return markdown(["number", *cases], lines)

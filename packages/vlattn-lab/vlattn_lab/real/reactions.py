@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
+from vlattn_fast.interpret.evaluating.token_grounding import map_numbers
 from vlattn_lab.real import measures
 from vlattn_lab.real.reading import Kept
 from vlattn_lab.weights import package
@@ -43,6 +44,7 @@ KINDS = {  # the rule, two lists of reactants, and reagents, which give no atom
     "alkylation": (f"[C:1][Br:2].{AMINE}>>[C:1][N:4]", HALIDES, AMINES, "CC#N.O=C([O-])[O-].[K+].[K+]"),
     "suzuki": ("[c:1][Br:2].[c:5][B:4](O)O>>[c:1][c:5]", ARYLS, BORONIC, "C1COCCO1.O.O=C([O-])[O-].[Na+].[Na+]"),
 }
+OTHERS = ("C", "N", "O", "c", "n", "S", "s", "F", "Cl", "Br")  # atoms, of which a wrong one is the most probable
 SLOW = ("integrated_gradients", "smoothgrad")
 Row = dict[str, Any]
 
@@ -194,6 +196,42 @@ def atoms_row(chemist: Chemist, reaction: Reaction) -> Row:
     return {"task": "reaction", **facts, "atoms": atoms, "chance": chance}
 
 
+def grounding(chemist: Chemist, reaction: Reaction, place: int, token: str) -> Row:
+    """The numbers of `va.token_grounding` for a masked atom; `gain` is less the log-probability without attention to the
+    reactants, and the map is over their atoms."""
+    inputs, number = chemist.inputs(reaction, place), chemist.words[token]
+    cut = va.Knockout(queries=(reaction.arrow, len(reaction.tokens)), keys=(0, reaction.arrow))
+    with torch.no_grad():
+        known = chemist.model(**inputs).logits[0, place].double().log_softmax(-1)
+        with va.intervene(chemist.model, inputs, cut):
+            alone = chemist.model(**inputs).logits[0, place].double().log_softmax(-1)
+    explained = va.explain(
+        chemist.model, inputs, target=lambda out: out.logits[:, place].log_softmax(-1)[:, number], position=place
+    )
+    on_sources = next(iter(explained.relevancy.values()))[0][torch.tensor(reaction.sources)]
+    facts = {
+        **{"log_probability": float(known[number]), "gain": float(known[number] - alone[number])},
+        **{"entropy": float(torch.special.entr(known.exp()).sum()), "compactness": map_numbers([on_sources[None]])[0]},
+    }
+    return {name: round(value, 6) for name, value in facts.items()}
+
+
+def grounding_row(chemist: Chemist, reaction: Reaction, place: int, other: Reaction) -> Row:
+    """A masked atom with its reactants; the most probable wrong atom in its place; and the right one with the reactants of
+    another reaction."""
+    right, shift = reaction.tokens[place], other.arrow - reaction.arrow
+    with torch.no_grad():
+        logits = chemist.model(**chemist.inputs(reaction, place)).logits[0, place]
+    wrong = max((token for token in OTHERS if token != right), key=lambda token: float(logits[chemist.words[token]]))
+    tokens = [*other.tokens[: other.arrow], *reaction.tokens[reaction.arrow :]]
+    swapped = Reaction(reaction.number, reaction.kind, tokens, other.sources, {})
+    return {
+        **{"task": "reaction grounding", "number": reaction.number, "right": grounding(chemist, reaction, place, right)},
+        "wrong atom": grounding(chemist, reaction, place, wrong),
+        "other reactants": grounding(chemist, swapped, place + shift, right),
+    }
+
+
 def rows(chemist: Chemist, kept: Kept, listed: Sequence[Reaction]) -> Iterator[Row]:
     """All rows that are kept or measured before the time is over, rule by rule; progress goes to stderr."""
     with_atoms = list[tuple[Reaction, list[Row]]]()
@@ -204,4 +242,8 @@ def rows(chemist: Chemist, kept: Kept, listed: Sequence[Reaction]) -> Iterator[R
     for label, method in methods().items():
         for reaction, atoms in with_atoms:
             yield from kept.get(f"{label}: reaction {reaction.number}", partial(map_row, chemist, reaction, atoms, method))
+    for n, (reaction, atoms) in enumerate(with_atoms):
+        other, _ = with_atoms[(n + len(with_atoms) // 2) % len(with_atoms)]  # most often of another kind
+        measured = partial(grounding_row, chemist, reaction, atoms[0]["place"], other)
+        yield from kept.get(f"grounding: reaction {reaction.number}", measured)
     yield {"task": "reaction time", "seconds": round(kept.seconds, 1)}
