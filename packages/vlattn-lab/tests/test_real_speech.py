@@ -162,6 +162,20 @@ def test_the_numbers_of_an_atoms_map(monkeypatch):
     assert row["mass"] == [0.5, pytest.approx(1 / 3, abs=1e-4)]
 
 
+def test_the_numbers_of_a_masked_atom_and_with_its_own_reactants_again(monkeypatch):
+    monkeypatch.setattr(reactions, "OTHERS", ("C", "N"))
+    of, one = chemist(), reaction()
+    row = reactions.grounding_row(of, one, 7, one)
+    with torch.no_grad():
+        known = of.model(**of.inputs(one, 7)).logits[0, 7].double().log_softmax(-1)
+    right = row["right"]
+    assert right == row["other reactants"] and right["log_probability"] == pytest.approx(
+        float(known[of.words[one.tokens[7]]]), abs=1e-5
+    )
+    assert right["entropy"] == row["wrong atom"]["entropy"] == pytest.approx(float(-(known.exp() * known).sum()), abs=1e-5)
+    assert row["wrong atom"]["log_probability"] != right["log_probability"]
+
+
 def test_reactions_know_where_each_atom_comes_from():
     pytest.importorskip("rdkit")
     (one, *_) = reactions.reactions(per_kind=1)
