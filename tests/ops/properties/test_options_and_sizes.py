@@ -1,6 +1,7 @@
 """Memory layouts, dtypes, shared heads, tiles, many keys and equal bits: the results of the formula, and the same each time."""
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -25,7 +26,7 @@ def test_layouts(backend: str, operator: str, turn: Turn) -> None:
     for call, first in turn.meet(calls(operator, backend, SMALL)):
         some = itertools.cycle(LAYOUTS[LAYOUTS.index(first) :] + LAYOUTS)
 
-        def place(name: str, x: Tensor, some: itertools.cycle[str] = some) -> Tensor:
+        def place(name: str, x: Tensor, some: Iterator[str] = some) -> Tensor:
             layout = next(some)
             if x.dim() < 2:
                 return lay_out(x, VECTOR_LAYOUTS[layout < "m"])
