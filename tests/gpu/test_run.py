@@ -382,7 +382,7 @@ def test_kernels_are_built_for_the_architecture(tree, monkeypatch, number, targe
     assert made.environment()["VLATTN_PTX"] == number
     tree.options.device = "cuda"
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(int(number), 10))
+    monkeypatch.setattr(_configurations, "architecture", lambda device: f"sm_{number}")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     made = session.Session(tree.options)
     assert made.architecture == number and made.option == f"-DVLATTN_TARGETS={target}-real"
