@@ -12,18 +12,17 @@ from torch import Tensor
 
 from vlattn_fast import stacked_cross_attention
 from vlattn_lab.experiments.scores import matching
-from vlattn_lab.experiments.scores.attend import BIASED_KEY, Attend
+from vlattn_lab.experiments.scores.attend import BIASED_KEY, SCORES, UNIFORM, Attend
 
-# Products of features; others have no kernel. A positive factor of all scores cancels in the norm, so `dot` and `scaled_dot` of
-# unit vectors would repeat `cosine`.
-ARMS = ("cosine", "general", "general_query", *BIASED_KEY, "biased_general", "hadamard")
+# A positive factor of all scores cancels in the norm, so `dot` and `scaled_dot` of unit vectors would repeat `cosine`.
+ARMS = (*(arm for arm in SCORES if arm not in ("dot", "scaled_dot")), *BIASED_KEY, UNIFORM)
 SMOOTH = 9.0
-RATES = matching.RATES[1:]  # one learning rate for all scores
-SIZES, SMOKE, measure = matching.SIZES, matching.SMOKE, matching.measure
+RATES, SIZES, SMOKE, measure = matching.RATES, matching.SIZES, matching.SMOKE, matching.measure
 
 
 class Normalised(Attend):
-    """The attention of pairs, with masks. `stacked_cross_attention` computes the same for all images and captions."""
+    """The attention of pairs, with masks. `stacked_cross_attention` computes the same for all images and captions, of scores
+    without an activation that are products of features."""
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
         """As in `Attend`."""
@@ -45,9 +44,13 @@ class Scan(matching.Matcher):
 
     def forward(self, images: Tensor, ids: Tensor) -> Tensor:
         """As in `Matcher`."""
-        regions, words = self.sides(images, ids)
-        options: dict[str, Any] = {"first_norm": "clipped_l2norm", "smooth": SMOOTH, "aggregation": "mean"}
-        return stacked_cross_attention(regions, words, score=self.attend.score, **options)
+        (regions, words), score = self.sides(images, ids), self.attend.score
+        if score.is_linear and not self.attend.uniform:
+            options: dict[str, Any] = {"first_norm": "clipped_l2norm", "smooth": SMOOTH, "aggregation": "mean"}
+            return stacked_cross_attention(regions, words, score=score, **options)
+        every = len(images), len(ids)
+        pairs = (side.expand(*every, -1, -1).flatten(0, 1) for side in (words, regions[:, None]))
+        return self._cosines(*pairs).mean(-1).unflatten(0, every)
 
 
 train = functools.partial(matching.train, make=Scan)
