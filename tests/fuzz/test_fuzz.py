@@ -77,6 +77,11 @@ def test_one_score_is_drawn_in_every_call() -> None:
     assert outcome.repro().endswith("--fuzz 1 --seed 7 --score distance")
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_call_of_each_operator(operator: str) -> None:
+    assert all(outcome.passed for outcome in fuzz.fuzz(2, 4, operators=(operator,), backends=("streaming",)))
+
+
 def test_a_configuration_is_emulated_alone_as_it_is_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of warps, too, is that of the command which repeats it."""
     reseeded = []

@@ -24,7 +24,7 @@ from vlattn_fast.checking.cases import Example, Tensors, cases_of
 from vlattn_fast.checking.cases._dice import FEW_PAIRS, LAYOUTS, PAIRS, VECTOR_LAYOUTS, Dice, lay_out
 from vlattn_fast.checking.roundings import OtherRoundings, unluckiest
 from vlattn_fast.checking.tolerance import draws, settle
-from vlattn_fast.checking.verify import command, outputs_and_gradients
+from vlattn_fast.checking.verify import command, floating_outputs, outputs_and_gradients
 from vlattn_fast.dispatch import call as calls
 from vlattn_fast.ops import OPERATORS
 
@@ -293,8 +293,7 @@ def _outputs_and_gradients(
     call: Callable[[Tensors], Any], leaves: Tensors, cotangents: Callable[[list[Tensor]], list[Tensor]] | None, create_graph: bool
 ) -> Tensors:
     """Floating outputs and, with `cotangents`, gradients, by name, which themselves have derivatives."""
-    out = call(leaves)
-    outputs = {f"output {i}": x for i, x in enumerate(out if isinstance(out, tuple) else (out,)) if x.is_floating_point()}
+    outputs = floating_outputs(call(leaves))
     used = [x for x in outputs.values() if x.requires_grad]
     if used and cotangents is not None:
         inputs = list(leaves.values())

@@ -141,9 +141,14 @@ def _tangents_of_outputs(case: Example, run: Callable[[Tensors], Any], tensors: 
             return {}
         duals = [forward_ad.make_dual(x, u) for x, u in zip(tensors.values(), _random_like(tensors.values(), 2), strict=True)]
         out = run(dict(zip(tensors, duals, strict=True)))
-        outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if x.is_floating_point()]
-        pairs = [forward_ad.unpack_dual(x) for x in outputs]
-        return {f"tangent of output {i}": torch.zeros_like(x) if u is None else u.detach() for i, (x, u) in enumerate(pairs)}
+        pairs = {name: forward_ad.unpack_dual(x) for name, x in floating_outputs(out).items()}
+        return {f"tangent of {name}": torch.zeros_like(x) if u is None else u.detach() for name, (x, u) in pairs.items()}
+
+
+def floating_outputs(out: Any) -> Tensors:
+    """The floating tensors of a result, by number; a statistic that is not asked for is None."""
+    outputs = enumerate(out if isinstance(out, tuple) else (out,))
+    return {f"output {i}": x for i, x in outputs if x is not None and x.is_floating_point()}
 
 
 def outputs_and_gradients(
@@ -155,7 +160,7 @@ def outputs_and_gradients(
     """
     leaves = {name: x.detach().requires_grad_(differentiable) for name, x in tensors.items()}
     out = call(leaves)
-    outputs = {f"output {i}": x for i, x in enumerate(out if isinstance(out, tuple) else (out,)) if x.is_floating_point()}
+    outputs = floating_outputs(out)
     results = {name: x.detach() for name, x in outputs.items()}
     if used := [x for x in outputs.values() if x.requires_grad]:
         grads = torch.autograd.grad(used, list(leaves.values()), cotangents(used), materialize_grads=True)
