@@ -64,6 +64,7 @@ LONG = [
     )
 ]
 TOKENS_2048 = _workload("tokens-2048", "2,048 tokens", "B 1, H 32, N 2048, D 64", "H 4", "H 1, N 512")
+PACKED = _workload("packed", "16 packed documents", "B 1, H 32, N 4096, D 64, causal 1, documents 16", "H 8", "H 1, N 512")
 TOKENS_8192 = _workload("tokens-8192", "8,192 tokens", "B 1, H 32, N 8192, D 64", "H 1", "N 512")
 TOKENS_16384 = _workload("tokens-16384", "16,384 tokens", "B 1, H 8, N 16384, D 64", "H 1", "N 1024")
 VIDEO = _workload("video", "16 video frames, one head", "B 1, H 1, N 43152, D 128, causal 1", "", "N 1024")

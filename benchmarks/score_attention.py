@@ -40,6 +40,7 @@ from vlattn_fast.benchmarks._workloads import (
     DECODER_PLAIN,
     HIGHRES,
     LLAVA,
+    PACKED,
     TOKENS_2048,
     TOKENS_16384,
     UNITER,
@@ -133,6 +134,37 @@ def build_dot(padding: bool, both: bool, sizes: Sizes, device: torch.device, dty
     return operator_problem(
         "score_attention", arguments, tensors, finish, maps, bound, _part, pairs(sizes), floor, baselines=baselines
     )
+
+
+def build_packed(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+    """Documents of equal lengths in one row. The bound has them as a batch; baselines and the formula have a mask."""
+    tensors, n, count = standard(sizes, randoms(device, dtype)), sizes["N"], sizes["documents"]
+    document = torch.arange(n, device=device) // (n // count)
+    tensors["attn_mask"] = document[:, None] == document
+    finish = finished(True, QKV, ("grad_output",))
+    packed = _measure.taking(*QKV, is_causal=True, cu_seqlens=torch.arange(count + 1) * (n // count))
+
+    def batch(t: Tensors) -> Tensor:
+        documents = {name: t[name][0].unflatten(1, (count, -1)).transpose(0, 1) for name in QKV}
+        return sdpa(documents, is_causal=True).transpose(0, 1).flatten(1, 2)[None]
+
+    def ours(name: str) -> Variant:
+        return Variant(finish(lambda t: va.score_attention(**packed(t), backend=name)))
+
+    variants = {name: ours(name) for name in _measure.backends("score_attention", _measure.taking(*QKV, is_causal=True)(tensors))}
+    masked = _measure.taking(*QKV, "attn_mask", is_causal=True)
+    variants["SDPA, mask"] = Variant(finish(lambda t: F.scaled_dot_product_attention(*[t[name] for name in QKV], t["causal"])))
+    if device.type == "cuda":  # whose backward pass no CPU has
+        blocks = create_block_mask(lambda b, h, i, j: (i >= j) & (document[i] == document[j]), None, None, n, n, device="cuda")
+        flex = _measure.compile_later(lambda t: flex_attention(*[t[name] for name in QKV], block_mask=blocks))
+        variants[FLEX] = Variant(finish(flex), compiled=True)
+    tensors["causal"] = tensors["attn_mask"].tril()
+    floor = passes(sizes, dtype, (2 / count, 4, 1 / count), (5 / count, 8, 1 / count))
+    options: dict[str, Any] = {"baselines": variants, "names": ()}
+    problem = operator_problem(
+        "score_attention", masked, tensors, finish, 4, finish(batch), _part, pairs(sizes), floor, **options
+    )
+    return problem._replace(truth=problem.variants["reference"].run, in_blocks=False)
 
 
 def build_second(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
@@ -266,6 +298,7 @@ BENCHMARKS = [
     Benchmark(__name__, "scaled dot, padding, forward", CLIP, partial(build_dot, True, False)),
     Benchmark(__name__, "scaled dot, padding, forward+backward", CLIP, partial(build_dot, True, True)),
     *(Benchmark(__name__, "scaled dot, one token", one, build_token) for one in (DECODER, DECODER_PLAIN, DECODER_LONG)),
+    Benchmark(__name__, "scaled dot, packed, forward+backward", PACKED, build_packed),
     Benchmark(__name__, "scaled dot, second derivatives", CLIP, build_second),
     *(
         Benchmark(__name__, f"scaled dot, {mode}", workload, partial(build_derivative, mode))

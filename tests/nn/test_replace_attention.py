@@ -289,6 +289,25 @@ def test_masks_of_flash_attention_and_flex() -> None:
         module(states, "blocks")
 
 
+@pytest.mark.parametrize("starts", ["position_ids", "cu_seq_lens"])
+@pytest.mark.parametrize("replaced", [True, False])
+def test_packed_sequences(starts: str, replaced: bool) -> None:
+    """Two texts in one row: the last token is explained by its own text, as without the other one."""
+    model, _ = MODELS["Llama, sdpa"]()
+    if replaced:
+        replace_attention(model.eval(), score="scaled_dot")
+    texts = torch.randint(0, 20, (1, 5)), torch.randint(0, 20, (1, 7))
+    ends, places = torch.tensor([0, 5, 12], dtype=torch.int32), torch.cat([torch.arange(5), torch.arange(7)])[None]
+    options = {"position_ids": places}
+    if starts == "cu_seq_lens":
+        options = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 7, "max_length_k": 7}
+    alone = {"input_ids": texts[1], "position_ids": torch.arange(7)[None] + (0 if starts == "position_ids" else 5)}
+    packed = {"input_ids": torch.cat(texts, 1), "use_cache": False, **options}
+    (found,), (expected,) = (explain(model.eval(), x, target=3).relevancy.values() for x in (packed, alone))
+    assert not found[:, :5].any()
+    torch.testing.assert_close(found[:, 5:], expected)
+
+
 # --- ScoreAttention beside nn.MultiheadAttention ---
 
 

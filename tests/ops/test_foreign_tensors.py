@@ -106,7 +106,9 @@ def test_other_layouts_are_refused_by_name(name: str, kind: str) -> None:
     x = every.tensors
     for argument in (argument for argument, tensor in x.items() if tensor.dim() > 1):  # nested tensors have two dimensions
         changed = x | {argument: make(x[argument])}
-        with pytest.raises(TypeError, match=rf"must be a dense torch\.Tensor.*; got {words}"):
+        # of a nested query an operator on documents says what else must be nested, or which dimension must vary
+        expected = rf"must be a (dense torch\.Tensor|jagged tensor|nested tensor).*; got ({words}|a torch)"
+        with pytest.raises(TypeError, match=expected):
             every.run(changed)
 
 

@@ -19,8 +19,11 @@ ROWS = torch.zeros(1, 1, 3)
 PLAIN = {example.operator: example for example in examples(small(3)) if not example.name}
 
 
+OF_THE_CALL = "backend", "document_ids", "cu_seqlens"  # a formula is of one document
+
+
 def parameters(call: Callable[..., Any]) -> list[inspect.Parameter]:
-    return [x for x in inspect.signature(call).parameters.values() if x.name != "backend"]
+    return [x for x in inspect.signature(call).parameters.values() if x.name not in OF_THE_CALL]
 
 
 OPTIONS = [(name, option) for name in PLAIN for option in parameters(getattr(va, name)) if "str" in option.annotation]

@@ -267,6 +267,8 @@ _HARMLESS = {
     "qformer_input_ids": "of the Q-Former",
     "qformer_attention_mask": "of the Q-Former",
     "deterministic": "of flash attention's backward pass",
+    "max_length_q": "follows from where packed sequences begin",
+    "max_length_k": "follows from where packed sequences begin",
 }
 
 
@@ -283,6 +285,8 @@ def masks_of(
     indices: Tensor | None = None,
     block_indices: Tensor | None = None,
     output_attentions: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     *,
     causal_by_module: bool,
     are_first: bool = True,
@@ -315,7 +319,7 @@ def masks_of(
     causal = attention_mask is None and query.shape[2] > 1
     if causal:
         causal = getattr(module, "is_causal", True) if is_causal is None and causal_by_module else bool(is_causal)
-    more = [_chosen_keys(module, query, key, indices, block_indices), position_bias]
+    more = [_chosen_keys(module, query, key, indices, block_indices), position_bias, _packed(query, cu_seq_lens_q, cu_seq_lens_k)]
     before = 0 if are_first else max(0, key.shape[2] - query.shape[2])
     if causal and (before or any(mask is not None for mask in more)):
         size = query.shape[2], key.shape[2]
@@ -336,6 +340,14 @@ def _chosen_keys(module: Any, query: Tensor, key: Tensor, indices: Tensor | None
         chosen_blocks = expand_heads(_scattered(blocks, -(-key.shape[2] // size)), query.shape[1])
         chosen = joined(chosen, chosen_blocks.repeat_interleave(size, -1)[..., : key.shape[2]])
     return chosen
+
+
+def _packed(query: Tensor, of_queries: Tensor | None, of_keys: Tensor | None) -> Tensor | None:
+    """Returns the keys of each query's own sequence, bool (N, M); None = all."""
+    if of_queries is None or of_keys is None:
+        return None
+    queries, keys = (torch.arange(len(x) - 1, device=query.device).repeat_interleave(x.diff()) for x in (of_queries, of_keys))
+    return queries[:, None] == keys
 
 
 def _scattered(indices: Tensor, size: int) -> Tensor:

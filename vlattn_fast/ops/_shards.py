@@ -13,15 +13,9 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import describe, is_dtensor
+from vlattn_fast.ops._dimensions import DIMENSIONS
 
 Dims = tuple[int, int | None]  # the dimensions of batch and heads, counted from the last
-ATTENTION: Dims = (-4, -3)  # (B, H, N, D)
-NO_HEADS: Dims = (-3, None)  # (B, T, N)
-TOKENS: Dims = (-2, None)  # (B, N), and (N) that has no batch
-PER_ROW: Dims = (-3, -2)  # (B, H, N)
-PER_HEAD: Dims = (-2, -1)  # (B, H), and (H) that has no batch
-MASKS: dict[str, Dims] = {"attn_mask": ATTENTION, "key_mask": TOKENS, "sink": PER_HEAD}
-MASKS |= {"query_groups": TOKENS, "key_groups": TOKENS, "group_bias": ATTENTION, "head_gate": PER_HEAD}
 
 
 class Shards:
@@ -179,23 +173,27 @@ Local = dict[str, Any]  # arguments of a call, with the tensors of this process
 Run = Callable[[Callable[..., Any], Shards, Local], Any]
 
 
-def over_shards(
-    call: Callable[..., Any], x: Local, inputs: dict[str, Dims], outputs: Sequence[Dims], run: Run | None = None
-) -> Any:
-    """The result of a public call on DTensors.
+def _dims(dimensions: str) -> Dims:
+    letters = dimensions.partition(":")[0]
+    return -len(letters), letters.index("h") - len(letters) if "h" in letters else None
+
+
+def over_shards(call: Callable[..., Any], x: Local, outputs: Sequence[str], run: Run | None = None) -> Any:
+    """The result of a public call on DTensors. Its query, or else its first tensor, says how the call is divided.
 
     Args:
         x: the arguments of the call by name, `locals()` at the start of its body: a wrapper would cost every call a microsecond.
-        inputs: the dimensions of batch and heads in each tensor argument. The first one says how the call is divided.
-        outputs: the same dimensions in each output.
+        outputs: the dimensions of each output, as in DIMENSIONS.
         run: run(call, shards, arguments) computes the outputs of this process; default call(**arguments).
     """
-    name = next(iter(inputs))
-    shards = Shards(name, x[name], inputs[name])
-    tensors = {each: dims for each, dims in inputs.items() if isinstance(x.get(each), Tensor)}
+    tensors = {each: _dims(DIMENSIONS[each]) for each in x if each in DIMENSIONS and isinstance(x[each], Tensor)}
+    name = "query" if "query" in tensors else next(iter(tensors))
+    shards = Shards(name, x[name], tensors[name])
     arguments = x | {each: shards.local(each, x[each], dims) for each, dims in tensors.items()}
     result: Any = call(**arguments) if run is None else run(call, shards, arguments)
     if isinstance(result, Tensor):
-        return shards.whole(result, outputs[0])
-    parts = [None if part is None else shards.whole(part, dims) for part, dims in zip(result, outputs, strict=False)]  # or fewer
+        return shards.whole(result, _dims(outputs[0]))
+    parts = [
+        None if part is None else shards.whole(part, _dims(dims)) for part, dims in zip(result, outputs, strict=False)
+    ]  # or fewer
     return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)

@@ -46,6 +46,7 @@ from vlattn_fast.dispatch.choice import launcher, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
+from vlattn_fast.ops._documents import Ids, is_packed, over_documents
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._stages import planning
 
@@ -72,6 +73,8 @@ def attention_divergence(
     scale: float | None = None,
     other_scale: float | None = None,
     enable_gqa: bool = False,
+    document_ids: Ids = None,
+    cu_seqlens: Ids = None,
     backend: str = "auto",
 ) -> Tensor:
     """Computes how far one attention is from another over the same keys, for each query: D_i = sum_j f(A_ij, A'_ij).
@@ -105,6 +108,7 @@ def attention_divergence(
         head_mean: compares the means of the heads' attention.
         attn_mask, key_mask, is_causal, enable_gqa: of both, as in score_attention; attn_mask broadcasts to (B, H, N, M), and to
             (B, 1, N, M) if H' is not H. Masked pairs count on neither side.
+        document_ids, cu_seqlens: see score_attention.
         scale, other_scale: multiply the scores. Default: 1/sqrt(D) and 1/sqrt(D').
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
@@ -116,6 +120,8 @@ def attention_divergence(
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
+    if is_packed(query, document_ids, cu_seqlens):
+        return over_documents(attention_divergence, locals(), ["bhq"])
     x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, backend=backend)
     plan = planned(_plan, x, other_query, other_key, kind, beta, head_mean)
     query, key, other_query, other_key = cast_by_autocast(query, key, other_query, other_key)

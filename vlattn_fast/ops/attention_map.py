@@ -30,7 +30,7 @@ from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
-from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
+from vlattn_fast.ops._shards import Local, Shards, over_shards
 from vlattn_fast.ops._stages import attention_of, by_formula, cast, check_logits, logit_flags, planning, without_padding
 from vlattn_fast.ops.score_attention import lse_for_sink
 
@@ -51,9 +51,6 @@ def _on_shards(call: Callable[..., Tensor], shards: Shards, x: Local) -> Tensor:
     else:
         abar = shards.over_heads(abar, x["head_reduction"])
     return over_sums(abar) if x["row_normalize"] else abar
-
-
-_SHARDED = dict.fromkeys(("query", "key", "value", "grad_output"), ATTENTION) | {"lse": PER_ROW} | MASKS
 
 
 def attention_map(
@@ -119,7 +116,7 @@ def attention_map(
     5.
     """
     if is_dtensor(query):
-        return over_shards(attention_map, locals(), _SHARDED, [NO_HEADS], _on_shards)
+        return over_shards(attention_map, locals(), ["bqk"], _on_shards)
     groups = query_groups, key_groups, group_bias
     x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, *groups, backend)
     plan = planned(_plan, x, value, grad_output, rule, head_reduction, row_normalize, lse)

@@ -50,9 +50,10 @@ from vlattn_fast.dispatch.choice import gradients, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
+from vlattn_fast.ops._documents import Ids, is_packed, over_documents
 from vlattn_fast.ops._groups import check_rows, check_token_groups, group_bias_inputs, resolve_groups
 from vlattn_fast.ops._registration import Saved, define, differentiable
-from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
+from vlattn_fast.ops._shards import Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
 from vlattn_fast.ops._stages import DotPlan, attention_of, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
 from vlattn_fast.ops.score_attention import attention_lse, attention_with_lse
@@ -77,7 +78,7 @@ def _on_shards(call: Callable[..., AttentionStatistics], shards: Shards, x: Loca
     return call(**x)
 
 
-_SHARDED = {"query": ATTENTION, "key": ATTENTION, "key_groups": TOKENS, "row_weight": TOKENS, **MASKS}
+_DIMENSIONS = ["bhqg", "bhq", "bhq", "bhq:k", "bhk", "bhq", "bhq", "bhq", "bhq"]  # of LogitStatistics
 
 
 def attention_statistics(
@@ -97,6 +98,8 @@ def attention_statistics(
     sink: Tensor | None = None,
     query_groups: Tensor | None = None,
     group_bias: Tensor | None = None,
+    document_ids: Ids = None,
+    cu_seqlens: Ids = None,
     backend: str = "auto",
 ) -> AttentionStatistics:
     """Computes the mass per group of keys, entropy, largest weight and received attention of A = softmax(scale * q k^T + mask).
@@ -124,6 +127,7 @@ def attention_statistics(
         row_weight: (N) or (B, N) floating point, the weight of each query in `received`. Default: 1.
         attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, group_bias: see score_attention. scale
             defaults to 1/sqrt(D).
+        document_ids, cu_seqlens: see score_attention.
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
@@ -146,8 +150,12 @@ def attention_statistics(
     Reference: Cao et al., "Behind the Scene", ECCV 2020 (VALUE). With the tokens of each modality as a
     group, mass gives their modality importance and their cross-modal heads; maximum and argmax give their linked tokens.
     """
+    if is_packed(query, document_ids, cu_seqlens):
+        if num_groups is None and key_groups is not None and group_bias is None:
+            num_groups = resolve_groups(key_groups.values() if key_groups.is_nested else key_groups, None)
+        return over_documents(attention_statistics, locals(), _DIMENSIONS)
     if is_dtensor(query):
-        return over_shards(attention_statistics, locals(), _SHARDED, [ATTENTION, *[PER_ROW] * 8], _on_shards)
+        return over_shards(attention_statistics, locals(), _DIMENSIONS, _on_shards)
     if statistics is not None:
         statistics = check_statistics(statistics, key_groups, num_groups, LogitStatistics._fields)
     groups = query_groups, key_groups, group_bias

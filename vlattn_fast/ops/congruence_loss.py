@@ -37,6 +37,7 @@ from vlattn_fast.dispatch.choice import launcher, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
+from vlattn_fast.ops._documents import Ids, is_packed, over_documents
 from vlattn_fast.ops._registration import Saved, define, differentiable
 
 
@@ -84,6 +85,8 @@ def congruence_loss(
     image_mask: Tensor | None = None,
     scale: float | None = None,
     reduction: str = "mean",
+    document_ids: Ids = None,
+    cu_seqlens: Ids = None,
     backend: str = "auto",
 ) -> Tensor:
     """Computes the distance of a modality's attention from the attention that the other modality implies through cross attention.
@@ -123,6 +126,8 @@ def congruence_loss(
             0.
         scale: multiplies the scores. Default: 1/sqrt(D).
         reduction: "mean" over the batch (0 for an empty one), or "none".
+        document_ids, cu_seqlens: see score_attention; a pair, of the text tokens and of the image tokens. A document is a pair of
+            a text and an image, and counts as a sample.
         backend: "auto", "reference", "streaming", "cpu", "triton" or "cuda".
 
     Returns:
@@ -133,6 +138,13 @@ def congruence_loss(
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
+    if is_packed(text[0] if isinstance(text, (tuple, list)) and text else None, document_ids, cu_seqlens):
+        options = {"kind": kind, "normalize": normalize, "direction": direction, "scale": scale, "backend": backend}
+        masks = {"text_mask": text_mask, "image_mask": image_mask}
+        blocks = dict(zip(_TENSORS + _CROSS, (*text, *image, *(() if cross is None else (*cross[0], *cross[1]))), strict=False))
+        packed = {**blocks, **masks, "document_ids": document_ids, "cu_seqlens": cu_seqlens}
+        check_choice("reduction", reduction, REDUCTIONS)
+        return _reduced(over_documents(lambda **x: _of_documents(options, x), packed, ["b"]), reduction)
     backend, scale = planned(
         _plan, backend, scale, text, image, cross, kind, normalize, direction, text_mask, image_mask, reduction
     )
@@ -147,9 +159,25 @@ def congruence_loss(
     saves = torch.is_grad_enabled() and any([x.requires_grad for x in (*queries, *keys)]) and not has_forward_mode()
     blocks = *queries, *keys, text_mask, image_mask
     loss, _ = _forward_op(CongruenceLossInputs(*blocks, kind, normalize, direction, scale, saves, backend))
+    return _reduced(loss, reduction)
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
-        return loss
-    return loss.mean() if loss.shape[0] else loss.sum()
+        return losses
+    return losses.mean() if losses.shape[0] else losses.sum()
+
+
+_TENSORS = "text_query", "text_key", "image_query", "image_key"
+_CROSS = "cross_text_query", "cross_image_key", "cross_image_query", "cross_text_key"
+
+
+def _of_documents(options: dict[str, Any], x: dict[str, Any]) -> Tensor:
+    """The loss of each pair, of arguments by the names of `_TENSORS` and `_CROSS`."""
+    text, image = (x["text_query"], x["text_key"]), (x["image_query"], x["image_key"])
+    cross = ((x[_CROSS[0]], x[_CROSS[1]]), (x[_CROSS[2]], x[_CROSS[3]])) if _CROSS[0] in x else None
+    masks = {"text_mask": x["text_mask"], "image_mask": x["image_mask"]}
+    return congruence_loss(text, image, cross, reduction="none", **masks, **options)
 
 
 def _plan(backend: str, scale: float | None, *arguments: Any) -> tuple[str, float]:

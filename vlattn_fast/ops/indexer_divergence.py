@@ -28,6 +28,7 @@ from vlattn_fast.dispatch.choice import launcher, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
+from vlattn_fast.ops._documents import Ids, is_packed, over_documents
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._stages import planning
 from vlattn_fast.ops.attention_divergence import autograd_of_sides, check_key
@@ -57,6 +58,8 @@ def indexer_divergence(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    document_ids: Ids = None,
+    cu_seqlens: Ids = None,
     backend: str = "auto",
 ) -> Tensor:
     """Computes how far an indexer of sparse attention is from the attention whose keys it chooses: D_i = KL(mean_h A_h || A').
@@ -82,6 +85,7 @@ def indexer_divergence(
         topk_indices: int64 or int32 (B, N, K), the keys of each query over which both softmaxes run, such as those that sparse
             attention took; a key counts once. Indices outside [0, M), e.g. -1, mean no key. Default: all keys.
         attn_mask, key_mask, is_causal, enable_gqa: of both sides, as in score_attention; attn_mask broadcasts to (B, 1, N, M).
+        document_ids, cu_seqlens: see score_attention.
         scale: multiplies the scores of query and key. Default: 1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
@@ -92,6 +96,8 @@ def indexer_divergence(
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
+    if is_packed(query, document_ids, cu_seqlens):
+        return over_documents(indexer_divergence, locals(), ["bq"])
     x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, backend=backend)
     plan = planned(_plan, x, index_query, index_key, index_weights, topk_indices)
     query, key, index_query, index_key, index_weights = cast_by_autocast(query, key, index_query, index_key, index_weights)

@@ -38,6 +38,7 @@ from vlattn_fast.dispatch.choice import launcher, planned, selecting
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
+from vlattn_fast.ops._documents import Ids, is_packed, over_documents
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops.relevancy_attention import check_carried
 
@@ -56,6 +57,8 @@ def recurrent_step(
     diagonal: Tensor | None = None,
     rule: str = "gradient",
     row_normalize: bool = False,
+    document_ids: Ids = None,
+    cu_seqlens: Ids = None,
     backend: str = "auto",
 ) -> Tensor:
     """Computes relevancy @ Abar through a linear recurrence: (B, T, N) -> (B, T, N). relevancy_step does the same for attention.
@@ -91,6 +94,7 @@ def recurrent_step(
             0).
         diagonal: (B, H, N), the d_t above. Default: 0.
         rule: "gradient" or "attention".
+        document_ids, cu_seqlens: see score_attention; one for all tokens, no pair.
         row_normalize: divide each row of Abar by its sum; zero rows stay zero.
         backend: "auto", "reference", "streaming" or "cpu". "cpu" uses the backward pass of "streaming".
 
@@ -103,6 +107,8 @@ def recurrent_step(
 
     Reference: the map is that of Zimerman, Ali, Wolf, ICLR 2025, section 3; its extension to the delta rule is our reading.
     """
+    if is_packed(query, document_ids, cu_seqlens):
+        return over_documents(recurrent_step, locals(), ["btq"])
     gates = log_decay, beta, diagonal
     backend = planned(_backend, backend, relevancy, query, key, value, grad_output, *gates, rule, row_normalize)
     query, key, value, grad_output = cast_by_autocast(query, key, value, grad_output)

@@ -40,9 +40,10 @@ from vlattn_fast.dispatch.choice import load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype, table
 from vlattn_fast.ops import _relevancy_shards
+from vlattn_fast.ops._documents import Ids, is_packed, over_documents
 from vlattn_fast.ops._groups import check_head_gate, gated
 from vlattn_fast.ops._registration import Saved, define, differentiable
-from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, TOKENS, over_shards
+from vlattn_fast.ops._shards import over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 from vlattn_fast.ops._stages import DotPlan, attention_of, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
 from vlattn_fast.ops.score_attention import DERIVATIVES
@@ -90,9 +91,7 @@ BACKENDS = table(  # of relevancy_step, too, whose result is the relevancy
     limits={"cuda": _cuda_limits},
     shared_sums={"cuda": ("relevancy", "gradient of carrier")},
 )
-SHARDED = dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS
-_OUTPUTS = [ATTENTION, NO_HEADS]
-_WEIGHED = {"carrier": NO_HEADS, "residual_weight": TOKENS, "attention_weight": TOKENS}
+_OUTPUTS = ["bhqd", "btq"]
 
 
 def relevancy_attention(
@@ -116,6 +115,8 @@ def relevancy_attention(
     key_groups: Tensor | None = None,
     group_bias: Tensor | None = None,
     head_gate: Tensor | None = None,
+    document_ids: Ids = None,
+    cu_seqlens: Ids = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Computes self-attention whose backward pass carries relevancy.
@@ -149,6 +150,7 @@ def relevancy_attention(
         residual_weight, attention_weight: a and b, (B, N) or a number; they get no gradient. Default: 1.
         attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups, group_bias, head_gate:
             see score_attention. scale defaults to 1/sqrt(D).
+        document_ids, cu_seqlens: see score_attention; no pair, since queries are keys.
         backend: "auto", "reference", "streaming", "cpu", "triton" or "cuda".
 
     Returns:
@@ -159,8 +161,10 @@ def relevancy_attention(
 
     References: Chefer et al., ICCV 2021; the weights a and b: Huang et al. 2023.
     """
+    if is_packed(query, document_ids, cu_seqlens):
+        return over_documents(relevancy_attention, locals(), _OUTPUTS)
     if is_dtensor(query):
-        return over_shards(relevancy_attention, locals(), SHARDED | _WEIGHED, _OUTPUTS, _relevancy_shards.attention)
+        return over_shards(relevancy_attention, locals(), _OUTPUTS, _relevancy_shards.attention)
     groups = query_groups, key_groups, group_bias
     x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, *groups, backend)
     plan = planned(_plan, x, value, carrier, rule, row_normalize, residual_weight, attention_weight, head_gate)

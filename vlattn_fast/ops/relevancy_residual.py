@@ -31,9 +31,7 @@ from vlattn_fast.dispatch.choice import launcher, planned, selecting
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._registration import define, not_differentiable
-from vlattn_fast.ops._shards import NO_HEADS, over_shards
-
-_SHARDED = dict.fromkeys(("residual", "branch", "residual_carrier", "branch_carrier"), NO_HEADS)
+from vlattn_fast.ops._shards import over_shards
 
 
 def _limits(call: CallShape) -> list[tuple[str, bool]]:
@@ -96,7 +94,7 @@ def relevancy_residual(
     Reference: our reading of Huang et al. 2023.
     """
     if is_dtensor(residual):
-        return over_shards(relevancy_residual, locals(), _SHARDED, [NO_HEADS, NO_HEADS])
+        return over_shards(relevancy_residual, locals(), ["bqc", "bqc"])
     tensors = residual, branch, residual_carrier, branch_carrier
     backend = planned(_backend, backend, *tensors, weighting)
     if backend == "reference" or weighting not in BY_ROWS:

@@ -27,13 +27,12 @@ from vlattn_fast.dispatch.choice import gradients, launcher, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._derivatives import Derivatives
+from vlattn_fast.ops._documents import Ids, is_packed, over_documents
 from vlattn_fast.ops._registration import Saved, define, differentiable
-from vlattn_fast.ops._shards import ATTENTION, NO_HEADS, PER_ROW, over_shards
+from vlattn_fast.ops._shards import over_shards
 from vlattn_fast.ops._stages import DotPlan, attention_of, by_formula, cast, make_plan, without_padding
-from vlattn_fast.ops.relevancy_attention import BACKENDS, SHARDED, check_abar, check_carried, flags_of, sizes_of
+from vlattn_fast.ops.relevancy_attention import BACKENDS, check_abar, check_carried, flags_of, sizes_of
 from vlattn_fast.ops.score_attention import lse_for_sink
-
-_STEPS = {"relevancy": NO_HEADS, "grad_output": ATTENTION, "lse": PER_ROW}
 
 
 def relevancy_step(
@@ -56,6 +55,8 @@ def relevancy_step(
     query_groups: Tensor | None = None,
     key_groups: Tensor | None = None,
     group_bias: Tensor | None = None,
+    document_ids: Ids = None,
+    cu_seqlens: Ids = None,
     backend: str = "auto",
 ) -> Tensor:
     """Computes relevancy @ Abar for attention that has already run: (B, T, N) -> (B, T, M). Abar is that of relevancy_attention.
@@ -78,7 +79,7 @@ def relevancy_step(
             query without visible keys. Default: computed anew, which "reference" always does. A detached lse counts as computed
             from query and key in the backward pass, and is computed anew for a sink's gradient.
         rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups,
-            group_bias, backend: see relevancy_attention. "cuda" uses the backward pass of "streaming".
+            group_bias, document_ids, cu_seqlens, backend: see relevancy_attention. "cuda" uses the backward pass of "streaming".
 
     Returns:
         (B, T, M) in relevancy's dtype, twice differentiable in every floating tensor except attn_mask. With the result's
@@ -89,8 +90,10 @@ def relevancy_step(
 
     Reference: Chefer et al., ICCV 2021, eq. 5 and 6, without the identity.
     """
+    if is_packed(query, document_ids, cu_seqlens):
+        return over_documents(relevancy_step, locals(), ["btk"])
     if is_dtensor(query):
-        return over_shards(relevancy_step, locals(), SHARDED | _STEPS, [NO_HEADS], _relevancy_shards.step)
+        return over_shards(relevancy_step, locals(), ["btk"], _relevancy_shards.step)
     groups = query_groups, key_groups, group_bias
     x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, *groups, backend)
     plan = planned(_plan, x, relevancy, value, grad_output, rule, row_normalize, lse)

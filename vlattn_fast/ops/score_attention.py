@@ -53,10 +53,11 @@ from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype
 from vlattn_fast.ops._derivatives import Derivatives
+from vlattn_fast.ops._documents import Ids, is_packed, over_documents
 from vlattn_fast.ops._groups import check_head_gate, gated, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._score_attention_backends import BACKENDS
-from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
+from vlattn_fast.ops._shards import Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 from vlattn_fast.ops._stages import DotPlan, by_formula, check_logits, logit_flags
 
@@ -70,7 +71,7 @@ def _on_shards(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
     return call(**x)
 
 
-_SHARDED = dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS
+_OUTPUTS = ["bhqd", "bhq"]
 
 
 def score_attention(
@@ -92,6 +93,8 @@ def score_attention(
     key_groups: Tensor | None = None,
     group_bias: Tensor | None = None,
     head_gate: Tensor | None = None,
+    document_ids: Ids = None,
+    cu_seqlens: Ids = None,
     backend: str = "auto",
 ) -> Any:
     """Computes attention with any score function: out_i = sum_j softmax_j(scale * score(q_i, k_j) + mask_ij) v_j.
@@ -125,6 +128,10 @@ def score_attention(
         group_bias: (H, Gq, Gk) or (B, H, Gq, Gk) floating point, added to the logits of each pair of groups; -inf masks a pair.
             Its gradient is sum A (dA - sum_j A dA) over the pairs.
         head_gate: (H,) or (B, H), multiplies the output of each head; differentiable.
+        document_ids: int64 or int32 (N) or (B, N), for packed sequences: the document of each token, which attends to its own
+            only. They must not fall; of other keys than queries, a pair (of queries, of keys). Nested tensors need none.
+        cu_seqlens: the same for a batch of 1: int32 (documents + 1), where documents begin, and N; or a pair. Their values are
+            read, so on a GPU the call waits for the device unless these lie on the CPU.
         backend: "auto", "reference", "streaming", "sdpa" (torch's own attention), "cpu", "triton" or "cuda".
 
     Returns:
@@ -137,8 +144,10 @@ def score_attention(
 
     Reference: Cao et al., COLING 2022, Table 1.
     """
+    if is_packed(query, document_ids, cu_seqlens):
+        return over_documents(score_attention, locals(), _OUTPUTS)
     if is_dtensor(query):
-        return over_shards(score_attention, locals(), _SHARDED, [ATTENTION, PER_ROW], _on_shards)
+        return over_shards(score_attention, locals(), _OUTPUTS, _on_shards)
     groups = query_groups, key_groups, group_bias
     x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, *groups, backend)
     plan = planned(_plan, x, value, score, dropout_p, return_lse, head_gate)
@@ -292,7 +301,7 @@ def score_attention_by(operator: Computes, query: Tensor, key: Tensor, value: Te
     x, own = AttentionArguments(query, key, **masks), {"value": value, "score": "scaled_dot", "dropout_p": 0.0}
     if is_dtensor(query):
         by_operator = functools.partial(score_attention_by, operator)
-        shared: Tensor = over_shards(by_operator, x._asdict() | own, _SHARDED, [ATTENTION], _on_shards)
+        shared: Tensor = over_shards(by_operator, x._asdict() | own, _OUTPUTS, _on_shards)
         return shared
     plan = planned(_plan, x, value, "scaled_dot", 0.0, False, None)
     features = _features(x, value, "scaled_dot", 0.0, plan)

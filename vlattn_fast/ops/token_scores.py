@@ -26,6 +26,7 @@ from vlattn_fast.backends.reference.token_scores import (
 )
 from vlattn_fast.dispatch.call import AttentionArguments
 from vlattn_fast.dispatch.choice import planned
+from vlattn_fast.ops._documents import Ids, is_packed, over_documents
 from vlattn_fast.ops.attention_statistics import StatisticsPlan, attention_statistics, make_statistics_plan, statistics_of
 
 
@@ -46,6 +47,8 @@ def token_scores(
     enable_gqa: bool = False,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    document_ids: Ids = None,
+    cu_seqlens: Ids = None,
     backend: str = "auto",
 ) -> Tensor:
     """Computes a score for each key from the attention that it receives, to keep some tokens and prune the others.
@@ -94,6 +97,7 @@ def token_scores(
         attn_mask, scale, enable_gqa, softcap, sink, backend: see attention_statistics.
         key_mask: bool (B, M), True = a real token. Others have score 0 and give no attention; "last", "first" and a number of
             last queries count real tokens, so samples of a batch may have any length, with padding on either side.
+        document_ids, cu_seqlens: see score_attention.
         is_causal: whether no query attends to a key after its own position, i + M - N. Default: False for "visionzip", else True.
 
     Returns:
@@ -104,6 +108,8 @@ def token_scores(
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
+    if is_packed(query, document_ids, cu_seqlens):
+        return over_documents(token_scores, locals(), ["bhk"])
     x = AttentionArguments(query, key, attn_mask, key_mask, False, scale, enable_gqa, softcap, sink, backend=backend)
     plan = planned(_plan, x, rule, queries, kernel_size, pooling, recent, per_head, is_causal)
     how = plan.how if plan.how.queries is not None else plan.how._replace(queries=queries)
