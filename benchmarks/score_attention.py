@@ -6,6 +6,7 @@ and the plain one; cosine, additive and Hadamard scores are no function of a dot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -138,7 +139,8 @@ def build_dot(padding: bool, both: bool, sizes: Sizes, device: torch.device, dty
 
 def build_packed(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     """Documents of equal lengths in one row. The bound has them as a batch; baselines and the formula have a mask."""
-    tensors, n, count = standard(sizes, randoms(device, dtype)), sizes["N"], sizes["documents"]
+    tensors, n = standard(sizes, randoms(device, dtype)), sizes["N"]
+    count = math.gcd(n, sizes["documents"])
     document = torch.arange(n, device=device) // (n // count)
     tensors["attn_mask"] = document[:, None] == document
     finish = finished(True, QKV, ("grad_output",))
@@ -153,10 +155,12 @@ def build_packed(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Prob
 
     variants = {name: ours(name) for name in _measure.backends("score_attention", _measure.taking(*QKV, is_causal=True)(tensors))}
     masked = _measure.taking(*QKV, "attn_mask", is_causal=True)
-    variants["SDPA, mask"] = Variant(finish(lambda t: F.scaled_dot_product_attention(*[t[name] for name in QKV], t["causal"])))
+    variants["SDPA, mask"] = Variant(
+        finish(lambda t: F.scaled_dot_product_attention(t["query"], t["key"], t["value"], t["causal"]))
+    )
     if device.type == "cuda":  # whose backward pass no CPU has
         blocks = create_block_mask(lambda b, h, i, j: (i >= j) & (document[i] == document[j]), None, None, n, n, device="cuda")
-        flex = _measure.compile_later(lambda t: flex_attention(*[t[name] for name in QKV], block_mask=blocks))
+        flex = _measure.compile_later(lambda t: flex_attention(t["query"], t["key"], t["value"], block_mask=blocks))
         variants[FLEX] = Variant(finish(flex), compiled=True)
     tensors["causal"] = tensors["attn_mask"].tril()
     floor = passes(sizes, dtype, (2 / count, 4, 1 / count), (5 / count, 8, 1 / count))

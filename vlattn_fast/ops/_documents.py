@@ -23,13 +23,13 @@ Ids = Tensor | tuple[Tensor, Tensor] | None
 class Run(NamedTuple):
     """Documents of equal lengths behind one another: how many, in which row, and where their queries and keys begin."""
 
-    count: int
+    documents: int
     row: int
     starts: dict[str, int]
     lengths: dict[str, int]
 
     def tokens(self, side: str) -> int:
-        return self.count * self.lengths[side]
+        return self.documents * self.lengths[side]
 
 
 def is_packed(query: Any, document_ids: Ids, cu_seqlens: Ids) -> bool:
@@ -62,7 +62,7 @@ def over_documents(call: Callable[..., Any], x: dict[str, Any], outputs: Sequenc
     for group in _of_equal_lengths(runs):
         result = call(**x | {name: _cat([pieces[i] for i in group]) for name, pieces in cut.items()})
         parts = (result,) if isinstance(result, Tensor) else result
-        split = [[None] * len(group) if part is None else part.split([runs[i].count for i in group]) for part in parts]
+        split = [[None] * len(group) if part is None else part.split([runs[i].documents for i in group]) for part in parts]
         results |= dict(zip(group, zip(*split, strict=True), strict=True))
     columns = zip(outputs, zip(*[results[i] for i in range(len(runs))], strict=True), strict=False)
     whole = [None if column[0] is None else _joined(column, dims, runs, offsets) for dims, column in columns]
@@ -90,7 +90,7 @@ def _opened(name: str, t: Tensor, dims: str, offsets: dict[str, Tensor]) -> Tens
         raise TypeError(f"{name} must be a nested tensor, like query, or have neither tokens nor a batch; got {describe(t)}")
     if t.layout is not torch.jagged or t.lengths() is not None or dims.find(side) != t._ragged_idx:  # type: ignore[attr-defined]
         raise TypeError(f"{name} must be a jagged tensor without gaps, in which the number of tokens varies; got {describe(t)}")
-    offsets.setdefault(side, t.offsets())
+    offsets.setdefault(side, t.offsets())  # type: ignore[attr-defined]
     return t.values()[None]
 
 
@@ -188,23 +188,23 @@ def _of_row(name: str, t: Tensor, dims: str, runs: Sequence[Run]) -> list[Tensor
         if t.shape[dims.index(side)] == tokens:
             split.append((side, dims.index(side)))
     if not split:
-        return [t.expand(run.count, *t.shape) for run in runs]
+        return [t.expand(run.documents, *t.shape) for run in runs]
     side, dim = split[0]
     parts = t.split([run.tokens(side) for run in runs], dim) if len(runs) > 1 else (t,)
     parts = tuple(
-        part.unflatten(dim, (run.count, run.lengths[side])).movedim(dim, 0) for part, run in zip(parts, runs, strict=True)
+        part.unflatten(dim, (run.documents, run.lengths[side])).movedim(dim, 0) for part, run in zip(parts, runs, strict=True)
     )
     if len(split) == 1:
         return [*parts]
     side, dim = split[1]  # only of masks, which have no derivative
     parts = tuple(part.narrow(dim + 1, run.starts[side], run.tokens(side)) for part, run in zip(parts, runs, strict=True))
-    parts = tuple(part.unflatten(dim + 1, (run.count, run.lengths[side])) for part, run in zip(parts, runs, strict=True))
+    parts = tuple(part.unflatten(dim + 1, (run.documents, run.lengths[side])) for part, run in zip(parts, runs, strict=True))
     return [part.diagonal(dim1=0, dim2=dim + 1).movedim(-1, 0) for part in parts]
 
 
 def _starts(run: Run, ndim: int, device: torch.device) -> Tensor:
     """Where the keys of each document begin."""
-    starts = run.starts["k"] + run.lengths["k"] * torch.arange(run.count, device=device)
+    starts = run.starts["k"] + run.lengths["k"] * torch.arange(run.documents, device=device)
     return starts.view(-1, *[1] * (ndim - 1))
 
 

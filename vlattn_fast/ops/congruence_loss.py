@@ -5,6 +5,8 @@ Formulas: reference/congruence_loss.py. Without per-head maps: streaming/congrue
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -139,17 +141,22 @@ def congruence_loss(
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
     if is_packed(text[0] if isinstance(text, (tuple, list)) and text else None, document_ids, cu_seqlens):
-        options = {"kind": kind, "normalize": normalize, "direction": direction, "scale": scale, "backend": backend}
-        masks = {"text_mask": text_mask, "image_mask": image_mask}
-        blocks = dict(zip(_TENSORS + _CROSS, (*text, *image, *(() if cross is None else (*cross[0], *cross[1]))), strict=False))
-        packed = {**blocks, **masks, "document_ids": document_ids, "cu_seqlens": cu_seqlens}
         check_choice("reduction", reduction, REDUCTIONS)
-        return _reduced(over_documents(lambda **x: _of_documents(options, x), packed, ["b"]), reduction)
+        options: dict[str, Any] = {
+            "kind": kind,
+            "normalize": normalize,
+            "direction": direction,
+            "scale": scale,
+            "backend": backend,
+        }
+        call = functools.partial(congruence_loss, **options, reduction="none")
+        masks = {"text_mask": text_mask, "image_mask": image_mask, "document_ids": document_ids, "cu_seqlens": cu_seqlens}
+        return _reduced(_of_documents(call, text, image, cross, masks), reduction)
     backend, scale = planned(
         _plan, backend, scale, text, image, cross, kind, normalize, direction, text_mask, image_mask, reduction
     )
     if backend == "reference":
-        options: dict[str, Any] = {"direction": direction, "text_mask": text_mask, "image_mask": image_mask, "scale": scale}
+        options = {"direction": direction, "text_mask": text_mask, "image_mask": image_mask, "scale": scale}
         return reference.congruence_loss(text, image, cross, kind=kind, normalize=normalize, reduction=reduction, **options)
     if cross is not None:
         cross = (cast_by_autocast(*cross[0]), cast_by_autocast(*cross[1]))
@@ -168,16 +175,24 @@ def _reduced(losses: Tensor, reduction: str) -> Tensor:
     return losses.mean() if losses.shape[0] else losses.sum()
 
 
-_TENSORS = "text_query", "text_key", "image_query", "image_key"
-_CROSS = "cross_text_query", "cross_image_key", "cross_image_query", "cross_text_key"
+_BLOCKS = (
+    ("text_query", "text_key"),
+    ("image_query", "image_key"),
+    ("cross_text_query", "cross_image_key"),
+    ("cross_image_query", "cross_text_key"),
+)
 
 
-def _of_documents(options: dict[str, Any], x: dict[str, Any]) -> Tensor:
-    """The loss of each pair, of arguments by the names of `_TENSORS` and `_CROSS`."""
-    text, image = (x["text_query"], x["text_key"]), (x["image_query"], x["image_key"])
-    cross = ((x[_CROSS[0]], x[_CROSS[1]]), (x[_CROSS[2]], x[_CROSS[3]])) if _CROSS[0] in x else None
-    masks = {"text_mask": x["text_mask"], "image_mask": x["image_mask"]}
-    return congruence_loss(text, image, cross, reduction="none", **masks, **options)
+def _of_documents(call: Callable[..., Tensor], text: Any, image: Any, cross: Any, masks: dict[str, Any]) -> Tensor:
+    """The loss of each pair of a text and an image."""
+    pairs = zip(_BLOCKS, (text, image, *(cross or ())), strict=False)
+    tensors = {name: x for names, pair in pairs for name, x in zip(names, pair, strict=True)}
+
+    def losses(document_ids: None, cu_seqlens: None, text_mask: Any, image_mask: Any, **x: Tensor) -> Tensor:
+        blocks = [(x[query], x[key]) for query, key in _BLOCKS if query in x]
+        return call(*blocks[:2], tuple(blocks[2:]) or None, text_mask=text_mask, image_mask=image_mask)
+
+    return over_documents(losses, tensors | masks, ["b"])
 
 
 def _plan(backend: str, scale: float | None, *arguments: Any) -> tuple[str, float]:
