@@ -10,6 +10,7 @@ from vlattn_fast.nn.capture_attention import AttentionCapture, capture_attention
 from vlattn_fast.nn.capture_relevancy import RelevancyCapture, capture_relevancy
 from vlattn_fast.nn.captured_layer import CapturedLayer, QueryKey
 from vlattn_fast.nn.congruence_loss import CongruenceLoss, training_signal_annealing
+from vlattn_fast.nn.flex_adapter import flex_adapter
 from vlattn_fast.nn.matching_losses import DamsmLoss, ScanLoss
 from vlattn_fast.nn.qk_clip import QKClip
 from vlattn_fast.nn.register_attention import RegisteredAttention, register_attention
@@ -33,6 +34,7 @@ __all__ = [
     "ScoreAttention",
     "capture_attention",
     "capture_relevancy",
+    "flex_adapter",
     "register_attention",
     "replace_attention",
     "training_signal_annealing",
