@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from vlattn_fast.attach.written import is_masked
 from vlattn_fast.nn.capture_attention import AttentionCapture
 from vlattn_fast.nn.captured_layer import CapturedLayer, QueryKey
 from vlattn_fast.ops import BACKEND_NAMES
+from vlattn_fast.ops._documents import Ids
 from vlattn_fast.ops.attention_divergence import attention_divergence, check_kind
 
 _Layer = CapturedLayer | QueryKey
@@ -62,7 +64,15 @@ class AttentionDivergence(nn.Module):
             check_bool(head_mean=head_mean)
         self.kind, self.beta, self.head_mean, self.reduction, self.backend = kind, beta, head_mean, reduction, backend
 
-    def forward(self, attention: Captured, other: Captured, query_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        attention: Captured,
+        other: Captured,
+        query_mask: Tensor | None = None,
+        *,
+        document_ids: Ids = None,
+        cu_seqlens: Ids = None,
+    ) -> Tensor:
         """Computes the divergence of `attention` from `other`.
 
         Args:
@@ -70,14 +80,16 @@ class AttentionDivergence(nn.Module):
                 side as of the other, compared in order. A pair that either side masks counts on neither.
             query_mask: bool (B, N), the tokens that count, e.g. those of a response. Default: of a layer's own sequence those
                 that any token may attend to, so no padding; of a pair all tokens.
+            document_ids, cu_seqlens: see `vlattn_fast.attention_divergence`.
         """
         one, two = _layers("attention", attention), _layers("other", other)
         if len(one) != len(two):
             raise ValueError(f"other must have as many layers as attention, {len(one)}; got {len(two)}: choose them with layers=")
-        rows = [self._of_layer(*layers, query_mask) for layers in zip(one, two, strict=True)]
+        documents: dict[str, Any] = {"document_ids": document_ids, "cu_seqlens": cu_seqlens}
+        rows = [self._of_layer(*layers, query_mask, documents) for layers in zip(one, two, strict=True)]
         return torch.stack(rows).mean(0)
 
-    def _of_layer(self, layer: _Layer, other: _Layer, query_mask: Tensor | None) -> Tensor:
+    def _of_layer(self, layer: _Layer, other: _Layer, query_mask: Tensor | None, documents: dict[str, Any]) -> Tensor:
         """Returns (B, N), or their mean."""
         one, two = (x.sequence if isinstance(x, CapturedLayer) else x for x in (layer, other))
         (query, key), (other_query, other_key) = one, two
@@ -95,6 +107,7 @@ class AttentionDivergence(nn.Module):
             scale=one.scale,
             other_scale=two.scale,
             backend=self.backend,
+            **documents,
         ).mean(1)
         if query_mask is not None:
             check_token_mask("query_mask", query_mask, "query", query, query.shape[2], "(B, N)")

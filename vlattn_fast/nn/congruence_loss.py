@@ -13,6 +13,7 @@ from vlattn_fast.backends.reference.congruence_loss import DIRECTIONS, KINDS, NO
 from vlattn_fast.nn.capture_attention import AttentionCapture
 from vlattn_fast.nn.captured_layer import CapturedLayer, QueryKey
 from vlattn_fast.ops import BACKEND_NAMES
+from vlattn_fast.ops._documents import Ids
 from vlattn_fast.ops.congruence_loss import congruence_loss
 
 SCHEDULES = ("linear", "exp", "log", "const")
@@ -92,6 +93,8 @@ class CongruenceLoss(nn.Module):
         image_mask: Tensor | None = None,
         *,
         step: int | None = None,
+        document_ids: Ids = None,
+        cu_seqlens: Ids = None,
     ) -> Tensor:
         """Computes the weighted loss from (query, key) of words and of image tokens, or from a capture.
 
@@ -100,6 +103,7 @@ class CongruenceLoss(nn.Module):
                 cross: the captured layer's scale holds unless the module has one, and its mask marks padding unless you pass
                 text_mask or image_mask. A joint sequence is split as the model joined it; if the model's run does not show that,
                 the length L of text_mask (B, L) is the number of words, which come first.
+            document_ids, cu_seqlens: see `vlattn_fast.congruence_loss`.
             step: of the training, from 0. Default: the number of earlier calls in training mode, with gradients and without a
                 step.
         """
@@ -122,6 +126,7 @@ class CongruenceLoss(nn.Module):
         direction = ("image", "text")[step % 2] if self.direction == "alternate" else self.direction
         options: dict[str, Any] = {name: getattr(self, name) for name in ("kind", "normalize", "reduction", "backend")}
         options |= {"direction": direction, "scale": scale, "text_mask": text_mask, "image_mask": image_mask}
+        options |= {"document_ids": document_ids, "cu_seqlens": cu_seqlens}
         loss = congruence_loss(text, image, cross, **options)
         weight = self.weight
         if self.num_steps is not None:

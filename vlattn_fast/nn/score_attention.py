@@ -22,6 +22,7 @@ from vlattn_fast._ground.checks import (
 )
 from vlattn_fast._ground.tensors import as_dtype, cast_by_autocast, mask_padding, resolve_scale, without_autocast
 from vlattn_fast.ops import BACKEND_NAMES
+from vlattn_fast.ops._documents import Ids
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.core_scores import core_map
 from vlattn_fast.ops.score_attention import score_attention
@@ -173,6 +174,8 @@ class ScoreAttention(nn.Module):
         key_groups: Tensor | None = None,
         group_bias: Tensor | None = None,
         head_gate: Tensor | None = None,
+        document_ids: Ids = None,
+        cu_seqlens: Ids = None,
     ) -> Any:
         """Computes attention (B, N, C) of query (B, N, C), key (B, M, kdim) and value (B, M, vdim).
 
@@ -186,8 +189,11 @@ class ScoreAttention(nn.Module):
                 broadcastable to (B, H, N, M).
             is_causal: query i attends to keys j <= i.
             query_groups, key_groups, group_bias, head_gate: see score_attention; a gate acts before out_proj.
+            document_ids, cu_seqlens: see score_attention; not with need_weights.
         """
         check_bool(need_weights=need_weights)
+        if need_weights and (document_ids is not None or cu_seqlens is not None):
+            raise ValueError("need_weights must be False with document_ids or cu_seqlens, which have no common map; got True")
         key = query if key is None else key
         value = key if value is None else value
         q = self._heads("query", query, self.q_proj)
@@ -202,7 +208,8 @@ class ScoreAttention(nn.Module):
             masks |= {"query_groups": query_groups, "key_groups": key_groups, "group_bias": group_bias}
         dropout_p = self.dropout if self.training else 0.0
         options: dict[str, Any] = {"softcap": self.softcap, "sink": self.sink, "backend": self.backend, **masks}
-        out = score_attention(q, k, v, score=score, dropout_p=dropout_p, scale=self.scale, head_gate=head_gate, **options)
+        options |= {"document_ids": document_ids, "cu_seqlens": cu_seqlens, "head_gate": head_gate}
+        out = score_attention(q, k, v, score=score, dropout_p=dropout_p, scale=self.scale, **options)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         out = out if self.batch_first else out.transpose(0, 1)
         return (out, self._weights(q, k, score, masks)) if need_weights else out

@@ -14,6 +14,7 @@ from tests.helpers.compare import assert_all_close_to
 from tests.helpers.ops.properties import BACKENDS, SMALL, calls, check, every
 from vlattn_fast._ground.tensors import joined
 from vlattn_fast.checking.cases import Example
+from vlattn_fast.nn.captured_layer import pair_of
 
 WITHOUT = {
     "attention_map": "its result has all pairs",
@@ -129,6 +130,25 @@ def test_nested_tensors_come_back_nested() -> None:
     torch.testing.assert_close((out.values(), lse.values()), (expected[0][0], expected[1][0]))
     (grad,) = torch.autograd.grad(out.values().sum(), query)
     torch.testing.assert_close(grad, torch.autograd.grad(expected[0].sum(), query)[0])
+
+
+def test_layers_and_losses() -> None:
+    starts, x = torch.tensor([0, 2, 5]), torch.randn(1, 5, 8)
+    layer = va.nn.ScoreAttention(8, 2)
+    each = [layer(part, is_causal=True) for part in pieces(x, 1, (0, 2, 5))]
+    torch.testing.assert_close(layer(x, is_causal=True, cu_seqlens=starts), torch.cat(each, 1))
+    with pytest.raises(ValueError, match="need_weights must be False"):
+        layer(x, need_weights=True, cu_seqlens=starts)
+    query, key, other = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    losses = {"document_ids": torch.tensor([0, 0, 1, 1, 1])}, {"cu_seqlens": starts}
+    one, two = (pair_of(each, key, {"attn_mask": None, "is_causal": False, "scale": None}, "dot") for each in (query, other))
+    found = [va.nn.AttentionDivergence()([one], [two], **options) for options in losses]
+    expected = va.attention_divergence(query, key, other, key, cu_seqlens=starts).mean()
+    torch.testing.assert_close(torch.stack(found), expected.expand(2))
+    found = [va.nn.CongruenceLoss()((query, key), (other, key), **options) for options in losses]
+    pairs = zip(*[pieces(x, 2, (0, 2, 5)) for x in (query, key, other)], strict=True)
+    expected = torch.stack([va.congruence_loss((q, k), (o, k)) for q, k, o in pairs]).mean()
+    torch.testing.assert_close(torch.stack(found), expected.expand(2))
 
 
 def test_in_compiled_code() -> None:
