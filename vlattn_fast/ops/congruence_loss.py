@@ -5,8 +5,6 @@ Formulas: reference/congruence_loss.py. Without per-head maps: streaming/congrue
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -141,22 +139,12 @@ def congruence_loss(
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
     if is_packed(text[0] if isinstance(text, (tuple, list)) and text else None, document_ids, cu_seqlens):
-        check_choice("reduction", reduction, REDUCTIONS)
-        options: dict[str, Any] = {
-            "kind": kind,
-            "normalize": normalize,
-            "direction": direction,
-            "scale": scale,
-            "backend": backend,
-        }
-        call = functools.partial(congruence_loss, **options, reduction="none")
-        masks = {"text_mask": text_mask, "image_mask": image_mask, "document_ids": document_ids, "cu_seqlens": cu_seqlens}
-        return _reduced(_of_documents(call, text, image, cross, masks), reduction)
+        return _of_documents(**locals())
     backend, scale = planned(
         _plan, backend, scale, text, image, cross, kind, normalize, direction, text_mask, image_mask, reduction
     )
     if backend == "reference":
-        options = {"direction": direction, "text_mask": text_mask, "image_mask": image_mask, "scale": scale}
+        options: dict[str, Any] = {"direction": direction, "text_mask": text_mask, "image_mask": image_mask, "scale": scale}
         return reference.congruence_loss(text, image, cross, kind=kind, normalize=normalize, reduction=reduction, **options)
     if cross is not None:
         cross = (cast_by_autocast(*cross[0]), cast_by_autocast(*cross[1]))
@@ -183,16 +171,17 @@ _BLOCKS = (
 )
 
 
-def _of_documents(call: Callable[..., Tensor], text: Any, image: Any, cross: Any, masks: dict[str, Any]) -> Tensor:
-    """The loss of each pair of a text and an image."""
+def _of_documents(text: Any, image: Any, cross: Any, reduction: str, **options: Any) -> Tensor:
+    """The losses of pairs of a text and an image, each a document of both."""
+    check_choice("reduction", reduction, REDUCTIONS)
     pairs = zip(_BLOCKS, (text, image, *(cross or ())), strict=False)
     tensors = {name: x for names, pair in pairs for name, x in zip(names, pair, strict=True)}
 
-    def losses(document_ids: None, cu_seqlens: None, text_mask: Any, image_mask: Any, **x: Tensor) -> Tensor:
-        blocks = [(x[query], x[key]) for query, key in _BLOCKS if query in x]
-        return call(*blocks[:2], tuple(blocks[2:]) or None, text_mask=text_mask, image_mask=image_mask)
+    def losses(**x: Any) -> Tensor:
+        words, regions, *crossed = [(x.pop(query), x.pop(key)) for query, key in _BLOCKS if query in x]
+        return congruence_loss(words, regions, (crossed[0], crossed[1]) if crossed else None, reduction="none", **x)
 
-    return over_documents(losses, tensors | masks, ["b"])
+    return _reduced(over_documents(losses, tensors | options, ["b"]), reduction)
 
 
 def _plan(backend: str, scale: float | None, *arguments: Any) -> tuple[str, float]:
