@@ -267,3 +267,8 @@ def test_the_effects_are_those_of_the_losses_that_were_trained():
     rows += [row_of("training", "cacr", seed, 0.6 + 0.1 * seed + noise[seed]) for seed in range(5)]
     (effect,) = report.effects(rows)
     assert effect.claim == "CACR less no loss" and effect.effect == pytest.approx(0.1) and effect.p < 1e-4
+    rows += [
+        row_of("training", loss, seed, gain * seed) for loss, gain in (("relevancy", 0.3), ("told", 0.1)) for seed in range(5)
+    ]
+    *_, last = report.effects(rows)
+    assert last.claim.startswith("relevancy less told") and last.effect == pytest.approx(0.4)

@@ -65,13 +65,13 @@ def losses_of(records: Sequence[Record]) -> list[str]:
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:
-    """What each loss adds to the group score on held-out pairs, for the same seed."""
+    """What each loss adds to the group score on held-out pairs, for the same seed; and relevancy to what it is told."""
     groups = {
         loss: [record["held_out"]["group"] for record in having(records, what="training", loss=loss)]
         for loss in ("none", *losses_of(records))
     }
-    plain = groups.pop("none")
-    return effects_of([(f"{LABELS[loss]} less no loss", "group score", less(group, plain)) for loss, group in groups.items()])
+    asked = [(loss, "none") for loss in groups if loss != "none"] + [("relevancy", "told")] * ("told" in groups)
+    return effects_of([(f"{LABELS[a]} less {LABELS[b]}", "group score", less(groups[a], groups[b])) for a, b in asked])
 
 
 # --- tables ---
