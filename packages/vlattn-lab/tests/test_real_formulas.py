@@ -16,6 +16,7 @@ pytest.importorskip("PIL")
 
 import vlattn_fast as va
 from vlattn_lab.real import formula_picture, reading, reading_page, rival
+from vlattn_lab.real import symbols as grounding
 from vlattn_lab.real.formulas import COUNT, FONTS, KINDS, Formula, codes, draw, formulas, places, symbols
 from vlattn_lab.real.reading import GRID, Rule
 
@@ -226,6 +227,38 @@ def test_rows_of_a_reader(reader, tmp_path, monkeypatch):
         and "| `attention` |  | 1 |" in text
         and reading_page.section([], {}) == ""
     )
+
+
+def test_misread_symbols_are_those_that_the_formula_lacks_or_that_came_before():
+    one = Formula(0, "power", "cm", "a^8+b=y")
+
+    def found(answer, length=20):
+        labels = grounding.misread(one, {"answer": answer, "ids": [0] * length})
+        return labels and {answer[place] + str(place): right for place, right in labels.items()}
+
+    assert found(r"\[a^6+b=y\]") == {"a2": True, "64": False, "+5": True, "b6": True, "=7": True, "y8": True}
+    assert list(found(r"a^{8}+a=\psi").values()) == [True, True, True, False, True, False]
+    assert found(r"a^8+b=yy") is None and found("a^8+b=y", reading.LONGEST - 1) is None
+    assert grounding.instead_of("8", one) in set("1234567") | {"9"} and grounding.instead_of("+", one) is None
+
+
+def test_the_numbers_of_symbols_are_those_of_the_whole_answer(reader, tmp_path, monkeypatch):
+    monkeypatch.setattr(grounding, "instead_of", lambda symbol, formula: "7" if symbol == "b" else None)
+    answers = [reading.read(reader, one) for one in LISTED]
+    right, noise, another, wrong, own = grounding.rows(reader, reading.Kept(tmp_path / "rows.jsonl"), LISTED, answers)
+    found = places(SOURCE, ANSWER)
+    images = torch.tensor(draw(LISTED[0]).picture)[None, None]
+    inputs = {"images": images, "decoder_input_ids": torch.tensor([[0]])}
+    table = va.token_grounding(grounding.EncoderDecoder(reader.model), inputs, answer=[answers[0]["ids"]])
+    for name in grounding.NUMBERS:
+        expected = [float(table.numbers[name][0, place]) for place in found.values()]
+        assert right[name] == pytest.approx(expected, abs=2e-5), name
+    assert right["characters"] == [ANSWER[place] for place in found.values()] and all(right["right"])
+    assert {**right, "case": "another formula", "right": another["right"]} == another and not any(another["right"])
+    assert own["number"] == 1 and own["right"] == [True, True, True, True, False]
+    assert noise["compactness"] != right["compactness"] and (wrong["characters"], wrong["right"]) == (["7"], [False])
+    logs = reader.logits(images, answers[0]["ids"])[0, found["b"]].log_softmax(-1)
+    assert wrong["log_probability"] == [pytest.approx(float(logs[reader.model.answer[ANSWER.index("7")]]), abs=2e-5)]
 
 
 def test_a_map_is_that_of_the_character_and_its_score(reader):

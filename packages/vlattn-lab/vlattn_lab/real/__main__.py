@@ -18,7 +18,7 @@ from vlattn_fast.benchmarks._records import device_name, provenance
 from vlattn_fast.measuring.provenance import commit, fingerprint, versions
 from vlattn_fast.measuring.records import write_records
 from vlattn_lab.experiments.experiment import effects_table
-from vlattn_lab.real import cuts, formula_picture, listening, measures, page, pictures, reactions, reading, rival, sinks
+from vlattn_lab.real import cuts, formula_picture, listening, measures, page, pictures, reactions, reading, rival, sinks, symbols
 from vlattn_lab.real.formulas import formulas
 from vlattn_lab.real.models import load_dino, load_sentences, onnx_saliency
 from vlattn_lab.real.photos import SOURCES
@@ -109,6 +109,7 @@ class Study:
         """A model that reads formulas."""
         reader, listed = reading.load(), formulas()
         rows = [*reading.rows(reader, kept("formulas"), listed)]
+        rows += symbols.rows(reader, kept("formulas"), listed, [row for row in rows if row["task"] == "formula"])
         right = {row["number"]: row for row in rows if row["task"] == "formula" and row["right"]}
         number = formula_picture.NUMBER if formula_picture.NUMBER in right else min(right)
         shown = formula_picture.picture(reader, reading.reading_of(listed[number], right[number]))
