@@ -364,17 +364,19 @@ def activate(b_x, norms, parameter, CLAMPED: tl.constexpr, C: tl.constexpr):
     if C.SCORE == "cosine":
         b_inv_row, b_inv_column, b_weight = norms
         b_s = times_slope(b_x, b_inv_row, b_inv_column, b_weight, parameter, CLAMPED, False)
-    if C.SCORE == "dot_relu":
+    elif C.SCORE == "dot_relu":
         b_s = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if C.SCORE == "dot_leaky_relu":
+    elif C.SCORE == "dot_leaky_relu":
         b_s = tl.where(b_x >= 0.0, b_x, parameter * b_x)
         b_slope = tl.where(b_x > 0.0, 1.0, parameter)
-    if C.SCORE == "dot_tanh":
+    elif C.SCORE == "dot_tanh":
         b_s, b_slope = _tanh(b_x, C.FAST, C.PRECISION)
-    if C.SCORE == "dot_sigmoid":
+    elif C.SCORE == "dot_sigmoid":
         b_s, b_slope = _sigmoid(b_x, C.FAST, C.PRECISION)
-    if C.SCORE == "dot_softcap":
+    elif C.SCORE == "dot_softcap":
         b_s, b_slope = softcapped(b_x, parameter, C)
+    else:
+        tl.static_assert(C.SCORE == "dot", "activate has no formula for this kind of score")
     return b_s, b_slope
 
 
@@ -425,6 +427,8 @@ def sum_units(x, y, p_u, bound, largest, total, C: tl.constexpr):
 @triton.jit
 def _by_method(sums: tl.constexpr, operands, bound, C: tl.constexpr):
     """`sums` of the operands, by the way to tanh that all tiles of a head take: see `largest_argument`."""
+    if C.SCORE != "hadamard_tanh" and C.SCORE != "hadamard_sigmoid":
+        tl.static_assert(C.SCORE == "additive", "hidden units have no formula for this kind of score")
     if C.SCORE != "additive" and C.FAST:
         b_sums = sums(*operands, "direct", C)
     elif C.SCORE == "hadamard_sigmoid":

@@ -104,16 +104,6 @@ def test_what_is_imported_late_is_there_at_its_first_use() -> None:
     assert [said for *_, said in run(FIRST_USE, *froms)] == [""] * 5
 
 
-@pytest.mark.parametrize(("name", "package"), [("lab", "vlattn_lab"), ("serve", "vlattn_vllm")])
-def test_what_became_a_package_of_its_own_is_named(name: str, package: str) -> None:
-    words = f"{name} is now the package {package}: `pip install {package.replace('_', '-')}`.*then `import {package}`"
-    with pytest.raises(AttributeError, match=words):
-        getattr(vlattn_fast, name)
-    with pytest.raises(ImportError, match=name):
-        exec(f"from vlattn_fast import {name}", {})
-    assert not hasattr(vlattn_fast, name) and name not in dir(vlattn_fast)
-
-
 def test_the_version_is_that_of_the_project() -> None:
     (stated,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
     assert vlattn_fast.__version__ == stated and "__version__" in dir(vlattn_fast)

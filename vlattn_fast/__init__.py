@@ -1,5 +1,7 @@
 """vlattn_fast: explain, train on and change the attention of vision-language models, without a map per head."""
 
+# ruff: noqa: F403, F405 -- names of `interpret` are listed in its __all__, and below
+
 import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
@@ -27,64 +29,12 @@ from vlattn_fast.ops.token_scores import text_raters, token_scores
 if TYPE_CHECKING:
     from vlattn_fast import interpret as interpret  # not in __all__, and yet an attribute of the package
     from vlattn_fast import methods, models, nn, train
-    from vlattn_fast.interpret import (
-        Action,
-        Edge,
-        EdgeTable,
-        Evaluation,
-        Explanation,
-        Explanations,
-        FlowCurve,
-        GroundingDetector,
-        HeadRecord,
-        Knockout,
-        LayerExplanation,
-        Lens,
-        LogitParts,
-        Mlp,
-        Patch,
-        PatchEffect,
-        PatchGrid,
-        ProbeReport,
-        PromptComparison,
-        PromptMaps,
-        Residual,
-        ScaleHeads,
-        ScoreParts,
-        Seconds,
-        SideBySide,
-        StateRecord,
-        Steer,
-        TokenGrounding,
-        attribute_edges,
-        compare,
-        compare_prompts,
-        evaluate,
-        explain,
-        explain_dataset,
-        explain_layers,
-        find_sinks,
-        information_flow,
-        intervene,
-        intervene_each,
-        lens,
-        load_explanations,
-        logit_parts,
-        probe,
-        prompt_maps,
-        record_heads,
-        record_states,
-        register_adapter,
-        score_parts,
-        token_grounding,
-        widget,
-    )
+    from vlattn_fast.interpret import *
 
     __version__: str
 
 # imported at first use, since they take long
 _PACKAGES = "interpret", "methods", "models", "nn", "train"
-_MOVED = {"lab": "vlattn-lab", "serve": "vlattn-vllm"}  # folders of packages/, each a package of its own
 
 __all__ = [
     "Action",
@@ -172,7 +122,7 @@ def __getattr__(name: str) -> Any:
     """Imports a package, or a function or class of `vlattn_fast.interpret`, at its first use; returns the installed version.
 
     Raises:
-        AttributeError: if there is no such name; for one that became a package of its own, the message names the package.
+        AttributeError: if there is no such name.
     """
     if name in _PACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
@@ -184,12 +134,6 @@ def __getattr__(name: str) -> Any:
             return importlib.metadata.version(__name__)
         except importlib.metadata.PackageNotFoundError:  # a tree on sys.path that is not installed
             return "0+unknown"
-    if name in _MOVED:
-        package = _MOVED[name]
-        module = package.replace("-", "_")
-        raise AttributeError(
-            f"{__name__}.{name} is now the package {module}: `pip install {package}` (packages/{package}), then `import {module}`"
-        )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

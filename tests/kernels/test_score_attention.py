@@ -14,6 +14,9 @@ from tests.helpers.ops.backends import assert_refused
 from tests.helpers.ops.interpreter import reads_outside
 from tests.helpers.ops.score_cases import check
 from vlattn_fast import scores as S
+from vlattn_fast._ground import score_kinds
+from vlattn_fast.backends.inputs import Attention, ScoreAttentionInputs
+from vlattn_fast.backends.streaming._scores import score_tile
 from vlattn_fast.kernels import _boxes, _configurations, _products_backward, score_attention
 from vlattn_fast.scores import cosine
 
@@ -57,6 +60,18 @@ class Ahead(dict[str, Any]):
 
     def get(self, key: str, default: Any = None) -> Any:
         return {**default, "BLOCK_Q": 16, "BLOCK_KV": 16, "AHEAD": 1} if key.startswith("score_attention forward ") else default
+
+
+@pytest.mark.parametrize("of", ["product", "units"])
+def test_a_kind_without_a_formula_is_refused(of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither backend takes it for the kind that its branches end with."""
+    monkeypatch.setitem(score_kinds.KINDS, "new", score_kinds.Kind("", of))
+    one = tensors(3, 3)
+    attention = Attention(one["query"], one["key"], one["vector"], score="new")
+    with pytest.raises(Exception, match="no formula for this kind"):
+        score_attention.forward(ScoreAttentionInputs(attention, one["value"], None, None, 0.0, "triton"))
+    with pytest.raises((KeyError, ValueError), match="new"):
+        score_tile("new", one["query"], one["key"], one["vector"], 0.0)
 
 
 @pytest.mark.parametrize(

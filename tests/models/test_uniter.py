@@ -77,6 +77,15 @@ def test_a_published_state_dict_loads_other_heads_aside():
             UNITER.from_published(lacking, num_attention_heads=2)
 
 
+def test_a_state_dict_keeps_its_dtype():
+    model, inputs = small().double(), {name: x.double() if x.is_floating_point() else x for name, x in batch().items()}
+    loaded = UNITER.from_published(model.state_dict(), num_attention_heads=2)
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    mixed = {**model.state_dict(), "itm_output.bias": torch.zeros(2)}
+    with pytest.raises(ValueError, match="one dtype; got torch.float32, torch.float64"):
+        UNITER.from_published(mixed, num_attention_heads=2)
+
+
 def test_a_checkpoint_of_retrieval_scores_with_the_head_that_was_trained():
     """Its score is rank_output(pooled), whose sigmoid the training ranks; itm_output stays as the pre-training left it."""
     model, inputs = small(), batch()

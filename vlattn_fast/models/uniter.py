@@ -244,12 +244,13 @@ class UNITER(nn.Module):
 
     @classmethod
     def from_published(cls, state_dict: Mapping[str, Tensor], *, num_attention_heads: int | None = None) -> UNITER:
-        """Returns a model in eval mode from the state dict of a published checkpoint (`torch.load("uniter-base.pt")`).
+        """Returns a model in eval mode, in the dtype of its weights, from the state dict of a published checkpoint
+        (`torch.load("uniter-base.pt")`).
 
         Tensors give all sizes except num_attention_heads, which defaults to hidden_size // 64, as published. The head of masked
         words is loaded if the checkpoint has it; tensors of heads for other pre-training tasks are ignored. A checkpoint that was
         fine-tuned for retrieval, including with IAIS or CACR, has the head `rank_output` instead of `itm_output`; its logits are
-        0 and the score of `rank_output`. Raises ValueError if a tensor of this model is missing.
+        0 and the score of `rank_output`. Raises ValueError if a tensor of this model is missing, or if dtypes differ.
         """
         state = {name.replace("gamma", "weight").replace("beta", "bias"): tensor for name, tensor in state_dict.items()}
         for name in ("weight", "bias"):
@@ -276,7 +277,10 @@ class UNITER(nn.Module):
         needed = model.state_dict().keys()
         if missing := sorted(needed - state.keys()):
             raise ValueError(f"state_dict must be a published UNITER checkpoint; got none of {missing}")
-        model.load_state_dict({name: state[name] for name in needed})
+        dtypes = {state[name].dtype for name in needed}
+        if len(dtypes) > 1:
+            raise ValueError(f"state_dict must have tensors of one dtype; got {', '.join(sorted(map(str, dtypes)))}")
+        model.to(dtypes.pop()).load_state_dict({name: state[name] for name in needed})
         return model.eval()
 
     def forward(

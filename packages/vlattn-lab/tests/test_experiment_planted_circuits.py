@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 import vlattn_fast as va
 from vlattn_lab.experiments import planted_circuits
 from vlattn_lab.experiments.flow.samples import PAIRS, draw
-from vlattn_lab.experiments.planted_circuits import mib, models, removal
+from vlattn_lab.experiments.planted_circuits import grounding, mib, models, removal
 from vlattn_lab.experiments.run import main
 from vlattn_lab.mapper import load_vqa
 
@@ -247,3 +247,44 @@ def test_a_push_of_a_trained_model_is_compared_with_removals():
     torch.testing.assert_close(layer.masses().sum(1), torch.ones(layer.heads, dtype=torch.float64), rtol=0, atol=1e-5)
     kinds = layer.correlations()
     assert set(kinds) == set(removal.KINDS) and all(0 < value <= 1 for value in kinds.values())
+
+
+@pytest.mark.parametrize("name", ["induction", "lookup"])
+def test_the_numbers_of_grounding_are_those_of_the_model(name):
+    circuit = models.planted(name, 0.8, 0)
+    samples = circuit.draw(6, 0)
+    circuit.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        whole = circuit.model(**samples.inputs, output_attentions=True)
+    reads = 0 if name == "lookup" else -1
+    attention = whole.attentions[-1].mean(1)[:, reads]
+    logits = whole.logits if name == "lookup" else whole.logits[:, -1]
+    probability = logits.softmax(-1).gather(1, samples.answers[:, None])[:, 0]
+    found = dict(grounding.cases(circuit, samples, 0))
+    for case, (tables, labels) in found.items():
+        assert labels == [[True, False]] * len(tables) and (len(tables) == 6 or case == "another"), case
+    first = {key: torch.stack([table.numbers[key][0] for table in found["one wrong"][0]]) for key in tables[0].numbers}
+    torch.testing.assert_close(first["log_probability"][:, 0].exp(), probability.double(), rtol=1e-4, atol=1e-6)
+    share = (attention * grounding.looked_at(samples)).sum(1).double()
+    torch.testing.assert_close(first["attention share"], share[:, None].expand(-1, 2), rtol=1e-4, atol=1e-6)  # of any answer
+    assert (first["entropy"][:, 0] == first["entropy"][:, 1]).all()
+    assert (first["compactness"][:, 0] > first["compactness"][:, 1]).all()
+
+
+def test_what_is_put_in_place_of_a_scene_or_a_text():
+    for name in ("induction", "lookup"):
+        samples = models.planted(name, 0.8, 0).draw(5, 1)
+        absent, empty = grounding.without_cause(samples), grounding.nothing(samples)
+        other, noise = grounding.of_another(samples), grounding.noise(samples, torch.Generator().manual_seed(0))
+        if name == "lookup":
+            before, key = samples.inputs["visual_embeds"], "visual_embeds"
+            changed = (absent[key] != before).any(-1)
+            assert torch.equal(changed, samples.groups["region"][:, -changed.shape[1] :]) and not absent[key][changed].any()
+            assert not empty[key].any() and torch.equal(other[key][1], before[0])
+            assert noise[key].std() == pytest.approx(float(before.std()), rel=0.2)
+        else:
+            before, key = samples.inputs["input_ids"], "input_ids"
+            assert torch.equal(absent[key] != before, samples.groups["matched"])
+            assert (empty[key][:, :-1] == models.WORDS).all() and torch.equal(other[key][1, :-1], before[0, :-1])
+            assert all(torch.equal(one[key][:, -1], before[:, -1]) for one in (absent, empty, other, noise))
+            assert not (noise[key][:, 1:-1] == before[:, -1:]).any() and not (absent[key][:, 1:-1] == before[:, -1:]).any()

@@ -18,6 +18,7 @@ import vlattn_fast as va
 from vlattn_lab.real import formula_picture, reading, reading_page, rival
 from vlattn_lab.real import symbols as grounding
 from vlattn_lab.real.formulas import COUNT, FONTS, KINDS, Formula, codes, draw, formulas, places, symbols
+from vlattn_lab.real.grounding import areas, symbol_cases
 from vlattn_lab.real.reading import GRID, Rule
 
 BOX = (20.0, 40.0, 36.0, 60.0)  # x0, y0, x1, y1: columns 2.5 to 4.5 and rows 5 to 7.5 of the patches
@@ -259,6 +260,21 @@ def test_the_numbers_of_symbols_are_those_of_the_whole_answer(reader, tmp_path, 
     assert noise["compactness"] != right["compactness"] and (wrong["characters"], wrong["right"]) == (["7"], [False])
     logs = reader.logits(images, answers[0]["ids"])[0, found["b"]].log_softmax(-1)
     assert wrong["log_probability"] == [pytest.approx(float(logs[reader.model.answer[ANSWER.index("7")]]), abs=2e-5)]
+
+
+def test_a_case_has_the_right_symbols_and_its_own():
+    def row(number, case, right, numbers):
+        facts = {"task": "formula grounding", "number": number, "case": case, "characters": [*"ab"[: len(right)]], "right": right}
+        return {**facts, "log_probability": numbers, "compactness": numbers[::-1]}
+
+    rows = [row(0, "right", [True, True], [-1.0, -2.0]), row(1, "right", [True, True], [-1.0, -3.0])]
+    rows += [row(0, "one wrong symbol", [False], [-2.5]), row(7, "its own answers", [True, False], [-1.0, -9.0])]
+    cases = symbol_cases(rows)
+    tables, labels = cases["one wrong symbol"]
+    assert labels == [[True, True, False], [True, True]] and tables[0].column("compactness").tolist() == [-2.0, -1.0, -2.5]
+    tables, labels = cases["its own answers"]
+    assert labels == [[True, True], [True, True], [True, False]] and tables[2].tokens == [["a", "b"]]
+    assert "| `log_probability` | 0.75 (" in areas({"one": cases["one wrong symbol"]})  # above 3 of 4 right symbols
 
 
 def test_a_map_is_that_of_the_character_and_its_score(reader):

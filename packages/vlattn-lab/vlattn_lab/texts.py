@@ -73,6 +73,10 @@ class SceneProcessor:
             raise ValueError(f"text must be as many texts as images; got {len(text)} for {len(pixels)} images")
         return {"pixel_values": pixels, **self.words(text)}
 
+    def image_processor(self, image: Any) -> Tensor:
+        """A PIL image -> (3, H, W), dark where it is dark, by which figures find the part of a photo under a map."""
+        return 1 - self.pixels(image)[0].expand(3, -1, -1)
+
     def pixels(self, images: Any) -> Tensor:
         """A PIL image, or images (B, H, W) -> pixel values (B, 1, H, W)."""
         if hasattr(images, "convert"):

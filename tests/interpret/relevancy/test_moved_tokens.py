@@ -379,6 +379,13 @@ def by_a_matrix(attend, x):
     return attend(1, torch.eye(SIZE, dtype=x.dtype).roll(3, 0) @ attend(0, x))
 
 
+def features_of_several(attend, x):
+    """A position has each of its features from another token."""
+    x = attend(0, x)
+    index = (torch.arange(SIZE)[:, None] + torch.arange(x.shape[-1])) % SIZE
+    return attend(1, x.gather(1, index.expand_as(x)))
+
+
 def repeated(attend, x):
     return attend(1, attend(0, x).repeat_interleave(2, 1))
 
@@ -405,6 +412,7 @@ def joint_first(attend, x):
         (averaged, "over tokens that add in '' merges"),
         (folded, "over tokens that add in '' merges"),
         (by_a_matrix, "over tokens that matmul in '' merges"),
+        (features_of_several, "over tokens that gather in '' merges"),
         (repeated, "got a token at several positions in attention 'layers.1'"),
     ],
     ids=lambda part: getattr(part, "__name__", ""),

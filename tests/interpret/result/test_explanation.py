@@ -301,6 +301,18 @@ def test_plot_of_an_answer():
         answered(**parts).plot().canvas.draw()
 
 
+def test_plot_of_a_sound():
+    """A line for each word on its own scale, and some seconds below, not the middle of each stretch."""
+    strips = torch.zeros(2, 3, 1, 300)
+    strips[0, :, 0, 150] = torch.tensor([0.25, 0.0, -0.125])  # the answer's words are its first token, and the others together
+    for common, most in ((False, [1.0, -1.0]), (True, [1.0, -0.5])):
+        figure = answered(image=strips, seconds=[6.0, 6.0]).plot(common=common)
+        axis = next(axis for axis in figure.axes if axis.get_xlabel().startswith("seconds"))
+        drawn = axis.images[0]
+        assert drawn.get_array()[:, 150].tolist() == most and drawn.get_extent()[:2] == [0.0, 6.0]
+        assert [text.get_text() for text in axis.get_xticklabels()] == ["0", "1", "2", "3", "4", "5", "6"]
+
+
 @pytest.mark.parametrize(
     ("image", "words"),
     [

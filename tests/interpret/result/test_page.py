@@ -313,6 +313,14 @@ results.told = [caption.textContent, canvas.getAttribute("aria-label"), document
     assert "Sound: strongest at 1.25 s (3)" in summary
 
 
+def test_an_answers_first_word_rests_on_no_other(browse):
+    page = answered(image=torch.zeros(2, 3, 1, 4), text=torch.zeros(2, 3, 7), seconds=[2.0, 2.0]).to_html()
+    script = 'results.told = ["range", "spread"].map((id) => document.getElementById(id).textContent);'
+    script += 'results.told.push(document.querySelector("figure canvas").getAttribute("aria-label"));'
+    found = browse(page, script)["told"]
+    assert found[:2] == ["0 everywhere.", "0 everywhere."] and found[2].endswith(", the same everywhere")
+
+
 @pytest.mark.slow
 def test_the_box_that_clips(browse):
     """One patch of 0.8 among 11 of 0.1 hides them; the box shows them, and says so."""
@@ -381,4 +389,4 @@ results.scale = [...document.querySelectorAll("#low, #high, #range")].map((node)
 """
     found = browse(page, script)
     assert [text.partition("Image: ")[2] for text in found["said"]] == ["0 everywhere.", "0.25 everywhere."]
-    assert found["scale"] == ["0", "0.25", "Values from 0.25 to 0.25."]
+    assert found["scale"] == ["0", "0.25", "0.25 everywhere."]

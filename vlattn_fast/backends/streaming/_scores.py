@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.checks import check_choice
 from vlattn_fast._ground.groups import columns_of_groups, sums_of_groups
 from vlattn_fast._ground.score_kinds import KINDS
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads, unit_vectors
@@ -166,6 +167,7 @@ class _Units:
     """
 
     def __init__(self, kind: str, q: Tensor, k: Tensor, vector: Tensor) -> None:
+        check_choice("kind", kind, ("additive", "hadamard_tanh", "hadamard_sigmoid"))
         self.kind, self.q, self.keys = kind, q, k.mT.contiguous()
         self.factored = [False] * q.shape[-1]
         if kind == "additive" and q.dtype == torch.float64 and q.device.type == "cpu" and q.numel() and k.numel():

@@ -10,6 +10,7 @@ import torch
 
 import vlattn_fast as va
 from vlattn_fast.measuring.records import markdown
+from vlattn_lab.real.grounding import Case, areas
 from vlattn_lab.real.listening import COUNT, MARGIN
 from vlattn_lab.real.reactions import KNOWN, NEEDED
 from vlattn_lab.real.reading_page import clustered, shown
@@ -141,13 +142,8 @@ def _grounding(rows: Sequence[Row]) -> str:
         **{f"{case}, {len(rows)}": (case, rows) for case in ("wrong atom", "other reactants")},
         f"p above {KNOWN}, {len(sure)}": ("other reactants", sure),
     }
-    lines = []
-    for name in rows[0]["right"]:
-        areas = []
-        for case, listed in cases.values():
-            numbers = [torch.tensor([[row["right"][name], row[case][name]]]) for row in listed]
-            tables = [va.TokenGrounding([[0, 1]], {name: pair}, {}) for pair in numbers]
-            area = tables[0].detector(name).auroc(tables, [[True, False]] * len(tables))
-            areas.append(f"{area.value:.2f} ({area.low:.2f} to {area.high:.2f})")
-        lines.append([f"`{name}`", *areas])
-    return markdown(["number", *cases], lines)
+    pairs: dict[str, Case] = {}
+    for name, (case, listed) in cases.items():
+        both = [{key: torch.tensor([[row["right"][key], row[case][key]]]) for key in row["right"]} for row in listed]
+        pairs[name] = [va.TokenGrounding([[0, 1]], pair, {}) for pair in both], [[True, False]] * len(both)
+    return areas(pairs)

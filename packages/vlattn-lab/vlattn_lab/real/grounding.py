@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,10 +21,15 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
+from vlattn_fast.measuring.records import markdown
+from vlattn_lab.checkout import ROOT
+from vlattn_lab.experiments.planted_circuits.grounding import all_cases
+from vlattn_lab.experiments.planted_circuits.models import CIRCUITS
 from vlattn_lab.mapper import LONGEST, load_captioner
 from vlattn_lab.processor import DIGIT_WORDS
 from vlattn_lab.questions import Questions, digit_prompts
 from vlattn_lab.real.listening import Listener, Row, heard, plain
+from vlattn_lab.real.symbols import ANOTHER, NOISE, OWN, RIGHT, WRONG
 from vlattn_lab.real.voice import SENTENCES, Speech, spoken
 from vlattn_lab.speech import NO_TIMESTAMPS, START, load_whisper
 from vlattn_lab.texts import END
@@ -31,7 +37,7 @@ from vlattn_lab.texts import END
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NUMBERS = ("log_probability", "gain", "entropy", "attention_entropy", "compactness", "near_peak", "components")
+NUMBERS = ("log_probability", "gain", "entropy", "attention_entropy", "attention share", "compactness", "near_peak")
 WORDS, SURE = 4, 0.5  # of an answer; the least probability of a confident word
 Case = tuple[list[va.TokenGrounding], list[list[bool]]]  # a table for each answer, and whether each of its tokens is grounded
 
@@ -131,32 +137,63 @@ def picture(scenes: Questions, tables: Sequence[va.TokenGrounding], labels: Sequ
     return drawn
 
 
+def symbol_cases(rows: Sequence[Row]) -> dict[str, Case]:
+    """Of the stored rows of `vlattn_lab.real.symbols`: the right symbols beside those of each case, a table for each formula."""
+    cases: dict[str, Case] = {}
+    for case in (NOISE, ANOTHER, WRONG, OWN):
+        answers: dict[int, list[Row]] = {}
+        for row in rows:
+            if row["case"] in (RIGHT, case):
+                answers.setdefault(row["number"], []).append(row)
+        labels = [[label for row in both for label in row["right"]] for both in answers.values()]
+        cases[case] = [*map(table_of, answers.values())], labels
+    return cases
+
+
+def table_of(rows: Sequence[Row]) -> va.TokenGrounding:
+    numbers = {name: torch.tensor([[x for row in rows for x in row[name]]]) for name in NUMBERS if name in rows[0]}
+    return va.TokenGrounding([[one for row in rows for one in row["characters"]]], numbers, {})
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vlattn_lab.real.grounding", description=__doc__)
-    parser.add_argument("--count", type=int, default=300, help="scenes")
+    parser.add_argument("of", choices=("captions", "speech", "formulas", *CIRCUITS), help="whose answers; formulas: stored rows")
+    parser.add_argument("--count", type=int, default=300, help="scenes, sentences, or samples of each of five circuits")
     parser.add_argument("--ink", type=float, default=0.5, help="of the scenes; 1 = as in training")
-    parser.add_argument("--speech", type=int, metavar="COUNT", help="Whisper and so many sentences instead")
-    parser.add_argument("--out", type=Path, help="file of the picture, .png; default: none")
+    parser.add_argument("--out", type=Path, help="file of the picture of captions, .png; default: none")
     chosen = parser.parse_args(arguments)
-    if chosen.speech is not None:
-        cases = heard_cases(chosen.speech)
-        print_areas({**cases, f"its own, probability {SURE:g} and more": confident(*cases["its own answers"])})
+    if chosen.of == "captions":
+        scenes = digit_prompts(chosen.count, seed=0, kind="which")
+        cases = {"all words": grounded(scenes, chosen.ink)}
+        if chosen.out is not None:
+            picture(scenes, *cases["all words"]).savefig(chosen.out, dpi=120, bbox_inches="tight")
+    elif chosen.of == "speech":
+        cases = heard_cases(chosen.count)
+    elif chosen.of == "formulas":
+        stored = json.loads((ROOT / "benchmarks" / "results" / "real.json").read_text(encoding="utf-8"))["rows"]
+        cases = symbol_cases([row for row in stored if row["task"] == "formula grounding"])
+    else:
+        print_areas(all_cases(chosen.of, chosen.count))
         return
-    scenes = digit_prompts(chosen.count, seed=0, kind="which")
-    every = grounded(scenes, chosen.ink)
-    print_areas({"all words": every, f"words of probability {SURE:g} and more": confident(*every)})
-    if chosen.out is not None:
-        picture(scenes, *every).savefig(chosen.out, dpi=120, bbox_inches="tight")
+    name = [*cases][-1]
+    print_areas({**cases, f"{name}, probability {SURE:g} and more": confident(*cases[name])})
 
 
 def print_areas(cases: dict[str, Case]) -> None:
     for name, (_, labels) in cases.items():
         flat = [label for row in labels for label in row]
         print(f"{name}: {len(flat)}, of which {len(flat) - sum(flat)} are not grounded, in {len(labels)} answers")
-    print(f"\n| number | {' | '.join(cases)} |\n| --- | {' | '.join(['---:'] * len(cases))} |")
-    for number in NUMBERS:
-        areas = [tables[0].detector(number).auroc(tables, labels) for tables, labels in cases.values()]
-        print(f"| `{number}` | {' | '.join(f'{x.value:.2f} ({x.low:.2f} to {x.high:.2f})' for x in areas)} |")
+    print(areas(cases))
+
+
+def areas(cases: dict[str, Case]) -> str:
+    """A table of the areas under the ROC curve, with intervals over answers."""
+    lines = []
+    for number in next(iter(cases.values()))[0][0].numbers:
+        if number in NUMBERS:
+            found = [tables[0].detector(number).auroc(tables, labels) for tables, labels in cases.values()]
+            lines.append([f"`{number}`", *(f"{area.value:.2f} ({area.low:.2f}–{area.high:.2f})" for area in found)])
+    return markdown(["number", *cases], lines)
 
 
 if __name__ == "__main__":

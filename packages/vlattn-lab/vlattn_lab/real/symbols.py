@@ -17,7 +17,7 @@ import vlattn_fast as va
 from vlattn_lab.real.formulas import LETTERS, Formula, draw, places, symbols
 from vlattn_lab.real.reading import LONGEST, Kept, Reader
 
-COUNT = 24  # formulas that the model reads right
+COUNT = 12  # formulas that the model reads right
 NUMBERS = ("log_probability", "gain", "entropy", "attention_entropy", "compactness", "near_peak")
 RIGHT, NOISE, ANOTHER, WRONG, OWN = "right", "noise", "another formula", "one wrong symbol", "its own answers"
 Row = dict[str, Any]

@@ -114,7 +114,7 @@ def load_uniter_score(weights: str | Path, regions: str | Path, tokenizer: str |
         words = transformers.AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer must be a folder of a tokenizer; got {tokenizer}: {error}") from None
-    model = UNITER.from_published(torch.load(weights, map_location="cpu", weights_only=True))
+    model = UNITER.from_published(torch.load(weights, map_location="cpu", weights_only=True)).float()
 
     @torch.no_grad()
     def score(image: str, caption: str) -> Tensor:

@@ -311,6 +311,8 @@ class TokenMoves:
         elif thin and call.name in ("gather", "take_along_dim"):
             ids, rest, kwargs = thinned(ids, rest, kwargs)
         made = call.func(ids, *rest, **kwargs)
+        if thin and call.name in ("gather", "take_along_dim"):  # an index may take the features of a position from several tokens
+            made = torch.where((made == made[..., :1]).all(-1, keepdim=True), made[..., :1], MERGED)
         if isinstance(made, (tuple, list)):
             return [self._numbers(narrowed(part), call, [numbers]) for part in made]
         return self._numbers(narrowed(made), call, [numbers])

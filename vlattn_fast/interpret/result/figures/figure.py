@@ -44,7 +44,6 @@ from vlattn_fast.interpret.result.numbers.choices import (
     panels,
     read_samples,
     score_text,
-    times,
 )
 from vlattn_fast.interpret.result.numbers.explained import Explained
 
@@ -372,12 +371,20 @@ def _lines(sample: Sample, painter: Painter) -> tuple[int, int]:
 
 def _draw_answer(part: Any, sample: Sample, painter: Painter) -> None:
     """Draws a map per word of the answer, and a table of the relevancy of its words for each other."""
+    from matplotlib.ticker import MaxNLocator
+
     heights, (lines, columns) = _answer_heights(sample, painter), _lines(sample, painter)
     _, *parts = part.subfigures(1 + len(heights), 1, squeeze=False, height_ratios=[_TITLE, *heights])[:, 0]  # under the title
-    if _is_sound(sample):  # a line of one table for each word
+    if _is_sound(sample):  # a line of one table for each word, whose own scale it has
         (strips, *_), lines = zip(*(choice.patches for choice in sample.choices), strict=True), 1
-        across = times(strips[0].values.shape[1], strips[0].seconds or 0.0)
-        _draw_table(parts.pop(0), sample, np.concatenate([patch.values for patch in strips]), across, painter.cmap)
+        shown = [(patch.values / (painter.range([patch])[1] or 1.0)).clip(-1, 1) for patch in strips]
+        axis = _draw_table(parts.pop(0), sample, np.concatenate(shown), [], painter.cmap)
+        seconds = strips[0].seconds
+        axis.images[0].set_extent((0, seconds, len(shown) - 0.5, -0.5))
+        ticks = [tick for tick in MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(0, seconds) if tick <= seconds]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+        scaled = "each word in parts of its largest value" if painter.shared is None else "in parts of the largest value"
+        axis.set_xlabel(f"seconds; {scaled}", fontsize=8)
     elif lines:
         if columns == _COLUMNS:
             _draw_maps(parts.pop(0), sample, painter, lines)

@@ -22,8 +22,10 @@ def read_images(explanation: Explained, image: Any, numbers: Sequence[int] | Non
     then have the same array. `numbers`: the samples to draw, None = all."""
     if image is None:
         return None
-    if not explanation.is_spatial or explanation.seconds is not None:
-        why = explanation.no_map if explanation.seconds is None else "its maps are strips of a sound"
+    if explanation.seconds is not None:
+        raise ValueError("image must be None for a sound, whose maps are strips of time; got one: leave it out")
+    if not explanation.is_spatial:
+        why = explanation.no_map
         if why is None:  # made by hand, or by a model that only saw words
             names = ", ".join(explanation.relevancy)
             way = "explain with patches=va.PatchGrid(rows, columns)"

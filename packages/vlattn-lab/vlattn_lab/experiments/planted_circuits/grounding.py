@@ -6,7 +6,8 @@ compared with a wrong one to the same question.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from vlattn_lab.experiments.planted_circuits.models import WORDS, Circuit, Sampl
 
 Case = tuple[list[va.TokenGrounding], list[list[bool]]]  # a table for each sample, and whether each of its answers is grounded
 Inputs = dict[str, Tensor]
-SEEDS = 5
+ATTENTION, SEEDS = (0.8, 0.999), 5  # of a planted head to the token that it looks for; models of each kind
 
 
 def is_scene(samples: Samples) -> bool:
@@ -94,34 +95,31 @@ def numbers(circuit: Circuit, samples: Samples, inputs: Inputs, answers: Tensor)
 
 def cases(circuit: Circuit, samples: Samples, seed: int) -> Iterator[tuple[str, Case]]:
     """Each right answer with its inputs beside a wrong one; a sample whose answer is right in both ways is left out."""
-    right = numbers(circuit, samples, samples.inputs, samples.answers)
-    known, absent = logs(circuit, samples.inputs), without_cause(samples)
-    other = known.scatter(1, samples.answers[:, None], -torch.inf).argmax(1)
+    right, absent = numbers(circuit, samples, samples.inputs, samples.answers), without_cause(samples)
+    others = logs(circuit, samples.inputs).scatter(1, samples.answers[:, None], -torch.inf).argmax(1)
     wrong: dict[str, tuple[Inputs, Tensor]] = {
         "noise": (noise(samples, torch.Generator().manual_seed(seed)), samples.answers),
         "another": (of_another(samples), samples.answers),
-        "one wrong word": (samples.inputs, other),
+        "one wrong": (samples.inputs, others),
         "its own without the cause": (absent, logs(circuit, absent).argmax(1)),
     }
     for name, (inputs, answers) in wrong.items():
         found = numbers(circuit, samples, inputs, answers)
-        differ = torch.ones_like(answers, dtype=torch.bool)
-        if name == "another":
-            differ = logs(circuit, inputs).argmax(1) != answers
+        same = (logs(circuit, inputs).argmax(1) == answers) & (name == "another")
         pairs = [
             va.TokenGrounding([[0, 1]], {key: torch.stack([right[key][n], found[key][n]])[None] for key in right}, {})
-            for n in differ.nonzero()[:, 0].tolist()
+            for n in (~same).nonzero()[:, 0].tolist()
         ]
         yield name, (pairs, [[True, False]] * len(pairs))
 
 
-def all_cases(name: str, share: float, count: int, draw: Callable[..., Circuit] = planted) -> dict[str, Case]:
-    """Of SEEDS circuits of a kind, `count` samples each."""
+def all_cases(name: str, count: int) -> dict[str, Case]:
+    """Of SEEDS circuits of a kind with each attention of ATTENTION, `count` samples each."""
     every: dict[str, Case] = {}
-    for seed in range(SEEDS):
-        circuit = draw(name, share, seed)
+    for share, seed in product(ATTENTION, range(SEEDS)):
+        circuit = planted(name, share, seed)
         for case, (tables, labels) in cases(circuit, circuit.draw(count, seed), seed):
-            listed: Sequence[list[object]] = every.setdefault(case, ([], []))  # type: ignore[assignment]
+            listed = every.setdefault(f"{case}, {share}", ([], []))
             listed[0].extend(tables)
             listed[1].extend(labels)
     return every

@@ -19,7 +19,11 @@ function rangeOf(views, clips) {
 /* The range of a view's values, and where the scale clips them. */
 function rangeText(view, low, high) {
   const [least, most] = view.range, cut = Math.max(most, -least) > high ? `, clipped at ${least < 0 ? "\u00b1" : ""}${format(high)}` : "";
-  return `Values from ${format(least)} to ${format(most)}${cut}`;
+  return spanText(least, most) + cut;
+}
+
+function spanText(least, most) {
+  return least === most ? `${format(most)} everywhere` : `Values from ${format(least)} to ${format(most)}`;
 }
 
 /* A map's value at column u and row v, counted in cells from its corner. */

@@ -28,7 +28,8 @@ function showFigure(choice) {
     });
   }
   [...holder.querySelectorAll("canvas")].forEach((canvas, i) => {
-    canvas.setAttribute("aria-label", `Relevancy of the ${kindOf(view.figures[i])} to ${choice.label}, strongest at ${strongest([view.figures[i]]).place}`);
+    const peak = view.range[0] === view.range[1] ? "the same everywhere" : `strongest at ${strongest([view.figures[i]]).place}`;
+    canvas.setAttribute("aria-label", `Relevancy of the ${kindOf(view.figures[i])} to ${choice.label}, ${peak}`);
     paint(canvas, view.figures[i], data, low, high, opacity, element("patches").checked);
   });
   const patches = view.figures.some((figure) => figure.maps.some((map) => map.cells.length > 1));
@@ -98,7 +99,8 @@ function showWords(choice) {
   answer.forEach((button, i) => shade(button, choice.words[words.length + i] || 0));
   const names = [...words.map((word) => word.text), ...answer.map((button) => button.textContent)].slice(0, choice.words.length);
   const numbers = choice.words.filter((value) => value !== null);
-  element("spread").textContent = numbers.length ? `Values from ${format(Math.min(...numbers))} to ${format(Math.max(...numbers))}, in colours from ${format(Math.min(...numbers) < 0 ? -largest : 0)} to ${format(largest)}.` : "";
+  const least = Math.min(...numbers), most = Math.max(...numbers), colours = `, in colours from ${format(least < 0 ? -largest : 0)} to ${format(largest)}`;
+  element("spread").textContent = numbers.length ? `${spanText(least, most)}${least || most ? colours : ""}.` : "";
   element("values").hidden = names.length === 0;
   element("table").replaceChildren();
   names.forEach((name, i) => {
