@@ -196,6 +196,7 @@ _CONGRUENCE_TILES = [  # rows are longer than a tile
 LINES: dict[str, list[Line]] = {
     # from how many tokens on cuDNN has the forward pass of plain dot products, as many queries as keys; none: ours always has it
     "score_attention cudnn": [
+        _line((1024,), "not measured: its warps there copy or multiply", names="FROM", architecture="sm_100", size=128),
         _line((), "with 577 tokens cuDNN took 3 % longer on an H100; no other length was measured", names="", size=64),
         _line((8192,), _LONG, names="FROM", architecture="sm_90", is_causal=True, size=128),
         _line((), "not measured", names=""),
@@ -479,11 +480,10 @@ LINES: dict[str, list[Line]] = {
         _line((64, 64, 4, 2), "a maximum and its place of every 64th token stay in registers", size=128),
         _line((64, 64, 8, 1), "rows of 256 features fill shared memory"),
     ],
-    "maxsim query_gradient": [
-        _whole((8, 4, 2), "estimated: of 32 queries of 32 words 128 programs, where 32 rows leave most SMs without one")
-    ],
+    "maxsim query_gradient": [_whole((8, 4, 2), "estimated: 32 queries of 32 words make 128 programs")],
     "maxsim document_gradient": [
-        _line((16, 4, 1), "estimated: most tokens are chosen once or twice", "BLOCK_KV num_warps num_stages")
+        _line((16, 8, 2, 1), "estimated: a tile of tokens is chosen about as often as it has tokens", size=128),
+        _line((16, 8, 4, 1), _WIDER),
     ],
     "paged_attention_statistics rows": [  # few: most requests have a token or two
         _line(

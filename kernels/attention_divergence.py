@@ -4,9 +4,10 @@ Shapes: query (B, H, N, D), key (B, Hk, M, D), other_query (B, H', N, D'), other
 Roofline: issue-bound. Two matrix products a pair and pass, and about two dozen instructions of f: exponentials, a series.
 Trick: attention_statistics gives each row's largest logit and weight, so that a second sweep has logarithms of both weights, in
 which small divergences keep their digits. All f are homogeneous: streaming/attention_divergence.py has their one gradient. The
-gradient of the other side is that of the first, with sides and `kind` exchanged: a detached side launches nothing. Means over
-heads are by a second online softmax, over the heads of a tile of pairs. Their backward pass stores A r and log A of the means for
-strips of rows, of bounded memory, instead of going over all heads once for each. Not measured on a device.
+gradient of the other side is that of the first, with sides and `kind` exchanged: a detached side launches nothing. The sums of
+A r and A' r' over keys, which gradients need, make D together: js and total variation take a sweep for one of them, others none.
+Means over heads are by a second online softmax, over the heads of a tile of pairs. Their backward pass stores A r and log A of
+the means for strips of rows, of bounded memory, instead of going over all heads once for each. Not measured on a device.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ from vlattn_fast.kernels.congruence_maps import dot_small
 _STRIP_BYTES = 1 << 26  # of A r and log A of the heads' mean, for each sample: bits are the same in any batch
 _PARTS = 16  # of the keys, of rows of a mean: their heads are in one program
 _EXCHANGED = {"kl": "reverse_kl", "reverse_kl": "kl"}
+_SHARES = {"kl": 1.0, "reverse_kl": 0.0, "hellinger": 0.5}  # of D, in sum_j A_ij r_ij; that of the other side is the rest of D
 _statistics: Any = attention_statistics.forward.__wrapped__  # type: ignore[attr-defined]  # the launchers here have its guard
 
 
@@ -133,33 +135,34 @@ def divergences(
 def backward(inputs: AttentionDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, other_query and other_key; None for a side that needs none."""
     own, other = _sides(inputs)
-    exchanged = other, own, _EXCHANGED.get(inputs.kind, inputs.kind), 1.0 - inputs.beta, inputs.other_scale
-    none = None, None
-    return (
-        *(gradients(inputs, own, other, inputs.kind, inputs.beta, inputs.scale) if inputs.need_own else none),
-        *(gradients(inputs, *exchanged) if inputs.need_other else none),
-    )
+    made: list[Tensor | None] = [None] * 4
+    divergence = None if inputs.head_mean else inputs.divergence
+    mean = None if divergence is None or inputs.kind not in _SHARES else _SHARES[inputs.kind] * divergence
+    if inputs.need_own:
+        made[0], made[1], mean = gradients(inputs, own, other, inputs.kind, inputs.beta, inputs.scale, mean)
+    if inputs.need_other:
+        exchanged = other, own, _EXCHANGED.get(inputs.kind, inputs.kind), 1.0 - inputs.beta, inputs.other_scale
+        rest = None if divergence is None or mean is None else divergence - mean
+        made[2:] = gradients(inputs, *exchanged, rest)[:2]
+    return tuple(made)
 
 
 def gradients(
-    inputs: AttentionDivergenceBackwardInputs, own: Side, other: Side, kind: str, beta: float, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Those of query and key of the side `own`."""
+    inputs: AttentionDivergenceBackwardInputs, own: Side, other: Side, kind: str, beta: float, scale: float, known: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Those of query and key of the side `own`, and sum_j A_ij r_ij, which takes a sweep unless it is known."""
     query, key = own.q.p, own.k.p
     grad_q, grad_k = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key))
     if query.numel() == 0 or key.numel() == 0:
-        return grad_q, grad_k
+        return grad_q, grad_k, known
     (batch, heads, num_q, _), (_, key_heads, num_k, _) = query.shape, key.shape
     mean = inputs.head_mean
     call, config = call_of(inputs, own, other, kind, beta, "backward_q")
     _, config_k = call_of(inputs, own, other, kind, beta, "backward_kv")
     of_means, config_r = call_of(inputs, own, other, kind, beta, "terms")
     rows = rows_of_strips(num_q, num_k) if mean else num_q
-    grads = {
-        "p_grad": inputs.grad.float().contiguous(),
-        "p_mean": query.new_empty((batch, heads, num_q), dtype=torch.float32),
-        "factor": scale / heads if mean else scale,
-    }
+    of_rows = query.new_empty((batch, heads, num_q), dtype=torch.float32) if known is None else known.contiguous()
+    grads = {"p_grad": inputs.grad.float().contiguous(), "p_mean": of_rows, "factor": scale / heads if mean else scale}
     parts = [grad_k] if rows == num_q else [torch.zeros_like(grad_k, dtype=torch.float32) for _ in range(2)]
     for first in range(0, num_q, rows):
         size = min(rows, num_q - first)
@@ -169,12 +172,12 @@ def gradients(
             part["strip"] = strip[0], strip[1]
             fill_strip(of_means, config_r, **part)
         grid = (cdiv(size, config["BLOCK_Q"]) * batch * heads,)
-        _backward_q_kernel[grid](**launched(call, config), **grads, **part, p_grad_q=grad_q)
+        _backward_q_kernel[grid](**launched(call, config), **grads, **part, p_grad_q=grad_q, KNOWN=known is not None)
         grid = (cdiv(num_k, config_k["BLOCK_KV"]) * batch * key_heads,)
         _backward_kv_kernel[grid](**launched(call, config_k), **grads, **part, p_grad_k=parts[-1])
         if len(parts) > 1:
             parts[0] += parts[1]
-    return grad_q, parts[0].to(key.dtype)
+    return grad_q, parts[0].to(key.dtype), of_rows
 
 
 def rows_of_strips(num_q: int, num_k: int) -> int:
@@ -290,8 +293,10 @@ def _terms_kernel(own, other, masks, strip, p_sums, N, M, first, rows, keys, bet
 
 
 @triton.jit
-def _backward_q_kernel(own, other, masks, strip, p_grad, p_mean, p_grad_q, N, M, first, rows, beta, factor, C: tl.constexpr):
-    """dQ of a tile of queries i of one head, by two sweeps over its keys j; the first gives mean_i, which dK needs as well.
+def _backward_q_kernel(
+    own, other, masks, strip, p_grad, p_mean, p_grad_q, N, M, first, rows, beta, factor, C: tl.constexpr, KNOWN: tl.constexpr
+):
+    """dQ of a tile of queries i of one head, by a sweep over its keys j. Unless mean_i is KNOWN, one before that gives it.
 
     mean_i = sum_j A_ij r_ij      dS_ij = dD_i (A_ij r_ij - A_ij mean_i)      dq_i = scale sum_j dS_ij k_j
     A mean over H heads has A_h r = (A_h / Abar) Abar r, and 1 / H of that dS. factor: scale, or scale / H.
@@ -305,14 +310,17 @@ def _backward_q_kernel(own, other, masks, strip, p_grad, p_mean, p_grad_q, N, M,
     queries = _queries(own, i_b, i_h, o_q, N, C.D, C.BLOCK_D)
     others = queries if C.MEAN else _queries(other, i_b, i_h, o_q, N, C.OTHER_D, C.OTHER_BLOCK_D)
     b_sum = tl.zeros([C.BLOCK_Q, C.BLOCK_KV], dtype=tl.float32)
-    for start in range(0, 0 if C.KIND == "reverse_kl" and not C.MEAN else end, C.BLOCK_KV):  # sum p - q is 0
+    for start in range(0, 0 if KNOWN else end, C.BLOCK_KV):
         o_kv = start + tl.arange(0, C.BLOCK_KV)
         t_k = keys_of(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
         t_theirs = t_k if C.MEAN else keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
         b_log, b_weighted = _terms(own, other, strip, place, queries, t_k, others, t_theirs, at_head, start, o_q, o_kv, C)
         b_sum += b_weighted
-    b_mean = tl.sum(b_sum, axis=1)
-    tl.store(p_mean + i_bh * N + o_q, b_mean, mask=o_q < N)
+    if KNOWN:
+        b_mean = tl.load(p_mean + i_bh * N + o_q, mask=o_q < N, other=0.0)
+    else:
+        b_mean = tl.sum(b_sum, axis=1)
+        tl.store(p_mean + i_bh * N + o_q, b_mean, mask=o_q < N)
     b_grad = tl.load(p_grad + (i_b if C.MEAN else i_bh) * N + o_q, mask=o_q < N, other=0.0) * factor
     b_sums = zero_sums(own.q.p.dtype.element_ty, C.BLOCK_Q, C.D, C.BLOCK_D)
     for start in range(0, end, C.BLOCK_KV):

@@ -75,7 +75,7 @@ def backward(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor | None, ..
     of_means = _of_means(inputs, inputs.grad)
     attention, indexer = _sides(of_means, inputs.index_weights)
     if inputs.need_attention:
-        made[:2] = gradients(of_means, attention, indexer, "kl", 0.5, inputs.scale)
+        made[:2] = gradients(of_means, attention, indexer, "kl", 0.5, inputs.scale, None)[:2]
     if inputs.need_index:
         made[2:] = _of_indexer(of_means, attention, indexer)
     return tuple(made)
@@ -99,6 +99,7 @@ def _of_means(
         is_causal=inputs.is_causal,
         scale=inputs.scale,
         other_scale=1.0,
+        divergence=None,
         need_own=True,
         need_other=True,
         backend=inputs.backend,

@@ -77,27 +77,21 @@ def backward(inputs: MaxsimBackwardInputs) -> tuple[Tensor, Tensor]:
     config = configuration("maxsim", "query_gradient", **facts)
     _query_gradient_kernel[(cdiv(rows, config["BLOCK_Q"]),)](**launched(call, config), p_places=places, p_grad=grad_q)
     config = configuration("maxsim", "document_gradient", **facts)
-    grid = (cdiv(documents.shape[1], config["BLOCK_KV"]) * documents.shape[0],)
-    chosen = places.transpose(0, 1).flatten(1).sort(stable=True)  # (B, L)
-    _document_gradient_kernel[grid](**launched(call, config), p_places=chosen.values, p_tokens=chosen.indices, p_grad=grad_d)
+    blocks, chosen = cdiv(documents.shape[1], config["BLOCK_KV"]), places.transpose(0, 1).flatten(1).sort(stable=True)  # (B, L)
+    edges = config["BLOCK_KV"] * torch.arange(blocks + 1, dtype=torch.int32, device=places.device)
+    begins = torch.searchsorted(chosen.values, edges.expand(documents.shape[0], -1).contiguous(), out_int32=True)
+    call |= {"p_begins": begins, "p_places": chosen.values, "p_tokens": chosen.indices}
+    _document_gradient_kernel[(blocks * documents.shape[0],)](**launched(call, config), p_grad=grad_d)
     return grad_q, grad_d
 
 
 def _arguments(queries: Tensor, documents: Tensor, mask: Tensor | None) -> dict[str, object]:
     """The named arguments that all kernels here share. The queries stand in for an absent mask."""
     queries, documents = queries.contiguous(), documents.contiguous()
-    x = Sets(
-        p_queries=queries,
-        p_documents=documents,
-        p_mask=queries if mask is None else mask.contiguous(),
-        N=queries.shape[1],
-        M=documents.shape[1],
-        B=documents.shape[0],
-        L=queries.shape[0] * queries.shape[1],
-    )
-    constants = Constants(
-        D=queries.shape[2], BLOCK_D=block_size(queries.shape[2]), MASKED=mask is not None, PRECISION=input_precision()
-    )
+    (num_queries, tokens, size), (num_documents, keys, _) = queries.shape, documents.shape
+    p_mask = queries if mask is None else mask.contiguous()
+    x = Sets(queries, documents, p_mask, N=tokens, M=keys, B=num_documents, L=num_queries * tokens)
+    constants = Constants(D=size, BLOCK_D=block_size(size), MASKED=mask is not None, PRECISION=input_precision())
     return {"x": x, "C": constants}
 
 
@@ -161,31 +155,26 @@ def _query_gradient_kernel(x, p_places, p_weight, p_grad, C: tl.constexpr):
 
 
 @triton.jit
-def _document_gradient_kernel(x, p_places, p_tokens, p_weight, p_grad, C: tl.constexpr):
+def _document_gradient_kernel(x, p_begins, p_places, p_tokens, p_weight, p_grad, C: tl.constexpr):
     """d d_j = sum over a and i with place_abi = j of weight_ab q_ai, of a tile of tokens j of one document b. places (B, L) are
-    sorted, and tokens (B, L) are those of the queries that have them."""
+    sorted, tokens (B, L) are those of the queries that have them, and begins (B, blocks + 1) says where a tile's begin. A turn
+    takes BLOCK_Q of them, whichever of the tile they chose, so that one token that all chose is no chain of single loads."""
     p_queries, p_documents, p_mask, N, M, B, L = x
     blocks = tl.cdiv(M, C.BLOCK_KV)
     i = tl.program_id(0)
     i_b = (i // blocks).to(tl.int64)
-    o_kv = (i % blocks) * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV)
-    o_d = tl.arange(0, C.BLOCK_D)
-    b_at = tl.zeros([C.BLOCK_KV], dtype=tl.int32)  # the first place that is not before j lies from here on, and not after
-    b_end = tl.full([C.BLOCK_KV], 0, dtype=tl.int32) + L
-    size = L
-    while size > 0:
-        b_middle = (b_at + b_end) // 2
-        b_before = tl.load(p_places + i_b * L + b_middle, mask=b_at < b_end, other=2147483647) < o_kv
-        b_at, b_end = tl.where(b_before, b_middle + 1, b_at), tl.where(b_before, b_end, b_middle)
-        size //= 2
-    m_chose = tl.load(p_places + i_b * L + b_at, mask=(b_at < L) & (o_kv < M), other=-1) == o_kv
+    o_kv, o_d = (i % blocks) * C.BLOCK_KV + tl.arange(0, C.BLOCK_KV), tl.arange(0, C.BLOCK_D)
+    p_begin = p_begins + i_b * (blocks + 1) + i % blocks
+    begin, end = tl.load(p_begin), tl.load(p_begin + 1)
     b_grad = tl.zeros([C.BLOCK_KV, C.BLOCK_D], dtype=tl.float32)
-    while tl.max(m_chose.to(tl.int32), axis=0) > 0:
-        b_token = tl.load(p_tokens + i_b * L + b_at, mask=m_chose, other=0)
-        b_weight = tl.load(p_weight + b_token // N * B + i_b, mask=m_chose, other=0.0)
-        m_row = m_chose[:, None] & (o_d < C.D)[None, :]
-        b_row = tl.load(p_queries + b_token[:, None] * C.D + o_d[None, :], mask=m_row, other=0.0)
-        b_grad += b_row.to(tl.float32) * b_weight[:, None]
-        b_at += 1
-        m_chose = m_chose & (tl.load(p_places + i_b * L + b_at, mask=m_chose & (b_at < L), other=-1) == o_kv)
+    for start in range(begin, end, C.BLOCK_Q):
+        o_q = start + tl.arange(0, C.BLOCK_Q)
+        b_place = tl.load(p_places + i_b * L + o_q, mask=o_q < end, other=-1)
+        b_token = tl.load(p_tokens + i_b * L + o_q, mask=o_q < end, other=0)
+        b_weight = tl.load(p_weight + b_token // N * B + i_b, mask=o_q < end, other=0.0)
+        m_row = (o_q < end)[:, None] & (o_d < C.D)[None, :]
+        b_row = tl.load(p_queries + b_token[:, None] * C.D + o_d[None, :], mask=m_row, other=0.0).to(tl.float32)
+        b_row *= b_weight[:, None]
+        b_chose = o_kv[None, :] == b_place[:, None]  # [q,kv]; no product, in which one NaN would reach all tokens
+        b_grad += tl.sum(tl.where(b_chose[:, :, None], b_row[:, None, :], 0.0), axis=0)
     store_tile(p_grad + i_b * M * C.D, C.D, o_kv, o_d, M, C.D, b_grad)

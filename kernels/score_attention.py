@@ -9,7 +9,7 @@ hidden units share one reciprocal. Keys that are left after whole tiles have a s
 program first sees whether the clamp acts on any of its pairs. Where not, the scores are plain products with inverse norms.
 Few queries, such as a decoder's, leave most SMs without a program: their keys are split into parts (`keys_of_a_part`), which
 `_join_kernel` joins. Up to 256 keys of 16 bits fit into registers beside their queries: a program has all of a head
-(`_whole_forward_kernel`). Long causal dot products take cuDNN's forward pass on sm_90 (_cudnn.py).
+(`_whole_forward_kernel`). Long dot products take cuDNN's forward pass on sm_100, on sm_90 causal ones (_cudnn.py).
 The backward passes are in _products_backward.py and _units_backward.py. Under a float mask `_rows_kernel` recomputes rows whose
 lse is too large to be rounded. Measured on an H100: docs/developers/kernels.md.
 """

@@ -166,14 +166,13 @@ def test_where_cudnn_is_not_taken(calls: list[float], monkeypatch: pytest.Monkey
 
 
 def test_without_measured_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit of one measurement, for causal calls of 65 to 128 features on Hopper."""
-    for architecture in ("sm_80", "sm_90", "sm_100"):
+    """The limit of one measurement, for causal calls of 65 to 128 features on Hopper, and up to 128 features on Blackwell."""
+    limits = {"sm_80": {}, "sm_90": {(True, 65): 8192, (True, 128): 8192}}
+    limits["sm_100"] = {(is_causal, size): 1024 for is_causal in (True, False) for size in (64, 65, 128)}
+    for architecture, expected in limits.items():
         monkeypatch.setattr(_configurations, "TARGET", architecture)
         least = {(is_causal, size): _cudnn._least(is_causal, size) for is_causal in (True, False) for size in (64, 65, 128, 160)}
-        assert {facts for facts, tokens in least.items() if tokens} == (
-            {(True, 65), (True, 128)} if architecture == "sm_90" else set()
-        )
-        assert set(least.values()) <= {None, 8192}
+        assert {facts: tokens for facts, tokens in least.items() if tokens} == expected
 
 
 def test_an_emulated_hopper_takes_no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def test_outputs_are_edited_in_place(name: str, backend: str) -> None:
         try:
             got = torch.autograd.grad(edited.sum(), list(x.values()), allow_unused=True)
         except RuntimeError as error:
-            needed = NEEDED | {"attention_statistics"} if backend == "triton" else NEEDED
+            needed = NEEDED | {"attention_statistics", "attention_divergence"} if backend == "triton" else NEEDED
             assert SAVED in str(error) and name in needed, error
             continue
         torch.testing.assert_close(got, want)

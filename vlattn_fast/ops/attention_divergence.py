@@ -55,7 +55,13 @@ def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
     return [("Triton kernels take a head_dim of other_query of at most 256", call.sizes["other_dim"] > 256)]
 
 
-BACKENDS = table(streaming, cpu=cpu, triton=lambda: kernels.attention_divergence, limits={"triton": _triton_limits})
+BACKENDS = table(
+    streaming,
+    cpu=cpu,
+    triton=lambda: kernels.attention_divergence,
+    limits={"triton": _triton_limits},
+    saves={"triton": ("divergence",)},
+)
 
 
 def attention_divergence(
@@ -204,7 +210,12 @@ _backward_op = define(
     launcher(BACKENDS, streaming.backward),
     _backward_fake,
 )
-_saved = Saved(AttentionDivergenceInputs, AttentionDivergenceBackwardInputs, grads=("grad", "need_own", "need_other"))
+_saved = Saved(
+    AttentionDivergenceInputs,
+    AttentionDivergenceBackwardInputs,
+    outputs=("divergence",),
+    grads=("grad", "need_own", "need_other"),
+)
 
 
 def autograd_of_sides(backward: Any, saved: Saved, *sides: tuple[str, ...]) -> Callable[..., dict[str, Tensor]]:
@@ -230,7 +241,13 @@ _derivatives = Derivatives(
     second=launcher(BACKENDS, streaming.second),
     fake=_forward_fake,
 )
+
+
+def _setup_context(ctx: Any, inputs: AttentionDivergenceInputs, output: Tensor) -> None:
+    _saved.save(ctx, inputs, output if BACKENDS[inputs.backend].saves else None)
+
+
 _autograd = autograd_of_sides(_backward_op, _saved, FIELDS[:2], FIELDS[2:])
-differentiable("attention_divergence", _autograd, lambda ctx, inputs, output: _saved.save(ctx, inputs), _derivatives.of_forward)
+differentiable("attention_divergence", _autograd, _setup_context, _derivatives.of_forward)
 
 OPERATOR = Operator(attention_divergence, _describe, BACKENDS)

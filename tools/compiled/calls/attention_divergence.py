@@ -48,6 +48,6 @@ def run(
         other_scale=size**-0.5,
         backend="triton",
     )
-    grad = attention_divergence.forward(inputs)
-    needs = {"need_own": True, "need_other": True}
-    attention_divergence.backward(AttentionDivergenceBackwardInputs(grad=grad, **inputs._asdict(), **needs))
+    divergence = attention_divergence.forward(inputs)
+    more = {"grad": divergence, "divergence": divergence, "need_own": True, "need_other": True}
+    attention_divergence.backward(AttentionDivergenceBackwardInputs(**inputs._asdict(), **more))

@@ -43,7 +43,8 @@ class AttentionDivergenceInputs(NamedTuple):
 
 
 class AttentionDivergenceBackwardInputs(NamedTuple):
-    """grad (B, H or 1, N), the gradient of the divergence. need_own, need_other: which side gets gradients."""
+    """grad (B, H or 1, N), the gradient of the divergence, which Triton reads, too. need_own, need_other: which side gets
+    gradients."""
 
     grad: Tensor
     query: Tensor
@@ -52,6 +53,7 @@ class AttentionDivergenceBackwardInputs(NamedTuple):
     other_key: Tensor
     attn_mask: Tensor | None
     key_mask: Tensor | None
+    divergence: Tensor | None
     kind: str
     beta: float
     head_mean: bool

@@ -516,9 +516,10 @@ Tensor attention_divergence(Tensor query, Tensor key, Tensor other_query, Tensor
 }
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_divergence_backward(Tensor grad, Tensor query, Tensor key,
                                                                          Tensor other_query, Tensor other_key, Maybe attn_mask,
-                                                                         Maybe key_mask, Word kind, double beta, bool head_mean,
-                                                                         bool is_causal, double scale, double other_scale,
-                                                                         bool need_own, bool need_other, Word backend) {
+                                                                         Maybe key_mask, Maybe divergence, Word kind, double beta,
+                                                                         bool head_mean, bool is_causal, double scale,
+                                                                         double other_scale, bool need_own, bool need_other,
+                                                                         Word backend) {
     check_backend(backend);
     const Masks masks = {attn_mask, key_mask, std::nullopt, std::nullopt, is_causal};
     Divergence x =

@@ -249,8 +249,8 @@ OPERATORS(VLATTN_NAMESPACE, m) {
         "-> Tensor");
     m.def(
         "attention_divergence_backward(Tensor grad, Tensor query, Tensor key, Tensor other_query, Tensor other_key, "
-        "Tensor? attn_mask, Tensor? key_mask, str kind, float beta, bool head_mean, bool is_causal, float scale, "
-        "float other_scale, bool need_own, bool need_other, str backend) -> (Tensor, Tensor, Tensor, Tensor)");
+        "Tensor? attn_mask, Tensor? key_mask, Tensor? divergence, str kind, float beta, bool head_mean, bool is_causal, "
+        "float scale, float other_scale, bool need_own, bool need_other, str backend) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "indexer_divergence(Tensor query, Tensor key, Tensor index_query, Tensor index_key, Tensor index_weights, "
         "Tensor? topk_indices, Tensor? attn_mask, Tensor? key_mask, bool is_causal, float scale, str backend) -> Tensor");
