@@ -272,13 +272,13 @@ OPERATORS(VLATTN_NAMESPACE, m) {
     m.def(
         "congruence_loss(Tensor text_query, Tensor image_query, Tensor cross_text_query, Tensor cross_image_query, "
         "Tensor text_key, Tensor image_key, Tensor cross_image_key, Tensor cross_text_key, Tensor? text_mask, "
-        "Tensor? image_mask, str kind, str direction, float scale, bool saves, str backend) -> "
+        "Tensor? image_mask, str kind, str normalize, str direction, float scale, bool saves, str backend) -> "
         "(Tensor loss, Tensor gradients)");
     m.def(
         "congruence_loss_backward(Tensor grad_loss, Tensor gradients, Tensor text_query, Tensor image_query, "
         "Tensor cross_text_query, Tensor cross_image_query, Tensor text_key, Tensor image_key, Tensor cross_image_key, "
-        "Tensor cross_text_key, Tensor? text_mask, Tensor? image_mask, str kind, str direction, float scale, str backend) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "Tensor cross_text_key, Tensor? text_mask, Tensor? image_mask, str kind, str normalize, str direction, float scale, "
+        "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "stacked_cross_attention(Tensor images, Tensor captions, Tensor? caption_lengths, Tensor? image_lengths, "
         "SymInt features, str direction, str? first_norm, float smooth, str aggregation, float lambda_lse, str backend) -> "
