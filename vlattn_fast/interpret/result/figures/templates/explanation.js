@@ -100,7 +100,7 @@ function showWords(choice) {
   const names = [...words.map((word) => word.text), ...answer.map((button) => button.textContent)].slice(0, choice.words.length);
   const numbers = choice.words.filter((value) => value !== null);
   const least = Math.min(...numbers), most = Math.max(...numbers), colours = `, in colours from ${format(least < 0 ? -largest : 0)} to ${format(largest)}`;
-  element("spread").textContent = numbers.length ? `${spanText(least, most)}${least || most ? colours : ""}.` : "";
+  element("spread").textContent = numbers.length ? least || most ? `${spanText(least, most)}${colours}.` : "It rests on no other word." : "";
   element("values").hidden = names.length === 0;
   element("table").replaceChildren();
   names.forEach((name, i) => {
