@@ -117,5 +117,5 @@ def test_options_that_no_operator_supports_are_refused_by_name() -> None:
     llama = small_model(transformers.LlamaForCausalLM)
     with va.intervene(llama, INPUTS, [NOTHING]), pytest.raises(ValueError, match="'chosen_tomorrow'"):
         llama(**INPUTS, chosen_tomorrow=0)
-    with va.intervene(llama, INPUTS, [NOTHING]), pytest.raises(ValueError, match="must not ask for attention maps"):
+    with va.intervene(llama, INPUTS, [NOTHING]), pytest.raises(ValueError, match="must use va.explain for attention maps"):
         llama(**INPUTS, output_attentions=True)

@@ -304,7 +304,7 @@ def masks_of(
         ValueError: an option that no attention operator supports; a window without a mask.
     """
     if output_attentions:
-        raise ValueError(f"model must not ask for attention maps; got output_attentions=True in {type(module).__name__}")
+        raise ValueError(f"model must use va.explain for attention maps; got output_attentions=True in {type(module).__name__}")
     for name, option in options.items():
         if option is not None and name not in _HARMLESS:
             raise ValueError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import vlattn_fast as va
 from vlattn_vllm.ask import Ask, check_ask, groups_of_sets, groups_of_tokens, plain_edits
@@ -50,6 +52,22 @@ def test_edits_are_those_of_the_core_or_dicts() -> None:
         assert Ask.read(json.loads(json.dumps(ask(value).written()))) == ask(value)
     alone = ask({"steer": [{"keys": "image", "weight": 0.5}], "statistics": []})
     assert alone.steer[0].keys == ((2, 4), (6, 7)) and alone.layers == alone.statistics == alone.groups == ()
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    """In each place, and in JSON afterwards."""
+    one = np.int64(1)
+    edits = [{"keys": np.array([0, 4]), "layers": np.arange(2), "heads": one, "weight": np.float32(0.5)}]
+    value = {"layers": torch.arange(2), "groups": {"a": np.array([[0, 4]]), "b": [(np.int32(4), None)]}, "steer": edits}
+    plain = {"layers": [0, 1], "groups": {"a": [[0, 4]], "b": [[4, None]]}}
+    plain["steer"] = [{"keys": [0, 4], "layers": [0, 1], "heads": 1, "weight": 0.5}]
+    assert check_ask({**value, "statistics": ["mass", "received"], "top": one}, 2, 4, 10, [], 20) == check_ask(
+        {**plain, "statistics": ["mass", "received"], "top": 1}, 2, 4, 10, [], 20
+    )
+    steered = plain_edits([va.Steer(keys=(0, 4), heads=[1], weight=2.0)])
+    assert json.loads(json.dumps(steered)) == steered
+    with pytest.raises(TypeError, match="an int"):
+        check_ask({"layers": [np.float64(0.5)]}, 2, 4, 10, [], 20)
 
 
 def test_many_edits_have_few_groups() -> None:

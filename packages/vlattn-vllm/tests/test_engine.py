@@ -17,6 +17,7 @@ SCENARIOS = (
     "one_process",
     "preempted",
     "windows",
+    "latent",
     "pictures",
     "with_torchvision llava",
     "with_torchvision qwen2_vl",

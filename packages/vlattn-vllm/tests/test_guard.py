@@ -172,29 +172,29 @@ def test_a_version_in_which_nothing_can_be_refused_does_not_start() -> None:
         plugin._refuse("needs vLLM 0.32.0")
 
 
-def server_request(parameters: Any = None, **extra: Any) -> Any:
-    return SimpleNamespace(model_extra=extra, vllm_xargs=parameters)
+def server_request(parameters: Any = None, beams: bool = False, **extra: Any) -> Any:
+    return SimpleNamespace(model_extra=extra, vllm_xargs=parameters, use_beam_search=beams)
 
 
 def test_beams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     module(monkeypatch, "vllm.exceptions", VLLMValidationError=type("VLLMValidationError", (Exception,), {}))
-    for request in (server_request(vlattn=ASK), server_request({"vlattn": "mass"})):
+    for request in (server_request(beams=True, vlattn=ASK), server_request({"vlattn": "mass"}, beams=True)):
         with pytest.raises(ValueError, match="vlattn is not answered for beams.*ask without use_beam_search"):
-            server._to_beam_search_params(lambda *_: "params", request, 6)
-    assert server._to_beam_search_params(lambda *_: "params", server_request(), 6) == "params"
+            created(request, "answer")
+    assert created(server_request(beams=True), "answer") == "answer"
 
 
 def test_a_server_allows_no_edits_unless_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     module(monkeypatch, "vllm.exceptions", VLLMValidationError=type("VLLMValidationError", (Exception,), {}))
-    edits = server_request(vlattn={"steer": [{"keys": [0, 4], "weight": 0}]})
-    params = SimpleNamespace(extra_args=None)
+    edits = server_request({"other": 1}, vlattn={"steer": [{"keys": [0, 4], "weight": 0}]})
     with pytest.raises(
         ValueError, match=r"steer must be left out: this server allows no edits \(it runs without --vlattn-edits\)"
     ):
-        server._to_sampling_params(lambda *_: params, edits, 6)
-    assert server._to_sampling_params(lambda *_: params, server_request(vlattn=ASK), 6).extra_args == {"vlattn": ASK}
+        created(edits, "answer")
+    asks = server_request(vlattn=ASK)
+    assert created(asks, "answer") == "answer" and asks.vllm_xargs == {"vlattn": ASK}, "the engine's extra_args"
     monkeypatch.setenv("VLATTN_EDITS", "1")
-    assert "steer" in server._to_sampling_params(lambda *_: params, edits, 6).extra_args["vlattn"]
+    assert created(edits, "answer") == "answer" and "steer" in edits.vllm_xargs["vlattn"] and edits.vllm_xargs["other"] == 1
 
 
 async def lines(*texts: str) -> AsyncIterator[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlattn_fast import paged_attention_statistics
 from vlattn_vllm import blocks, steering, worker
-from vlattn_vllm.ask import check_ask, groups_of_tokens, inside
+from vlattn_vllm.ask import STATISTICS, check_ask, groups_of_tokens, inside
 from vlattn_vllm.steering import Edits
 from vlattn_vllm.worker import Asking, Step, layer_number, refusal, window
 
@@ -166,14 +166,26 @@ def test_a_batch_has_the_numbers_of_its_maps(order: Any) -> None:
     torch.testing.assert_close(got["token"].diagonal, token[..., -1][None])
 
 
+def test_a_prompt_in_chunks_sums_what_its_answer_gets(order: Any) -> None:
+    """Of which its prompt has nothing, and no number; its queries count."""
+    batch = Batch(order, [6, 9], [6, 9])
+    requests = {"middle": asking(8, statistics=["received_answer"]), "end": asking(9, statistics=["received_answer"])}
+    step = begun(batch, requests)
+    batch.see(step)
+    got = step.numbers(same)
+    assert [got[name].queries for name in requests] == [(0, 6), (0, 9)]
+    assert all(one.received is one.received_answer is one.mass is None and not one.refused for one in got.values())
+
+
 def test_queries_that_ran_before_count_once(order: Any) -> None:
     """A preempted request of 10 tokens, whose first 7 queries are in `received`, runs again; then once more as far as token 5."""
     batch = Batch(order, [10], [10])
-    one = asking(6, counted=7, statistics=BOTH)
+    one = asking(6, counted=7, statistics=[*BOTH, "received_answer"])
     step = begun(batch, {"one": one})
     batch.see(step)
     got = step.numbers(same)["one"]
     torch.testing.assert_close(got.received, batch.maps(0)[7:, :, :6].sum(0)[None])
+    torch.testing.assert_close(got.received_answer, batch.maps(0)[7:, :, 6:].sum(0)[None])
     assert got.queries == (7, 10) and one.counted == 10
     batch = Batch(order, [8], [8])
     step = begun(batch, {"one": one})
@@ -223,6 +235,59 @@ def test_ranks_have_parts_of_the_heads(order: Any) -> None:
     torch.testing.assert_close(got.received[:, HEADS:], 2 * got.received[:, :HEADS])
 
 
+def latent_layer(**fields: Any) -> Any:
+    """Whose heads make keys of 6 features of a latent of 10, beside 2 rotated ones."""
+    impl = SimpleNamespace(scale=0.5)
+    return SimpleNamespace(**{"layer_name": "model.layers.0.attn", "impl": impl, "W_UK_T": torch.randn(HEADS, 6, 10), **fields})
+
+
+def test_latent_attention_has_the_numbers_of_the_keys_that_it_stands_for() -> None:
+    """A token of an answer and two whole prompts, one of which asks; blocks beside the requests' are not numbers."""
+    lengths, queries, layer = [7, 9, 6], [1, 9, 6], latent_layer()
+    latents, table = [torch.randn(length, 12) for length in lengths], torch.randperm(9).view(3, 3)
+    cache = torch.full((9, SIZE, 12), torch.nan)
+    for each, row in zip(latents, table, strict=True):
+        whole = torch.zeros(3 * SIZE, 12)
+        whole[: len(each)] = each
+        cache[row] = whole.view(3, SIZE, 12)
+    query = torch.randn(sum(queries), HEADS, 8)
+    step = begun(SimpleNamespace(lengths=lengths, queries=queries), {"token": asking(5), "prompt": asking(9, statistics=BOTH)},
+                 "token", "prompt", "silent")  # fmt: skip
+    starts = torch.tensor([0, *queries]).cumsum(0).int()
+    decode = SimpleNamespace(block_table=table[:1], seq_lens=torch.tensor([7]).int())
+    metadata = SimpleNamespace(
+        num_decodes=1, num_prefills=2, decode=decode, prefill=SimpleNamespace(block_table=table[1:]), query_start_loc=starts
+    )
+    metadata.causal = True
+    step.see_latent(layer, query, cache, metadata, torch.zeros(sum(queries), HEADS * 6))
+    got = step.numbers(same)
+    for number, name in enumerate(("token", "prompt")):
+        keys = torch.einsum("ml,hpl->mhp", latents[number][:, :10], layer.W_UK_T)
+        keys = torch.cat([keys, latents[number][:, None, 10:].expand(-1, HEADS, -1)], -1)
+        logits = torch.einsum("nhd,mhd->nhm", query[starts[number] : starts[number + 1]], keys) * 0.5
+        positions = torch.arange(lengths[number] - queries[number], lengths[number])[:, None, None]
+        maps = logits.masked_fill(torch.arange(lengths[number]) > positions, -torch.inf).softmax(-1)
+        torch.testing.assert_close(got[name].mass[0, 0].sum(-1), torch.ones(HEADS))
+        torch.testing.assert_close(got[name].mass[0, 0, :, 1], maps[-1, :, : (5, 9)[number]].sum(-1))
+    torch.testing.assert_close(got["prompt"].received[0], maps.sum(0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"impl": SimpleNamespace(scale=0.5, is_sparse=True)}, "keys that an indexer chooses"),
+        ({"sliding_window": 8}, "within a window"),
+        ({"W_UK_T": None}, "no projection of latents"),
+    ],
+)
+def test_latent_attention_of_another_kind_is_refused_by_name(fields: Any, words: str) -> None:
+    step = begun(SimpleNamespace(lengths=[7], queries=[1]), {"one": asking(5)})
+    metadata = SimpleNamespace(decode=None, prefill=None, causal=True)
+    step.see_latent(latent_layer(**fields), torch.randn(1, HEADS, 8), torch.zeros(3, SIZE, 12), metadata, torch.zeros(1))
+    got = step.numbers(same)["one"]
+    assert words in got.refused and "model.layers.0.attn" in got.refused and got.is_empty()
+
+
 @pytest.mark.parametrize(
     ("impl", "metadata", "words"),
     [
@@ -269,7 +334,7 @@ def test_edited_rows_are_those_of_edited_maps(order: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(steering, "_AT_ONCE", at_once)
     batch = Batch(order, [9, 10, 7], [6, 1, 2])
     values = batch.with_values(order)
-    spans = {"groups": {"a": [[0, 3]], "b": [[4, None]]}, "statistics": ["mass", "entropy", "maximum", "diagonal", "received"]}
+    spans = {"groups": {"a": [[0, 3]], "b": [[4, None]]}, "statistics": [*STATISTICS]}
     cut = edit(keys=[1, 3], queries=[[4, 6], [7, None]]), edit(keys="answer", heads=[1, 5], weight=3.0)
     requests = {
         "prompt": asking(8, rank=rank, steer=cut, **spans),
@@ -301,6 +366,7 @@ def test_edited_rows_are_those_of_edited_maps(order: Any, monkeypatch: pytest.Mo
     torch.testing.assert_close(got["prompt"].maximum[0, 0], last.amax(-1))
     torch.testing.assert_close(got["prompt"].diagonal[0, 0], last[:, -1])
     torch.testing.assert_close(got["prompt"].received[0], maps[0].sum(0)[:, :8])
+    torch.testing.assert_close(got["prompt"].received_answer[0], maps[0].sum(0)[:, 8:])
     torch.testing.assert_close(got["token"].mass[0, 0, :, 1], maps[1][0, :, :7].sum(-1))
     torch.testing.assert_close(got["plain"].mass[0, 0, :, 1], batch.maps(2)[-1, :, :7].sum(-1))
 

@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import torch
 
 from vlattn_vllm import client, collect, counts, engine, front, limit, plugin, server
 from vlattn_vllm.ask import Ask
-from vlattn_vllm.attention import Attention, from_bytes, joined
+from vlattn_vllm.attention import Attention, from_bytes, joined, to_bytes
 from vlattn_vllm.server import Waiting
 from vlattn_vllm.worker import NUMBERS
 from vlattn_vllm.wrapping import harmless, wrap
@@ -61,6 +62,17 @@ def test_received_adds_up_and_comes_with_the_end() -> None:
     assert first is not None and first.received is None and first.mass is not None and first.queries is None
     (last,) = stepped({"one": one}, {"one": part(3.0, (9, 10))}, [core_output("one", [6], "stop")])
     assert last is not None and last.queries == (4, 10) and torch.equal(last.received, torch.full((1, 2, 3), 6.0))
+
+
+def test_what_an_answer_receives_grows_with_it() -> None:
+    one, width = request(), iter((0, 1, 2))
+    for tokens, finish in (([5], None), ([6], None), ([7], "stop")):
+        some = next(width)
+        added = torch.ones(1, 2, some) if some else None
+        given = dataclasses.replace(part(1.0, (8 + some, 9 + some)), received_answer=added)
+        (got,) = stepped({"one": one}, {"one": given}, [core_output("one", tokens, finish)])
+        assert got is not None and (got.received_answer is None) == (finish is None)
+    assert got.received_answer.tolist() == [[[2.0, 1.0]] * 2] and got.queries == (8, 11)
 
 
 def test_a_gap_in_received_is_named() -> None:
@@ -187,17 +199,91 @@ def test_numbers_go_to_the_choice_of_their_prompt_and_sample() -> None:
 def test_a_client_takes_choices_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     choices = [{"index": n, "text": str(n), "token_ids": [n], "vlattn": {"layers": [0], "groups": []}} for n in (2, 0, 1)]
     answers = iter([{"data": [{"id": "tiny"}]}, {"choices": choices}])
-    monkeypatch.setattr(client.urllib.request, "urlopen", lambda *_: io.BytesIO(json.dumps(next(answers)).encode()))
+    monkeypatch.setattr(client.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(json.dumps(next(answers)).encode()))
     (got,) = client.Server("http://nowhere", {}, {"n": 3}).answers(["w9"])
     assert [one.text for one in got] == ["0", "1", "2"]
+
+
+def test_a_client_has_a_key_headers_and_a_time_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """None of which is written down. A server that wants another key refuses no prompt: the run ends."""
+    seen: list[Any] = []
+
+    def urlopen(request: Any, timeout: Any) -> Any:
+        seen.append((request.headers, timeout))
+        if request.data is None:
+            return io.BytesIO(b'{"data": [{"id": "tiny"}]}')
+        raise client.urllib.error.HTTPError(request.full_url, 401, "Unauthorized", {}, None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(client.urllib.request, "urlopen", urlopen)
+    secrets = {"api_key": "k3y", "headers": {"X-Team": "t3am"}, "timeout": 7.5}
+    with pytest.raises(OSError, match="Unauthorized"):
+        collect("http://nowhere", ["a"], tmp_path / "out", **secrets)
+    asked = {"Content-type": "application/json", "X-team": "t3am", "Authorization": "Bearer k3y"}
+    assert seen == [(asked, 7.5)] * 2
+    written = b"".join(file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert written and not any(secret in written for secret in (b"k3y", b"t3am"))
+    for name, value in secrets.items():
+        with pytest.raises(ValueError, match="api_key, headers and timeout are for the address of a server; got them with obj"):
+            collect(object(), ["a"], tmp_path / "other", **{name: value})
+    with pytest.raises(ValueError, match="timeout must be"):
+        collect("http://nowhere", ["a"], tmp_path / "other", timeout=0)
+
+
+def test_metrics(monkeypatch: pytest.MonkeyPatch, configured: Any) -> None:
+    """Refusals by reason, and the seconds of each answer when it ends."""
+    seen: list[Any] = []
+
+    class Metric:
+        def __init__(self, name: str, *_: Any, **__: Any) -> None:
+            self.name, self.reason = name.removeprefix("vlattn:"), ""
+
+        def labels(self, reason: str) -> Metric:
+            self.reason = reason
+            return self
+
+        def inc(self, by: float = 1) -> None:
+            seen.append((self.name, self.reason, by))
+
+        def observe(self, value: float) -> None:
+            seen.append((self.name, "", value))
+
+    module = ModuleType("prometheus_client")
+    module.Counter = module.Histogram = Metric  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(counts, "_metrics", {})
+    counts.asked()
+    for _ in range(2):
+        counts.install()
+    for field, ask in (("speculative_config", {}), (None, {"top": 0}), (None, {})):
+        monkeypatch.setenv("VLATTN_MAX_BYTES", "" if field or ask else "1")
+        with pytest.raises(ValueError, match="must|guessed ahead"):
+            processed(configured(field), ask)
+    assert seen == [("refused", reason, 1) for reason in ("engine", "ask", "bytes")]
+    one = SimpleNamespace(request_id="one", queue=None, **{front._ASKS: 0.0})
+    processor, out = SimpleNamespace(request_states={"one": one}), SimpleNamespace(reqs_to_abort=[])
+    del seen[:]
+    for tokens in ([5], [6]):
+        output = core_output("one", tokens)
+        output.kv_transfer_params = {"vlattn": to_bytes(dataclasses.replace(part(1.0), seconds=0.25))}
+
+        def process(processor: Any, outputs: Any) -> Any:
+            if outputs[0].new_token_ids == [6]:
+                processor.request_states.clear()
+            return out
+
+        front._process_outputs(process, processor, [output])
+        assert seen == ([("seconds", "", 0.5)] if tokens == [6] else [])
+    counts.written(30)
+    counts.asked()
+    assert seen[1:] == [("bytes", "", 30), ("asks", "", 1)]
 
 
 def test_a_resumed_run_asks_for_the_prompts_that_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of each prompt there are two answers."""
     asked: list[str] = []
 
-    def urlopen(request: Any) -> Any:
-        if isinstance(request, str):
+    def urlopen(request: Any, timeout: Any) -> Any:
+        if request.data is None:
             return io.BytesIO(b'{"data": [{"id": "tiny"}]}')
         asked.append(json.loads(request.data)["prompt"])
         if asked == ["a", "b", "c"]:
@@ -296,7 +382,10 @@ def test_a_fault_of_the_plug_in_never_reaches_vllm() -> None:
 
 def test_a_token_without_its_numbers_is_a_reason() -> None:
     """Where the core or a worker failed; a prompt in chunks has outputs without tokens."""
-    states = {"asks": SimpleNamespace(**{front._ASKS: True}, queue=None), "silent": SimpleNamespace(queue=None)}
+    states = {
+        name: SimpleNamespace(request_id=name, queue=None, **({front._ASKS: 0.0} if name == "asks" else {}))
+        for name in ("asks", "silent")
+    }
     processor = SimpleNamespace(request_states=states)
     out = SimpleNamespace(reqs_to_abort=[])
     for tokens in ([], [5]):
@@ -374,7 +463,6 @@ FIELDS: dict[str, tuple[Any, Any, str]] = {
     "parallel_config.decode_context_parallel_size": (1, 2, "contexts run in parallel"),
     "parallel_config.prefill_context_parallel_size": (1, 2, "contexts run in parallel"),
     "cache_config.cache_dtype": ("auto", "fp8", "kv_cache_dtype=fp8"),
-    "model_config.use_mla": (False, True, "MLA"),
     "model_config.is_encoder_decoder": (False, True, "an encoder and a decoder"),
     "model_config.is_hybrid": (False, True, "layers without attention"),
     "model_config.is_attention_free": (False, True, "layers without attention"),
@@ -394,7 +482,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setitem(sys.modules, name, module)
 
     def configuration(field: str | None = None) -> Any:
-        model = {"get_total_num_hidden_layers": lambda: 2, "max_model_len": 30}
+        model: dict[str, Any] = {"use_mla": False, "get_total_num_hidden_layers": lambda: 2, "max_model_len": 30}
         model["model_arch_config"] = SimpleNamespace(total_num_attention_heads=4)
         parts: dict[str, Any] = {"compilation_config": {"pass_config": SimpleNamespace()}, "model_config": model}
         for each, (usual, refused, _) in FIELDS.items():
@@ -406,9 +494,19 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("field", [None, *FIELDS])
-def test_an_engine_refuses_by_its_configuration(configured: Any, field: str | None) -> None:
-    reasons = front.refusals(configured(field), SimpleNamespace(extra_args={}, max_tokens=5), False)
+def test_an_engine_refuses_by_its_configuration(monkeypatch: pytest.MonkeyPatch, configured: Any, field: str | None) -> None:
+    """Each request that asks, with what to do; and a line of the log says so when the engine starts."""
+    reasons = front.refusals(configured(field))
     assert len(reasons) == (field is not None) and (field is None or FIELDS[field][2] in reasons[0])
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    monkeypatch.setattr(logging.getLogger("vllm.vlattn"), "handlers", [handler])
+    front.warn(configured(field))
+    assert lines == [f"requests with 'vlattn' will be refused: {reason}" for reason in reasons]
+    if field:
+        with pytest.raises(ValueError, match=FIELDS[field][2].replace("(", ".")):
+            processed(configured(field), {})
 
 
 def processed(config: Any, ask: Any, salt: str | None = None) -> Any:
@@ -428,6 +526,14 @@ def test_edits_salt_the_prefix_cache(configured: Any) -> None:
     assert processed(configured(), {**cut, "layers": [0]}).cache_salt == salts[2], "numbers do not change keys"
 
 
+def test_latent_attention_is_not_edited(configured: Any) -> None:
+    config = configured()
+    config.model_config.use_mla = True
+    assert processed(config, {}).sampling_params.extra_args["vlattn"]["layers"] == [0, 1]
+    with pytest.raises(ValueError, match=r"latent attention \(MLA\), which is not edited; leave out steer"):
+        processed(config, {"steer": [{"keys": [0, 4], "weight": 0}]})
+
+
 def test_spans_end_where_the_model_does(configured: Any) -> None:
     """Whatever max_tokens says."""
     assert processed(configured(), {"groups": {"a": [[29, 30]]}}).sampling_params.extra_args["vlattn"]["layers"] == [0, 1]
@@ -436,7 +542,7 @@ def test_spans_end_where_the_model_does(configured: Any) -> None:
 
 
 def state(parent: Any = None, asks: bool = True) -> Any:
-    return SimpleNamespace(parent_req=parent, queue=[], **({front._ASKS: True} if asks else {}))
+    return SimpleNamespace(parent_req=parent, queue=[], **({front._ASKS: 0.0} if asks else {}))
 
 
 def test_samples_of_a_request_are_one_ask(monkeypatch: pytest.MonkeyPatch, configured: Any) -> None:
@@ -452,9 +558,10 @@ def test_samples_of_a_request_are_one_ask(monkeypatch: pytest.MonkeyPatch, confi
         add = lambda *_: processor.request_states.update({name: state(parent, False)})  # noqa: E731
         front._add_request(add, processor, one, "", parent, index)
 
-    before = counts.totals["asks"]
+    asked: list[int] = []
+    monkeypatch.setattr(counts, "asked", lambda: asked.append(1))
     added("d", 2, vlattn={})
-    assert counts.totals["asks"] == before and front._ASKS in processor.request_states["d"].__dict__
+    assert not asked and front._ASKS in processor.request_states["d"].__dict__
     processor.request_states["e"] = state()
     added("f", 0)
     added("d2", 3, vlattn={})
@@ -462,6 +569,7 @@ def test_samples_of_a_request_are_one_ask(monkeypatch: pytest.MonkeyPatch, confi
         added("g", 0, vlattn={})
 
 
+@pytest.mark.usefixtures("configured")
 def test_limits_are_a_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     parser = limit._with_options(lambda parser: parser, argparse.ArgumentParser())
     monkeypatch.setattr(limit, "_serving", False)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_bool, check_integer, check_names, check_number, describe
-from vlattn_vllm.attention import PER_TOKEN
+from vlattn_vllm.attention import PER_TOKEN, SUMS
 
 KEY = "vlattn"  # a field of a request to the server, and a name in the extra_args of vLLM's SamplingParams
-STATISTICS = (*PER_TOKEN, "received")
+STATISTICS = (*PER_TOKEN, *SUMS)
 NAMED = ("image", "question", "answer")
 MOST_GROUPS = 64
 MOST_EDITED_GROUPS = 16  # of queries, and of keys
@@ -76,6 +76,7 @@ def check_ask(value: Any, layers: int, heads: int, prompt: int, pictures: Sequen
         raise ValueError(f"{KEY} must be a dict with some of {', '.join(FIELDS)}; got {value!r:.200}")
     if (size := len(json.dumps(value, default=str))) > MOST_BYTES:
         raise ValueError(f"{KEY} must have at most {MOST_BYTES} bytes as JSON; got {size}")
+    value = plain(value)
     named = {"image": tuple(pictures), "question": _between(pictures, prompt), "answer": ((prompt, None),)}
     steer = tuple(_edit(edit, layers, heads, named, most) for edit in plain_edits(value["steer"])) if "steer" in value else ()
     check_edited_groups(steer, most)
@@ -100,6 +101,15 @@ def check_ask(value: Any, layers: int, heads: int, prompt: int, pictures: Sequen
     return Ask(numbers, statistics, groups, top, steer)
 
 
+def plain(value: Any) -> Any:
+    """With lists for sequences, and Python's numbers for NumPy's and torch's, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        return [plain(each) for each in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def plain_edits(value: Any) -> list[Mapping[str, Any]]:
     """Each edit as the dict that JSON has: va.Steer and va.Knockout become one."""
     legend = f"steer must be a list of edits: va.Steer, va.Knockout, or dicts with some of {', '.join(EDIT_FIELDS)}"
@@ -119,7 +129,7 @@ def plain_edits(value: Any) -> list[Mapping[str, Any]]:
             edit = {**{name: each for name, each in given.items() if each is not None}, "weight": weight}
         if "weight" not in edit or not set(edit) <= set(EDIT_FIELDS):
             raise ValueError(f"{legend}, weight among them; got {edit!r:.200}")
-        edits.append(edit)
+        edits.append(plain(edit))
     return edits
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 PER_TOKEN = ("mass", "entropy", "maximum", "diagonal")
-TENSORS = (*PER_TOKEN, "received", "tokens")
+SUMS = ("received", "received_answer")  # over queries
+TENSORS = (*PER_TOKEN, *SUMS, "tokens")
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -31,6 +32,8 @@ class Attention:
         diagonal: (tokens, layers, heads), the attention of that token on itself.
         received: (layers, heads, prompt), what each token of the prompt gets from the queries from queries[0] to queries[1] - 1,
             added. None in the chunks of a stream but the last. With `top`: (layers, heads, top), the largest.
+        received_answer: (layers, heads, tokens - 1), the same for each token of the answer, which its own query and later ones
+            give it. The last token has no query.
         queries: positions. The first is above 0 where vLLM took a prefix out of its cache: these queries did not run.
         refused: why there are no numbers and no edits from some token on, or no `received`, if only the running engine could
             tell; else empty.
@@ -49,6 +52,7 @@ class Attention:
     tokens: Tensor | None = None
     seconds: float = 0.0
     diagonal: Tensor | None = None
+    received_answer: Tensor | None = None
 
     def is_empty(self) -> bool:
         return all(getattr(self, name) is None for name in TENSORS)
@@ -105,7 +109,7 @@ def joined(parts: Sequence[Attention]) -> Attention:
     last = parts[-1]
     rows = {name: [part for each in parts if (part := getattr(each, name)) is not None] for name in PER_TOKEN}
     whole: dict[str, Any] = {name: torch.cat(some) if some else None for name, some in rows.items()}
-    end = {name: getattr(last, name) for name in ("received", "tokens", "queries")}
+    end = {name: getattr(last, name) for name in (*SUMS, "tokens", "queries")}
     refused = next((part.refused for part in parts if part.refused), "")
     return Attention(
         parts[0].layers, parts[0].groups, **whole, **end, refused=refused, seconds=sum(part.seconds for part in parts)

@@ -21,7 +21,10 @@ def keys_in_blocks(kv_cache: Tensor, isa: str | None, block_table: Tensor) -> tu
     """(key cache (blocks, Hkv, block size, D), block table), a view of the cache where its order has strides.
 
     kv_cache: (blocks, Hkv, block size, 2 * D). By an instruction set `isa`: a block's keys and then its values; None on GPUs.
+        Of latent attention, which has no values: (blocks, block size, D).
     """
+    if kv_cache.dim() == 3:
+        return kv_cache[:, None], block_table
     blocks, heads, size, both = kv_cache.shape
     head_dim = both // 2
     if isa is None:

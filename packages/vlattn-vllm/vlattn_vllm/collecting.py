@@ -15,7 +15,7 @@ from torch import Tensor
 from vlattn_fast._ground.checks import check_integer, describe
 from vlattn_fast._ground.extras import with_progress
 from vlattn_vllm.answer import Answer
-from vlattn_vllm.ask import KEY, plain_edits
+from vlattn_vllm.ask import KEY, plain, plain_edits
 from vlattn_vllm.attention import TENSORS, Attention
 from vlattn_vllm.client import Server
 
@@ -71,6 +71,9 @@ def collect(
     params: Any = None,
     ids: Sequence[str] | None = None,
     shard_size: int = 256,
+    api_key: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout: float | None = None,
 ) -> Answers:
     """Generate an answer to each prompt and write its tokens and the statistics of its attention to the directory `out`.
 
@@ -86,24 +89,31 @@ def collect(
             max_tokens, temperature or n.
         ids: names of the prompts; by default their numbers.
         shard_size: prompts in a file. They go to the engine together, and are written together.
+        api_key, headers, timeout: for a server: its key, more headers of each request, and the seconds after which an unanswered
+            one ends the run. The folder has none of them.
 
     Returns:
         The answers, read when they are indexed. `load` returns them later.
 
     Raises:
         ValueError: `out` was begun with other options or prompts, or another run writes to it.
-        OSError: the server cannot be reached, or answers with an error of its own.
+        OSError: the server cannot be reached, wants another key, or answers with an error of its own.
     """
     from vlattn_fast.interpret.dataset.store import FAILURES, ShardWriter, begin, check_settings, to_lines, write_text
 
     check_integer("shard_size", shard_size, low=1)
-    prompts, out, ask = list(prompts), Path(out), dict(attention or {})
+    prompts, out, ask = list(prompts), Path(out), plain(dict(attention or {}))
     names = [str(number) for number in range(len(prompts))] if ids is None else list(ids)
     if len(names) != len(prompts):
         raise ValueError(f"ids must have one name for each of the {len(prompts)} prompts; got {len(names)}")
     if "steer" in ask:
         ask["steer"] = plain_edits(ask["steer"])
-    source = Server(engine, ask, params) if isinstance(engine, str) else _Engine(engine, ask, params)
+    if isinstance(engine, str):
+        source: Server | _Engine = Server(engine, ask, params, api_key, headers, timeout)
+    elif (api_key, headers, timeout) != (None, None, None):
+        raise ValueError(f"api_key, headers and timeout are for the address of a server; got them with {describe(engine)}")
+    else:
+        source = _Engine(engine, ask, params)
     settings = {"format": FORMAT, "model": source.model, "params": source.params, "attention": ask, "dataset": _digest(prompts)}
     settings = json.loads(json.dumps(settings))  # as a later run reads them
     check_settings(out, settings)

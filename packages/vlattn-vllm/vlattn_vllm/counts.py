@@ -1,46 +1,56 @@
-"""What asks cost a server: counters of its /metrics, and a line in its log."""
+"""What asks cost a server, in its /metrics."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from vlattn_vllm.wrapping import harmless, wrap
-
-HELP = {
-    "asks": "requests that ask for attention or edit it",
-    "refused": "such requests that were refused",
-    "seconds": "seconds of the workers for their numbers and edits",
-    "bytes": "bytes of the numbers in the answers",
+# why asks are refused, as the label of a counter
+REASONS = {
+    "ask": "the ask itself is wrong, or the request is of a kind that has no numbers",
+    "bytes": "it asks for more than --vlattn-max-bytes",
+    "busy": "--vlattn-max-asks requests run already, or it is 0",
+    "edits": "it edits, without --vlattn-edits",
+    "endpoint": "the endpoint has no place for numbers",
+    "engine": "the engine's configuration, or a feature of the model",
+    "worker": "only the running engine could tell: a layer, or a fault",
 }
-totals = dict.fromkeys(HELP, 0.0)
-_counters: dict[str, Any] = {}
-_logged = dict(totals)
+_SECONDS = tuple(a * 10**b for b in (-3, -2, -1, 0, 1) for a in (1, 2.5, 5))
+_metrics: dict[str, Any] = {}
 
 
-def add(name: str, amount: float = 1) -> None:
-    totals[name] += amount
-    if name in _counters:
-        _counters[name].inc(amount)
+def asked() -> None:
+    if _metrics:
+        _metrics["asks"].inc()
+
+
+def refused(reason: str) -> None:
+    if _metrics:
+        _metrics["refused"].labels(reason=reason).inc()
+
+
+def answered(seconds: float) -> None:
+    """An ask has ended, for whose numbers and edits the workers took so long."""
+    if _metrics:
+        _metrics["seconds"].observe(seconds)
+
+
+def written(size: int) -> None:
+    if _metrics:
+        _metrics["bytes"].inc(size)
 
 
 def install() -> None:
-    """In the server: the counters vlattn:asks_total and so on, and a line with each of vLLM's own in which they changed."""
-    from prometheus_client import Counter
-    from vllm.v1.metrics.loggers import LoggingStatLogger
+    """In the server."""
+    from prometheus_client import Counter, Histogram
 
-    for name, meaning in HELP.items():
-        if name not in _counters:
-            _counters[name] = Counter(f"vlattn:{name}", f"vlattn_vllm: {meaning}.")
-    wrap(LoggingStatLogger, "log", harmless(_log))
-
-
-def _log(original: Any, logger: Any, *args: Any, **kwargs: Any) -> Any:
-    from vllm.logger import init_logger
-
-    out = original(logger, *args, **kwargs)
-    if totals != _logged:
-        _logged.update(totals)
-        init_logger("vllm.vlattn").info(
-            "vlattn since the start: %d asks, %d refused, %.2f s of the workers, %d bytes of numbers", *totals.values()
-        )
-    return out
+    if _metrics:
+        return
+    refusals = Counter("vlattn:refused", "Requests that ask for attention or edit it and were refused, by reason.", ["reason"])
+    for reason in REASONS:
+        refusals.labels(reason=reason)  # 0 until then
+    _metrics.update(
+        refused=refusals,
+        asks=Counter("vlattn:asks", "Requests that ask for attention or edit it."),
+        seconds=Histogram("vlattn:seconds", "Seconds of the workers for the numbers and edits of a request.", buckets=_SECONDS),
+        bytes=Counter("vlattn:bytes", "Bytes of the numbers in the answers."),
+    )

@@ -8,8 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vlattn_vllm.ask import KEY
-from vlattn_vllm.attention import PER_TOKEN, Attention, to_bytes
+from vlattn_vllm.attention import PER_TOKEN, SUMS, Attention, to_bytes
 from vlattn_vllm.worker import NUMBERS
 from vlattn_vllm.wrapping import fault, harmless, wrap
 
@@ -24,10 +27,10 @@ def install() -> None:
 
 
 def _preempt_request(original: Any, scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    """In the middle of its prompt, a request that sums `received` runs from its first token again: blocks that another request
-    cached meanwhile would stand for queries that it never ran."""
+    """In the middle of its prompt, a request that sums what tokens receive runs from its first token again: blocks that another
+    request cached meanwhile would stand for queries that it never ran."""
     asked = _asked(request)
-    if asked and "received" in asked["statistics"] and request.num_computed_tokens < request.num_prompt_tokens:
+    if asked and not {*SUMS}.isdisjoint(asked["statistics"]) and request.num_computed_tokens < request.num_prompt_tokens:
         request.skip_reading_prefix_cache = True
     return original(scheduler, request, *args, **kwargs)
 
@@ -56,7 +59,7 @@ def _update_from_output(original: Any, scheduler: Any, scheduled: Any, out: Any)
 def _begun(scheduler: Any, request: Any, attention: Attention) -> Attention:
     """Adds `received` up. What is refused leaves no keys without its edits to others with the same edits."""
     try:
-        if attention.received is not None:
+        if attention.queries is not None:
             _add(request, attention)
         if attention.refused and _asked(request)["steer"]:
             cache = scheduler.kv_cache_manager
@@ -69,7 +72,7 @@ def _begun(scheduler: Any, request: Any, attention: Attention) -> Attention:
 def _add(request: Any, attention: Attention) -> None:
     """Each query counts once: workers leave out those that ran before a preemption. A sum with a gap is none."""
     before, after = request.__dict__.get(_SUM), attention.queries
-    assert attention.received is not None and after is not None
+    assert after is not None
     if before is not None and before.queries is None:
         return
     if before is not None and before.queries[1] < after[0]:
@@ -77,10 +80,18 @@ def _add(request: Any, attention: Attention) -> None:
             f"received lacks the queries of positions {before.queries[1]} to {after[0] - 1}: their keys came out of a cache when "
             f"the request had begun; ask again with enable_prefix_caching=False and without a KV connector"
         )
-        attention = replace(attention, received=None, queries=None, refused=reason)
+        attention = replace(attention, received=None, received_answer=None, queries=None, refused=reason)
     elif before is not None:
-        attention = replace(attention, received=before.received + attention.received, queries=(before.queries[0], after[1]))
+        added: dict[str, Any] = {name: _added(getattr(before, name), getattr(attention, name)) for name in SUMS}
+        attention = replace(attention, **added, queries=(before.queries[0], after[1]))
     request.__dict__[_SUM] = attention
+
+
+def _added(before: Tensor | None, after: Tensor | None) -> Tensor | None:
+    """(layers, heads, tokens) each, of which the second may have more tokens; None = none."""
+    if before is None or after is None:
+        return after if before is None else before
+    return after + torch.nn.functional.pad(before, (0, after.shape[2] - before.shape[2]))
 
 
 def _attach(output: Any, attention: Attention, request: Any) -> None:
@@ -102,9 +113,11 @@ def _of_output(output: Any, attention: Attention, request: Any) -> Attention:
         received, tokens, top = total.received, None, _asked(request).get("top")
         if top is not None and received is not None:
             received, tokens = received.topk(min(top, received.shape[-1]))
-        attention = replace(attention, received=received, tokens=tokens, queries=total.queries, refused=total.refused)
+        of_answer = total.received_answer
+        ended = {"received": received, "received_answer": of_answer, "tokens": tokens, "queries": total.queries}
+        attention = replace(attention, **ended, refused=total.refused)
     else:
-        attention = replace(attention, received=None, queries=None)
+        attention = replace(attention, received=None, received_answer=None, queries=None)
     if not output.new_token_ids:
         without: dict[str, Any] = dict.fromkeys(PER_TOKEN)
         attention = replace(attention, **without)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -16,7 +17,7 @@ from vlattn_vllm.attention import Attention, from_bytes, joined
 from vlattn_vllm.worker import LAYERS
 from vlattn_vllm.wrapping import fault, harmless, wrap
 
-_ASKS = "_vlattn_asks"  # an attribute of the front end's RequestState
+_ASKS = "_vlattn_asks"  # an attribute of the front end's RequestState: seconds of the workers until now
 _PARTS = "_vlattn_parts"  # an attribute of the front end's RequestState: chunks that no completion has yet
 
 
@@ -33,8 +34,8 @@ def install() -> None:
     wrap(RequestOutput, "add", harmless(_add, _refuse_sum))
 
 
-def refusals(config: Any, params: Any, resumable: bool) -> list[str]:
-    """Why an engine of this configuration cannot answer a request that asks, each with what to do."""
+def refusals(config: Any) -> list[str]:
+    """Why an engine of this configuration cannot answer requests that ask, each with what to do."""
     from vllm.platforms import current_platform
 
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
@@ -53,14 +54,33 @@ def refusals(config: Any, params: Any, resumable: bool) -> list[str]:
         ),
         f"the cache is quantised (kv_cache_dtype={cache.cache_dtype}); use kv_cache_dtype='auto'": cache.cache_dtype
         not in ("auto", "float16", "bfloat16", "float32"),
-        "the model has multi-head latent attention (MLA), which caches no keys": model.use_mla,
         "the model has an encoder and a decoder; choose one with a decoder alone": model.is_encoder_decoder,
         "the model has layers without attention; choose one with attention in each layer": model.is_hybrid
         or model.is_attention_free,
         "tokens of a picture see one another in both directions; choose a model with causal attention": model.is_mm_prefix_lm,
+    }
+    return [reason for reason, holds in reasons.items() if holds]
+
+
+def warn(config: Any) -> None:
+    """Says in vLLM's log, when an engine starts, that it will refuse requests that ask."""
+    try:
+        if reasons := refusals(config):
+            logging.getLogger("vllm.vlattn").warning("requests with %r will be refused: %s", KEY, "; ".join(reasons))
+    except Exception as error:
+        fault(error)
+
+
+def _request_refusals(config: Any, params: Any, resumable: bool) -> list[str]:
+    """Why a request that asks cannot be answered, whatever it asks for."""
+    fused = bool(config.compilation_config.pass_config.fuse_attn_quant)
+    reasons = {
         "the request is a session that takes more input; send one request a prompt": resumable,
         "attention is fused with a quantisation of its output, which no edit can reach; set pass_config.fuse_attn_quant=False": (
-            _steers(params) and bool(config.compilation_config.pass_config.fuse_attn_quant)
+            fused and _steers(params)
+        ),
+        "the model has multi-head latent attention (MLA), which is not edited; leave out steer": (
+            config.model_config.use_mla and _steers(params)
         ),
         "it is a request for a pooling; ask where tokens are generated": not hasattr(params, "max_tokens"),
     }
@@ -71,10 +91,10 @@ def _process_inputs(original: Any, processor: Any, request_id: str, prompt: Any,
     if not asks(params):
         return original(processor, request_id, prompt, params, *args, **kwargs)
     if limit.most(limit.ASKS) == 0:
-        raise refused_request(f"{KEY} is turned off at this server ({limit.ASKS.option} 0); ask without it")
-    reasons = refusals(processor.vllm_config, params, bool(kwargs.get("resumable")))
-    if reasons:
-        raise refused_request(f"{KEY} cannot be answered: {'; '.join(reasons)}")
+        raise refused_request(f"{KEY} is turned off at this server ({limit.ASKS.option} 0); ask without it", "busy")
+    reasons = refusals(processor.vllm_config), _request_refusals(processor.vllm_config, params, bool(kwargs.get("resumable")))
+    if any(reasons):
+        raise refused_request(f"{KEY} cannot be answered: {'; '.join(sum(reasons, []))}", "engine" if reasons[0] else "ask")
     request = original(processor, request_id, prompt, params, *args, **kwargs)
     if request.prompt_token_ids is None:
         raise refused_request(f"{KEY} cannot be answered: the prompt is one of embeddings; send tokens")
@@ -83,9 +103,9 @@ def _process_inputs(original: Any, processor: Any, request_id: str, prompt: Any,
     most = min(prompt_length + (request.sampling_params.max_tokens or 0), config.max_model_len)
     try:
         ask = check_ask(params.extra_args[KEY], layers, heads, prompt_length, _pictures(request.mm_features or ()), most)
-        _check_bytes(ask, heads)
     except (TypeError, ValueError) as error:
         raise refused_request(str(error)) from error
+    _check_bytes(ask, heads)
     request.sampling_params.extra_args = {**request.sampling_params.extra_args, KEY: ask.written()}
     if ask.steer:  # its keys and values are not those of the same tokens without these edits
         words = json.dumps([request.cache_salt, ask.written()["steer"]])
@@ -94,13 +114,14 @@ def _process_inputs(original: Any, processor: Any, request_id: str, prompt: Any,
 
 
 def _check_bytes(ask: Ask, heads: int) -> None:
-    """ValueError for more numbers than a server gives for each token."""
+    """Refuses more numbers than a server gives for each token."""
     numbers = len(ask.layers) * heads * (len(ask.groups) + len({*ask.statistics} - {"mass"}))
     most = limit.most(limit.BYTES)
     if most is not None and (size := numbers * torch.float32.itemsize) > most:
-        raise ValueError(
+        raise refused_request(
             f"{KEY} must ask for at most {most} bytes of numbers for each token ({limit.BYTES.option}); got {size}, for "
-            f"{len(ask.layers)} layers and {heads} heads. Name fewer layers, groups or statistics"
+            f"{len(ask.layers)} layers and {heads} heads. Name fewer layers, groups or statistics",
+            "bytes",
         )
 
 
@@ -114,11 +135,11 @@ def _steers(params: Any) -> bool:
     return isinstance(asked, Mapping) and "steer" in asked
 
 
-def refused_request(message: str) -> Exception:
-    """A ValueError that the server answers with the status 400."""
+def refused_request(message: str, reason: str = "ask") -> Exception:
+    """A ValueError that the server answers with the status 400. reason: one of `counts.REASONS`."""
     from vllm.exceptions import VLLMValidationError
 
-    counts.add("refused")
+    counts.refused(reason)
     refusal: Exception = type("AskRefused", (VLLMValidationError, ValueError), {})(message)
     return refusal
 
@@ -132,10 +153,10 @@ def _add_request(
         running, most = {one for state in states.values() if (one := _asking(state))}, limit.most(limit.ASKS)
         if most is not None and len(running) >= most:
             raise _too_many(most)
-        counts.add("asks")
+        counts.asked()
     out = original(processor, request, prompt, parent, index, *args, **kwargs)
     if asking:
-        states[request.request_id].__dict__[_ASKS] = True
+        states[request.request_id].__dict__[_ASKS] = 0.0
     return out
 
 
@@ -148,7 +169,7 @@ def _too_many(most: int) -> Exception:
     """A ValueError that the server answers with the status 429."""
     from vllm.exceptions import GracefulHTTPError
 
-    counts.add("refused")
+    counts.refused("busy")
     message = f"{most} requests with {KEY!r} run already, as many as {limit.ASKS.option} allows; ask again when one has ended"
     error: Exception = type("AskPostponed", (GracefulHTTPError, ValueError), {})(message, HTTPStatus.TOO_MANY_REQUESTS)
     return error
@@ -169,16 +190,20 @@ def _pictures(features: Any) -> list[Span]:
 
 
 def _process_outputs(original: Any, processor: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
-    ended = []
-    for output in outputs:
-        state = processor.request_states.get(output.request_id)
-        if state is None or _ASKS not in state.__dict__ or (attention := _taken(output)) is None:
+    ended, states = [], [processor.request_states.get(output.request_id) for output in outputs]
+    asking = [(state, output) for state, output in zip(states, outputs, strict=True) if state and _ASKS in state.__dict__]
+    for state, output in asking:
+        if (attention := _taken(output)) is None:
             continue
+        state.__dict__[_ASKS] += attention.seconds
         if attention.refused and state.queue is not None and _PARTS not in state.__dict__ and attention.is_empty():
             ended.append(state)
         state.__dict__.setdefault(_PARTS, []).append(attention)
     stopped = _stopped(processor, ended)
     out = original(processor, outputs, *args, **kwargs)
+    for state, _ in asking:
+        if state.request_id not in processor.request_states:
+            counts.answered(state.__dict__[_ASKS])
     out.reqs_to_abort.extend(stopped)
     return out
 
@@ -199,11 +224,9 @@ def _taken(output: Any) -> Attention | None:
     if packed is None:
         return Attention((), (), refused="a token came without its numbers; the log says why") if output.new_token_ids else None
     try:
-        attention = from_bytes(packed)
-        counts.add("seconds", attention.seconds)
+        return from_bytes(packed)
     except Exception as error:
         return Attention((), (), refused=fault(error))
-    return attention
 
 
 def _stopped(processor: Any, states: list[Any]) -> list[str]:
@@ -213,7 +236,7 @@ def _stopped(processor: Any, states: list[Any]) -> list[str]:
         if state.request_id in processor.request_states:  # else another sample of the request ended it
             whole, reason = state.parent_req or state, state.__dict__[_PARTS][-1].refused
             names += processor.abort_requests([whole.request_id], internal=True)
-            state.queue.put(refused_request(f"{KEY} cannot be answered: {reason}"))
+            state.queue.put(refused_request(f"{KEY} cannot be answered: {reason}", "worker"))
     return names
 
 

@@ -72,6 +72,7 @@ def _begin_front_end(original: Any, *args: Any, **kwargs: Any) -> None:
 def _begin_worker(original: Any, begun: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
     from vllm.platforms import current_platform
 
+    front.warn(vllm_config)
     if current_platform.device_type in worker.LAYERS:  # elsewhere requests that ask are refused
         worker.install(current_platform.device_type, vllm_config.use_v2_model_runner)
     original(begun, vllm_config, *args, **kwargs)

@@ -21,15 +21,10 @@ _DATA = "data: "
 
 
 def install() -> None:
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 
     limit.serve()
-    for request in (ChatCompletionRequest, CompletionRequest):
-        wrap(request, "to_sampling_params", _to_sampling_params)
-        wrap(request, "to_beam_search_params", _to_beam_search_params)
     wrap(OpenAIServingCompletion, "completion_stream_generator", _completion_chunks)
     wrap(OpenAIServingCompletion, "request_output_to_completion_response", _completion)
     wrap(OpenAIServingChat, "chat_completion_stream_generator", _chat_chunks)
@@ -50,31 +45,29 @@ def _compact(request: Any) -> bool:
 
 def _written(attention: Attention, compact: bool) -> dict[str, Any]:
     numbers = attention.to_dict(compact)
-    counts.add("bytes", len(json.dumps(numbers, separators=(",", ":"))))
+    counts.written(len(json.dumps(numbers, separators=(",", ":"))))
     return numbers
 
 
-def _to_sampling_params(original: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    params = original(request, *args, **kwargs)
+def _hand_on(request: Any) -> None:
+    """The ask becomes one of vLLM's own parameters for plug-ins, which the engine gets as `extra_args`."""
+    if request.use_beam_search:
+        raise refused_request(f"{KEY} is not answered for beams, whose tokens change places; ask without use_beam_search")
     if KEY in (request.model_extra or {}):
         asked = request.model_extra[KEY]
         if isinstance(asked, Mapping) and "steer" in asked and not limit.edits():
-            raise refused_request(f"steer must be left out: this server allows no edits (it runs without {limit.EDITS})")
-        params.extra_args = {**(params.extra_args or {}), KEY: asked}
-    return params
-
-
-def _to_beam_search_params(original: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    if _asks(request):
-        raise refused_request(f"{KEY} is not answered for beams, whose tokens change places; ask without use_beam_search")
-    return original(request, *args, **kwargs)
+            raise refused_request(f"steer must be left out: this server allows no edits (it runs without {limit.EDITS})", "edits")
+        request.vllm_xargs = {**(request.vllm_xargs or {}), KEY: asked}
 
 
 async def _created(original: Any, serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     """The engine checks a stream's request when the stream is read. So the first chunk of one that asks is read here, and an
     error is answered with its own status."""
+    if not _asks(request):
+        return await original(serving, request, *args, **kwargs)
+    _hand_on(request)
     answer = await original(serving, request, *args, **kwargs)
-    if not _asks(request) or not hasattr(answer, "__anext__"):
+    if not hasattr(answer, "__anext__"):
         return answer
     first = await anext(answer, "")
     refused = json.loads(first.removeprefix(_DATA)).get("error") if first.startswith(_DATA + "{") else None

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from vlattn_fast import paged_attention_statistics
 from vlattn_vllm.ask import KEY, Ask, groups_of_tokens
-from vlattn_vllm.attention import PER_TOKEN, Attention
+from vlattn_vllm.attention import PER_TOKEN, SUMS, Attention
 from vlattn_vllm.blocks import contents, keys_in_blocks
+from vlattn_vllm.latent import as_attention
 from vlattn_vllm.steering import Edits, edited_attention
 from vlattn_vllm.wrapping import fault, harmless, wrap
 
@@ -116,6 +117,16 @@ class Step:
             self._refuse(self._running, fault(error))
         self._spent(begin)
 
+    def see_latent(self, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any, out: Tensor) -> None:
+        """The same for a layer of latent attention."""
+        try:
+            if metadata is not None:
+                self._place()
+                impl, absorbed, rows = as_attention(layer, query, metadata, self._lengths)
+                self.see(impl, layer, absorbed, kv_cache, rows, out)
+        except Exception as error:
+            self._refuse(self._running, fault(error))
+
     def _refuse(self, names: Iterable[str], reason: str) -> None:
         for name in names:
             self.asking[name].refused = self.asking[name].refused or reason
@@ -127,13 +138,12 @@ class Step:
             self.asking[name].seconds += (time.perf_counter() - begin) / len(running)
 
     def _see(self, impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any, out: Tensor) -> None:
-        if self._places is None:
-            self._places = self._placed()
+        places = self._place()
         number = layer_number(layer.layer_name)
         self._layers.setdefault(number, layer.layer_name)
         asks = {
             name: number in one.edited
-            for name in self._places
+            for name in places
             if not (one := self.asking[name]).refused and (number in one.ask.layers or number in one.edited)
         }
         if not asks:
@@ -143,7 +153,7 @@ class Step:
             return
         for name in (name for name, edited in asks.items() if edited):
             try:
-                self._steer(number, self._places[name], impl, layer, query, kv_cache, metadata, out)
+                self._steer(number, places[name], impl, layer, query, kv_cache, metadata, out)
             except Exception as error:
                 self._refuse([name], fault(error))
         names = tuple(name for name, edited in asks.items() if not edited)
@@ -151,6 +161,12 @@ class Step:
             self._read(number, names, impl, layer, query, kv_cache, metadata)
         except Exception as error:
             self._refuse(names, fault(error))
+
+    def _place(self) -> dict[str, Place]:
+        """Of those that ask, when the first layer runs."""
+        if self._places is None:
+            self._places = self._placed()
+        return self._places
 
     def _placed(self) -> dict[str, Place]:
         places = {}
@@ -204,10 +220,10 @@ class Step:
         self._keep(number, rows, results)
 
     def _new(self, place: Place) -> tuple[int, bool]:
-        """How many queries of a request ran before a preemption, and whether the others count in its `received`."""
+        """How many queries of a request ran before a preemption, and whether the others count in its sums."""
         one = self.asking[place.name]
         old = max(0, one.counted - (place.length - place.queries))
-        return old, "received" in one.ask.statistics and old < place.queries
+        return old, not {*SUMS}.isdisjoint(one.ask.statistics) and old < place.queries
 
     def _steer(
         self, number: int, place: Place, impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any, out: Tensor
@@ -247,8 +263,7 @@ class Step:
         }
         kept = {key: value() for key, value in values_of.items() if key in one.ask.statistics}
         if all_new:
-            received = torch.nn.functional.pad(received, (low * size, 0))[:, : one.prompt]
-            kept["received"] = torch.nn.functional.pad(received, (0, one.prompt - received.shape[1]))
+            kept |= sums(one, torch.nn.functional.pad(received, (low * size, 0)), length)
         self._seen.setdefault(name, {})[number] = kept
 
     def _packed(self, names: tuple[str, ...], device: torch.device) -> Rows | None:
@@ -270,7 +285,8 @@ class Step:
         if not chosen:
             return None
         asks = [self.asking[place.name].ask for place in chosen]
-        statistics = [name for name in (*PER_TOKEN, "received") if any(name in ask.statistics for ask in asks)]
+        statistics = [name for name in PER_TOKEN if any(name in ask.statistics for ask in asks)]
+        statistics += ["received"] if any(counts) else []
         lengths = [place.length for place in chosen]
         groups = None
         if "mass" in statistics:
@@ -294,8 +310,7 @@ class Step:
             if "mass" in kept:
                 kept["mass"] = kept["mass"][:, : len(one.ask.groups)]
             if rows.counts[number]:
-                received = results.received[number, :, : one.prompt]
-                kept["received"] = torch.nn.functional.pad(received, (0, one.prompt - received.shape[1]))
+                kept |= sums(one, results.received[number], self._place()[name].length)
             self._seen.setdefault(name, {})[layer] = kept
 
     def numbers(self, gathered: Callable[[Tensor], Tensor]) -> dict[str, Attention]:
@@ -347,15 +362,24 @@ class Step:
         if not one.ask.layers:  # it edits, and asks for no numbers
             return Attention((), ()) if place.length >= one.prompt else None
         values = {key: stack for (of, key), stack in stacks.items() if of == name}
-        if not values:
+        adds = self._new(place)[1]
+        if not values and not adds:
             return None
-        received = values.pop("received", None)
         queries = None
-        if received is not None:
+        added: dict[str, Any] = {name: values.pop(name) for name in SUMS if name in values}
+        if adds:
             queries, one.counted = (max(place.length - place.queries, one.counted), place.length), place.length
         per_token: dict[str, Any] = {key: value[None].contiguous() for key, value in values.items()}
         groups = tuple(group for group, _ in one.ask.groups)
-        return Attention(one.ask.layers, groups, received=received, queries=queries, **per_token)
+        return Attention(one.ask.layers, groups, queries=queries, **per_token, **added)
+
+
+def sums(one: Asking, received: Tensor, length: int) -> dict[str, Tensor]:
+    """Of what each token gets (heads, tokens), what a request asks for: of its prompt, and of its answer if it has one."""
+    of_prompt = received[:, : min(one.prompt, length)]
+    of_prompt = torch.nn.functional.pad(of_prompt, (0, one.prompt - of_prompt.shape[1]))
+    parts = {"received": of_prompt, "received_answer": received[:, one.prompt : length]}
+    return {name: part for name, part in parts.items() if name in one.ask.statistics and part.shape[1]}
 
 
 def nothing(one: Asking) -> Attention:
@@ -365,6 +389,8 @@ def nothing(one: Asking) -> Attention:
 
 def refusal(impl: Any, layer: Any, metadata: Any) -> str:
     """Why the attention of a layer is not what the operator computes; empty where it is."""
+    if getattr(impl, "refused", ""):
+        return f"attention statistics are not computed where a layer is as this one: {impl.refused}; name other layers"
     if not hasattr(metadata, "block_table") or not hasattr(impl, "logits_soft_cap"):
         names = ", ".join(name.upper() for on_device in LAYERS.values() for name in on_device)
         return f"the attention backend must be one of {names}; got {type(impl).__name__}"
@@ -407,6 +433,9 @@ def install(device: str, v2: bool) -> None:
         wrap(CudagraphDispatcher, "dispatch", harmless(_dispatch))
     wrap(GPUModelRunner, "execute_model", harmless(_execute_model, _refuse_all))
     wrap(GPUModelRunner, "sample_tokens", harmless(_sample_tokens, _refuse_all))
+    from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+
+    wrap(MLAAttention, "forward_impl", _forward_latent)
     for module, kind in LAYERS[device].items():
         wrap(getattr(importlib.import_module(f"vllm.v1.attention.backends.{module}"), kind), "forward", _forward)
 
@@ -418,6 +447,25 @@ def _forward(
     step: Step | None = getattr(_NOW, "step", None)
     if step is not None:
         step.see(impl, layer, query, kv_cache, metadata, out)
+    return out
+
+
+def _forward_latent(
+    original: Any,
+    layer: Any,
+    query: Any,
+    latents: Any,
+    keys: Any,
+    kv_cache: Any,
+    metadata: Any,
+    output: Any,
+    *args: Any,
+    **rest: Any,
+) -> Any:
+    out = original(layer, query, latents, keys, kv_cache, metadata, output, *args, **rest)
+    step: Step | None = getattr(_NOW, "step", None)
+    if step is not None:
+        step.see_latent(layer, query, kv_cache, metadata, output)
     return out
 
 

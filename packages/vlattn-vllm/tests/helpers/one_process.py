@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+import vlattn_fast as va
 from tests.helpers.tiny import Maps, close, engine, everything, prompts, sampling, saved
 
 
@@ -23,6 +26,7 @@ def main() -> None:
     cached_prefix(llm, maps)
     samples(llm, maps)
     several(llm)
+    grounding(llm, maps)
     refused(llm)
     some = prompts(60, 70, 80, 90, 100, 110, seed=7)
     for prompt, output in zip(some, llm.generate(some, sampling(50, everything()), use_tqdm=False), strict=True):
@@ -81,6 +85,22 @@ def several(llm: Any) -> None:
     assert output.outputs[0].attention.groups == ("image", "question", "answer")
     close(mass.sum(-1), mass.new_ones(mass.shape[:-1]))
     assert (mass[..., 0] == 0).all() and (mass[0, ..., 2] == 0).all() and (mass[1:, ..., 2] > 0).all()
+
+
+def grounding(llm: Any, maps: Maps) -> None:
+    """The numbers of each token as it comes are those of the core, for an answer without the last token, which is no query."""
+    (prompt,) = prompts(14, seed=6)
+    ask = {"statistics": ["mass", "diagonal", "received_answer"], "groups": "question|answer"}
+    (output,) = llm.generate([prompt], sampling(7, ask), use_tqdm=False)
+    got, tokens = output.outputs[0].attention, list(output.outputs[0].token_ids)[:-1]
+    ids = {"input_ids": torch.tensor([prompt["prompt_token_ids"]])}
+    table = va.token_grounding(maps.model, ids, answer=[tokens], maps=False)
+    wanted = {name: values[0].float() for name, values in table.by_head.items()}  # (tokens, layers, heads)
+    for number, name in enumerate(("share_question", "share_answer")):
+        close(got.mass[:-1, ..., number], wanted[name])
+    close(got.diagonal[1:], wanted["diagonal"])
+    later = torch.arange(len(tokens), 0, -1)
+    close(got.received_answer.permute(2, 0, 1) / later[:, None, None] - got.diagonal[1:], wanted["received_less_diagonal"])
 
 
 def refused(llm: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import sys
 from types import SimpleNamespace
@@ -17,13 +18,17 @@ GUESSES = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 
 
 def main(kind: str) -> None:
     if kind == "guesses":  # an engine that guesses ahead leaves no second one to its process
-        refused(engine(saved(), speculative_config=GUESSES), "tokens are guessed ahead")
+        with mock.patch.object(logging.getLogger("vllm.vlattn"), "warning") as warned:
+            llm = engine(saved(), speculative_config=GUESSES)
+        (line,) = warned.call_args_list
+        assert "tokens are guessed ahead (speculative decoding)" in line.args[0] % line.args[1:]
+        refused(llm, "tokens are guessed ahead")
         return
     llm = engine(saved())
     with mock.patch.dict(os.environ, VLATTN_MAX_ASKS="0"):
         refused(llm, "turned off at this server (--vlattn-max-asks 0)")
     config = llm.llm_engine.vllm_config
-    assert not front.refusals(config, sampling(), False)
+    assert not front.refusals(config)
     quantised = replaced(config, cache_config=replaced(config.cache_config, cache_dtype="fp8"))  # which the CPU does not run
     with mock.patch.object(llm.llm_engine.input_processor, "vllm_config", quantised):
         refused(llm, "the cache is quantised (kv_cache_dtype=fp8)")
@@ -53,14 +58,14 @@ def on_gpus(config: Any) -> None:
     from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
     with mock.patch.object(platforms, "_current_platform", SimpleNamespace(device_type="cuda", is_rocm=lambda: False)):
-        assert not front.refusals(config, sampling(), False)
+        assert not front.refusals(config)
         quantised = replaced(config.compilation_config.pass_config, fuse_attn_quant=True)
         fused = replaced(config, compilation_config=replaced(config.compilation_config, pass_config=quantised))
-        assert not front.refusals(fused, sampling(2, {}), False)
-        (reason,) = front.refusals(fused, sampling(2, {"steer": [{"heads": 0, "weight": 0}]}), False)
+        assert not front.refusals(fused) and not front._request_refusals(fused, sampling(2, {}), False)
+        (reason,) = front._request_refusals(fused, sampling(2, {"steer": [{"heads": 0, "weight": 0}]}), False)
         assert "fuse_attn_quant=False" in reason
     with mock.patch.object(platforms, "_current_platform", SimpleNamespace(device_type="xpu", is_rocm=lambda: False)):
-        assert "'xpu'" in front.refusals(config, sampling(), False)[0]
+        assert "'xpu'" in front.refusals(config)[0]
     for v2 in (False, True):
         worker.install("cuda", v2)  # each class is there, and has the method
     compiled = {"mode": CompilationMode.VLLM_COMPILE, "cudagraph_capture_sizes": [1, 2, 4], "max_cudagraph_capture_size": 4}

@@ -2,7 +2,7 @@
 
 `pooling`: the server of a model of embeddings. `another_version`: the server where the plug-in is for another version of vLLM.
 Both refuse every ask. `limits`: one request that asks at a time, and no edits. `alibi`: a model that only the worker refuses;
-`chunks`: one of which it refuses some layers; `faults`: it fails whenever a layer has numbers.
+`chunks`: one of which it refuses some layers; `faults`: each method that the plug-in wraps fails in turn.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ PORT = 18357
 URL = f"http://127.0.0.1:{PORT}"
 WORDS = " ".join(f"w{number}" for number in range(20, 60))
 ASK = everything()
+EDIT = {"layers": [1], "steer": [{"keys": [0, 4], "weight": 0}]}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -45,16 +47,13 @@ runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 """
 
 
-FAULTS = """
-from vlattn_vllm import worker
-def fail(*_): raise ZeroDivisionError("planted")
-worker.Step._read = fail
-"""
+FAULTS = "from tests.helpers import faults"
 MORE = {
     "": ["--vlattn-edits"],
     "pooling": ["--runner", "pooling"],
     "limits": ["--vlattn-max-asks", "1"],
     "chunks": ["--vlattn-edits", "--block-size", "32"],
+    "faults": ["--vlattn-edits"],
 }
 CHUNKS = {"intermediate_size_mlp": 64, "num_local_experts": 2, "num_hidden_layers": 4, "head_dim": 32, "attention_chunk_size": 32}
 MODELS: dict[str, Any] = {"alibi": {"kind": "Bloom"}, "chunks": {"kind": "Llama4Text", "of": "Llama4ForCausalLM", **CHUNKS}}
@@ -70,7 +69,12 @@ def main(kind: str = "") -> None:
         variables = {**os.environ, "VLLM_LOG_STATS_INTERVAL": "1", "VLLM_LOGGING_LEVEL": "INFO"}
         if kind == "faults":  # in each of its processes
             Path(folder, "sitecustomize.py").write_text(FAULTS)
-            variables["PYTHONPATH"] = folder
+            variables |= {
+                "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+                "VLATTN_FAULT": f"{folder}/fault",
+                "TORCHDYNAMO_DISABLE": "1",
+            }
+            fails(folder)
         command += [*options, *MORE.get(kind, ())]
         server = subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT)
     try:
@@ -83,12 +87,10 @@ def main(kind: str = "") -> None:
             alibi()
             return
         if kind in ("chunks", "faults"):
-            {"chunks": chunked, "faults": failed}[kind]()
+            chunked() if kind == "chunks" else failed(folder)
             return
         if kind == "limits":
             limits()
-            line = "vlattn since the start: 2 asks, 4 refused, "
-            until(lambda: line in log.read_text(), f"a line of the log with {line!r}")
             return
         every_endpoint("has no place for 'vlattn'; ask at /v1/completions or /v1/chat/completions", ANSWERED)
         if kind == "pooling":
@@ -101,7 +103,8 @@ def main(kind: str = "") -> None:
         refusals()
         clients_that_go()
         counted = counters()
-        assert counted["asks"] > 10 and counted["refused"] > 20 and counted["bytes"] > 10_000 and counted["seconds"] > 0, counted
+        assert counted["asks_total"] > 10 and counted["refused_total ask"] > 20 and counted["bytes_total"] > 10_000, counted
+        assert counted["refused_total endpoint"] > 20 and counted["seconds_sum"] > 0 and counted["seconds_count"] > 10, counted
         example = [
             sys.executable,
             str(ROOT / "examples/served_attention.py"),
@@ -215,9 +218,9 @@ def collected(maps: Maps) -> None:
     whole = [*range(20, 60)], [*range(30, 50)], [3, *range(20, 60), 4]
     for answer, prompt in zip(answers, [prompt for prompt in whole for _ in range(2)], strict=True):
         checked(maps, answer.attention.to_dict(), prompt, answer.tokens, answer.attention.queries[0])
-    before = counters()["asks"]
+    before = counters()["asks_total"]
     assert collect(URL, some, out, everything(), params=params, ids=["a", "b", "c", "d"]).ids == answers.ids
-    assert counters()["asks"] == before
+    assert counters()["asks_total"] == before
     cut = everything(steer=[va.Knockout(keys=(3, 5))], compact=True)
     (edited,) = collect(URL, [WORDS], out.with_name("edited"), cut, params={"max_tokens": 5, "temperature": 0})
     assert edited.attention.received[:, :, 3:5].abs().max() == 0 and edited.attention.received[:, :, :3].min() > 0
@@ -241,9 +244,10 @@ def many_edits() -> None:
 
 
 def counters() -> dict[str, float]:
+    """By name, and after a space the reason of a refusal."""
     with urllib.request.urlopen(f"{URL}/metrics") as response:
         lines = [line.split() for line in response.read().decode().splitlines() if line.startswith("vlattn:")]
-    return {name.removeprefix("vlattn:").removesuffix("_total"): float(value) for name, value in lines if name.endswith("_total")}
+    return {re.sub(r'{reason="(.*)"}', r" \1", name.removeprefix("vlattn:")): float(value) for name, value in lines}
 
 
 def limits() -> None:
@@ -254,7 +258,7 @@ def limits() -> None:
     for streamed in (False, True):
         refused("/v1/completions", "1 requests with 'vlattn' run already", 429, prompt=WORDS, vlattn=ASK, stream=streamed)
     assert answer("/v1/completions", prompt=WORDS)["choices"]
-    assert counters()["asks"] == 1 and counters()["refused"] == 2
+    assert counters()["asks_total"] == 1 and counters()["refused_total busy"] == 2
     stream.close()
     until_idle()
     assert answer("/v1/completions", prompt=WORDS, vlattn=ASK)["choices"][0]["vlattn"]
@@ -280,12 +284,51 @@ def chunked() -> None:
     until_idle()
 
 
-def failed() -> None:
-    """Each ask ends with the status 400 and the error; the server goes on."""
-    for _ in range(2):
-        for stream in (False, True):
-            refused("/v1/completions", "vlattn_vllm failed (ZeroDivisionError: planted)", prompt=WORDS, vlattn=ASK, stream=stream)
-        assert len(answer("/v1/completions", prompt=WORDS)["choices"][0]["token_ids"]) == 6
+def fails(folder: str, name: str = "", after: bool = False) -> None:
+    """From now on this fails, in each process of the server."""
+    text = json.dumps({"name": name, "after": after})
+    Path(folder, "new").write_text(text)
+    Path(folder, "new").rename(Path(folder, "fault"))
+
+
+def failed(folder: str) -> None:
+    """Each method that the plug-in wraps fails in turn. Those who ask get numbers or a reason; a plain request beside them gets
+    its tokens and their log-probabilities; the server goes on."""
+    plain = {"prompt": " ".join(f"w{number}" for number in range(90, 120)), "logprobs": 3}
+    asks = [{"vlattn": ask, "prompt": WORDS, "stream": stream} for ask in (ASK, EDIT) for stream in (False, True)]
+    alone, refusals = answer("/v1/completions", **plain)["choices"][0], 0
+    names = [
+        "_execute_model",
+        "_sample_tokens",
+        "_process_outputs",
+        "_update_from_output",
+        "_preempt_request",
+        "_add",
+        "_dispatch",
+    ]
+    names += ["_created", "_completion", "_completion_chunks", "_process_inputs", "_add_request", ""]
+    for name, after in [(name, after) for name in names for after in (False, True) if not (after and name == "_created")]:
+        fails(folder, name, after)
+        with ThreadPoolExecutor(5) as pool:
+            others = [pool.submit(ended, **ask) for ask in asks]
+            (beside,) = pool.submit(answer, "/v1/completions", **plain).result()["choices"]
+            reasons = [other.result() for other in others]
+        assert beside["token_ids"] == alone["token_ids"] and "vlattn" not in beside, (name, after)
+        close(*(torch.tensor(one["logprobs"]["token_logprobs"]) for one in (beside, alone)))
+        assert name in ("", "_add", "_preempt_request", "_dispatch") or any(reasons), (name, after)
+        assert name or not any(reasons), reasons
+        refusals += sum(map(bool, reasons))
+        until_idle()
+    assert refusals > 20, refusals
+
+
+def ended(**body: Any) -> str:
+    """Why a request that asks has no numbers, or only some; empty if it has them."""
+    try:
+        text = posted("/v1/completions", **body).read().decode()
+    except urllib.error.HTTPError as error:
+        return error.read().decode() or str(error.code)
+    return "" if '"vlattn"' in text and '"refused"' not in text and '"error"' not in text else text
 
 
 def alibi() -> None:
