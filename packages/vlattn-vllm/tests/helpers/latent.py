@@ -30,6 +30,13 @@ class Recorded(Maps):
 
         return forward_impl
 
+    def begun(self, first: int, length: int) -> Tensor:
+        """The maps of a prompt in a batch of prompts, from this row on."""
+        one = Recorded()
+        for name, (layer, calls) in self.layers.items():
+            one.layers[name] = layer, [[part[first : first + length] for part in calls[0]]]
+        return one([0] * length, [0])
+
     def __call__(self, prompt: list[int], tokens: list[int]) -> Tensor:
         maps = []
         for layer, calls in self.layers.values():
@@ -47,20 +54,22 @@ def main() -> None:
     llm = engine(folder, attention_backend="CPU_MLA")  # AMX takes no float32
     from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 
-    alone = []
-    some = prompts(5, 33, 90)
+    lengths = 5, 33, 90
+    some = prompts(*lengths)
     for prompt in some:
         recorded = Recorded()
         with mock.patch.object(MLAAttention, "forward_impl", recorded.of(MLAAttention.forward_impl)):
             (output,) = llm.generate([prompt], sampling(6, everything()), use_tqdm=False)
         recorded.check(output.outputs[0], prompt["prompt_token_ids"])
-        alone.append(output.outputs[0])
-    asks = everything(), None, everything(layers=[1])
-    together = [output.outputs[0] for output in llm.generate(some, [sampling(6, ask) for ask in asks], use_tqdm=False)]
-    assert [one.token_ids for one in together] == [one.token_ids for one in alone] and together[1].attention is None
-    for number, layers in ((0, slice(2)), (2, slice(1, 2))):
-        close(together[number].attention.mass, alone[number].attention.mass[:, layers])
-        close(together[number].attention.received, alone[number].attention.received[layers])
+    asks, plain = (everything(), None, everything(layers=[1])), llm.generate(some, sampling(6), use_tqdm=False)
+    recorded = Recorded()
+    with mock.patch.object(MLAAttention, "forward_impl", recorded.of(MLAAttention.forward_impl)):
+        together = [output.outputs[0] for output in llm.generate(some, [sampling(6, ask) for ask in asks], use_tqdm=False)]
+    assert [one.token_ids for one in together] == [one.outputs[0].token_ids for one in plain] and together[1].attention is None
+    for number, layers in ((0, slice(2)), (2, slice(1, 2))):  # the queries that chose their first tokens
+        maps = recorded.begun(sum(lengths[:number]), lengths[number])[layers]
+        close(together[number].attention.maximum[0], maps[:, :, -1].amax(-1))
+        close(together[number].attention.diagonal[0], maps[:, :, -1, -1])
     try:
         llm.generate(some, sampling(6, {"steer": [{"keys": [0, 4], "weight": 0}]}), use_tqdm=False)
     except ValueError as error:

@@ -315,7 +315,8 @@ def failed(folder: str) -> None:
             reasons = [other.result() for other in others]
         assert beside["token_ids"] == alone["token_ids"] and "vlattn" not in beside, (name, after)
         close(*(torch.tensor(one["logprobs"]["token_logprobs"]) for one in (beside, alone)))
-        assert name in ("", "_add", "_preempt_request", "_dispatch") or any(reasons), (name, after)
+        silent = name in ("", "_add", "_preempt_request", "_dispatch") or (name, after) == ("_update_from_output", True)
+        assert silent or any(reasons), (name, after)
         assert name or not any(reasons), reasons
         refusals += sum(map(bool, reasons))
         until_idle()
