@@ -58,7 +58,7 @@ def main() -> None:
         by_architecture = {f"sm_{n}": worst(table, kernel, f"sm_{n}") for n in ARCHITECTURES}
         known = {architecture: numbers for architecture, numbers in by_architecture.items() if numbers is not None}
         assert known, f"{TABLE} has no row of {kernel}: run python -m tools.compiled.triton"
-        lines.append(f"{json.dumps(kernel)}: {{\n" + ",\n".join(f'  "{a}": {json.dumps(n)}' for a, n in known.items()) + "\n}")
+        lines.append(f"{json.dumps(kernel)}: {json.dumps(known)}")
     THRESHOLDS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 

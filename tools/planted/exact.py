@@ -132,7 +132,7 @@ def main() -> None:
     for planted in FAULTS:
         rows.append({**row(planted), "seen": seen(planted)})
         print(rows[-1], flush=True)
-    TABLE.write_text(json.dumps(rows, indent=1) + "\n")
+    TABLE.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 if __name__ == "__main__":
