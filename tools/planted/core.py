@@ -6,7 +6,7 @@
 
 Outcomes are stored in tests/planted.json, by place and change, and survive edits elsewhere. Faults are planted in a copy of the
 tree, build/planted/tree. One in C++ rebuilds what it touches. If the choice does not see a fault, every case of the same tests
-runs; `make test` runs each test that is stored as the one that sees a fault. If that test is gone, the fault is planted again.
+runs; `make test` runs each test that is stored as the one that sees a fault. If that case is gone, the fault is planted again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Set
 from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
@@ -65,10 +66,8 @@ def record(workers: str) -> None:
     _run([*options, "--dist", "worksteal"], {"VLATTN_REACHED": str(REACHED)}, timeout=None)
 
 
-def tests_by_function() -> dict[str, list[tuple[float, str]]]:
+def tests_by_function(there: Set[str]) -> dict[str, list[tuple[float, str]]]:
     """Time and test, the quickest first, by function and by file. Tests that are gone since the recording are left out."""
-    _, said = _run(["--collect-only", "-q"], {}, timeout=None)
-    there = {*said.splitlines()}
     found = defaultdict[str, set[tuple[float, str]]](set)
     for file in REACHED.glob("*.jsonl"):
         for line in file.read_text().splitlines():
@@ -210,11 +209,11 @@ def main() -> None:
     if options.record:
         record(options.workers)
     if options.core:
-        tests = tests_by_function()
-        there = {test.partition("[")[0] for of_function in tests.values() for _, test in of_function}
+        there = {*_run(["--collect-only", "-q"], {}, timeout=None)[1].splitlines()}
+        tests = tests_by_function(there)
         for mutant in drawn(options.core, options.seed):
             key = key_of(mutant)
-            by = rows.get(key, {}).get("by", "").partition("[")[0]
+            by = rows.get(key, {}).get("by", "")
             if key not in rows or ("::" in by and by not in there):
                 rows[key] = outcome(mutant, tests)
                 store()
