@@ -130,6 +130,23 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The test may set the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Models are made and run in float64."""
+    from tools.tiny_models.stored import in_double
+
+    with in_double():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
     """What the package allocates uninitialised comes full of NaN, or of the largest integer. Emulated kernels may not read it.

@@ -1,7 +1,7 @@
 """Forwards in place of those that write a recurrence out; what transformers' attention interface hands to a run."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,12 +23,6 @@ MODELS = {
     "RwkvSelfAttention": "RwkvForCausalLM",
     "ZambaMambaMixer": "ZambaForCausalLM",
 }
-
-
-@pytest.fixture
-def double() -> Iterator[None]:
-    with in_double():
-        yield
 
 
 def test_each_forward_has_a_model() -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from tests.helpers.ops import backends
 
@@ -12,11 +11,3 @@ from tests.helpers.ops import backends
 def _built() -> Iterator[None]:
     with backends.ready("cpu"):
         yield
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """The test may set the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)

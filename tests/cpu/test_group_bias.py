@@ -62,9 +62,6 @@ def attention(
     return {name: torch.randn(shape) for name, shape in shapes.items()} | {"group_bias": bias(h, 3, groups, hidden=hidden)}
 
 
-# ---- score_attention
-
-
 @pytest.mark.parametrize("size, groups", tile_edges.covering(tile_edges.CPU, MANY))
 def test_sizes_either_side_of_a_tile(size: tuple[int, int], groups: int) -> None:
     n, m = size
@@ -194,9 +191,6 @@ def test_the_gradient_has_the_same_bits_on_every_number_of_threads() -> None:
             torch.set_num_threads(threads)
             found.append(outputs_and_grads(_named(va.score_attention, {"backend": "cpu", **groups}), inputs)["grad group_bias"])
         assert all(torch.equal(x, found[0]) for x in found)
-
-
-# ---- the other operators
 
 
 def maps(n: int, m: int, rule: str) -> dict[str, Tensor]:

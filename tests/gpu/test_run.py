@@ -228,9 +228,6 @@ def test_compute_sanitizer_gets_a_process_that_runs_all_cases(cuda_library, monk
     assert ran == [(kind, queries) for kind in ("cacr", "iais_distributed")]
 
 
-# --- the parts of it ---
-
-
 def test_the_most_telling_evidence_comes_first():
     """Calls of models, then each case once in bfloat16 at the smallest size, before any other size or dtype."""
     checks = production.checks()

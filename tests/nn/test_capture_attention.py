@@ -217,9 +217,6 @@ def test_the_last_forward_pass_counts() -> None:
         assert captured.text[0] is not first
 
 
-# --- the loss in a loop ---
-
-
 def masks(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"text_mask": inputs["attention_mask"].bool(), "image_mask": torch.ones(2, BOXES, dtype=torch.bool)}
 

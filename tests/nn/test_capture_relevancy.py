@@ -334,9 +334,6 @@ def test_fsdp(tmp_path: Path) -> None:
         torch.testing.assert_close(grads, expected)
 
 
-# --- input that is wrong, or unusual ---
-
-
 def captured_vit(**options: Any) -> tuple[Any, Tensor]:
     model = made("ViT").train()
     with capture_relevancy(model, **options) as captured:

@@ -242,9 +242,6 @@ def test_the_loss_takes_the_padding_of_the_layer(name: str, kind: str) -> None:
     assert not torch.allclose(loss(captured), loss(captured, text_mask=no_padding, image_mask=no_padding), rtol=1e-3, atol=0)
 
 
-# --- a decoder whose image stands first ---
-
-
 def test_the_loss_of_a_decoder() -> None:
     """The loss with Granite's own scale, with words and image tokens told apart, against the formula."""
     model, inputs = llava(BEHIND)

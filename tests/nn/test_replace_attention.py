@@ -308,9 +308,6 @@ def test_packed_sequences(starts: str, replaced: bool) -> None:
     torch.testing.assert_close(found[:, 5:], expected)
 
 
-# --- ScoreAttention beside nn.MultiheadAttention ---
-
-
 @pytest.mark.parametrize("kdim", [None, 10])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -1,10 +1,8 @@
 """The suites of the operators: each behaviour once, for every backend (backends.py)."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.helpers.ops.backends import INTERPRET, PTX, backend, cuda_library  # noqa: F401  fixtures
 from vlattn_fast.backends.streaming import _tiles
@@ -25,15 +23,14 @@ def _of_device(item: pytest.Item) -> bool:
     return name == "triton" if PTX else name != "cpu"
 
 
+@pytest.fixture(autouse=True)
+def _tiles_of_the_module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module's TILE_ELEMENTS: so few numbers that streaming has several tiles."""
+    if elements := getattr(request.module, "TILE_ELEMENTS", None):
+        monkeypatch.setattr(_tiles, "TILE_ELEMENTS", elements)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streaming has several tiles in every dimension, and torch's fused kernel for dot products."""
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 30)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """The test may set the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)

@@ -12,24 +12,15 @@ import vlattn_fast as va
 from tests.helpers.compare import as_dtype, outputs_and_grads
 from tests.helpers.ops.backends import F64, core, each, finest, on
 from vlattn_fast.backends.reference.attention_divergence import KINDS
-from vlattn_fast.backends.streaming import _tiles
 
 FAST = ("streaming", "cpu", "triton")
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streaming crosses several tiles."""
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 500)
+TILE_ELEMENTS = 500  # streaming crosses several tiles
 
 
 def tensors(heads: int = 4, others: int = 4, shared: int = 1, n: int = 7, m: int = 9) -> dict[str, Tensor]:
     shapes = {"query": (heads, n, 6), "key": (heads // shared, m, 6), "other_query": (others, n, 5)}
     shapes["other_key"] = others // shared, m, 5
     return {name: torch.randn(2, *shape, dtype=F64) for name, shape in shapes.items()}
-
-
-# ------------------------------------------------------------------ the formula
 
 
 @on("reference", *FAST)
@@ -68,9 +59,6 @@ def test_the_mean_of_heads_is_that_of_their_weights(backend: str, kind: str) -> 
     given, eps = as_dtype(x, finest(backend)), torch.finfo(finest(backend)).eps
     got = va.attention_divergence(**given, kind=kind, beta=0.3, head_mean=True, backend=backend)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=450 * eps)
-
-
-# ------------------------------------------------------------------ every backend against the formula
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,9 +111,6 @@ def test_equal_attentions_have_no_divergence(backend: str, dtype: torch.dtype) -
         call = partial(va.attention_divergence, kind=kind, backend=backend)
         for got in (outputs_and_grads(call, own | copy), outputs_and_grads(partial(call, **copy), own)):
             assert all(not value.any() for value in got.values()), kind
-
-
-# ------------------------------------------------------------------ what it refuses
 
 
 X = torch.randn(2, 4, 7, 6)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of
 from tests.helpers.ops.backends import DEVICE, F64, finest, on
-from tests.helpers.ops.map_cases import SMALL_TILE, B, M, N, check_map, map_inputs, sharp
+from tests.helpers.ops.map_cases import B, M, N, check_map, map_inputs, sharp
 from tests.helpers.ops.masks import COMMON, masks_of, visible
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.reference.attention_map import attention_map as formula
@@ -22,18 +22,12 @@ LOG2, LOG3 = math.log(2.0), math.log(3.0)
 
 # the interpreter's numpy warns of Inf in numbers that no result takes
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", SMALL_TILE)
+TILE_ELEMENTS = 3 * M  # streaming crosses many tiles
 
 
 def double(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=F64)
 
-
-# ------------------------------------------------------------------ the formula
 
 # Two heads over two keys: A = [[1/2, 1/2], [1/4, 3/4]] and [[2/3, 1/3], [0, 1]]; the third query is masked throughout
 LOGITS = torch.tensor([[[0.0, 0.0], [0.0, LOG3], [1.0, 1.0]], [[LOG2, 0.0], [0.0, 0.0], [1.0, 1.0]]], dtype=F64)
@@ -64,9 +58,6 @@ def test_by_hand(rule: str, head_reduction: str, backend: str) -> None:
     total = want.sum(-1, keepdim=True)
     want = torch.where(total > 0, want / total, 0.0)
     torch.testing.assert_close(run(row_normalize=True)[0], want, rtol=0, atol=1e-15)
-
-
-# ------------------------------------------------------------------ every backend against the formula
 
 
 @on(*FAST)
@@ -176,9 +167,6 @@ def test_streaming_holds_the_map_and_a_few_tiles(rule: str, head_reduction: str,
             found = attention_map(**tensors, rule=rule, head_reduction=head_reduction, row_normalize=True, backend="streaming")
         assert memory.bytes == bytes_of(found) == 4 * length**2, memory.by
         assert memory.peak <= bytes_of(found) + 16 * 4 * (1 << 12)
-
-
-# ------------------------------------------------------------------ arguments
 
 
 GRADIENT = {"rule": "gradient", "value": double(2, 4, 9, 3), "grad_output": double(2, 4, 6, 3)}

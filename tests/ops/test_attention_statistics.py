@@ -10,20 +10,7 @@ from torch import Tensor
 
 from tests.helpers.compare import LargestAllocation, as_dtype
 from tests.helpers.ops.backends import F64, finest, on
-from tests.helpers.ops.map_cases import (
-    SMALL_TILE,
-    STATISTICS,
-    B,
-    D,
-    G,
-    H,
-    M,
-    N,
-    check_statistics,
-    groups,
-    sharp,
-    statistics_inputs,
-)
+from tests.helpers.ops.map_cases import STATISTICS, B, D, G, H, M, N, check_statistics, groups, sharp, statistics_inputs
 from tests.helpers.ops.masks import visible
 from vlattn_fast.backends.reference.attention_statistics import attention_statistics as formulas
 from vlattn_fast.backends.streaming import _tiles
@@ -34,18 +21,11 @@ LOG2, LOG3 = math.log(2.0), math.log(3.0)
 
 # the interpreter's numpy warns of Inf in numbers that no result takes
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", SMALL_TILE)
+TILE_ELEMENTS = 3 * M  # streaming crosses many tiles
 
 
 def double(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=F64)
-
-
-# ------------------------------------------------------------------ the formula
 
 
 @on("reference", "streaming")
@@ -95,9 +75,6 @@ def test_gradients_by_hand(backend: str) -> None:
         assert float(grad) == pytest.approx(wanted, abs=1e-14)
     (grad,) = torch.autograd.grad(found.received[..., 0].sum(), weight)
     assert float(grad) == pytest.approx(3 / 4, abs=1e-14)
-
-
-# ------------------------------------------------------------------ every backend against the formulas
 
 
 @on(*FAST)
@@ -172,9 +149,6 @@ def test_a_sharp_row_has_the_entropy_of_its_small_weights(backend: str) -> None:
     check_statistics(backend, {"query": torch.ones(1, 1, 1, 1), "key": key}, only="entropy", scale=1.0)
 
 
-# ------------------------------------------------------------------ registration
-
-
 def test_the_argmax_has_no_gradient() -> None:
     tensors = statistics_inputs()
     query = tensors["query"].clone().requires_grad_()
@@ -205,9 +179,6 @@ def test_membership_is_no_map(monkeypatch: pytest.MonkeyPatch) -> None:
     with LargestAllocation() as memory:
         attention_statistics(query, key, key_groups=torch.arange(2048), backend="streaming")
     assert memory.bytes <= 8 * (1 << 16), memory.by
-
-
-# ------------------------------------------------------------------ arguments
 
 
 @on("reference", "streaming")

@@ -17,12 +17,7 @@ from vlattn_fast.ops.congruence_loss import DIRECTIONS, congruence_loss
 
 FAST = ("streaming", "cpu", "triton", "cuda")
 FORMS_OF = {name: tuple(FORMS) for name in FAST} | {"cuda": ("cacr softmax", "iais_distributed softmax")}
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows, heads and samples in several tiles of streaming."""
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 24)
+TILE_ELEMENTS = 24  # rows, heads and samples in several tiles of streaming
 
 
 PAIRS = covering(LOW[:2], tuple(FORMS), DIRECTIONS)
@@ -110,9 +105,6 @@ def test_no_map_with_a_head_axis(form: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert forward.peak <= 2 * head_mean + 16 * tile
     assert both.bytes <= max(head_mean, gradient), both.by
     assert both.peak <= 3 * head_mean + 16 * tile + 9 * gradient < 4 * batch * heads * tokens * tokens
-
-
-# ------------------------------------------------------------------ what no backend decides
 
 
 @on("reference", "streaming")

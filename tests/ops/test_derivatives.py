@@ -96,9 +96,6 @@ def test_options(backend: str, title: str) -> None:
     check(OPTIONS[title], backend, ("forward", "forward_over_reverse", "reverse_over_forward", "batched"))
 
 
-# ------------------------------------------------------------------ masks, rows without a key, dropout, large logits
-
-
 def attended(shared: int = 1, **options: Any) -> Example:
     shapes = {"query": (2, 4, 5, 6), "key": (2, 4 // shared, 7, 6), "value": (2, 4 // shared, 7, 3)}
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
@@ -244,9 +241,6 @@ def test_no_map_is_in_memory(title: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert seen.bytes <= max(4 << 12, *(bytes_of(y) for y in x)), seen.by
 
 
-# ------------------------------------------------------------------ what torch checks, and torch.compile
-
-
 # torch.compile leaves out the backward pass of relevancy_residual's Function within torch.func.grad
 @each("title", streaming=OF_OPERATORS, cpu=[title for title in OF_OPERATORS if title in WITH_CPU])
 @pytest.mark.slow("cpu", "token_scores", "damsm_similarity", *({*OPERATORS} - {"score_attention"}))
@@ -284,9 +278,6 @@ def test_compiled_hessian_products_of_leaves() -> None:
         compiled(x, u)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, u), run(x, u))
-
-
-# ------------------------------------------------------------------ what has no derivative
 
 
 def twice(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

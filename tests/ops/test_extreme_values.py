@@ -14,7 +14,6 @@ from vlattn_fast.scores import cosine
 # the interpreter's numpy warns of Inf in numbers that no result takes
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered in:RuntimeWarning")
 BACKENDS = ("reference", "streaming", "cpu", "triton")
-# ---------------------------------------------------------------------------------------------------------------- cosine
 
 
 def cosine_inputs(dtype: torch.dtype, size: float) -> dict[str, Tensor]:
@@ -153,9 +152,6 @@ def test_cosine_below_eps_is_the_product_over_eps() -> None:
             torch.testing.assert_close(got, wanted)
 
 
-# -------------------------------------------------------------------------------------------------------------- additive
-
-
 @pytest.mark.parametrize(
     "size, center", ((1e-9, 0.0), (1e-3, 0.0), (0.3, 0.0), (3.0, 0.0), (30.0, 0.0), (1e3, 0.0), (0.1, 5.0), (0.1, -5.0))
 )
@@ -185,9 +181,6 @@ def test_small_hidden_units_keep_their_digits_in_float32(backend: str) -> None:
     _, scores = va.score_attention(query, key, key, score=S.Additive(vector), return_lse=True, backend=backend)
     expected = (vector.double()[:, None] * (query.double() + key.double()).tanh()).sum(-1)
     assert (scores - expected)[:, :, 1:].abs().max() < 2e-6 * expected[:, :, 1:].abs().max()
-
-
-# -------------------------------------------------------------------------------------------------------- NaN, overflow
 
 
 @on("auto", *BACKENDS)

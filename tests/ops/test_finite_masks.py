@@ -9,7 +9,6 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.ops.backends import core, each, on
-from vlattn_fast.backends.streaming import _tiles
 
 BACKENDS = ("reference", "streaming", "cpu", "triton")
 RELEVANCY = (*BACKENDS, "cuda")
@@ -19,12 +18,7 @@ VALUES = (torch.finfo(torch.float32).min, -1e9, -1e4, 1e9)
 
 # the interpreter's numpy warns of Inf in numbers that no result takes
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So small that streaming takes torch's fused CPU kernel, too; the backward pass must not."""
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 64)
+TILE_ELEMENTS = 64  # so small that streaming takes torch's fused CPU kernel, too; the backward pass must not
 
 
 def mask_of(value: float) -> Tensor:

@@ -8,7 +8,6 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers.compare import assert_all_close_to
 from tests.helpers.ops.backends import core, each, on
-from vlattn_fast.backends.streaming import _tiles
 
 BACKENDS = ("reference", "streaming")
 ALL = (*BACKENDS, "cpu", "triton")
@@ -19,12 +18,7 @@ ROWS, KEYS, SIZE = 33, 47, 16
 
 # the interpreter's numpy warns of Inf in numbers that no result takes
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So small that streaming takes torch's fused CPU kernel in every dtype, where it may."""
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 64)
+TILE_ELEMENTS = 64  # so small that streaming takes torch's fused CPU kernel in every dtype, where it may
 
 
 def inputs(dtype: torch.dtype) -> dict[str, Tensor]:

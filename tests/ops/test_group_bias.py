@@ -206,9 +206,6 @@ def test_head_gate(backend: str, per_sample: bool) -> None:
     torch.testing.assert_close(grad, (plain * cotangent).sum((2, 3) if per_sample else (0, 2, 3)))
 
 
-# ------------------------------------------------------------------------------------------------- the other operators
-
-
 def test_the_cases_of_verify_have_groups() -> None:
     for name in ON_GROUPS:
         examples = list(cases_of(name).verify(torch.Generator().manual_seed(0), Sizes()))

@@ -18,12 +18,7 @@ from vlattn_fast.backends.streaming import _tiles
 
 FAST = ("streaming", "cpu", "triton")
 LENGTHS, COUNTS = (37, 70, 9, 0, 64), (37, 1, 0, 0, 5)  # keys and queries of each request
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streaming crosses several tiles of queries and of heads."""
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 200)
+TILE_ELEMENTS = 200  # streaming crosses several tiles of queries and of heads
 
 
 def requests(
@@ -70,9 +65,6 @@ def check(backend: str, inputs: dict[str, Tensor], of: dict[str, Any]) -> dict[s
     torch.testing.assert_close(call(backend=backend).diagonal, call(backend="reference").diagonal, rtol=rtol, atol=1e-6)
     assert all(torch.equal(given[name], x) for name, x in before.items())
     return got
-
-
-# ------------------------------------------------------------------ the formula
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 5}, {"softcap": 0.7, "scale": 0.4}])
@@ -135,8 +127,6 @@ def test_by_hand(backend: str) -> None:
     torch.testing.assert_close(found.lse[:, 0], torch.tensor([math.log(4.0), math.log(8.0)]))
     torch.testing.assert_close(found.diagonal[:, 0], torch.tensor([1 / 4, 1 / 2]))
 
-
-# ------------------------------------------------------------------ every backend against the formula
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -258,9 +248,6 @@ def test_more_queries_than_keys(backend: str) -> None:
     torch.testing.assert_close(found.received.sum(2), torch.full((1, 4), 3.0))
 
 
-# ------------------------------------------------------------------ NaN, Inf
-
-
 @on("reference", *FAST)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -298,9 +285,6 @@ def test_large_logits(backend: str) -> None:
     of = requests()
     inputs = as_dtype(tensors(of), finest(backend))
     check(backend, {**inputs, "query": 300.0 * inputs["query"]}, {**of, **groups(of)})
-
-
-# ------------------------------------------------------------------ torch: compile, operator, memory
 
 
 @on(*FAST)
@@ -341,9 +325,6 @@ def test_autocast() -> None:
         got = va.paged_attention_statistics(inputs["query"], low, **of)
     for x, want in zip(got, va.paged_attention_statistics(inputs["query"].bfloat16(), low, **of), strict=True):
         torch.testing.assert_close(x, want)
-
-
-# ------------------------------------------------------------------ what it refuses
 
 
 def test_gradients_are_refused() -> None:

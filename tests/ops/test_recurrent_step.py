@@ -111,9 +111,6 @@ def call(backend: str, **options: Any) -> Callable[..., Tensor]:
     return functools.partial(va.recurrent_step, **options, backend=backend)
 
 
-# ------------------------------------------------------------------ the map
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_map_is_that_of_unit_impulses(kind: str) -> None:
     for heads in ({}, {"hq": 2, "hk": 1}, {"hk": 2}):
@@ -142,9 +139,6 @@ def test_the_map_by_hand() -> None:
     torch.testing.assert_close(va.reference.recurrent_map(query, key, **gates)[0, 0], torch.tensor([[0.75, 0], [0.46875, 1.25]]))
     gates = {"log_decay": gates["log_decay"], "diagonal": torch.tensor([[[10.0, 20.0]]])}
     torch.testing.assert_close(va.reference.recurrent_map(query, key, **gates)[0, 0], torch.tensor([[13.0, 0], [2.5, 25.0]]))
-
-
-# ------------------------------------------------------------------ the step
 
 
 @on("reference", *BACKENDS)

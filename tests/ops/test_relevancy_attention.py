@@ -69,9 +69,6 @@ def test_relu_comes_before_the_mean_over_heads() -> None:
     assert head_mean(prob, grad.view(1, 2, 1, 1), False).item() == 0.5
 
 
-# ------------------------------------------------------------------------------------------------- against the formula
-
-
 EVERY, PAIRS = (combine(WEIGHTS, ("gradient", "attention"), (False, True)) for combine in (itertools.product, covering))
 
 
@@ -150,9 +147,6 @@ def test_frozen_inputs(rule: str, row_normalize: bool, backend: str, dtype: torc
     assert got[:3] == (None, None, None)
     exact = va.reference.relevancy_step(*(x.double() for x in (r, query, key, value, grad_out)), **options)
     assert_close_to(got[3], exact, va.reference.relevancy_step(r, query, key, value, grad_out, **options), what="frozen")
-
-
-# ------------------------------------------------------------------------------------------------- values, layouts, sizes
 
 
 @each("dtype", **{backend: (torch.float32, torch.float16) for backend in BACKENDS})

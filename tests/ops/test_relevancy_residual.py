@@ -14,17 +14,11 @@ from tests.helpers.ops.backends import F64, HALVES, assert_refused, each, finest
 from tests.helpers.ops.tile_edges import covering
 from vlattn_fast.backends.reference.relevancy_residual import BY_ROWS
 from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS as NAMES
-from vlattn_fast.backends.streaming import _tiles
 
 B, H, N, D, T, LAYERS = 2, 2, 6, 4, 2, 3
 C = H * D
 FAST = ("streaming", "cpu", "triton")
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streaming crosses several tiles, of tokens and of samples."""
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 200)
+TILE_ELEMENTS = 200  # streaming crosses several tiles, of tokens and of samples
 
 
 def by_norm_of_gradient(residual: Tensor, branch: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,9 +153,6 @@ def test_half_precision_weights_are_taken_in_float32(backend: str, dtype: torch.
     grads = torch.autograd.grad(outputs, (x, o, c, d), (torch.full_like(x, 300.0), torch.ones_like(c)))
     assert [g.dtype for g in grads] == [dtype, dtype, torch.float32, torch.float32]
     torch.testing.assert_close(grads[2], torch.full_like(c, 0.5))
-
-
-# ------------------------------------------------------------------ every backend against the formula
 
 
 def tensors(b: int = 2, n: int = 5, c: int = 24, t: int = 2) -> dict[str, Tensor]:

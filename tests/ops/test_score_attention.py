@@ -60,9 +60,6 @@ def test_grouped_heads_map_one_to_one(backend: str) -> None:
     torch.testing.assert_close(out[0, :, 0, 0], torch.tensor([0, 0, 1, 1, 2, 2], dtype=dtype))
 
 
-# ------------------------------------------------------------------------------------------------- values
-
-
 @each(
     "score",
     streaming=("dot", "cosine", "general-key-bias", "general-tanh-key", "additive", "hadamard-relu-key"),

@@ -15,8 +15,6 @@ from vlattn_fast import scores as S
 from vlattn_fast._ground import tensors as tensor_helpers
 from vlattn_fast.backends.streaming import _tiles
 
-# ------------------------------------------------------------------------------------------------- dropout
-
 
 def _recover(p: float, n: int = 40, m: int = 50, score: Any = "dot", seed: int = 3) -> Tensor:
     """A with dropout, by value = I."""
@@ -90,9 +88,6 @@ def test_dropout_drops_what_streaming_drops(backend: str, score: str, heads: dic
         torch.testing.assert_close(x, theirs[name], rtol=2e-4, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-# ------------------------------------------------------------------------------------------------- autograd hygiene
-
-
 def test_torchs_own_attention_has_no_second_derivative() -> None:
     inputs, make = attention_inputs(SCORES["dot"])
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
@@ -111,9 +106,6 @@ def test_offset_of_any_rank(shape: tuple[int, ...]) -> None:
             out, lse = operator(x, x, x, score=score, return_lse=True)
             torch.testing.assert_close(out, plain[0])
             torch.testing.assert_close(lse, plain[1] + 2.0)
-
-
-# ------------------------------------------------------------------------------------------------- autocast
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)

@@ -163,9 +163,6 @@ def test_cosine_clamps_the_product_of_the_norms() -> None:
         torch.testing.assert_close(lse[0, 0], t(math.log(math.exp(1.0) + 1.0)))
 
 
-# ------------------------------------------------------------------------------------------------- the sine series
-
-
 @pytest.mark.parametrize("dtype", (F64, torch.float32), ids=str)
 @pytest.mark.parametrize("spread, tolerance", ((0.1, 1e-2), (1.0, 1e-2), (1.0, 1e-4), (3.0, 1e-2), (6.0, 5e-2), (0.0, 1e-3)))
 def test_series_keeps_its_tolerance(spread: float, tolerance: float, dtype: torch.dtype) -> None:

@@ -34,9 +34,6 @@ def test_weights_are_constants() -> None:
     torch.testing.assert_close(by_r, a[:, None].expand_as(r))
 
 
-# ------------------------------------------------------------------ dot products
-
-
 def inputs(
     n: int, m: int, *, b: int = 1, h: int = 2, kv: int = 2, d: int = 17, dv: int = 9, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:

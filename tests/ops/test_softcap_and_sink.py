@@ -50,9 +50,6 @@ def check(backend: str, inputs: dict[str, Tensor], **options: Any) -> None:
     assert_all_close_to(*both, inputs, cotangents, what=backend, scales={f"grad {name}": 1.0 for name in inputs})
 
 
-# ------------------------------------------------------------------------------------------------------ score_attention
-
-
 @each("which", streaming=OPTIONS, cpu=OPTIONS, triton=OPTIONS)
 @pytest.mark.parametrize("mask", ("none", "float"))
 def test_score_attention(backend: str, which: str, mask: str) -> None:
@@ -180,8 +177,6 @@ def test_the_formula_is_that_of_gpt_oss_and_of_gemma_2() -> None:
         torch.testing.assert_close(va.attention_map(query, key, softcap=0.7, **options), weights.mean(1))
 
 
-# ------------------------------------------------------------------------------------------------------------ relevancy
-
 CASES = tuple(itertools.product(OPTIONS, relevancy_cases.RULES))
 FEW = (
     ("both", ("gradient", False)),
@@ -266,9 +261,6 @@ def test_step_and_map(backend: str, rule: str, which: str) -> None:
             torch.testing.assert_close(got, va.reference.relevancy_step(relevancy, *inputs.values(), **options))
 
 
-# ----------------------------------------------------------------------------------------------------------- statistics
-
-
 @on("reference", *BACKENDS)
 def test_statistics_are_of_what_falls_on_the_keys(backend: str) -> None:
     """One key and a sink of the same logit: each has half. A sink that takes all leaves zeros, one of -inf nothing changed; a row
@@ -287,9 +279,6 @@ def test_statistics_are_of_what_falls_on_the_keys(backend: str) -> None:
     slope = 2 * -half * half - half * half * (log2 - 1)  # of 2 A - A log A
     assert all(grad.isfinite().all() for grad in grads)
     assert grads[1].tolist() == [pytest.approx(slope), 0, 0]
-
-
-# ------------------------------------------------------------------------------------------------------------- refusals
 
 
 @on("sdpa", "cuda")

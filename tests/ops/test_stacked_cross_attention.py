@@ -23,15 +23,7 @@ from vlattn_fast.scores import Additive, Distance, General, Hadamard
 
 FAST = ("streaming", "cpu", "triton")
 NAN = float("nan")
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streaming crosses several tiles on both sides."""
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 200)
-
-
-# ------------------------------------------------------------------ the formula
+TILE_ELEMENTS = 200  # streaming crosses several tiles on both sides
 
 
 @pytest.mark.parametrize(
@@ -105,8 +97,6 @@ def test_reference_matches_loops(first_norm: str | None, direction: str) -> None
         want = naive(images.numpy(), captions.numpy(), words.tolist(), regions.tolist(), **options)
         np.testing.assert_allclose(got.numpy(), want, rtol=1e-12)
 
-
-# ------------------------------------------------------------------ every backend against the formula
 
 EVERY = list(product(FIRST_NORMS, AGGREGATIONS, DIRECTIONS))
 PAIRS = covering(FIRST_NORMS, AGGREGATIONS, DIRECTIONS)
@@ -288,8 +278,6 @@ def test_memory_does_not_grow_with_the_pairs(direction, features, monkeypatch):
         assert record.bytes <= max(8 * budget, bytes_of(inputs["images"]), 4 * count**2), record.by
         assert record.peak <= 20 * 8 * budget + 4 * (bytes_of(*inputs.values()) + 4 * count**2)
 
-
-# ------------------------------------------------------------------ wrong input
 
 IM, CA, LEN = torch.randn(2, 3, 4), torch.randn(5, 6, 4), torch.tensor([6, 1, 2, 3, 4])
 BAD_INPUT = {

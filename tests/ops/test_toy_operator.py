@@ -33,8 +33,6 @@ from vlattn_fast.ops._registration import Saved, define, differentiable, once_di
 
 CPU = torch.device("cpu")
 
-# ------------------------------------------------------------------ what a contributor writes
-
 BACKENDS = table(streaming := ModuleType("row_products"))
 
 
@@ -132,9 +130,6 @@ class Cases(ModuleType):
         return Example(row_products, "", tensors)
 
     host = examples
-
-
-# ------------------------------------------------------------------ who finds it
 
 
 @pytest.fixture(autouse=True)

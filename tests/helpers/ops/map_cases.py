@@ -10,9 +10,8 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to
 
-# keys in two tiles of the Triton kernels in float32, and in many of streaming's with SMALL_TILE
+# keys in two tiles of the Triton kernels in float32, and in many of streaming's with TILE_ELEMENTS = 3 * M
 B, H, N, M, D, DV = 2, 2, 7, 40, 5, 3
-SMALL_TILE = 3 * M
 
 
 def sharp(inputs: dict[str, Tensor], m: int = M) -> tuple[dict[str, Tensor], Tensor]:

@@ -196,9 +196,6 @@ def test_batches_without_rows():
     assert got.relevancy["text"].shape == (0, 7) and got.relevancy["vision"].shape == (0, 17) and got.target == []
 
 
-# --- the same for models of transformers ---
-
-
 def blip():
     torch.manual_seed(0)
     text = dict(TEXT, encoder_hidden_size=32, max_position_embeddings=16, bos_token_id=57, eos_token_id=2, sep_token_id=EOS,

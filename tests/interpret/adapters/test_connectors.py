@@ -50,8 +50,6 @@ def test_what_is_refused(decoder):
         explain(DECODERS["LlamaForCausalLM"]().model, {"input_ids": inputs["input_ids"]}, method=through)
 
 
-# --- every record with a connector ---
-
 CONNECTED = [*(name for name in DECODERS if getattr(ADAPTERS.get(name), "vision", None) is not None), "pixtral"]
 
 # Tokens of each prompt's pictures, where it has several of one size, the tower sees tiles, or all at once. Three and five tiles;

@@ -159,9 +159,6 @@ def test_a_dark_edge_of_the_photo_is_no_edge_of_the_canvas() -> None:
         got.overlay(image_module.fromarray(dark))
 
 
-# --- one picture a row ---
-
-
 def test_pictures_of_a_batch_want_a_photo_each() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     vision = t.ViTForImageClassification(t.ViTConfig(**sizes, image_size=24, patch_size=6)).eval()

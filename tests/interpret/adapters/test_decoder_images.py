@@ -105,9 +105,6 @@ def test_tiles_of_no_complete_grid_are_maps_of_their_own(decoder, labels):
     assert got.image.shape == (4, 2, 2) and torch.equal(got.image.flatten(), of_image)
 
 
-# --- videos ---
-
-
 @pytest.mark.parametrize("decoder", ["Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"], indirect=True)
 def test_frames_of_videos(decoder):
     """A video of two frames in front of an image; Qwen3-VL writes words between the frames."""
@@ -155,9 +152,6 @@ def test_cross_attention_maps_are_the_tokens_of_their_place(decoder):
     check_places(decoder, inputs, maps, "cross_attention_states")
     for positions, values in zip(maps, got.image, strict=True):
         assert torch.equal(values, got.relevancy["vision"].flatten()[positions])
-
-
-# --- refused ---
 
 
 @pytest.mark.parametrize("decoder", ["LlavaNextForConditionalGeneration", "Idefics3ForConditionalGeneration"], indirect=True)

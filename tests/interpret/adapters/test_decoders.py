@@ -94,9 +94,6 @@ def test_prompts_without_images_leave_out_cross_attention(decoder):
         explain(model, decoder.inputs())
 
 
-# --- batches without rows, prompts without images ---
-
-
 # BLIP-2 and InstructBLIP must see an image.
 @pytest.mark.parametrize("decoder", [name for name in DECODERS if "blip" not in name.lower()], indirect=True)
 def test_prompts_without_images(decoder):

@@ -50,9 +50,6 @@ def test_methods_without_a_gradient_read_the_row_that_the_gradient_names(mapping
             torch.testing.assert_close(got.relevancy[tower], row)
 
 
-# --- listed adapters are what would be derived ---
-
-
 @pytest.mark.parametrize("decoder", [name for name in DECODERS if name in ADAPTERS], indirect=True)
 def test_derived_as_listed(decoder):
     listed, derived = listed_adapter(decoder.model).towers[0], derive_adapter(decoder.model).towers[0]
@@ -68,9 +65,6 @@ def test_derived_as_listed(decoder):
     if listed.grid.__name__ != "separated":  # tiles apart from one another, which the tokens between them would join
         for one, another in zip(layouts, listed.grid(decoder.model.config, inputs), strict=True):
             assert one.size == another.size and all(map(torch.equal, one.maps, another.maps))
-
-
-# --- what a causal language model takes ---
 
 
 GPT = dict(n_embd=32, n_layer=3, n_head=4, n_positions=64, vocab_size=99, bos_token_id=1, eos_token_id=2)
@@ -115,9 +109,6 @@ def test_targets_of_an_unlisted_language_model(unlisted, side):
     assert got.token_ids == [words(9), words(5, 30)]
 
 
-# --- what is not derived, and says so ---
-
-
 def test_a_masked_language_model_is_not_read_as_a_causal_one():
     """Each token has logits of its own. A callable score names the row by its gradient."""
     model = lively(transformers.BertForMaskedLM(transformers.BertConfig(**TEXT))).eval()
@@ -150,9 +141,6 @@ def test_image_tokens_without_a_grid_are_flat():
     config.vision_config.patch_size = 5  # so that nothing adds up
     got = explain(model, decoder.inputs())
     assert got.image is None and got.text is not None
-
-
-# --- a record of another class ---
 
 
 class OwnDecoder(torch.nn.Module):

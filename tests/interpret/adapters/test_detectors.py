@@ -117,9 +117,6 @@ def test_other_calls():
     assert empty.relevancy["vision"].shape == (0, 20) and empty.target == []
 
 
-# --- what no rule covers ---
-
-
 @pytest.mark.parametrize("kind", ["GroundingDino", "MMGroundingDino"])
 def test_grounding_dino_is_refused(kind):
     backbone = transformers.ResNetConfig(**RESNET, out_features=["stage1", "stage2"])

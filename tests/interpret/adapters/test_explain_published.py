@@ -59,9 +59,6 @@ def test_scores_and_fields(case):
         assert explanation.text is None and explanation.tokens is None
 
 
-# --- what the eight families do not reach ---
-
-
 @pytest.mark.parametrize("case", ["clip"], indirect=True)
 def test_old_clip_takes_the_largest_id_as_end_of_text(case):
     want = explain(case.model, case.inputs)

@@ -12,8 +12,6 @@ from vlattn_fast.interpret.evaluating.box_scores import Truth, mass
 from vlattn_fast.interpret.evaluating.plan import TESTS
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 
-# --- planted models ---
-
 
 def test_the_seed_fixes_what_is_random():
     one, two, three = (
@@ -139,9 +137,6 @@ def test_rank_correlation_is_spearmans():
     assert rank_correlation(one, torch.ones(4)) is None and rank_correlation(one[:2], two[:2]) is None
 
 
-# --- boxes ---
-
-
 def boxes_only(image, boxes, tests=("pointing", "iou", "mass")):
     inputs = next(planted_data(1))[0]
     method = lambda model, inputs, target: SimpleNamespace(image=torch.tensor(image).expand(2, -1, -1))  # noqa: E731
@@ -201,9 +196,6 @@ def test_without_boxes_samples_are_left_out():
     for boxes in ([], torch.zeros(0, 4), torch.zeros(0, 4).numpy(), [[]]):
         row = rows(va.evaluate(model, [(single, None, boxes)]))["gradient", "pointing", "image"]
         assert (row["samples"], row["left_out"]) == (0, 1)
-
-
-# --- files, pictures, errors ---
 
 
 def test_it_is_saved_and_read_back(tmp_path):

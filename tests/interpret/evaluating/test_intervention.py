@@ -23,8 +23,6 @@ from tests.helpers.interpret.evaluation_cases import Planted, made, planted_data
 from vlattn_fast.interpret.evaluating.attention_cuts import overlap
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 
-# --- two layers made by hand ---
-
 WORTH = torch.tensor([0.0, 0.0, 0.0, 3.0, -1.0, 2.0, 0.5, 8.0, 1.0])  # of each id
 
 
@@ -104,9 +102,6 @@ def test_the_overlap_is_of_the_largest_quarter_rounded_up() -> None:
     assert overlap(one, two) == 0.5 and overlap(one, one) == 1.0 and overlap(one[:4], two[:4]) == 0.0
 
 
-# --- images ---
-
-
 def test_an_image_of_many_patches_has_sixteen_pieces() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = lively(ViTForImageClassification(ViTConfig(**sizes, image_size=48, patch_size=8))).double().eval()
@@ -152,9 +147,6 @@ def test_pieces_of_several_images_are_those_of_each() -> None:
     table = rows(va.evaluate(model, [(inputs, 7, None)], tests=("intervention",)))
     expected = rank_correlation(shown.image.flatten().double(), torch.stack(falls))
     assert table["gradient", "intervention", "image"]["value"] == pytest.approx(expected, abs=1e-9)
-
-
-# --- refusals ---
 
 
 def test_what_cannot_be_cut_is_refused_by_name() -> None:

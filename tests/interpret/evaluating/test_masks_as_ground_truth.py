@@ -119,9 +119,6 @@ def test_what_is_no_mask_is_refused(truth, message):
         scored(truth)
 
 
-# --- files ---
-
-
 def test_masks_are_read_from_pictures(tmp_path):
     """Bytes, 16 bits, palettes, bits and colours: what is not 0 is inside."""
     image = pytest.importorskip("PIL.Image")

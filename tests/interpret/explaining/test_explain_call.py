@@ -64,9 +64,6 @@ def test_no_map_is_ever_held(method):
     assert allocated.peak < 8 * tokens * tokens * 4  # one layer's maps; there are two layers
 
 
-# --- pairs and targets ---
-
-
 @pytest.mark.parametrize("case", ["clip", "siglip"], indirect=True)
 def test_one_image_and_many_texts(case):
     one = dict(case.inputs, pixel_values=case.inputs["pixel_values"][:1])
@@ -138,9 +135,6 @@ def test_bad_targets(case, target, error, words):
     with pytest.raises(error, match=words) as raised:
         explain(case.model, case.inputs, target=target)
     assert str(raised.value).startswith("target must ")
-
-
-# --- bad calls ---
 
 
 @pytest.mark.parametrize("case", ["clip"], indirect=True)

@@ -59,9 +59,6 @@ def test_what_is_refused():
         explain(classifier, inputs, target="similarity")
 
 
-# --- the shell ---
-
-
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: Any) -> Any:
     """A sentence encoder with its tokenizer, as sentence-transformers saves them."""

@@ -25,9 +25,6 @@ def vit(**config: Any) -> Any:
     return lively(transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, **config))).eval()
 
 
-# --- masked tokens ---
-
-
 @pytest.mark.parametrize("method", ["gradient", "rollout", "occlusion"])
 def test_a_masked_token_is_scored_at_its_place(method):
     """By its log-probability, as a callable gives it; another place for each sample by weights."""
@@ -71,9 +68,6 @@ def test_what_a_masked_token_needs():
         explain(model, inputs, target=7, position=torch.full((inputs["input_ids"].shape[1],), 0.5))
 
 
-# --- names of classes ---
-
-
 @pytest.mark.parametrize("others", [None, {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}])
 def test_classes_that_id2label_alone_names(others):
     model = vit(id2label={0: "dog", 1: "cat", 2: "owl"}, label2id=others)
@@ -88,9 +82,6 @@ def test_a_name_of_two_classes_is_refused():
     model = vit(id2label={0: "crane", 1: "cat", 2: "crane"})
     with pytest.raises(ValueError, match="target must name one class; got 'crane', the name of classes 0 and 2. Pass the index"):
         explain(model, PIXELS, target="crane")
-
-
-# --- callables ---
 
 
 def pooled(outputs: Any, inputs: Any) -> Tensor:
@@ -149,9 +140,6 @@ def test_evaluation_hands_a_callable_the_shortened_inputs():
     evaluation = va.evaluate(model, data, tests=["positive", "sufficiency"], accuracy=measured, probability=measured)
     assert all(row["value"] == row["value"] for row in evaluation.table if row["part"] == "text")
     assert min(lengths) < inputs["input_ids"].shape[1] == max(lengths)
-
-
-# --- a row that no method reads ---
 
 
 @pytest.mark.parametrize("method", ["input_gradient", "integrated_gradients"])

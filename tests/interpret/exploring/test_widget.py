@@ -255,8 +255,6 @@ def test_a_tower_of_a_dual_encoder_and_what_does_not_fit() -> None:
         va.widget({}, inputs, ["image"])
 
 
-# --- the page ---
-
 READ = """
 const root = document.querySelector(".vlattn-explorer"), all = (what, of = root) => [...of.querySelectorAll(what)];
 const texts = (what, of = root) => all(what, of).map((one) => one.textContent);

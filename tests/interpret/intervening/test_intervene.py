@@ -261,9 +261,6 @@ def test_every_tower_and_pair_of_towers_is_cut_as_by_dense_masks(kind: str) -> N
     torch.testing.assert_close(first_tensor(model(**inputs)).detach(), before, rtol=0, atol=1e-12)  # ViLT draws an order
 
 
-# --- the state of the model ---
-
-
 def test_a_run_behind_one_that_an_error_ended() -> None:
     """The layers share one module, whose calls are counted."""
     sizes = {"embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}

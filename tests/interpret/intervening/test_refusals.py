@@ -45,6 +45,22 @@ from vlattn_fast.attach.events import RUNNING
         (lambda: va.ScaleHeads({0: 0}, 0.0, mean=torch.ones(4)), TypeError, "mean must be a result of va.record_heads"),
         (lambda: va.Patch({}, {0: 0}), TypeError, "other_run must be a result of va.record_heads"),
         (lambda: va.Patch(va.HeadRecord(("a", "a"), {}, None, 3), {0: 0}), ValueError, "other_run must be of one run"),
+        (lambda: va.Residual(1), ValueError, "Residual needs one of set, add and scale; got none"),
+        (lambda: va.Mlp(1, set=0, scale=2.0), ValueError, "Mlp needs one of set, add and scale; got set, scale"),
+        (lambda: va.Mlp([], scale=2.0), ValueError, "layers must be ints, at least one"),
+        (lambda: va.Residual("last", scale=0.0), TypeError, "layers must be a number, numbers, or None; got str"),
+        (lambda: va.Residual(1, "words", scale=0.0), ValueError, "positions must be one of 'image'"),
+        (lambda: va.Residual(1, scale=torch.ones(3)), TypeError, "scale must be a real number"),
+        (lambda: va.Residual(1, set=float("nan")), ValueError, "set must be a finite number"),
+        (lambda: va.Residual(1, add=1.0), TypeError, r"add must be a tensor \(C\) or \(B, N, C\); got float"),
+        (lambda: va.Residual(1, add=torch.ones(3, 4)), ValueError, r"add must be a floating-point tensor \(C\) or \(B, N, C\)"),
+        (lambda: va.Residual(1, set=torch.ones(3).int()), ValueError, "set must be a floating-point tensor"),
+        (
+            lambda: va.Residual(1, set=va.StateRecord("mlp", "a", {}, {}, 1)),
+            ValueError,
+            "set must be recorded with of='residual'",
+        ),
+        (lambda: va.Residual(1, scale=0.0, tower=("a", "a")), TypeError, "tower must be a name, or None; got tuple"),
     ],
 )
 def test_an_edit_checks_itself(make: Any, error: type[Exception], message: str) -> None:

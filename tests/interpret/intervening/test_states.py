@@ -497,32 +497,6 @@ def test_an_mlp_is_the_layers_only_one() -> None:
             va.intervene(model, inputs, va.Mlp(layer, scale=0.5))
 
 
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: va.Residual(1), ValueError, "Residual needs one of set, add and scale; got none"),
-        (lambda: va.Mlp(1, set=0, scale=2.0), ValueError, "Mlp needs one of set, add and scale; got set, scale"),
-        (lambda: va.Mlp([], scale=2.0), ValueError, "layers must be ints, at least one"),
-        (lambda: va.Residual("last", scale=0.0), TypeError, "layers must be a number, numbers, or None; got str"),
-        (lambda: va.Residual(1, "words", scale=0.0), ValueError, "positions must be one of 'image'"),
-        (lambda: va.Residual(1, scale=torch.ones(3)), TypeError, "scale must be a real number"),
-        (lambda: va.Residual(1, set=float("nan")), ValueError, "set must be a finite number"),
-        (lambda: va.Residual(1, add=1.0), TypeError, r"add must be a tensor \(C\) or \(B, N, C\); got float"),
-        (lambda: va.Residual(1, add=torch.ones(3, 4)), ValueError, r"add must be a floating-point tensor \(C\) or \(B, N, C\)"),
-        (lambda: va.Residual(1, set=torch.ones(3).int()), ValueError, "set must be a floating-point tensor"),
-        (
-            lambda: va.Residual(1, set=va.StateRecord("mlp", "a", {}, {}, 1)),
-            ValueError,
-            "set must be recorded with of='residual'",
-        ),
-        (lambda: va.Residual(1, scale=0.0, tower=("a", "a")), TypeError, "tower must be a name, or None; got tuple"),
-    ],
-)
-def test_an_edit_checks_itself(make: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        make()
-
-
 def test_what_a_model_lacks_is_named() -> None:
     model, inputs = llama()
     run = va.record_states(model, inputs, 2)

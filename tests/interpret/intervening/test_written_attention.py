@@ -1,7 +1,7 @@
 """Edits of attention that a module writes out by hand: scores, their softmax, and its product with the values."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,8 +13,8 @@ import vlattn_fast as va
 from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.edited_maps import hooked
 from tests.helpers.interpret.tower_cases import HEADS, Stack, second
-from tools.tiny_models.stored import in_double
 
+pytestmark = pytest.mark.usefixtures("double")  # GPT-J casts its queries to float32
 CLOSE = {"rtol": 0, "atol": 1e-9}
 Made = tuple[Any, dict[str, Any], str]  # the path of the output projections
 
@@ -46,13 +46,6 @@ def text(model: Any, projection: str) -> Made:
 
 MODELS: dict[str, Callable[[], Made]] = {"bloom": bloom, "gptj": gptj, "deberta": deberta}
 models = pytest.mark.parametrize("name", MODELS)
-
-
-@pytest.fixture(autouse=True)
-def run_in_double() -> Iterator[None]:
-    """GPT-J casts its queries to float32."""
-    with in_double():
-        yield
 
 
 @models

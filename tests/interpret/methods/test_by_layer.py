@@ -130,9 +130,6 @@ def test_towers_of_different_depths():
     got.plot()
 
 
-# --- files, tables, pictures ---
-
-
 @pytest.mark.parametrize("case", ["clip", "qwen2_5_vl"], indirect=True)
 def test_saved_and_read_again(case, tmp_path):
     got = explain_layers(case.model, case.inputs, per="head", layers=[2, 0])
@@ -201,9 +198,6 @@ def test_multiples_without_maps(case, tmp_path):
     assert "<table>" in got.to_html()
     with pytest.raises(ValueError, match="image must be None for an explanation without maps|image must be"):
         explain_layers(CASES["bert"]().model, CASES["bert"]().inputs, per="layer").plot(torch.zeros(4, 4, 3))
-
-
-# --- bad input ---
 
 
 @pytest.mark.parametrize("case", ["vit"], indirect=True)

@@ -50,8 +50,6 @@ def close(got: Tensor, want: Tensor) -> None:
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-# --- towers with an adapter ---
-
 LAYERS = {
     "clip": {"text": "text_model.encoder.layers.0", "vision": "vision_model.encoder.layers.0"},
     "vit": {"vision": "vit.layers.0"},
@@ -341,9 +339,6 @@ def test_a_module_in_which_the_gradient_ends_is_named():
         explain(lively(case.model).eval(), case.inputs, method="input_gradient")
 
 
-# --- integrated gradients ---
-
-
 class Square(nn.Module):
     """The score of tokens x is (sum of all numbers)^2, or the sum of their third powers."""
 
@@ -406,9 +401,6 @@ def test_no_step_outlives_the_next(monkeypatch):
     finally:
         gc.enable()
     assert len(most) == 11 and max(most) <= 2
-
-
-# --- bad input ---
 
 
 @pytest.mark.parametrize("case", ["vit"], indirect=True)

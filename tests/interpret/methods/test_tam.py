@@ -124,9 +124,6 @@ def test_a_text_alone_has_its_activations():
         torch.testing.assert_close(got.relevancy["language"], model(ids).logits[:, :, 5].clamp(min=0))
 
 
-# --- the subtraction, for any method ---
-
-
 def test_the_rest_of_a_map_worked_by_hand():
     """I = (3 (2, 0) + 1 (0, 4)) / 4 = (1.5, 1); M.I = 8, I.I = 3.25; of (4, 2) there remain 4 - 1.5 * 8 / 3.25 and 0."""
     earlier, weights = torch.tensor([[2.0, 0.0], [0.0, 4.0]]).double(), torch.tensor([3.0, 1.0]).double()
@@ -175,9 +172,6 @@ def test_what_has_no_earlier_words_is_refused(case):
         explain(case.model, case.inputs, answer=ANSWER).subtract_earlier(rank_filter=1)
 
 
-# --- the filter ---
-
-
 @pytest.mark.parametrize("shape", [(5, 7), (2, 2), (4, 3)])
 def test_the_filter_is_that_of_the_paper(shape):
     maps = torch.rand(3, *shape, dtype=torch.float64) ** 3
@@ -203,9 +197,6 @@ def test_a_narrow_map_is_filtered():
     """Edges are repeated where a map of one line has nothing to mirror."""
     line = torch.tensor([[1.0, 2.0, 3.0, 2.0]], dtype=torch.float64)
     assert torch.equal(rank_filtered(line), rank_filtered(line.expand(3, 4))[1:2])
-
-
-# --- what is refused ---
 
 
 @pytest.mark.parametrize(

@@ -267,9 +267,6 @@ def test_what_two_streams_have(name: str) -> None:
         va.probe(model, [(inputs, labels)], tests=("modality",))
 
 
-# --- planted heads ---
-
-
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("head", [0, 2])
 def test_a_planted_head_is_found_and_random_ones_are_not(head: int) -> None:
@@ -346,9 +343,6 @@ def test_a_relation_of_words_is_read_from_their_attention() -> None:
     report = va.probe(model, [({**inputs, "input_ids": ids}, labels)], tests=("word_relation",))
     assert report.value("word_relation", 0, 1) > 0.95
     assert max(report.value("word_relation", 0, head) for head in (0, 2, 3)) < 0.9
-
-
-# --- states ---
 
 
 def test_fusion_of_separate_and_of_mixed_states() -> None:

@@ -20,8 +20,6 @@ from vlattn_fast.interpret.probing.layout import Layouts
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-# --- the report ---
-
 
 @pytest.mark.slow
 def test_the_report(tmp_path: Path) -> None:
@@ -61,9 +59,6 @@ def test_left_out_are_counted_as_samples_are() -> None:
     )
     assert (row["samples"], row["left_out"]) == (80, 40) and (order["samples"], order["left_out"]) == (30, 10)
     assert " left_out " in str(report) and "      40" in str(report)
-
-
-# --- errors ---
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,6 @@ import vlattn_fast as va
 from tests.helpers.interpret.diffusion_cases import CASES, HEIGHT, LENGTH, WIDTH, Words, stable_diffusion
 from tests.helpers.interpret.stored_prompts import traced
 
-# --- pipelines, words, pictures ---
-
 
 def test_a_pipeline():
     """With guidance, two prompts and two pictures of each: what the pipeline says is what counts."""
@@ -80,9 +78,6 @@ def test_pictures_and_pages(tmp_path):
     best = explanation.top(1)[0]
     assert (best.sample, best.answer, best.part, best.tower) == (0, 0, "patch", "image")
     torch.testing.assert_close(torch.tensor(best.value), explanation.image[0, 0].max())
-
-
-# --- bad input ---
 
 
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [

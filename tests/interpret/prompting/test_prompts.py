@@ -114,9 +114,6 @@ def test_joint_attention_in_slices(monkeypatch):
         torch.testing.assert_close(traced(case, passes).token_maps(), expected, rtol=0, atol=1e-5)
 
 
-# --- what is kept, and what the model notices ---
-
-
 @dataclass
 class Largest(TorchDispatchMode):
     """The largest result of any operator, and how often attention_map ran."""
@@ -181,9 +178,6 @@ def test_inference_mode_and_plain_runs_add_up():
             case.model(**passes[0])
         case.model(**passes[1])
     torch.testing.assert_close(maps.token_maps(), traced(case, passes).token_maps())
-
-
-# --- attention that is not seen ---
 
 
 def test_processors_without_sdpa_are_refused():

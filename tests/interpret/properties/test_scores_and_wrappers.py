@@ -47,9 +47,6 @@ def test_the_map_of_a_layer_has_the_factor_of_its_score_or_none(method: str) -> 
     assert_close(other, plain * (3 if METHODS[method].needs_score else 1), "tower0")
 
 
-# --- wrappers ---
-
-
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""

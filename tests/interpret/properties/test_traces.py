@@ -92,8 +92,6 @@ def test_a_call_leaves_nothing_behind_wherever_it_fails(method: str, model: str)
     assert all(x._version == version and torch.equal(x, values) for x, version, values in kept.values()), "inputs were changed"
 
 
-# --- edits ---
-
 EDITS: dict[str, Callable[[Small, dict[str, Tensor]], Any]] = {
     "Knockout": lambda small, inputs: va.Knockout(heads=[0], layers=-1),
     "Steer": lambda small, inputs: va.Steer(keys=(0, 2), weight=0.5, layers=-1),

@@ -10,8 +10,6 @@ from tests.helpers.interpret.stored_maps import Place, check
 from tests.helpers.interpret.tower_cases import HEADS, METHODS, T5, first_rows, made, second, sequences, text
 from vlattn_fast.interpret import explain
 
-# --- torch's and open_clip's encoders ---
-
 
 class Encoder(nn.Module):
     def __init__(self, batch_first: bool, norm_first: bool, width: int = 32) -> None:
@@ -41,9 +39,6 @@ def test_transformer_encoder(batch_first, norm_first, causal):
     methods = METHODS if causal else METHODS[:3]
     read = -1 if causal else "cls"
     check(model, inputs, {"tower0": Place("encoder", row, real)}, second, methods, position=read, target=second)
-
-
-# --- transformers, without an adapter ---
 
 
 def pixels() -> dict[str, Tensor]:
@@ -115,6 +110,3 @@ def test_clipseg_reads_the_decoder_behind_frozen_towers():
     check(model, inputs, {"tower2": Place("decoder", row)}, score, METHODS, position={"tower2": 1}, target=score)
     with pytest.raises(ValueError, match=r"tower 'tower0' with gradients on; got attention 'clip\.vision_model"):
         explain(model, inputs, position={"tower0": "cls"}, target=score)
-
-
-# --- tokens that meet elsewhere than in attention ---

@@ -73,9 +73,6 @@ def test_rows_that_are_read(read):
     check(model, inputs, {"tower0": place}, second, METHODS[:1], position=asked, target=second)
 
 
-# --- refused by name ---
-
-
 @pytest.mark.parametrize("alone", [True, False])
 def test_attention_by_hand_without_a_dimension_of_heads_is_named(alone):
     kind = "three dimensions"
@@ -187,9 +184,6 @@ def test_layers_without_gradients_are_refused(make, method):
         return
     with pytest.raises(ValueError, match="gradient"):
         explain(model, inputs, position="cls", target=second, method=method)
-
-
-# --- wrappers ---
 
 
 def compiled(model: nn.Module) -> nn.Module:

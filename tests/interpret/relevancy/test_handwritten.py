@@ -111,9 +111,6 @@ def test_gradients_are_the_same() -> None:
     assert (grads[0] - grads[1]).abs().max() <= 1e-11 * grads[0].abs().max()
 
 
-# --- what is refused, and what is left alone ---
-
-
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_options_are_refused() -> None:
     model, inputs, _ = lxmert()

@@ -1,6 +1,5 @@
 """Layers have one numbering, that of the model's blocks; each call of a shared module is a layer."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +14,7 @@ from tests.helpers.interpret.stored_maps import Place, check, rows_of
 from tests.helpers.interpret.tower_cases import METHODS, Block, Multihead, Stack, first_rows, sequences
 from tests.interpret.relevancy.test_recurrences_of_models import IDS, INPUTS, made, near, of_last, stored
 from tools.tiny_models.mixers import each_within
-from tools.tiny_models.stored import Double, in_double, stored_rows
+from tools.tiny_models.stored import Double, stored_rows
 from vlattn_fast.interpret import explain, explain_layers
 from vlattn_fast.interpret.intervening.traced_model import trace_model
 from vlattn_fast.nn import capture_relevancy
@@ -25,12 +24,6 @@ HYBRIDS = [
     *("KimiLinear", "OlmoHybrid", "Lfm3", "Rwkv", "xLSTM"),
 ]
 WHOLE = {"input_ids": IDS}
-
-
-@pytest.fixture
-def double() -> Iterator[None]:
-    with in_double():
-        yield
 
 
 def mllama() -> Any:

@@ -111,9 +111,6 @@ def test_a_mean_of_capture_relevancy_leaves_padding_out(kind):
     assert not batch[1, 4:].any()
 
 
-# --- what the rows put on themselves ---
-
-
 def weights_seen() -> tuple[list[Tensor], object]:
     """A weighting of its own for method "weighted", and the weights of the stream that it gave, last layer first."""
     seen: list[Tensor] = []

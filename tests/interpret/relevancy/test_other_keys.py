@@ -248,9 +248,6 @@ def test_a_step_of_training_equals_that_on_stored_maps(method, kind, higher_orde
     assert (gradients() - want).norm() / want.norm() < 1e-8 and want.norm() > 1e-3
 
 
-# --- refused ---
-
-
 class Reduced(nn.Module):
     """Keys of two neighbouring tokens each, as a strided convolution makes them; or one more key, their mean."""
 

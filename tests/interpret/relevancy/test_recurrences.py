@@ -42,9 +42,6 @@ def row(model: Any, **options: Any) -> Tensor:
     return explain(model, INPUTS, target=7, **options).relevancy["language"]
 
 
-# --- explain ---
-
-
 def test_attention_reads_a_last_layer_that_recurs(double: None) -> None:
     maps, _ = stored("OlmoHybrid")
     got = explain(made("OlmoHybrid"), INPUTS, method="attention").relevancy["language"]
@@ -116,8 +113,6 @@ def test_functions_are_put_back() -> None:
     assert [vars(file)[name] for name in names] == before
 
 
-# --- capture_relevancy ---
-
 WEIGHTS = torch.linspace(-1, 2, 9)
 
 
@@ -183,9 +178,6 @@ def test_captured_gradients_in_low_precision(dtype: torch.dtype) -> None:
     assert bool(model.model.layers[0].linear_attn.conv1d.weight.grad.any())
 
 
-# --- convolutions ---
-
-
 @pytest.mark.parametrize("count", [1, 2, 7])
 @pytest.mark.parametrize("rule", ["gradient", "attention"])
 def test_a_convolution_is_a_banded_map(rule: str, count: int) -> None:
@@ -210,9 +202,6 @@ def test_a_convolution_is_a_banded_map(rule: str, count: int) -> None:
 
     torch.testing.assert_close(banded(weight, gate), dense(weight, gate))
     assert torch.autograd.gradcheck(banded, (weight, gate))
-
-
-# --- edits ---
 
 
 def test_edges_are_those_of_attention() -> None:

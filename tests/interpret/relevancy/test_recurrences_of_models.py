@@ -1,6 +1,6 @@
 """State spaces and other recurrences in `explain`: against the maps that unit impulses make of the models' own functions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -29,12 +29,6 @@ NO_MASK = {"Rwkv", "xLSTM", "RecurrentGemma"}  # padding reaches the tokens behi
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
 INPUTS = {"input_ids": IDS, "attention_mask": MASK}
-
-
-@pytest.fixture
-def double() -> Iterator[None]:
-    with in_double():
-        yield
 
 
 def made(kind: str, implementation: str | None = None, **config: Any) -> Any:

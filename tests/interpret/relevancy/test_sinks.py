@@ -154,9 +154,6 @@ def test_each_layer_and_each_head(case, method, some_sinks):
     assert by_layer.at(1).sinks == by_layer.sinks
 
 
-# --- which tokens they are ---
-
-
 def dense(call: TracedCall, mask: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shares, norms and sinks by the formulas, with whole maps; `mask` (B, H, N, M) says which pairs are seen."""
     heads = call.query.shape[1] // call.key.shape[1]
@@ -233,9 +230,6 @@ def test_padding_changes_nothing():
             assert one.layers == other.layers and list(one.shares.values()) == pytest.approx(list(other.shares.values()))
 
 
-# --- what an explanation says of them ---
-
-
 @pytest.mark.parametrize("case", ["clip", "llava"], indirect=True)
 def test_they_have_words_and_places(case, some_sinks):
     sinks, found = find_sinks(case.model, case.inputs), explain(case.model, case.inputs)
@@ -306,9 +300,6 @@ def test_a_model_without_an_adapter_needs_no_position(some_sinks):
 def test_an_empty_batch_has_none(case):
     empty = {name: value[:0] for name, value in case.inputs.items()}
     assert explain(case.model, empty, method=va.methods.Gradient(sinks="remove")).sinks == find_sinks(case.model, empty) == []
-
-
-# --- calls of other kinds ---
 
 
 @pytest.mark.parametrize("learnt", [False, True])

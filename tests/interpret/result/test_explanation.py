@@ -86,13 +86,14 @@ def test_to_numpy():
     assert answer["position"]["language"].dtype == np.int64 and answer["tower_images"]["vision"].shape == (2, 3, 4, 4)
 
 
+class Tokenizer:
+    def convert_ids_to_tokens(self, ids):
+        return [f"w{i}" for i in ids]
+
+
 def test_tokens():
     explanation = made()
     assert explanation.tokens == [["7", "8", "9"], ["5"]]
-
-    class Tokenizer:
-        def convert_ids_to_tokens(self, ids):
-            return [f"w{i}" for i in ids]
 
     class Processor:
         tokenizer = Tokenizer()
@@ -111,10 +112,6 @@ def test_an_answers_tokens():
     assert explanation.answer_tokens == ANSWERS
     assert replace(explanation, words=None).answer_tokens == [["14", "15", "16"], ["21", "22"]]
     assert replace(explanation, words=None, token_ids=None).answer_tokens == [["14", "15", "16"], ["21", "22"]]
-
-    class Tokenizer:
-        def convert_ids_to_tokens(self, ids):
-            return [f"w{i}" for i in ids]
 
     assert explanation.with_tokens(Tokenizer()).answer_tokens == [["w14", "w15", "w16"], ["w21", "w22"]]
 
@@ -140,9 +137,6 @@ def test_what_a_read_row_puts_on_itself():
 
 def test_repr_is_short():
     assert repr(made()) == "Explanation(method='weighted', relevancy={'vision': (2, 13), 'text': (2, 6)}, target=[0, 1])"
-
-
-# --- pictures ---
 
 
 def pictures():

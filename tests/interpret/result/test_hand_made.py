@@ -33,9 +33,6 @@ def long_answer(tokens: int, prompt: int = 5) -> Explanation:
     return Explanation(relevancy, image, [0], text, words=words, scores=torch.rand(1, tokens), answer=ids)
 
 
-# --- fields ---
-
-
 def test_relevancy_alone_is_drawn():
     explanation = Explanation({"text": torch.tensor([[0.1, 0.4, 0.2]]), "vision": torch.rand(1, 9)})
     figure = explanation.plot()
@@ -124,9 +121,6 @@ def test_every_method_takes_every_float(tmp_path, make, dtype):
     )
 
 
-# --- arguments ---
-
-
 @pytest.mark.parametrize("labels", [torch.tensor([7, 281]), list(torch.tensor([7, 281])), np.array([7, 281])], ids=type)
 def test_labels_of_tensors_are_shown_as_numbers(labels):
     assert [part.get_suptitle()[:4].strip() for part in made().plot(labels=labels).subfigs] == ["7", "281"]
@@ -182,9 +176,6 @@ def test_bad_companions_are_named(tmp_path):
         made().save_html(tmp_path)
 
 
-# --- NaN ---
-
-
 def test_a_comparison_of_nan_is_nan():
     left = Explanation({"text": torch.tensor([[0.1, torch.nan, 0.3], [0.1, 0.2, 0.3]])})
     right = Explanation({"text": torch.tensor([[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]])})
@@ -204,9 +195,6 @@ def test_one_nan_does_not_hide_a_map(tmp_path):
     first, second = cells(explanation.to_html())
     assert first[5] is None and None not in first[:5] + first[6:] + second
     assert min(first[:5] + first[6:]) == 0 and max(first[:5] + first[6:]) == 1000
-
-
-# --- files ---
 
 
 def test_load_names_what_is_broken(tmp_path):
@@ -231,9 +219,6 @@ def test_load_names_what_is_broken(tmp_path):
         Explanation.load(tmp_path)
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "none"))):
         Explanation.load(tmp_path / "none")
-
-
-# --- hundreds of words ---
 
 
 @pytest.mark.slow

@@ -28,9 +28,6 @@ def photo(height: int = 40, width: int = 60) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
 
 
-# --- what it holds ---
-
-
 def test_the_values_of_rows():
     explanation = made()
     found = data(explanation.to_html(photo()))
@@ -171,9 +168,6 @@ def test_notebooks_show_it_in_a_frame(monkeypatch):
     assert isinstance(page, str) and "data:image" in page._repr_html_()
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert made()._repr_html_() is None
-
-
-# --- what it does ---
 
 
 SEE = """

@@ -115,9 +115,6 @@ def test_processors_are_refused_by_name() -> None:
             explained().plot(PHOTO, processor=changed)
 
 
-# --- overlay ---
-
-
 def test_an_overlay_has_the_photos_size_and_pixels() -> None:
     """Where the map is smallest, and outside of the part that the model saw, the photo stays as it is."""
     values = torch.zeros(1, 14, 14)
@@ -159,9 +156,6 @@ def test_overlays_of_rows_words_and_panels() -> None:
             made().overlay(white, **options)
     with pytest.raises(ValueError, match="image must be the photo under the map; got None"):
         made().overlay(None)
-
-
-# --- refused with what to do ---
 
 
 def test_a_picture_of_too_many_pixels_says_what_to_do(tmp_path, monkeypatch) -> None:

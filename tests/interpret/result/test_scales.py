@@ -88,9 +88,6 @@ def test_a_map_without_a_number_above_zero(value):
     assert "NaN" not in explanation.to_html(PHOTO).split("</script>")[0]
 
 
-# --- many maps ---
-
-
 def test_many_rows_wrap_into_a_grid():
     rows = made(image=torch.rand(32, 3, 4), **MANY, image_samples=list(range(32)))
     width, height = rows.plot().get_size_inches()
@@ -114,8 +111,6 @@ def test_frames_of_a_video_wrap_into_lines(photo):
     sizes = [Image.open(io.BytesIO(base64.b64decode(one))).size for one in re.findall(r'base64,([^"]+)"', page)]
     assert sizes == [sizes[0]] * 2 and max(sizes[0]) <= 4 * 260 + 3 * 2
 
-
-# --- a scale that clips ---
 
 PEAK = torch.cat([torch.linspace(0.0, 0.016, 195), torch.tensor([0.082])]).view(1, 14, 14).repeat(2, 1, 1)  # as "rollout" has it
 SQUARE = np.full((28, 28, 3), 255, np.uint8)

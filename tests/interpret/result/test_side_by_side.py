@@ -167,9 +167,6 @@ def test_a_comparison_is_a_table_in_a_notebook():
     assert empty.compare(empty)._repr_html_().count("<tr>") == 1
 
 
-# --- rows of an explanation ---
-
-
 @pytest.mark.parametrize("make", [made, answered])
 def test_a_row_is_an_explanation_of_one_sample(make):
     whole = make()
