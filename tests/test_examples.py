@@ -1,5 +1,6 @@
-"""The scripts of examples/ run, and what they print is true."""
+"""The scripts of examples/ run, and what they print is true; what is public has an example."""
 
+import inspect
 import re
 import runpy
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import vlattn_fast as va
+from vlattn_fast.attach.training import TrainingContext
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TESTED = {
@@ -110,3 +113,19 @@ def test_prompt_maps(run):
     assert not torch.equal(*got["cat"])
     row, column = map(int, re.search(r"cat on.*row (\d+), column (\d+)", printed).groups())
     assert got["cat"][0, row, column] == got["cat"][0].max()
+
+
+PUBLIC: dict[str, Any] = {
+    f"{package.__name__}.{name}": getattr(package, name)
+    for package in (va, va.models, va.nn, va.scores, va.train)
+    for name in package.__all__
+}
+OPERATORS = {name for name, x in PUBLIC.items() if inspect.isfunction(x) and x.__module__.startswith("vlattn_fast.ops.")}
+CLASSES = {name for name, x in PUBLIC.items() if inspect.isclass(x) and issubclass(x, (nn.Module, TrainingContext))}
+SCORES = {f"vlattn_fast.scores.{score.__name__}" for score in va.scores.SCORES.values()}
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS | CLASSES | SCORES))
+def test_has_an_example(name: str) -> None:
+    """In its docstring; `--doctest-modules` runs it."""
+    assert ">>>" in (inspect.getdoc(PUBLIC[name]) or "")

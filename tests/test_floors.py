@@ -156,9 +156,6 @@ def test_no_file_changes_where_python_looks() -> None:
     assert {module for module in named if changes_path(texts[module])} == {*CHANGES_PATH}
 
 
-# ---- the folders of the package, and of those beside it
-
-
 @cache
 def folders() -> dict[str, set[str]]:
     """The package's folders without its name; "" for its own files."""

@@ -316,7 +316,7 @@ def _fuzz(
         typer.echo(line)
     if out is not None:
         command = " ".join([checks.command("triton"), shlex.join(sys.argv[1:])])
-        out.write_text(json.dumps({**summary.record(), "first": seed, **provenance(command)}, indent=1) + "\n")
+        out.write_text(json.dumps({**summary.record(), "first": seed, **provenance(command)}) + "\n")
     if summary.failures:
         raise typer.Exit(1)
 

@@ -7,7 +7,7 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import assert_close_to
-from tests.helpers.ops import tile_edges
+from tests.helpers.ops import abar_cases, tile_edges
 from tests.helpers.ops.backends import LOW
 from tests.helpers.ops.masks import COMMON, masks_of, real_keys
 from tests.helpers.ops.relevancy_cases import RULES, check, tensors
@@ -87,3 +87,13 @@ def test_step_over_many_keys_of_few_features(keys: int, size: int) -> None:
     exact = va.reference.relevancy_step(*(x.double() for x in inputs), rule="attention")
     formula = va.reference.relevancy_step(*inputs, rule="attention")
     assert_close_to(va.relevancy_step(*inputs, rule="attention", backend="cpu"), exact, formula, what=str(keys))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("row_normalize", (False, True))
+@pytest.mark.slow
+def test_more_key_heads_than_the_sums_of_the_threads_may_take(row_normalize: bool) -> None:
+    """A head has 2^16 sums, of which seven threads take 2^24: 36 heads, then 4."""
+    torch.set_num_threads(7)
+    make = lambda seed: abar_cases.inputs(112, 512, b=1, h=40, kv=40, d=64, dv=64, rows=30, seed=seed)  # noqa: E731
+    abar_cases.check("cpu", "step", make, rule="gradient", row_normalize=row_normalize)

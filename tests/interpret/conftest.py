@@ -19,6 +19,13 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 OFFLINE = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
 
 
+@pytest.fixture(autouse=True)
+def _published(request: pytest.FixtureRequest) -> None:
+    """Adapters and relevancy are compared with the published formulas."""
+    if request.path.parent.name in ("adapters", "relevancy"):
+        request.getfixturevalue("published")
+
+
 @pytest.fixture
 def case(request: pytest.FixtureRequest) -> Case:
     """The case named by the test's parameter, its model in eval mode."""

@@ -121,11 +121,7 @@ Y = torch.randn(2, 4, 9, 6)
     ("change", "error", "message"),
     [
         ({"beta": 1.0}, ValueError, "beta must be between 0 and 1; got 1.0"),
-        (
-            {"other_query": X[:, :2], "other_key": Y[:, :2]},
-            ValueError,
-            "other_query must have query's 4 heads unless head_mean=True",
-        ),
+        ({"other_query": X[:, :2], "other_key": Y[:, :2]}, ValueError, "other_query must have query's 4 heads unless head_mean"),
         ({"key": Y[:, :2]}, ValueError, r"key must have query's B and D, and H heads \(fewer with enable_gqa=True\)"),
         ({"key": Y[:, :3], "enable_gqa": True}, ValueError, "key must have query's B and D, and a divisor of H heads"),
         ({"other_key": Y.double()}, TypeError, "other_key must have"),

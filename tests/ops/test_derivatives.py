@@ -164,6 +164,16 @@ def test_a_large_offset_in_the_tangents_of_scores(backend: str) -> None:
     assert (tangents[0] - tangents[1]).abs().max() < 1e-4
 
 
+@on("streaming", "cpu")
+def test_tangents_where_the_largest_logit_is_of_the_first_block(backend: str) -> None:
+    """Beyond 2^24 a log-sum-exp is no shift of a row; of 900 keys a block has 512."""
+    query, key, value = torch.ones(1, 1, 3, 1), torch.zeros(1, 1, 900, 1), torch.randn(1, 1, 900, 2)
+    key[:, :, 7] = 128.0
+    run = partial(va.score_attention, attn_mask=torch.full((3, 900), 2.0**25), scale=1.0, backend=backend)
+    tangents = torch.zeros_like(query), torch.zeros_like(key), value.cos()
+    torch.testing.assert_close(jvp(run, (query, key, value), tangents)[1], value[:, :, 7:8].cos().expand(-1, -1, 3, -1))
+
+
 @on("streaming", "cpu", "reference")
 @pytest.mark.parametrize("name", ("relevancy_step", "attention_map"))
 def test_a_log_sum_exp_that_is_given_counts_as_computed_in_both_modes(backend: str, name: str) -> None:

@@ -1,9 +1,10 @@
-"""Outputs may be edited in place: they are no views to autograd."""
+"""What callers do to tensors of the graph: outputs are edited in place, saved tensors come back laid out otherwise."""
 
 import torch
+from torch import Tensor
 
 from tests.helpers.ops.backends import each
-from tests.helpers.ops.every_call import CALLS, every_call, leaves, outputs_of, titles
+from tests.helpers.ops.every_call import CALLS, WITH_CPU, every_call, gradients, leaves, outputs_of, titles
 from vlattn_fast import scores
 
 BACKENDS = ("auto", "streaming", "reference")
@@ -19,7 +20,7 @@ def test_outputs_are_edited_in_place(name: str, backend: str) -> None:
     x = leaves(every)
     options = {"backend": backend, **({"dropout_p": 0.1} if name == "score_attention" and backend != "auto" else {})}
 
-    def outputs() -> list[torch.Tensor]:
+    def outputs() -> list[Tensor]:
         torch.manual_seed(0)
         return outputs_of(every.run(x, **options))
 
@@ -39,3 +40,23 @@ def test_outputs_are_edited_in_place(name: str, backend: str) -> None:
             assert SAVED in str(error) and name in needed, error
             continue
         torch.testing.assert_close(got, want)
+
+
+def columns_first(x: Tensor) -> Tensor:
+    """The same values with the last dimension as the slowest."""
+    return x.detach().permute(tuple(reversed(range(x.dim())))).clone(memory_format=torch.contiguous_format)
+
+
+def back(x: Tensor) -> Tensor:
+    return x.permute(tuple(reversed(range(x.dim()))))
+
+
+@each("name", streaming=CALLS, cpu=WITH_CPU)
+def test_saved_tensors_come_back_in_another_layout(name: str, backend: str) -> None:
+    """Hooks of torch.autograd.graph promise no strides."""
+    every = every_call(name, 1100 if name == "score_attention" else 7)  # more than a block of the CPU's
+    x = leaves(every)
+    want = gradients(outputs_of(every.run(x, backend=backend)), x)
+    with torch.autograd.graph.saved_tensors_hooks(columns_first, back):
+        outputs = outputs_of(every.run(x, backend=backend))
+    torch.testing.assert_close(gradients(outputs, x), want, rtol=1e-4, atol=1e-5)

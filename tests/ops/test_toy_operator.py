@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.helpers.ops import every_call
 from tests.helpers.ops.properties import Turn
-from tests.ops import test_edited_outputs, test_foreign_tensors, test_host_cost, test_saved_tensors
+from tests.ops import test_edited_outputs, test_foreign_tensors, test_host_cost
 from tests.ops.properties import test_empty_sizes, test_options_and_sizes
 from vlattn_fast.backends import reference
 from vlattn_fast.benchmarks import cliffs, host
@@ -204,7 +204,7 @@ TESTS: dict[str, Callable[[str], None]] = {
     "layouts": of_streaming(test_options_and_sizes.test_layouts, turn=Turn(("fused", "heads last"), None)),
     "bits": of_streaming(test_options_and_sizes.test_equal_bits),
     "edited outputs": partial(test_edited_outputs.test_outputs_are_edited_in_place, backend="streaming"),
-    "saved tensors": partial(test_saved_tensors.test_in_another_layout, backend="streaming"),
+    "saved tensors": partial(test_edited_outputs.test_saved_tensors_come_back_in_another_layout, backend="streaming"),
     "meta": partial(test_foreign_tensors.test_meta_tensors, backend="streaming"),
     "fake": partial(test_foreign_tensors.test_fake_tensors, backend="streaming"),
     "autocast": test_foreign_tensors.test_float64_beside_float32_under_autocast,

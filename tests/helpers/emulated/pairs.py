@@ -242,9 +242,6 @@ def summed_over_heads(results: Tensors) -> Tensors:
     return {name: summed(name, x) for name, x in results.items()}
 
 
-# ---- other ways
-
-
 class Tiles(dict[str, dict[str, int]]):
     """Replaces `OVERRIDES`: tiles of these sizes for all kernels, but for those whose configuration has the name `but`."""
 
@@ -343,9 +340,6 @@ def _changed(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-# ---- comparison
 
 
 def unequal(x: Tensor, y: Tensor, low: bool) -> float:

@@ -94,9 +94,6 @@ def pixels(*shape: int) -> dict[str, Any]:
     return {"pixel_values": torch.randn(*shape, 3, 32, 32)}
 
 
-# --- one token a patch, or a square of patches ---
-
-
 def llava() -> Decoder:
     config = t.LlavaConfig(vision_config=t.CLIPVisionConfig(**VISION), text_config=LLAMA, image_token_index=IMAGE)
     return Decoder(t.LlavaForConditionalGeneration(config), two_images(16), pixels(2), own((4, 4)))
@@ -189,9 +186,6 @@ def qwen3_vl() -> Decoder:
     return qwen("Qwen3VL", intermediate_size=48, out_hidden_size=32, deepstack_visual_indexes=[0], num_position_embeddings=16)
 
 
-# --- tiles and thumbnails ---
-
-
 def idefics3(kind: str = "Idefics3") -> Decoder:
     config = getattr(t, f"{kind}Config")(vision_config=dict(VISION), text_config=LLAMA, image_token_id=IMAGE, scale_factor=2)
     tile = lambda label: [90, label, *image(4)]  # noqa: E731
@@ -263,9 +257,6 @@ def llama4() -> Decoder:
     return Decoder(model, prompts, pixels(11), maps, vision="vision_model", layers="language_model.model.layers")
 
 
-# --- queries that look at the whole image ---
-
-
 def blip2(kind: str = "Blip2", words: dict[str, Any] = OPT, **more: Any) -> Decoder:
     config = getattr(t, f"{kind}Config")(
         vision_config=VISION, qformer_config=Q_FORMER, text_config=words, num_query_tokens=4, image_token_index=IMAGE
@@ -292,9 +283,6 @@ def idefics2() -> Decoder:
     )
     layers = "model.text_model.layers"
     return Decoder(t.Idefics2ForConditionalGeneration(config), two_images(4), pixels(2, 1), layers=layers)
-
-
-# --- cross-attention ---
 
 
 def mllama() -> Decoder:
@@ -327,9 +315,6 @@ def mllama() -> Decoder:
     maps = [Map(0, [[0, 1]]), Map(1, [[2]])]
     model = t.MllamaForConditionalGeneration(config)
     return Decoder(model, prompts, images, maps, vision="model.vision_model", of_prompt=mask)
-
-
-# --- text alone ---
 
 
 def text(kind: str, layers: str = "model.layers", name: str = "{}ForCausalLM", parts: Any = LLAMA, **options: Any) -> Decoder:

@@ -92,9 +92,6 @@ def both(kind: str, **config: Any) -> torch.nn.Module:
     return getattr(transformers, f"{kind}Model")(made)
 
 
-# --- images ---
-
-
 def deit() -> Encoder:
     config = transformers.DeiTConfig(**VISION, num_labels=3)
     return vision_model(transformers.DeiTForImageClassification(config), "deit.layers", 18, "layernorm_after")
@@ -108,9 +105,6 @@ def deit_with_teacher() -> Encoder:
 def dinov3() -> Encoder:
     config = transformers.DINOv3ViTConfig(**VISION, num_register_tokens=2)
     return vision_model(transformers.DINOv3ViTModel(config), "model.layer", 19, "norm2", pooled, target=pooled)
-
-
-# --- texts ---
 
 
 def roberta() -> Encoder:
@@ -166,9 +160,6 @@ def align() -> Encoder:
     return replace(made, inputs={**made.inputs, "pixel_values": torch.randn(2, 3, 64, 64)})
 
 
-# --- images and texts beside one another ---
-
-
 def chinese_clip() -> Encoder:
     return dual(both("ChineseCLIP"), "text_model.encoder.layer", eot=False)
 
@@ -209,9 +200,6 @@ def siglip2() -> Encoder:
         "text": Place("text_model", rows(WORDS, 8), None, layer_sums("text_model.encoder.layers", 3, "", "layer_norm2")),
     }
     return Encoder(transformers.Siglip2Model(config), inputs, places, diagonal, facts={"images": [(2, 8), (4, 3)]})
-
-
-# --- one stream ---
 
 
 def joined(model: torch.nn.Module, layers: str, inputs: dict[str, Any], row: Any, real: Any, stream: str, summed: str) -> Encoder:

@@ -19,9 +19,6 @@ def rows(evaluation):
     return {(row["method"], row["test"], row["part"]): row for row in evaluation.table}
 
 
-# --- planted models ---
-
-
 class Planted(nn.Module):
     """Says class 1 while any of four patches has ink, and while any of two words is there. Nothing in it attends."""
 

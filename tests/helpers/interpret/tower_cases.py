@@ -20,9 +20,6 @@ def first_rows(size: int, batch: int = 2) -> Tensor:
     return one_hot(torch.zeros(batch, dtype=torch.long), size)
 
 
-# --- blocks that attend in different ways ---
-
-
 class Heads(nn.Module):
     """Self-attention of one kind; `visible` (B, N) says which keys are real."""
 
@@ -149,8 +146,6 @@ def sequences() -> dict[str, Tensor]:
     mask[1, 5:] = 0
     return {"x": torch.randn(2, 7, 10, generator=torch.Generator().manual_seed(3)), "attention_mask": mask}
 
-
-# --- what models of transformers take ---
 
 T5 = dict(TEXT, max_position_embeddings=32)
 

@@ -137,9 +137,6 @@ def test_frames_and_the_token_behind_them(decoder):
     assert torch.equal(got.image[:2].flatten(), row[0, 1:9]) and torch.equal(got.image[2:].flatten(), row[1, 2:10])
 
 
-# --- Mllama: cross-attention to the vision tower's tokens ---
-
-
 @pytest.mark.parametrize("decoder", ["mllama"], indirect=True)
 def test_cross_attention_maps_are_the_tokens_of_their_place(decoder):
     inputs = decoder.inputs()

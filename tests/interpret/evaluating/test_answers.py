@@ -194,18 +194,10 @@ def test_every_test_runs_on_an_answer() -> None:
         ({"inputs": {}, "text": 1}, {}, "dataset must give mappings with 'inputs' .*; got inputs, text"),
         ({"inputs": {}, "answer": [ANSWER], "target": 1}, {}, "a target or an answer for each input; got both"),
         ({"answer": [ANSWER, ANSWER], "batch": 2}, {}, "inputs with an answer one by one; got a batch of 2"),
-        (
-            {"answer": [ANSWER], "batch": 1},
-            {"tokens": "verbs"},
-            "tokens must be 'words', 'all', indices or a callable; got 'verbs'",
-        ),
+        ({"answer": [ANSWER], "batch": 1}, {"tokens": "verbs"}, "tokens must be 'words', 'all', indices or a callable; got"),
         ({"answer": [ANSWER], "batch": 1}, {"tokens": [3]}, "tokens must be from -3 to 2; got 3"),
         ({"answer": [ANSWER], "batch": 1}, {"tokens": lambda names: [True]}, "True or False for each of the 3 tokens; got 1"),
-        (
-            {"answer": [ANSWER], "batch": 1},
-            {"per_token": False, "tests": ["intervention"]},
-            "per_token must be True for the test",
-        ),
+        ({"answer": [ANSWER], "batch": 1}, {"per_token": False, "tests": ["intervention"]}, "per_token must be True for the"),
     ],
 )
 def test_what_is_refused(item: dict[str, Any], options: dict[str, Any], message: str) -> None:

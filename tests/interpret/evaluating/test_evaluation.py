@@ -230,17 +230,9 @@ def test_a_named_test_that_leaves_out_every_sample_is_refused():
     model, inputs = made("vit")
     constant = lambda model, inputs, target: SimpleNamespace(image=torch.ones(2, 4, 5))  # noqa: E731
     impossible = [
-        (
-            ("positive", "pointing"),
-            "gradient",
-            "'pointing' is impossible .*: no sample has boxes or a mask and a map of its image. Leave",
-        ),
+        (("positive", "pointing"), "gradient", "'pointing' is impossible .*: no sample has boxes or a mask and a map of its"),
         (("sanity",), constant, "'sanity' is impossible .*: no sample has a finite map that is not constant, .*. Leave it out"),
-        (
-            ("deletion",),
-            lambda *_: SimpleNamespace(text=torch.ones(2, 3)),
-            "'deletion' is impossible .* an entry to remove. Leave",
-        ),
+        (("deletion",), lambda *_: SimpleNamespace(text=torch.ones(2, 3)), "'deletion' is impossible .* an entry to remove"),
     ]
     for tests, method, message in impossible:
         with pytest.raises(ValueError, match=message):
@@ -333,11 +325,7 @@ BAD_RIVALS = [
     (rival(regions=torch.rand(1, 8)), ValueError, "one regions for each of 2 samples of a batch; got 1 of 'bad'"),
     (rival(image=ONE, image_samples=[0, 1]), ValueError, r"image_samples, from 0 to 1, for each map; got \[0, 1\] for 1 maps"),
     (rival(image=ONE, image_samples=[2]), ValueError, r"image_samples, from 0 to 1, for each map; got \[2\] for 1 maps of 'bad'"),
-    (
-        lambda model, inputs, target: torch.rand(2, 4, 4),
-        TypeError,
-        r"an object with .image, .regions or .text; got Tensor of 'bad'",
-    ),
+    (lambda model, inputs, target: torch.rand(2, 4, 4), TypeError, r"an object with .image, .regions or .text; got Tensor of"),
 ]
 
 

@@ -105,10 +105,7 @@ def test_a_centre_on_the_edge_of_a_pixel_is_inside():
 @pytest.mark.parametrize(
     ("truth", "message"),
     [
-        (
-            torch.ones(2, 3, 3),
-            r"boxes must be \(K, 4\), or a mask bool \(h, w\), .*; got a torch.float32 tensor of shape \(3, 3\)",
-        ),
+        (torch.ones(2, 3, 3), r"boxes must be \(K, 4\), or a mask bool \(h, w\), .*; got a torch.float32 tensor of shape \(3"),
         (torch.ones(2, 3, 3, dtype=torch.uint8), r"a mask bool \(h, w\), for each sample; got a torch.uint8 tensor"),
         (torch.ones(2, 1, 3, 3, dtype=torch.bool), r"a mask bool \(h, w\), .*; got a torch.bool tensor of shape \(1, 3, 3\)"),
         (torch.ones(3, 3, 3, dtype=torch.bool), "one set of boxes or one mask for each of the 2 samples; got 3"),

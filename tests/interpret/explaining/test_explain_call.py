@@ -173,11 +173,7 @@ def test_bad_arguments(case):
         (lambda: {"per_token": False}, ValueError, "answer must be given for per_token=False"),
         (lambda: {"model": "clip"}, TypeError, "model"),
         (lambda: {"inputs": pixels}, TypeError, "inputs"),
-        (
-            lambda: {"inputs": {"pixels": pixels}},
-            ValueError,
-            r"inputs must have names of the model's forward .*; got \['pixels'\]",
-        ),
+        (lambda: {"inputs": {"pixels": pixels}}, ValueError, r"inputs must have names of the model's forward .*; got"),
         (lambda: {"inputs": {"pixel_values": ["photo.png"]}}, TypeError, "inputs must hold tensors; .*return_tensors='pt'"),
         (lambda: {"inputs": {"pixel_values": pixels.numpy()}}, TypeError, "inputs must hold tensors; got .* in 'pixel_values'"),
         (lambda: {"inputs": {**case.inputs, "output_attentions": True}}, ValueError, "output_attentions"),

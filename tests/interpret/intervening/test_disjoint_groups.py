@@ -68,10 +68,7 @@ def test_an_answer_keeps_its_tokens() -> None:
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        (
-            {"a": (0, 4), "b": [(2, 3), (3, 6)]},
-            r"got 'a' and 'b', which share tokens 2, 3 of sample 0 in tower 'language' \(edits",
-        ),
+        ({"a": (0, 4), "b": [(2, 3), (3, 6)]}, r"got 'a' and 'b', which share tokens 2, 3 of sample 0 in tower 'language"),
         ({"end": (6, 9), "last": "last"}, "got 'last' and 'end', which share tokens 8 of sample 0"),
         ({"one": "last", "two": "last"}, "got 'one' and 'two', which share tokens 8 of sample 0"),
         (["text", "question"], "got 'text' and 'question', which share tokens"),
@@ -174,10 +171,7 @@ def test_boxes_are_groups_of_edges() -> None:
         (("image", (0.5, 0.0, 0.5, 1.0)), r"keys must be \('image', \(x1, y1, x2, y2\)\), .* in \[0, 1\]; got"),
         (("image", (0, 0, 12, 12)), r"keys must be \('image', "),
         (("text", (0.0, 0.0, 1.0, 1.0)), r"keys must be \('image', "),
-        (
-            ("image", (0.4, 0.4, 0.6, 0.6)),
-            r"keys must have a token; got \('image', \(0.4, 0.4, 0.6, 0.6\)\), which is empty in tower",
-        ),
+        (("image", (0.4, 0.4, 0.6, 0.6)), r"keys must have a token; got \('image', \(0.4, 0.4, 0.6, 0.6\)\), which is empty in"),
     ],
 )
 def test_a_box_that_is_none_or_has_no_patch_is_refused(keys: Any, message: str) -> None:

@@ -207,9 +207,6 @@ def test_gradients_go_through_edits() -> None:
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-12)
 
 
-# --- two towers, cross-attention, and a model that draws an order ---
-
-
 def t5() -> tuple[nn.Module, dict[str, Any]]:
     config = transformers.T5Config(
         vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0

@@ -336,17 +336,11 @@ def test_what_cannot_be_split_is_named() -> None:
         (lambda: va.score_parts(model, inputs, 1, heads=4), "heads must be from -4 to 3"),
         (lambda: va.score_parts(model, inputs, 1, parts="tokens"), "parts must be one of"),
         (lambda: va.score_parts(model, inputs, 1, groups=["image"]), r"groups\['image'\]='image' has no meaning in tower"),
-        (
-            lambda: va.score_parts(model, inputs, 1, groups={"a": (0, 3), "b": (2, 5)}),
-            "groups of a table must hold each token once",
-        ),
+        (lambda: va.score_parts(model, inputs, 1, groups={"a": (0, 3), "b": (2, 5)}), "groups of a table must hold each token"),
         (lambda: va.score_parts(model, inputs, 1, queries=(8, 12)), "queries must end within tower"),
         (lambda: va.score_parts(model, inputs, 1, tower="text"), "tower must be one of"),
         (lambda: va.logit_parts(model, inputs, 7, parts="all"), "parts must be one of"),
-        (
-            lambda: va.logit_parts(model, inputs, lambda outputs: torch.ones(2)),
-            "target must give scores that depend on the stream",
-        ),
+        (lambda: va.logit_parts(model, inputs, lambda outputs: torch.ones(2)), "target must give scores that depend on the"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
@@ -431,11 +425,7 @@ def test_what_a_lens_cannot_read_is_named() -> None:
         (lambda: va.lens(model, inputs, tokens=7), TypeError, "tokens must be a list of ids or words; got int"),
         (lambda: va.lens(model, inputs, tokens=[-1]), ValueError, "tokens must be at least 0; got -1"),
         (lambda: va.lens(model, inputs, tokens=[7, 60]), ValueError, r"tokens must be ids below 60, .*; got \[7, 60\]"),
-        (
-            lambda: va.lens(model, inputs, [70, "70"], processor=Words(1)),
-            ValueError,
-            "tokens must have names that differ; got '70'",
-        ),
+        (lambda: va.lens(model, inputs, [70, "70"], processor=Words(1)), ValueError, "tokens must have names that differ; got"),
         (lambda: va.lens(model, inputs, k=0), ValueError, "k must be"),
         (lambda: va.lens(model, inputs, layers=5), ValueError, "layers must be from -3 to 2"),
         (lambda: va.lens(model, inputs).maps("7"), ValueError, "token must be one of tokens="),

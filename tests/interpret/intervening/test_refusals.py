@@ -55,11 +55,7 @@ from vlattn_fast.attach.events import RUNNING
         (lambda: va.Residual(1, add=1.0), TypeError, r"add must be a tensor \(C\) or \(B, N, C\); got float"),
         (lambda: va.Residual(1, add=torch.ones(3, 4)), ValueError, r"add must be a floating-point tensor \(C\) or \(B, N, C\)"),
         (lambda: va.Residual(1, set=torch.ones(3).int()), ValueError, "set must be a floating-point tensor"),
-        (
-            lambda: va.Residual(1, set=va.StateRecord("mlp", "a", {}, {}, 1)),
-            ValueError,
-            "set must be recorded with of='residual'",
-        ),
+        (lambda: va.Residual(1, set=va.StateRecord("mlp", "a", {}, {}, 1)), ValueError, "set must be recorded with of='residual"),
         (lambda: va.Residual(1, scale=0.0, tower=("a", "a")), TypeError, "tower must be a name, or None; got tuple"),
     ],
 )
@@ -73,10 +69,7 @@ def test_an_edit_checks_itself(make: Any, error: type[Exception], message: str) 
     [
         ([va.Knockout(keys="image", layers=3)], "layers must be from -3 to 2 in tower 'language', which has 3; got 3"),
         ([va.Knockout(keys="image", layers=-4)], "layers must be from -3 to 2 in tower 'language', which has 3; got -4"),
-        (
-            [va.Knockout(keys="image", heads=[0, 4])],
-            "heads must be from -4 to 3 in layer 0 of tower 'language', which has 4; got 4",
-        ),
+        ([va.Knockout(keys="image", heads=[0, 4])], "heads must be from -4 to 3 in layer 0 of tower 'language', which has 4"),
         ([va.Steer(keys="image", heads=-5, weight=2)], "heads must be from -4 to 3 in layer 0 of tower 'language', .*; got -5"),
         ([va.ScaleHeads({7: [0]}, 0.0)], "layers must be from -3 to 2 in tower 'language', which has 3; got 7"),
         ([va.ScaleHeads({0: [9]}, 0.0)], "heads must be from -4 to 3 in layer 0 of tower 'language', which has 4; got 9"),

@@ -505,11 +505,7 @@ def test_what_a_model_lacks_is_named() -> None:
         (va.Residual(3, scale=0.0), inputs, "layers must be from -3 to 2 in tower 'language', which has 3; got 3"),
         (va.Residual(1, "image", scale=0.0), inputs, "positions='image' has no meaning in tower 'language' of 9 tokens"),
         (va.Residual(1, (8, 10), scale=0.0), inputs, r"positions must end within tower 'language' of 9 tokens; got .*\(8, 10\)"),
-        (
-            va.Residual(1, add=torch.ones(16)),
-            inputs,
-            r"add must be a number, or have the shape \(C\) = \(32\) or .*; got \(16,\)",
-        ),
+        (va.Residual(1, add=torch.ones(16)), inputs, r"add must be a number, or have the shape \(C\) = \(32\) or .*; got"),
         (va.Residual(1, set=run), inputs, "set must have recorded layer 1 of .*; got layers 2 of"),
         (va.Residual(2, set=run), shorter, r"set must .* \(B, N, C\) = \(2, 7, 32\) in layer 2 .*; got \(2, 9, 32\)"),
         (va.Residual(1, scale=0.0, tower="text"), inputs, "tower must be one of 'language'; got 'text'"),

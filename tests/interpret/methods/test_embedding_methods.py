@@ -108,8 +108,6 @@ def test_several_streams():
     close(got, (embeddings * grad).sum(-1).detach())
 
 
-# --- models whose layers recur, are refused, or have no attention ---
-
 MIXING = [("causal", "InklingForCausalLM"), ("causal", "JambaForCausalLM"), ("image-text", "Qwen3_5ForConditionalGeneration")]
 
 

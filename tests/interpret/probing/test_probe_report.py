@@ -89,10 +89,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     [
         ([None], "labels for each of 2 samples of the inputs; got 1"),
         ([3, None], "labels as a dict, a dataclass or None; got int"),
-        (
-            [{"phrase": []}, None],
-            r"labels must be among phrases, relations, word_relations, sentence, variants; got \['phrase'\]",
-        ),
+        ([{"phrase": []}, None], r"labels must be among phrases, relations, word_relations, sentence, variants; got"),
         ([{"phrases": [(1, 2, 3, 4)]}, None], "phrases must be .*, with or without a class; got"),
         ([{"phrases": [((2, 2), 0)]}, None], r"phrases must have a span \(start, stop\)"),
         ([{"phrases": [((1, 2), [])]}, None], "phrases must name a region each"),
@@ -101,14 +98,8 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         ([{"phrases": [((1, 2), 0.5)]}, None], r"phrases must name regions by their numbers; got \(\(1, 2\), 0.5\)"),
         ([{"relations": [(0.9, 1, "on")]}, None], r"relations must name regions by their numbers; got \(0.9, 1, 'on'\)"),
         ([{"relations": [(0, 1, None)]}, None], "relations must be .* each"),
-        (
-            [{"word_relations": [((1, 2), (2, 3))]}, None],
-            r"word_relations must be \(\(start, stop\), \(start, stop\), class\) each",
-        ),
-        (
-            [{"word_relations": [((1, 2), (3, 5), "x")]}, None],
-            r"word_relations must name text tokens in input 2; got columns 3 to 4",
-        ),
+        ([{"word_relations": [((1, 2), (2, 3))]}, None], r"word_relations must be \(\(start, stop\), \(start, stop\), class"),
+        ([{"word_relations": [((1, 2), (3, 5), "x")]}, None], r"word_relations must name text tokens in input 2; got columns 3"),
         ([{"variants": [3]}, None], "variants must be a dict of task -> input ids; got list"),
         ([{"variants": {"other": 3}}, None], "variants must give the input ids of the changed text; got 3 for 'other'"),
         ([{"variants": {"word_order": [3]}}, None], "variants must have tasks with names other than length"),

@@ -85,11 +85,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: va.prompt_maps(nn.Linear(1, 1)), ValueError, "guidance must be 'none'.*got None and Linear"),
     (lambda: va.prompt_maps(nn.Linear(1, 1), guidance="both"), ValueError, "guidance must be one of .*got 'both'"),
     (lambda: va.prompt_maps(nn.Linear(1, 1), guidance="none", text_first=1), TypeError, "text_first must be True, .*got 1"),
-    (
-        lambda: va.prompt_maps(nn.Linear(1, 1), guidance="none", layers="mid"),
-        TypeError,
-        "layers must be a callable or None; got str",
-    ),
+    (lambda: va.prompt_maps(nn.Linear(1, 1), guidance="none", layers="mid"), TypeError, "layers must be a callable or None; got"),
     (
         lambda: va.prompt_maps(nn.Linear(1, 1), guidance="none", patches=va.PatchGrid(0, 3)),
         ValueError,

@@ -145,12 +145,7 @@ def test_every_region_is_drawn_without_a_photo():
         ({"a": made(), "b": made()[0]}, {}, ValueError, r"the same number of samples; got {'a': 2, 'b': 1}"),
         ({"a": answered(), "b": made()}, {}, ValueError, "the same number of answer words"),
         ({"a": made()}, {"image": {"b": WHITE}}, ValueError, r"image must have the names \['a'\]; got \['b'\]"),
-        (
-            {"a": made(image=None, image_samples=None)},
-            {"image": WHITE},
-            ValueError,
-            "image must be None for explanations without maps",
-        ),
+        ({"a": made(image=None, image_samples=None)}, {"image": WHITE}, ValueError, "image must be None for explanations"),
     ],
 )
 def test_bad_input(explanations, options, error, message):
