@@ -76,5 +76,6 @@ def chosen(operator: str, backend: str, choice: Choice) -> list[Example]:
 
 
 def laid_out(call: Example, choice: Choice) -> tuple[Example, dict[str, Tensor]]:
-    tensors = {name: lay_out(x, choice.layout) for name, x in call.in_dtype(choice.dtype).items()}
+    made = call.in_dtype(choice.dtype)
+    tensors = {name: lay_out(x, choice.layout if x.dim() > 1 else "contiguous") for name, x in made.items()}
     return replace(call, options=call.placed_options(tensors)), tensors
