@@ -18,7 +18,9 @@ def dot(score: Any, q: Tensor, k: Tensor) -> Tensor:
 
 
 def cosine(score: Any, q: Tensor, k: Tensor) -> Tensor:
-    return dot(score, *(x / x.square().sum(-1, keepdim=True).sqrt() for x in (q, k)))
+    """A vector of zeros, as padding is, has the length 1."""
+    squares = [x.square().sum(-1, keepdim=True) for x in (q, k)]
+    return dot(score, *(x / torch.where(s == 0, 1.0, s).sqrt() for x, s in zip((q, k), squares, strict=True)))
 
 
 def distance(score: Any, q: Tensor, k: Tensor) -> Tensor:
