@@ -91,8 +91,8 @@ class Derivatives:
     def of_forward(self, inputs: Any, tangents: Mapping[str, Any], outputs: tuple[Tensor, ...]) -> Any:
         """The tangents of X's outputs."""
         x = named(inputs) | dict(zip(self.outputs, outputs, strict=True))  # an lse is an input if it has a tangent
-        made = self.tangents_of_outputs(x, {field: tangents[field] for field in self.fields})
-        for output, tangent in zip(self.grads.values(), made, strict=True):
+        tangents_out = self.tangents_of_outputs(x, {field: tangents[field] for field in self.fields})
+        for output, tangent in zip(self.grads.values(), tangents_out, strict=True):
             x[f"{output}_tangent"] = torch.zeros_like(x[output]) if tangent is None else tangent
         of_outputs = tuple([x.get(f"{output}_tangent") for output in self.outputs])
         return of_outputs if len(of_outputs) > 1 else of_outputs[0]
@@ -124,9 +124,9 @@ class Derivatives:
         """What X_second gives: J(x, u) if it does, and the gradients by field."""
         h = {grad: torch.zeros_like(x[self.grads[grad]]) if y is None and grad in self.needed else y for grad, y in h.items()}
         tangents = dict.fromkeys(self.grads) | h_tangent
-        made = flat(self.second(named_inputs(self.second_type, x | h | {"with_jvp": with_jvp}, u | tangents)))
+        derivatives = flat(self.second(named_inputs(self.second_type, x | h | {"with_jvp": with_jvp}, u | tangents)))
         rows = len(self.grads) if self.one_sweep else 0
-        return made[:rows], dict(zip(self.fields, made[rows:], strict=True))
+        return derivatives[:rows], dict(zip(self.fields, derivatives[rows:], strict=True))
 
     def _jvp_of_backward(self, inputs: Any, tangents: Mapping[str, Any], outputs: tuple[Tensor, ...]) -> Any:
         x, h = named(inputs), {grad: tangents[grad] for grad in self.grads}

@@ -182,9 +182,9 @@ def _autograd_function(name: str, kernel: Callable[..., Any], schema: Schema) ->
         return outputs
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        made = _DERIVATIVES[name].backward(ctx, *grads) if any([grad is not None for grad in grads]) else {}
+        gradients = _DERIVATIVES[name].backward(ctx, *grads) if any([grad is not None for grad in grads]) else {}
         needs = ctx.needs_input_grad[:num_tensors]  # a backend may give what stands for None, or what comes with others
-        return *[made.get(x) if need else None for x, need in zip(tensor_names, needs, strict=True)], None, None
+        return *[gradients.get(x) if need else None for x, need in zip(tensor_names, needs, strict=True)], None, None
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         with _open_level():

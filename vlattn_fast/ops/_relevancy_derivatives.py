@@ -55,16 +55,16 @@ def _jvp(inputs: Any, tangents: Named, outputs: tuple[Tensor, ...]) -> tuple[Ten
     return tuple([torch.zeros_like(out) if y is None or y.shape != out.shape else y for y, out in pairs])
 
 
-def _jvp_of_carrier(x: Named, given: Named, u: Named) -> Tensor | None:
+def _jvp_of_carrier(x: Named, tangents: Named, u: Named) -> Tensor | None:
     """The tangent of r * a + (r * b) Abar."""
-    step, carrier = _step_of(x), given["grad_carrier"]
+    step, carrier = _step_of(x), tangents["grad_carrier"]
     direct = None if carrier is None else weigh_rows(carrier, x["residual_weight"])
     if step is None:
         return direct
     behind = x["grad_behind_sink"] is not None
     v = u | {
         "relevancy": None if carrier is None else weigh_rows(carrier, x["attention_weight"]),
-        "grad_output": given["grad_behind_sink" if behind else "grad_out"],
+        "grad_output": tangents["grad_behind_sink" if behind else "grad_out"],
         "lse": None,
     }
     if _has_sink(x):
@@ -72,8 +72,8 @@ def _jvp_of_carrier(x: Named, given: Named, u: Named) -> Tensor | None:
         if has_any(u):
             _, lse = ATTENTION.tangents_of_outputs(named_attention(x), u | {"vector": None})
             v["lse"] = of_keys * lse
-        if given["sink"] is not None:
-            v["lse"] = plus(v["lse"], of_sink * given["sink"])
+        if tangents["sink"] is not None:
+            v["lse"] = plus(v["lse"], of_sink * tangents["sink"])
     return plus(direct, STEP.tangents_of_outputs(step, v)[0] if has_any(v) else None)
 
 

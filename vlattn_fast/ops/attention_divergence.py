@@ -132,10 +132,10 @@ def attention_divergence(
     plan = planned(_plan, x, other_query, other_key, kind, beta, head_mean)
     query, key, other_query, other_key = cast_by_autocast(query, key, other_query, other_key)
     if plan.backend == "reference":
-        own: dict[str, Any] = {"kind": kind, "beta": beta, "head_mean": head_mean, "scale": scale, "other_scale": other_scale}
+        options: dict[str, Any] = {"kind": kind, "beta": beta, "head_mean": head_mean, "scale": scale, "other_scale": other_scale}
         masks: dict[str, Any] = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
         with without_autocast(query):
-            return reference.attention_divergence(query, key, other_query, other_key, **own, **masks)
+            return reference.attention_divergence(query, key, other_query, other_key, **options, **masks)
     key, other_key = mask_padding(key_mask, key, other_key)
     tensors = query, key, other_query, other_key, attn_mask, key_mask
     scales = plan.scale, resolve_scale(other_scale, scaled_dot_default(other_query.shape[3]), "other_scale")

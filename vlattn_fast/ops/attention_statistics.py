@@ -227,8 +227,8 @@ def statistics_of(
     """The statistics of a call that is checked and planned."""
     num_groups = resolve_groups(x.key_groups, num_groups if x.group_bias is None else x.group_bias.shape[-1])
     if plan.dot.backend == "reference":
-        own = {"statistics": plan.asked, "num_groups": num_groups, "row_weight": row_weight}
-        return by_formula(reference.attention_statistics, x, plan.dot.scale, **own)
+        options = {"statistics": plan.asked, "num_groups": num_groups, "row_weight": row_weight}
+        return by_formula(reference.attention_statistics, x, plan.dot.scale, **options)
     features = _features(x, num_groups, row_weight, plan)
     outputs = dict(zip(OUTPUTS, _forward_op(features.inputs) if plan.outputs else (None,) * len(OUTPUTS), strict=True))
     (x,) = cast(x)
@@ -265,13 +265,13 @@ def _diagonal(x: AttentionArguments, plan: DotPlan, maximum: Tensor, argmax: Ten
     queries, tokens = x.query.shape[2], min(x.query.shape[2], x.key.shape[2])
     if tokens == 0:
         return torch.zeros_like(maximum)
-    own = _logits_at(x, plan, torch.arange(tokens, device=x.query.device).expand(*x.query.shape[:2], -1))
+    diagonal = _logits_at(x, plan, torch.arange(tokens, device=x.query.device).expand(*x.query.shape[:2], -1))
     top = _logits_at(x, plan, argmax[:, :, :tokens].clamp(0, x.key.shape[2] - 1)).detach()
-    visible = ~torch.isneginf(own)
-    less = (own.detach() - torch.where(visible, top, 0.0)).clamp(max=0.0).exp()
+    visible = ~torch.isneginf(diagonal)
+    less = (diagonal.detach() - torch.where(visible, top, 0.0)).clamp(max=0.0).exp()
     weight = torch.where(visible, maximum.detach()[:, :, :tokens] * less.to(maximum.dtype), 0.0)
     if is_differentiated(x.query, x.key, x.group_bias):
-        log = torch.where(visible, own - attention_lse(x, plan)[:, :, :tokens], 0.0)
+        log = torch.where(visible, diagonal - attention_lse(x, plan)[:, :, :tokens], 0.0)
         weight = weight * (log - log.detach()).exp().to(weight.dtype)
     return F.pad(weight, (0, queries - tokens))
 
@@ -295,8 +295,8 @@ def _share_before(x: AttentionArguments, plan: DotPlan, lse_before: Tensor, lse:
     derivatives alone: the value is made of the largest weights of both calls, and of the logits that these have."""
     largest, logits = [], []
     for each in (x._replace(is_causal=True), x):
-        own = AttentionArguments(each.query.detach(), each.key.detach(), *each[2:])
-        found = attention_statistics(**own._asdict() | {"scale": plan.scale, "backend": plan.backend}, statistics=_LARGEST)
+        detached = AttentionArguments(each.query.detach(), each.key.detach(), *each[2:])
+        found = attention_statistics(**detached._asdict() | {"scale": plan.scale, "backend": plan.backend}, statistics=_LARGEST)
         largest.append(found.maximum.detach())
         logits.append(_logits_at(each, plan, found.argmax.clamp(0, x.key.shape[2] - 1)).detach())
     visible = largest[0] > 0

@@ -171,8 +171,8 @@ def relevancy_attention(
     x, value = cast(x, value)
     if plan.backend == "reference":
         weighted = {"residual_weight": residual_weight, "attention_weight": attention_weight, "head_gate": head_gate}
-        own = {"value": value, "carrier": carrier, "rule": rule, "row_normalize": row_normalize, **weighted}
-        return by_formula(reference.relevancy_attention, x, plan.scale, **own)
+        options = {"value": value, "carrier": carrier, "rule": rule, "row_normalize": row_normalize, **weighted}
+        return by_formula(reference.relevancy_attention, x, plan.scale, **options)
     x, value = without_padding(x, plan, value)
     weights = _weight(residual_weight, carrier), _weight(attention_weight, carrier)
     logit = None if sink is None else sink[:, None]
@@ -366,11 +366,11 @@ def _autograd(
     grad_carrier = grad_carrier if "carrier" in needed else None
     if grad_behind_sink is not None and grad_behind_sink.dim() == 1:  # of the empty tensor
         grad_behind_sink = None
-    given = grad_out, grad_carrier, grad_lse, grad_behind_sink, need_inputs
-    grads = dict(zip(("query", "key", "value", "carrier", "row_bias"), _backward_op(_saved.inputs(ctx, *given)), strict=True))
+    incoming = grad_out, grad_carrier, grad_lse, grad_behind_sink, need_inputs
+    grads = dict(zip(("query", "key", "value", "carrier", "row_bias"), _backward_op(_saved.inputs(ctx, *incoming)), strict=True))
     carrier = grads.pop("carrier")
-    made = grads if need_inputs else {}
-    return made if grad_carrier is None else made | {"carrier": carrier}
+    by_field = grads if need_inputs else {}
+    return by_field if grad_carrier is None else by_field | {"carrier": carrier}
 
 
 def named_attention(x: dict[str, Any]) -> dict[str, Any]:

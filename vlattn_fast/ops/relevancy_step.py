@@ -99,8 +99,8 @@ def relevancy_step(
     plan = planned(_plan, x, relevancy, value, grad_output, rule, row_normalize, lse)
     x, value, grad_output = cast(x, value, grad_output)
     if plan.backend == "reference":
-        own = {"value": value, "grad_output": grad_output, "rule": rule, "row_normalize": row_normalize, "lse": lse}
-        return by_formula(reference.relevancy_step, x, plan.scale, relevancy=relevancy, **own)
+        options = {"value": value, "grad_output": grad_output, "rule": rule, "row_normalize": row_normalize, "lse": lse}
+        return by_formula(reference.relevancy_step, x, plan.scale, relevancy=relevancy, **options)
     lse = lse_for_sink(x, lse, plan)
     x, value = without_padding(x, plan, value)
     tensors = relevancy, attention_of(x, plan), value, grad_output, lse

@@ -152,8 +152,8 @@ def score_attention(
     x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, *groups, backend)
     plan = planned(_plan, x, value, score, dropout_p, return_lse, head_gate)
     if plan.backend == "reference":
-        own = {"value": value, "score": score, "dropout_p": dropout_p, "return_lse": return_lse, "head_gate": head_gate}
-        return by_formula(reference.score_attention, x, plan.scale, **own)
+        options = {"value": value, "score": score, "dropout_p": dropout_p, "return_lse": return_lse, "head_gate": head_gate}
+        return by_formula(reference.score_attention, x, plan.scale, **options)
     if plan.direct is not None:
         attention = Attention(query, key, None, attn_mask, key_mask, None, None, *plan.direct)
         out, _ = _forward_op(ScoreAttentionInputs(attention, value, None, None, 0.0, plan.backend))
@@ -298,10 +298,10 @@ Computes = Callable[[ScoreAttentionInputs], tuple[Tensor, Tensor]]
 
 def score_attention_by(operator: Computes, query: Tensor, key: Tensor, value: Tensor, **masks: Any) -> Tensor:
     """Runs `score_attention` of these tensors and masks with another operator, such as one with a backward pass of its own."""
-    x, own = AttentionArguments(query, key, **masks), {"value": value, "score": "scaled_dot", "dropout_p": 0.0}
+    x, options = AttentionArguments(query, key, **masks), {"value": value, "score": "scaled_dot", "dropout_p": 0.0}
     if is_dtensor(query):
         by_operator = functools.partial(score_attention_by, operator)
-        shared: Tensor = over_shards(by_operator, x._asdict() | own, _OUTPUTS, _on_shards)
+        shared: Tensor = over_shards(by_operator, x._asdict() | options, _OUTPUTS, _on_shards)
         return shared
     plan = planned(_plan, x, value, "scaled_dot", 0.0, False, None)
     features = _features(x, value, "scaled_dot", 0.0, plan)
@@ -434,8 +434,8 @@ _run_jvp, _run_second = _of_kind(streaming.jvp), _of_kind(streaming.second)
 def _tangents(inputs: Any) -> dict[str, Tensor]:
     """Zeros for the tangents that kernels take, where they are None."""
     of = {"query": inputs.attention.query, "key": inputs.attention.key, "value": inputs.value}
-    given = {f"{field}_tangent": x for field, x in of.items() if getattr(inputs, f"{field}_tangent") is None}
-    return {field: torch.zeros_like(x) for field, x in given.items()}
+    missing = {f"{field}_tangent": x for field, x in of.items() if getattr(inputs, f"{field}_tangent") is None}
+    return {field: torch.zeros_like(x) for field, x in missing.items()}
 
 
 def _jvp(inputs: Any) -> tuple[Tensor, Tensor]:
@@ -451,8 +451,8 @@ def _second(inputs: Any) -> tuple[Tensor | None, ...]:
         ("grad_lse", empty),
         ("grad_lse_tangent", empty),
     )
-    given = {name: (x, where) for name, where in rows if (x := getattr(inputs, name)) is not None}
-    grads = {name: torch.where(where, 0.0, x) for name, (x, where) in given.items()}
+    incoming = {name: (x, where) for name, where in rows if (x := getattr(inputs, name)) is not None}
+    grads = {name: torch.where(where, 0.0, x) for name, (x, where) in incoming.items()}
     out, lse, *by_fields = _run_second(inputs._replace(**_tangents(inputs), **grads))
     return out, None if lse is None else as_dtype(lse, inputs.lse.dtype), *by_fields
 

@@ -40,8 +40,8 @@ def attend(x: Attention, value: Tensor, **dropout: Any) -> tuple[Tensor, Tensor]
 
 def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, vector and row_bias."""
-    given = inputs.attention
-    x, value = readable(given, inputs.value)
+    original = inputs.attention
+    x, value = readable(original, inputs.value)
     out, grad_out = unit_strides(inputs.out, inputs.grad_out)
     a, _kept = attention(x, value)
     grad_vector = None if x.vector is None else torch.zeros_like(x.vector)
@@ -61,9 +61,9 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
         grad_row_bias=address(grad_row_bias),
         **_dropout(inputs),
     )
-    if given.vector is not None and grad_vector is not None:
-        grad_vector = as_dtype(grad_vector, given.vector.dtype)
-    folded = fold_heads(grad_key, given.key.shape[1]), fold_heads(grad_value, inputs.value.shape[1])
+    if original.vector is not None and grad_vector is not None:
+        grad_vector = as_dtype(grad_vector, original.vector.dtype)
+    folded = fold_heads(grad_key, original.key.shape[1]), fold_heads(grad_value, inputs.value.shape[1])
     return grad_query, *folded, grad_vector, grad_row_bias
 
 

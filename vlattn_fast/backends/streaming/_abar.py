@@ -123,6 +123,6 @@ def second_of(backward: Callable[[Any], Any], inputs: Any, kind: Any, fields: Se
     """The tangents of the gradients of all `fields` by a backward pass, which gives None for a gradient that it leaves out."""
     asked = {"need_relevancy": True, "need_inputs": True, "need_lse": inputs.lse_tangent is not None}
     asked = {field: need for field, need in asked.items() if field in kind._fields}
-    made = tangents_of(lambda x: backward(x._replace(**asked)), inputs, kind, fields)
-    given = map(named(inputs).get, fields)
-    return tuple([torch.zeros_like(x) if y is None and x is not None else y for x, y in zip(given, made, strict=True)])
+    tangents = tangents_of(lambda x: backward(x._replace(**asked)), inputs, kind, fields)
+    values = map(named(inputs).get, fields)
+    return tuple([torch.zeros_like(x) if y is None and x is not None else y for x, y in zip(values, tangents, strict=True)])

@@ -43,8 +43,8 @@ def gradients_of_jvp(f: Callable[[Named], Any], x: Named, u: Named, by_outputs: 
         outputs = tree_leaves(f(x | {name: forward_ad.make_dual(x[name], y) for name, y in u.items()}))
         pairs = [forward_ad.unpack_dual(y) for y in outputs]
         ys = [*[y for y, _ in pairs], *[y for _, y in pairs]]
-        made = _by_leaves(ys, [*x.values(), *u.values()], [*by_outputs, *by_tangents])
-    return dict(zip(x, made[: len(x)], strict=True)), dict(zip(u, made[len(x) :], strict=True))
+        gradients = _by_leaves(ys, [*x.values(), *u.values()], [*by_outputs, *by_tangents])
+    return dict(zip(x, gradients[: len(x)], strict=True)), dict(zip(u, gradients[len(x) :], strict=True))
 
 
 def _by_leaves(outputs: Sequence[Tensor | None], leaves: list[Tensor], by_outputs: Sequence[Tensor | None]) -> list[Tensor]:
@@ -76,12 +76,12 @@ class _GraphlessTangents(TorchFunctionMode):
     frees only with the level, so that all tiles of a pass would stay in memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for y in tree_leaves(made):
+        result = func(*args, **(kwargs or {}))
+        for y in tree_leaves(result):
             tangent = forward_ad.unpack_dual(y).tangent if isinstance(y, Tensor) else None
             if tangent is not None and tangent.requires_grad and not tangent._is_view():
                 tangent.detach_()
-        return made
+        return result
 
 
 def outputs_and_gradients(
@@ -108,10 +108,10 @@ def tangents_of(run: Callable[[Any], Sequence[Tensor | None]], inputs: Any, kind
     x = defaultdict(lambda: None, named(inputs))
     tangents = {field: x[f"{field}_tangent"] for field in fields}
     with forward_mode(), torch.no_grad():
-        given = [(name, x[name].detach().contiguous(), y) for name, y in tangents.items() if y is not None]
-        duals = {name: forward_ad.make_dual(y, tangent.to(y.dtype)) for name, y, tangent in given}  # which must not overlap
-        made = [(None, None) if y is None else forward_ad.unpack_dual(y) for y in run(schema_of(kind).from_named(x | duals))]
-        return tuple([y if y is None else torch.zeros_like(y) if tangent is None else tangent.to(y.dtype) for y, tangent in made])
+        parts = [(name, x[name].detach().contiguous(), y) for name, y in tangents.items() if y is not None]
+        duals = {name: forward_ad.make_dual(y, tangent.to(y.dtype)) for name, y, tangent in parts}  # which must not overlap
+        pairs = [(None, None) if y is None else forward_ad.unpack_dual(y) for y in run(schema_of(kind).from_named(x | duals))]
+        return tuple([y if y is None else torch.zeros_like(y) if u is None else u.to(y.dtype) for y, u in pairs])
 
 
 @contextmanager

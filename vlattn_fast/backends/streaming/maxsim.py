@@ -57,9 +57,9 @@ def backward(inputs: MaxsimBackwardInputs) -> tuple[Tensor, Tensor]:
     by_queries, by_documents = (x.new_zeros(x.shape, dtype=dtype) for x in (queries, documents))
     for b in range(documents.shape[0]):
         x = {"queries": queries.to(dtype), "document": documents[b].to(dtype)}
-        made = gradients(partial(_similarity, inputs.places[:, b]), x, [inputs.grad_similarity[:, b]])
-        by_queries += made["queries"]
-        by_documents[b] = made["document"]
+        of_document = gradients(partial(_similarity, inputs.places[:, b]), x, [inputs.grad_similarity[:, b]])
+        by_queries += of_document["queries"]
+        by_documents[b] = of_document["document"]
     return by_queries.to(queries.dtype), by_documents.to(queries.dtype)
 
 
@@ -74,11 +74,11 @@ def jvp(inputs: MaxsimJvpInputs) -> tuple[Tensor | None, ...]:
     """The tangent of the similarity. Each query token keeps its tokens of the documents."""
 
     def similarity(x: MaxsimBackwardInputs) -> list[Tensor]:
-        made = x.queries.new_zeros(x.places.shape[:2], dtype=compute_dtype(x.queries))
-        for b in range(made.shape[1]):
-            tensors = {"queries": x.queries.to(made.dtype), "document": x.documents[b].to(made.dtype)}
-            made[:, b] = _similarity(x.places[:, b], tensors)[0]
-        return [made]
+        result = x.queries.new_zeros(x.places.shape[:2], dtype=compute_dtype(x.queries))
+        for b in range(result.shape[1]):
+            tensors = {"queries": x.queries.to(result.dtype), "document": x.documents[b].to(result.dtype)}
+            result[:, b] = _similarity(x.places[:, b], tensors)[0]
+        return [result]
 
     return tangents_of(similarity, inputs, MaxsimBackwardInputs, _FIELDS)
 

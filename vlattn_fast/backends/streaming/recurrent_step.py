@@ -109,16 +109,16 @@ def _over_tiles(inputs: Any, kind: type[_Samples]) -> Tensor:
 
 def _gradients(inputs: Any, names: Sequence[str], kind: type[_Samples]) -> tuple[Tensor | None, ...]:
     """Those of `names`, None for others."""
-    given = {name: x for name in names if (x := getattr(inputs, name)) is not None}
-    made = {}
-    for name, x in given.items():
+    tensors = {name: x for name in names if (x := getattr(inputs, name)) is not None}
+    gradients = {}
+    for name, x in tensors.items():
         shape = (x.shape[0], inputs.num_heads, *x.shape[2:]) if name in ("query", "key") else x.shape
-        made[name] = x.new_zeros(shape, dtype=compute_dtype(x))
+        gradients[name] = x.new_zeros(shape, dtype=compute_dtype(x))
     for samples in _samples(inputs, kind):
         for name, gradient in samples.gradients(names).items():
-            made[name][samples.place(name)] += gradient[:, :, : samples.length]
-    made = {name: fold_heads(y, given[name].shape[1]).to(given[name].dtype) for name, y in made.items()}
-    return tuple([made.get(name) for name in DIFFERENTIABLE])
+            gradients[name][samples.place(name)] += gradient[:, :, : samples.length]
+    gradients = {name: fold_heads(y, tensors[name].shape[1]).to(tensors[name].dtype) for name, y in gradients.items()}
+    return tuple([gradients.get(name) for name in DIFFERENTIABLE])
 
 
 def _samples(inputs: Any, kind: type[_Samples]) -> Iterator[_Samples]:

@@ -55,9 +55,9 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
     if inputs.grad_lse is None:
         expanded, value = x._replace(key=expand_heads(x.key, heads)), expand_heads(inputs.value, heads)
         if _fused_cpu.runs(expanded, value, inputs.dropout_p) and _fused_cpu.runs_backward(x.query, inputs.lse):
-            made = _fused_cpu.backward(inputs.grad_out, expanded, value, inputs.out, inputs.lse)
-            grad_k, grad_v = (fold_heads(y, of.shape[1]) for y, of in zip(made[1:], (x.key, inputs.value), strict=True))
-            return made[0], grad_k, grad_v, None, None
+            by_tensor = _fused_cpu.backward(inputs.grad_out, expanded, value, inputs.out, inputs.lse)
+            grad_k, grad_v = (fold_heads(y, of.shape[1]) for y, of in zip(by_tensor[1:], (x.key, inputs.value), strict=True))
+            return by_tensor[0], grad_k, grad_v, None, None
     return _gradients(inputs, None)
 
 

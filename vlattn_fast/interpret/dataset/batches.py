@@ -50,9 +50,9 @@ class Options:
         """The options, checked; raises the errors of `explain_dataset`."""
         if not isinstance(model, (str, Path, nn.Module)):
             raise TypeError(f"model must be a directory, an id or a torch.nn.Module; got {type(model).__name__}")
-        known = [field.name for field in fields(cls) if field.name != "model"]
-        if unknown := [name for name in options if name not in known]:
-            raise TypeError(f"options must be among {', '.join(known)}; got {', '.join(unknown)}")
+        names = [field.name for field in fields(cls) if field.name != "model"]
+        if unknown := [name for name in options if name not in names]:
+            raise TypeError(f"options must be among {', '.join(names)}; got {', '.join(unknown)}")
         text, dtype = options.get("text", ()), options.get("dtype")
         if dtype is not None and not (isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)):
             raise ValueError(f"dtype must be the name of a torch dtype, e.g. 'bfloat16'; got {dtype!r}")
@@ -174,10 +174,10 @@ class Batches:
             inputs = build_inputs(self.model, processor, item.load_image(), item.texts or options.text)
         targets: list[Any] | None
         target = item.target if item.target is not None else options.target
-        known = item.answer if item.answer is not None else options.answer
-        if target is not None and (known is not None or options.generate is not None):
+        chosen = item.answer if item.answer is not None else options.answer
+        if target is not None and (chosen is not None or options.generate is not None):
             raise ValueError("answer must be None if target is given; got both")
-        answer = None if known is None else token_ids(known, processor, 1)[0]  # a text, or the ids of one
+        answer = None if chosen is None else token_ids(chosen, processor, 1)[0]  # a text, or the ids of one
         if self.adapter.scoring.pairs:
             inputs, targets = prepare_inputs(self.model, inputs, self.adapter, target)
             count = len(targets or [])

@@ -135,19 +135,19 @@ def _in_memory(entry: Any) -> dict[str, Any]:
         raise TypeError(
             f"dataset must give mappings, with the columns {', '.join(COLUMNS)} or the model's inputs; got {entry!r:.80}"
         )
-    known = {name: entry.get(name) for name in _READ}
+    columns = {name: entry.get(name) for name in _READ}
     if (inputs := entry.get("inputs")) is not None:
         if not isinstance(inputs, Mapping) or not any(isinstance(x, Tensor) for x in inputs.values()):
             raise TypeError(f"inputs must be a mapping with the model's tensors; got {type(inputs).__name__}")
-        return {**known, "inputs": inputs}
-    inputs = {name: x for name, x in entry.items() if name not in known}
+        return {**columns, "inputs": inputs}
+    inputs = {name: x for name, x in entry.items() if name not in columns}
     if any(isinstance(x, Tensor) for x in inputs.values()):
-        return {**known, "inputs": inputs}
-    if known["image"] is None and known["text"] is None:
+        return {**columns, "inputs": inputs}
+    if columns["image"] is None and columns["text"] is None:
         raise ValueError(
             f"dataset must give an image, a text or tensors in each mapping; got {', '.join(map(str, entry)) or 'none'}"
         )
-    return known
+    return columns
 
 
 def _digest(identity: str, entry: Mapping[str, Any]) -> str:

@@ -128,9 +128,9 @@ def cut_attention(plan: Plan, batch: Batch, tally: Tally) -> None:
         whole, places = scores[0, number], cuts[number]
         falls = whole - scores[[places[cut] for cut in _singles(part, mass)], number]
         falls = falls.where(falls.abs() > noise * whole.abs(), 0.0)
-        known = not (constant(mass) or constant(falls))
-        tally.add((name, INTERVENTION, part), rank_correlation(mass, falls) if known else None)
-        tally.add((name, f"{INTERVENTION}:top", part), overlap(mass, falls) if known else None)
+        is_defined = not (constant(mass) or constant(falls))
+        tally.add((name, INTERVENTION, part), rank_correlation(mass, falls) if is_defined else None)
+        tally.add((name, f"{INTERVENTION}:top", part), overlap(mass, falls) if is_defined else None)
         for test in _DRAWN:
             curve = [float(probabilities[places[cut], number]) for cut in _drawn(test, part, mass)]
             tally.add((name, f"{INTERVENTION}:{test}", part), CURVES[test].value(curve, TENTHS), curve)

@@ -151,10 +151,10 @@ def _columns_of(phrase: str, ids: Tensor, words: Tensor, tokenizer: Any) -> list
     """Where a word, or several in a row, stand among the columns of words."""
     if not hasattr(tokenizer, "convert_ids_to_tokens"):
         raise ValueError(f"processor must be given for a text_truth of words; got {phrase!r} without it")
-    known = join_tokens([str(token) for token in tokenizer.convert_ids_to_tokens(ids[words].tolist())])
+    tokens_joined = join_tokens([str(token) for token in tokenizer.convert_ids_to_tokens(ids[words].tolist())])
     said = phrase.split()
-    starts = [n for n in range(len(known)) if said and [word.text for word in known[n : n + len(said)]] == said]
-    return [int(words[token]) for n in starts for word in known[n : n + len(said)] for token in word.tokens]
+    starts = [n for n in range(len(tokens_joined)) if said and [word.text for word in tokens_joined[n : n + len(said)]] == said]
+    return [int(words[token]) for n in starts for word in tokens_joined[n : n + len(said)] for token in word.tokens]
 
 
 def _of_one_sample(boxes: Any) -> bool:

@@ -57,8 +57,8 @@ class Evaluation(Report):
         Returns:
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
         """
-        known = [entry for entry in self.table if entry["value"] is not None]
-        tests = list(dict.fromkeys((entry["test"], entry["part"]) for entry in known))
+        with_value = [entry for entry in self.table if entry["value"] is not None]
+        tests = list(dict.fromkeys((entry["test"], entry["part"]) for entry in with_value))
         with extra("viz"):
             figure, axes = panels(len(tests))
         # a bare dollar sign would start a formula
@@ -67,7 +67,7 @@ class Evaluation(Report):
             axis.set_title(f"{test[0]} of {'both parts' if test[1] == BOTH else f'the {test[1]}'}")
             drawn, entries = (
                 {entry["method"]: entry for entry in some if (entry["test"], entry["part"]) == test}
-                for some in (self.curves, known)
+                for some in (self.curves, with_value)
             )
             for index, method in enumerate(plain):
                 if method in drawn:

@@ -200,9 +200,9 @@ class GroundingDetector:
 
 def _labels(tables: Sequence[TokenGrounding], labels: Sequence[Sequence[bool]]) -> Tensor:
     """bool (tokens)."""
-    sizes, given = [len(table) for table in tables], [len(row) for row in labels]
-    if sizes != given:
-        raise ValueError(f"labels must have one for each token of each table, {sizes}; got {given}")
+    sizes, counts = [len(table) for table in tables], [len(row) for row in labels]
+    if sizes != counts:
+        raise ValueError(f"labels must have one for each token of each table, {sizes}; got {counts}")
     wanted = torch.tensor([bool(label) for row in labels for label in row])
     if not len(wanted) or bool(wanted.all()) or not bool(wanted.any()):
         raise ValueError("labels must name grounded tokens and others; got one kind alone")

@@ -76,15 +76,15 @@ def items_of(model: nn.Module, number: int, item: Any, tokens: Any, per_token: b
     if target is not None:
         raise ValueError("dataset must give a target or an answer for each input; got both")
     adapter, tokenizer = adapter_of(model), tokenizer_of(processor)
-    made = prepare_answer(answer, tokenizer, inputs, adapter, model)
-    if len(made.ids) != 1:
-        raise ValueError(f"dataset must give inputs with an answer one by one; got a batch of {len(made.ids)}")
-    (ids,), is_text = made.ids, adapter.answers == "input_ids"
-    before = int(made.answer_positions[0, 0]) + 1 if is_text else None
+    prepared = prepare_answer(answer, tokenizer, inputs, adapter, model)
+    if len(prepared.ids) != 1:
+        raise ValueError(f"dataset must give inputs with an answer one by one; got a batch of {len(prepared.ids)}")
+    (ids,), is_text = prepared.ids, adapter.answers == "input_ids"
+    before = int(prepared.answer_positions[0, 0]) + 1 if is_text else None
     if not per_token:
-        if before is not None and before + len(ids) != made.arguments["input_ids"].shape[1]:
+        if before is not None and before + len(ids) != prepared.arguments["input_ids"].shape[1]:
             raise ValueError("inputs must have no padding after the prompt if per_token=False; got some. Leave it out")
-        yield Item(made.arguments, _Whole(ids), boxes, before, None, (inputs, ids), truth)
+        yield Item(prepared.arguments, _Whole(ids), boxes, before, None, (inputs, ids), truth)
         return
     begin = inputs
     if not is_text and adapter.answers not in inputs:

@@ -78,11 +78,11 @@ def perturb(plan: Plan, judge: Judge, batch: Batch, tally: Tally) -> None:
         for test, steps in plan.steps.items():
             for part in CURVES[test].parts:
                 for number, values in enumerate(maps):
-                    known = {one: value for one, value in values.items() if part in (one, BOTH) and value is not None}
-                    if len(known) < (2 if part == BOTH else 1) or not all(map(len, known.values())):
+                    maps_by_part = {one: value for one, value in values.items() if part in (one, BOTH) and value is not None}
+                    if len(maps_by_part) < (2 if part == BOTH else 1) or not all(map(len, maps_by_part.values())):
                         tally.add((name, test, part), None)
                         continue
-                    keys = [(number, batch.samples[number].stays(left)) for left in CURVES[test].inputs(known, steps)]
+                    keys = [(number, batch.samples[number].stays(left)) for left in CURVES[test].inputs(maps_by_part, steps)]
                     for key in keys:
                         indices.setdefault(key, len(indices))
                     planned.append(((name, test, part), keys))

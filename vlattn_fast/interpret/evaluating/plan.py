@@ -115,9 +115,9 @@ def named_methods(methods: Any) -> dict[str, str | Method | CustomMethod]:
             continue
         if not isinstance(method, str):
             raise TypeError(f"methods must be names, objects of va.methods and callables; got {type(method).__name__}")
-        known = [*METHODS, *ABLATIONS, *_NO_METHODS]
-        if method not in known:
-            raise ValueError(f"methods must be callables, objects of va.methods or among {', '.join(known)}; got {method!r}")
+        names = [*METHODS, *ABLATIONS, *_NO_METHODS]
+        if method not in names:
+            raise ValueError(f"methods must be callables, objects of va.methods or among {', '.join(names)}; got {method!r}")
     return named
 
 

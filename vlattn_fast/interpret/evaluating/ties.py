@@ -14,8 +14,8 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # from 
 
 def coarsest(tensors: Iterable[Tensor]) -> torch.dtype:
     """The dtype of the coarsest of these tensors, such as a model's parameters; float64 of none."""
-    known = (_DTYPES.index(tensor.dtype) for tensor in tensors if tensor.dtype in _DTYPES)
-    return _DTYPES[max(known, default=0)]
+    ranks = (_DTYPES.index(tensor.dtype) for tensor in tensors if tensor.dtype in _DTYPES)
+    return _DTYPES[max(ranks, default=0)]
 
 
 def rounding(dtype: torch.dtype) -> float:

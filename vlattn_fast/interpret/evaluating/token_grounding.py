@@ -189,27 +189,27 @@ class _Looks(Method):
     def _places(self, tower: TowerTrace) -> tuple[Tensor, Tensor]:
         """The places (B, T) of the queries that predict the answer's tokens, and of these."""
         before = self._tokens(tower).before
-        predicting, own = self._answer.start_positions + before, self._answer.answer_positions + before + 1
-        last = own.masked_fill(~self._answer.real, -1).amax(1, keepdim=True)
-        return predicting, torch.minimum(own, last)
+        predicting, answer_places = self._answer.start_positions + before, self._answer.answer_positions + before + 1
+        last = answer_places.masked_fill(~self._answer.real, -1).amax(1, keepdim=True)
+        return predicting, torch.minimum(answer_places, last)
 
     def _groups(self, tower: TowerTrace) -> Tensor:
         """int64 (B, N), the group of each token among SHARES."""
-        tokens, (_, own) = self._tokens(tower), self._places(tower)
+        tokens, (_, answer_places) = self._tokens(tower), self._places(tower)
         groups = torch.ones(tower.shape, dtype=torch.long)
         if tokens.image or tokens.image_ids:
             groups[tokens.image_mask().cpu()] = 0
         place = torch.arange(tower.size)
-        return groups.masked_fill((place >= own[:, :1]) & (place <= own.amax(1, keepdim=True)), 2)
+        return groups.masked_fill((place >= answer_places[:, :1]) & (place <= answer_places.amax(1, keepdim=True)), 2)
 
     def _of_itself(self, tower: TowerTrace, call: TracedCall) -> dict[str, Tensor]:
         """Of one call of the decoder to itself, (B, H, T)."""
         if call.part or call.columns is not None or call.token_positions is not None or call.score != "dot":
             what = call.part or "a module attends to other keys than its tokens, in another order, or with another score"
             raise ValueError(f"token_grounding does not support models in which {what}; got attention '{call.path}'")
-        (predicting, own), device = self._places(tower), call.query.device
+        (predicting, answer_places), device = self._places(tower), call.query.device
         groups, places = self._groups(tower).to(device), torch.arange(tower.size)
-        counted = (places <= own.amax(1, keepdim=True)).to(device, torch.float32)
+        counted = (places <= answer_places.amax(1, keepdim=True)).to(device, torch.float32)
         real = self._tokens(tower).real()
         counted = counted if real is None else counted * real.to(counted)
         probs = attention_rows(call, predicting.to(device))
@@ -225,7 +225,7 @@ class _Looks(Method):
         )
         later = counted.flip(1).cumsum(1).flip(1).clamp(min=1)  # the token itself and those after it
         diagonal, received = (
-            x.gather(2, own.to(device)[:, None].expand(-1, x.shape[1], -1))
+            x.gather(2, answer_places.to(device)[:, None].expand(-1, x.shape[1], -1))
             for x in (asked.diagonal, asked.received / later[:, None].to(asked.received.dtype))
         )
         return {**numbers, "diagonal": diagonal, "received_less_diagonal": received - diagonal}

@@ -289,8 +289,8 @@ def start_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """(B, 1), the token that the answers of an encoder-decoder begin with."""
     configs = [getattr(model, "generation_config", None), config := getattr(model, "config", None)]
     configs += [getattr(config, name, None) for name in ("text_config", "decoder")]
-    known = (getattr(config, "decoder_start_token_id", None) for config in configs)
-    start = next((token for token in known if isinstance(token, int)), None)
+    starts = (getattr(config, "decoder_start_token_id", None) for config in configs)
+    start = next((token for token in starts if isinstance(token, int)), None)
     first = next((value for value in inputs.values() if isinstance(value, Tensor) and value.ndim), None)
     if start is None or first is None:
         raise ValueError(

@@ -98,8 +98,8 @@ def baseline_image(
     `inputs` tell which patches belong to an image, and which are padding."""
     if pixels.ndim < 4:
         if kind == BLUR:
-            known = f"{BLACK!r}, {WHITE!r}, {MEAN!r} or a tensor"
-            raise ValueError(f"{option} must be {known} for images that are given as patches; got {kind!r}")
+            allowed = f"{BLACK!r}, {WHITE!r}, {MEAN!r} or a tensor"
+            raise ValueError(f"{option} must be {allowed} for images that are given as patches; got {kind!r}")
         fills = {MEAN: lambda image: image.mean(0), BLACK: Tensor.min, WHITE: Tensor.max}
         images = [fills[kind](image[real]).expand_as(image) for image, real in _images_of_patches(pixels, inputs or {})]
         return torch.cat(images).view_as(pixels)
@@ -172,8 +172,8 @@ def _other_words(request: Request, ids: Tensor, inputs: Mapping[str, Any], value
         token = int(value)
     special = set(request.special or ()) | {getattr(one, name, None) for one in configs for name in _SPECIAL}
     real = Text(inputs, (ids.shape[0], ids.shape[1])).real()
-    known = torch.tensor(sorted(one for one in special if isinstance(one, int)), device=ids.device, dtype=ids.dtype)
-    stays = torch.isin(ids, known)
+    special_ids = torch.tensor(sorted(one for one in special if isinstance(one, int)), device=ids.device, dtype=ids.dtype)
+    stays = torch.isin(ids, special_ids)
     if real is not None:
         stays |= ~real.to(ids.device)
     return torch.where(stays, ids, torch.full_like(ids, token))

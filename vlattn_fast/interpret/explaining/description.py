@@ -75,5 +75,5 @@ def _image_ids(model: nn.Module, tower: Tower) -> str:
     config = getattr(model, "config", None)
     names = ("image_token_id", "video_token_id", "audio_token_id") if tower.kind.image_ids else ()
     ids = ((name, getattr(config, name, None)) for name in names)
-    known = ", ".join(f"{name} {value}" for name, value in ids if value is not None)
-    return f" ({known})" if known else ""
+    named = ", ".join(f"{name} {value}" for name, value in ids if value is not None)
+    return f" ({named})" if named else ""

@@ -121,12 +121,12 @@ def _score_tokens(tower: TowerTrace, scores: Tensor) -> ScoreTokens | None:
     for later, states in enumerate(reversed(tower.gradients.states) if scores.requires_grad else ()):
         edges = [edge for edge, _ in states]
         gradients = torch.autograd.grad(scores.sum(), edges, retain_graph=True, allow_unused=True) if states else ()
-        known = [(g, numbers) for g, (_, numbers) in zip(gradients, states, strict=False) if g is not None]
+        with_numbers = [(g, numbers) for g, (_, numbers) in zip(gradients, states, strict=False) if g is not None]
         if tower.positions.is_flat:
-            placed = [tower.positions.as_entered(g, numbers) for g, numbers in known]
+            placed = [tower.positions.as_entered(g, numbers) for g, numbers in with_numbers]
             whole = [g for g in placed if g is not None]
         else:
-            whole = [g for g, _ in known if g.shape[-2] == tower.size]  # not of a part of the sequence
+            whole = [g for g, _ in with_numbers if g.shape[-2] == tower.size]  # not of a part of the sequence
         counting = [(g != 0).flatten(1, -3).any(1).any(-1) if g.ndim > 3 else (g != 0).any(-1) for g in whole]
         if not counting or not any(bool(tokens.any()) for tokens in counting):
             continue

@@ -79,12 +79,12 @@ def parts(
 def tokens_of(towers: list[TowerTrace], arguments: Mapping[str, Any], special: frozenset[int] | None) -> dict[TowerTrace, Tokens]:
     """The tokens of the towers whose kind is known."""
     reader = None if special is None else _reads_ids(towers, arguments)
-    known = {
+    kinds = {
         tower: Text(arguments, tower.shape) if tower is reader else tower.tokens_in(arguments)
         for tower in towers
         if tower.entry is not None or tower.hears or tower is reader
     }
-    return {tower: replace(tokens, special=special) for tower, tokens in known.items()}
+    return {tower: replace(tokens, special=special) for tower, tokens in kinds.items()}
 
 
 def _reads_ids(towers: list[TowerTrace], arguments: Mapping[str, Any]) -> TowerTrace | None:

@@ -219,6 +219,6 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> list[list[int
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         greedy = {"max_new_tokens": count, "do_sample": False, "num_beams": 1, "suppress_tokens": never or None}
-        made = model.generate(**inputs, **greedy, stopping_criteria=[ends])
+        generated = model.generate(**inputs, **greedy, stopping_criteria=[ends])
     prompt = inputs.get(adapter.answers)  # without one a decoder after an encoder begins with its start token
-    return without_ends(made[:, 1 if prompt is None else prompt.shape[1] :].tolist(), end_tokens(model))
+    return without_ends(generated[:, 1 if prompt is None else prompt.shape[1] :].tolist(), end_tokens(model))

@@ -56,8 +56,8 @@ def named_sinks(run: Run, image_samples: Sequence[int] | None = None) -> Sinks:
             )
             where = tuple(layer for layer, one in zip(layers, sinks, strict=True) if bool(one[row, index]))
             place, word = names.of(source, row, index)
-            known = source.name, index, reader.name, where, layer_shares, layer_norms, place, word
-            samples[sample].append(Sink(*known, removed=method.sinks == REMOVE))
+            fields = source.name, index, reader.name, where, layer_shares, layer_norms, place, word
+            samples[sample].append(Sink(*fields, removed=method.sinks == REMOVE))
     return Sinks(samples)
 
 

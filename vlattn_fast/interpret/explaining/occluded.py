@@ -143,10 +143,10 @@ def _groups(question: Question) -> list[tuple[TowerTrace, int, Tensor, bool]]:
             for numbers_of_tower in by_tower.values():
                 add(sample, torch.tensor([numbers_of_tower]), False)
     for tower in plain:
-        known = real.get(tower)
+        is_real = real.get(tower)
         for sample in range(tower.batch or 0):
             if (tower, sample) not in covered:
-                numbers = torch.arange(tower.size) if known is None else known[sample].cpu().nonzero()[:, 0]
+                numbers = torch.arange(tower.size) if is_real is None else is_real[sample].cpu().nonzero()[:, 0]
                 add(sample, numbers[None] + firsts[tower], False)
     return groups
 

@@ -195,13 +195,13 @@ def _adapter_of_target(
     """The adapter of a model whose `target` is explained; WITHOUT_ADAPTER if its towers are found."""
     if not per_token:
         raise ValueError("answer must be given for per_token=False, which sums over its tokens; got none")
-    known = find_adapter(model)
-    if known is None:
+    adapter = find_adapter(model)
+    if adapter is None:
         decodes = generates(model) and (encoder_decoder(model) or block_decoder(model))
-        known = decodes or custom_decoder(model, inputs)
+        adapter = decodes or custom_decoder(model, inputs)
     finds = isinstance(position, Mapping) and listed_adapter(model) is None  # the caller names towers
-    if known is not None and not (finds and not _names_towers(known, position)):
-        return known
+    if adapter is not None and not (finds and not _names_towers(adapter, position)):
+        return adapter
     if position is None and method.uses_position and not classifies(model):
         raise ValueError(_how_to_explain(model, inputs, packs))
     return WITHOUT_ADAPTER
@@ -211,8 +211,8 @@ def _adapter_of_answers(model: nn.Module, inputs: Mapping[str, Any], target: Any
     """The adapter of a model that predicts tokens."""
     if target is not None or position is not None:
         raise ValueError("answer must be given without target and position, which it replaces; got both")
-    known = find_adapter(model) or encoder_decoder(model)
-    adapter = custom_decoder(model, inputs, answers=True) if known is None else known
+    listed = find_adapter(model) or encoder_decoder(model)
+    adapter = custom_decoder(model, inputs, answers=True) if listed is None else listed
     if adapter is None or not adapter.scoring.predicts:
         name, is_callers = type(model).__name__, adapter is None and not hasattr(model, "can_generate")
         raise ValueError(
@@ -266,8 +266,8 @@ def _index(word: str, tokenizer: Any, model: nn.Module, adapter: Adapter) -> int
         classes = {} if adapter.scoring.pairs else _classes(model)
         if word not in classes:
             names = list(classes)
-            known = f"one of {', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}" if names else "an index"
-            raise ValueError(f"target must be {known} for {type(model).__name__}; got {word!r}")
+            wanted = f"one of {', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}" if names else "an index"
+            raise ValueError(f"target must be {wanted} for {type(model).__name__}; got {word!r}")
         if len(classes[word]) > 1:
             which = " and ".join(map(str, classes[word]))
             raise ValueError(f"target must name one class; got {word!r}, the name of classes {which}. Pass the index")

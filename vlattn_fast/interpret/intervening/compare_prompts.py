@@ -243,11 +243,11 @@ class _Side:
 
 
 class _Runs:
-    """Both sides: `base` is patched with what the `other` run has."""
+    """Both sides: `base` is patched with what `source` has."""
 
     def __init__(self, clean: _Side, corrupt: _Side, direction: str, align: Any) -> None:
         self.direction = direction
-        self.base, self.other = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
+        self.base, self.source = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
         self.neutral = 0.0 if direction == "denoise" else 1.0
         batches = clean.tower.shape[0], corrupt.tower.shape[0]
         if batches[0] != batches[1]:
@@ -258,9 +258,9 @@ class _Runs:
         self.pair = plans.self_pair("compare_prompts", self.base.tower.name)
         once = plans.once_in_layers(self.pair, None, "runs are compared")
         self.calls = {plan.call.layer: plan.call for plan in once}
-        self.own, self.own_scores = self._recorded(self.base)
-        self.others, other_scores = self._recorded(self.other)
-        pair = self.own_scores, other_scores
+        self.base_outputs, self.base_scores = self._recorded(self.base)
+        self.source_outputs, source_scores = self._recorded(self.source)
+        pair = self.base_scores, source_scores
         self.corrupt_scores, self.clean_scores = pair if direction == "denoise" else pair[::-1]
         self.difference = self.clean_scores - self.corrupt_scores
         if not bool((self.difference != 0).all()):
@@ -286,10 +286,10 @@ class _Runs:
         tables = {"residual": torch.full((layers, len(self.to)), torch.nan), "head": torch.full((layers, heads), torch.nan)}
         tables["mlp"] = torch.full((layers, 1), torch.nan)
         for (kind, layer), gradient in gradients.items():
-            own, other = self.own[kind, layer], self.others[kind, layer]
+            base, source = self.base_outputs[kind, layer], self.source_outputs[kind, layer]
             if kind != "head":
-                own, other = own[:, None], other[:, None]
-            change = other[:, :, self.from_].double() - own[:, :, self.to].double()  # (B, H or 1, T, C)
+                base, source = base[:, None], source[:, None]
+            change = source[:, :, self.from_].double() - base[:, :, self.to].double()  # (B, H or 1, T, C)
             if gradient is None:
                 products = torch.zeros(change.shape[:3], dtype=torch.float64)
             else:
@@ -317,7 +317,7 @@ class _Runs:
         plans = self.base.plans.anew()
         plans.add(edit)
         with torch.no_grad():
-            change = (self.base.run(plans) - self.own_scores).double() / self.difference.double()
+            change = (self.base.run(plans) - self.base_scores).double() / self.difference.double()
         return self.neutral + float(change.mean())
 
     def path(self, sender: Head, receiver: Head) -> float:
@@ -327,15 +327,15 @@ class _Runs:
         if two <= one:
             raise ValueError(f"receiver must be in a layer after that of the sender, {one}; got {two}")
         plans, received = self.base.plans.anew(), dict[int, Tensor]()
-        own = self._record({layer: x for (kind, layer), x in self.own.items() if kind == "head"})
-        other = self._record({one: self._moved("head", one)})
+        of_base = self._record({layer: x for (kind, layer), x in self.base_outputs.items() if kind == "head"})
+        of_source = self._record({one: self._moved("head", one)})
         everywhere = self._mask(range(self.base.tower.shape[1]))
         for layer, call in self.calls.items():
             kept = [head for head in range(call.heads) if (layer, head) != (one, one_head)]
             if layer < two and kept:
-                plans.add(Patch(own, {layer: kept}, everywhere))
-        plans.add(Patch(other, {one: one_head}, self._mask(self.to)))
-        for (kind, layer), state in self.own.items():
+                plans.add(Patch(of_base, {layer: kept}, everywhere))
+        plans.add(Patch(of_source, {one: one_head}, self._mask(self.to)))
+        for (kind, layer), state in self.base_outputs.items():
             if kind == "mlp" and layer < two:
                 plans.add(Mlp(layer, set=state, tower=self.base.tower.name))
         (plan,) = plans.layers([self.pair], [two])
@@ -356,9 +356,9 @@ class _Runs:
         return HeadRecord((self.base.tower.name, self.base.tower.name), {}, outputs, 0)
 
     def _moved(self, kind: str, layer: int) -> Tensor:
-        """What the base run has there, (B, ..., N, C), with the aligned tokens of the other run."""
-        own, other = self.own[kind, layer], self.others[kind, layer]
-        return own.index_copy(-2, torch.tensor(self.to, device=own.device), other[..., self.from_, :].to(own))
+        """What the base run has there, (B, ..., N, C), with the aligned tokens of the source."""
+        base, source = self.base_outputs[kind, layer], self.source_outputs[kind, layer]
+        return base.index_copy(-2, torch.tensor(self.to, device=base.device), source[..., self.from_, :].to(base))
 
     def _mask(self, positions: Sequence[int]) -> Tensor:
         return torch.zeros(self.base.tower.shape, dtype=torch.bool).index_fill(1, torch.tensor(list(positions)), True)

@@ -190,9 +190,9 @@ class StateEdit:
         object.__setattr__(self, "layers", check_numbers("layers", self.layers))
         check_group("positions", self.positions)
         check_tower_name(self.tower)
-        given = [name for name in ("set", "add", "scale") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"{type(self).__name__} needs one of set, add and scale; got {', '.join(given) or 'none'}")
+        names = [name for name in ("set", "add", "scale") if getattr(self, name) is not None]
+        if len(names) != 1:
+            raise ValueError(f"{type(self).__name__} needs one of set, add and scale; got {', '.join(names) or 'none'}")
         name, value = self.value
         if isinstance(value, Tensor) and name != "scale":
             if not value.is_floating_point() or value.ndim not in (1, 3):

@@ -26,7 +26,7 @@ _SPAN = re.compile(r"(-?\d+)(?:-(-?\d+))?$")
 
 def cut_of(text: str, tower: str | None) -> Knockout:
     """The knockout of "image->last", "image[0,0,.5,1]->last:10-15" or "image->last:10-15:0,3": keys, queries, layers, heads."""
-    known, match = (*NAMES, "all"), _CUT.match(text)
+    names, match = (*NAMES, "all"), _CUT.match(text)
     try:
         if match is None:
             raise ValueError
@@ -34,10 +34,10 @@ def cut_of(text: str, tower: str | None) -> Knockout:
         groups = {"keys": _group(keys), "queries": _group(queries)}
         layers, heads = (None if each is None else _numbers(each) for each in numbers)
     except ValueError:
-        form = f'"KEYS->QUERIES[:LAYERS[:HEADS]]" in quotes, e.g. "image->last:10-15", with names among {", ".join(known)}, or '
+        form = f'"KEYS->QUERIES[:LAYERS[:HEADS]]" in quotes, e.g. "image->last:10-15", with names among {", ".join(names)}, or '
         form += "a box image[x1,y1,x2,y2]"
         first, second, *rest = [*text.split(":"), ""]
-        if first in known and second in known:  # the order in which one says "A attends to B"
+        if first in names and second in names:  # the order in which one says "A attends to B"
             form += f'; information flows from keys to queries: "{":".join([f"{second}->{first}", *rest]).rstrip(":")}"'
         raise ValueError(f"cut must be {form}; got {text!r}") from None
     return Knockout(**groups, layers=layers, heads=heads, tower=tower)

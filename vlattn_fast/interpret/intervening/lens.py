@@ -155,9 +155,9 @@ def lens(
     module = unwrapped(model)
     traced = trace_model(model, inputs, [tower])
     plans = Plans(traced)
-    own = plans.self_pair("lens", tower)[0]
-    last = last_of(traced, plans.state_places, own, "lens")
-    chosen = chosen_places(traced, plans.state_places, "residual", "lens", numbers, own.name)
+    pair = plans.self_pair("lens", tower)[0]
+    last = last_of(traced, plans.state_places, pair, "lens")
+    chosen = chosen_places(traced, plans.state_places, "residual", "lens", numbers, pair.name)
     states: dict[int, Tensor] = {}
     for place in chosen:
         plans.add_change(place, functools.partial(keep, states, place.layer))
@@ -166,11 +166,11 @@ def lens(
         tops, probabilities, columns = list[Tensor](), list[Tensor](), list[Tensor]()
         for place in with_progress(chosen, "layers"):
             edited = plans.anew()
-            edited.add(Residual(last.layer, set=states.pop(place.layer), tower=own.name))
+            edited.add(Residual(last.layer, set=states.pop(place.layer), tower=pair.name))
             logits = traced.adapter.scoring.logits(_run(edited, traced.arguments))
-            if not isinstance(logits, Tensor) or logits.ndim != 3 or tuple(logits.shape[:2]) != own.shape:
+            if not isinstance(logits, Tensor) or logits.ndim != 3 or tuple(logits.shape[:2]) != pair.shape:
                 got = "none" if not isinstance(logits, Tensor) else tuple(logits.shape)
-                raise ValueError(f"model must give logits for each of the {own.shape} tokens of '{own.name}'; got {got}")
+                raise ValueError(f"model must give logits for each of the {pair.shape} tokens of '{pair.name}'; got {got}")
             if any(token >= logits.shape[-1] for token in asked.values()):
                 raise ValueError(f"tokens must be ids below {logits.shape[-1]}, those of the model; got {list(asked.values())}")
             probability = logits.float().softmax(-1)
@@ -178,9 +178,9 @@ def lens(
             tops.append(top.indices.cpu())
             probabilities.append(top.values.cpu())
             columns.append(probability[..., list(asked.values())].cpu())
-    is_image = own.tokens.image_mask().cpu() if own.tokens.image else torch.ones(own.shape, dtype=torch.bool)
+    is_image = pair.tokens.image_mask().cpu() if pair.tokens.image else torch.ones(pair.shape, dtype=torch.bool)
     found = torch.stack(tops), torch.stack(probabilities), asked, torch.stack(columns)
-    return Lens(tuple(place.layer for place in chosen), *found, is_image, own, names)
+    return Lens(tuple(place.layer for place in chosen), *found, is_image, pair, names)
 
 
 def _run(plans: Plans, arguments: Mapping[str, Any]) -> Any:

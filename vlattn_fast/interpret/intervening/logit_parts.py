@@ -100,14 +100,14 @@ def logit_parts(
     plans = Plans(asked.traced)
     pair = plans.self_pair("logit_parts", tower)
     check_once(plans.layers([pair], None), "logits are split")
-    own, model = pair[0], asked.traced.model
+    tower_tokens, model = pair[0], asked.traced.model
     with at_rest(model), packing(model, asked.request.packs):
-        leaves = run_with_leaves(plans, own, "logit_parts")
+        leaves = run_with_leaves(plans, tower_tokens, "logit_parts")
         with torch.enable_grad():
             scores, _ = asked.scores(leaves.outputs)
         check_scores(scores)
         if not scores.requires_grad:
-            raise ValueError(f"target must give scores that depend on the stream of tower '{own.name}'; got others")
+            raise ValueError(f"target must give scores that depend on the stream of tower '{tower_tokens.name}'; got others")
         gradients = leaves.gradients(scores, torch.ones_like(scores))
         shares = leaves.shares(gradients, scores.detach(), parts)
         return LogitParts((*leaves.part_names(parts), "rest"), shares, _sources(leaves, gradients), scores.detach())

@@ -148,8 +148,8 @@ class Plans:
         if not self.calls:
             raise ValueError("model must have layers with a softmax, whose attention has edges; got none")
         if not chosen:
-            known = ", ".join(str((of.name, to.name)) for of, to in pairs)
-            raise ValueError(f"tower must be a pair of which the first attends to the second, {known}; got {tower!r}")
+            allowed = ", ".join(str((of.name, to.name)) for of, to in pairs)
+            raise ValueError(f"tower must be a pair of which the first attends to the second, {allowed}; got {tower!r}")
         return chosen
 
     def self_pair(self, what: str, tower: TowerName) -> Pair:
@@ -219,12 +219,12 @@ class Plans:
         plans = [plan for plan in self.calls if plan.pair in pairs]
         if numbers is None:
             return plans
-        known, tower = sorted({plan.call.layer for plan in plans}), plans[0].call.tower
+        with_edges, tower = sorted({plan.call.layer for plan in plans}), plans[0].call.tower
         mixing = {layer: f"{place}, without a softmax" for layer, place in self.without_edges(pairs).items()}
         chosen = {check_index(name, number, self._depth(tower), f"tower '{tower.name}'") for number in numbers}
-        for layer in sorted(chosen.difference(known)):
+        for layer in sorted(chosen.difference(with_edges)):
             what = mixing.get(layer, f"which does not attend to {', '.join(repr(pair[1].name) for pair in pairs)}")
-            raise ValueError(f"{name} must be among {known}, which have attention; got {layer}, {what}")
+            raise ValueError(f"{name} must be among {with_edges}, which have attention; got {layer}, {what}")
         return [plan for plan in plans if plan.call.layer in chosen]
 
     def _depth(self, tower: TracedTower) -> int:

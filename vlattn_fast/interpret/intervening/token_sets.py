@@ -42,8 +42,8 @@ def check_group(name: str, group: Any) -> None:
         return
     if isinstance(group, str):
         if not is_name(group):
-            known = f"one of {', '.join(map(repr, NAMES))} or 'image:0', 'image:1', ..."
-            raise ValueError(f"{name} must be {known}, or one minus others, e.g. 'question - last'; got {group!r}")
+            allowed = f"one of {', '.join(map(repr, NAMES))} or 'image:0', 'image:1', ..."
+            raise ValueError(f"{name} must be {allowed}, or one minus others, e.g. 'question - last'; got {group!r}")
     elif isinstance(group, Tensor):
         if group.dtype != torch.bool or group.ndim not in (1, 2):
             raise ValueError(f"{name} must be bool (B, N) or (N,), True = a token of the group; got {describe(group)}")

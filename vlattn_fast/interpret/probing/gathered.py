@@ -130,9 +130,9 @@ class Gathered:
             return []
         asked: list[tuple[str, Any, Sets]] = []
         for one, two in sorted(related):
-            while (other := tuple(random.choice(image, 2, replace=False).tolist())) in either:
+            while (unrelated := tuple(random.choice(image, 2, replace=False).tolist())) in either:
                 pass
-            asked += [("relation_detection", 1, ([one], [two])), ("relation_detection", 0, ([other[0]], [other[1]]))]
+            asked += [("relation_detection", 1, ([one], [two])), ("relation_detection", 0, ([unrelated[0]], [unrelated[1]]))]
         return asked
 
     def _clusters(self, run: ForwardPass, number: int) -> None:
@@ -158,17 +158,17 @@ class Gathered:
             if not columns:
                 self._left_out["linguistic"] += 1
                 continue
-            own = ids[number].tolist()
-            self._texts.append((texts[number], [own[column] for column in columns], label.sentence))
-            pairs = [i for i, j in zip(columns, columns[1:], strict=False) if j == i + 1 and own[i] != own[j]]
+            text_ids = ids[number].tolist()
+            self._texts.append((texts[number], [text_ids[column] for column in columns], label.sentence))
+            pairs = [i for i, j in zip(columns, columns[1:], strict=False) if j == i + 1 and text_ids[i] != text_ids[j]]
             if pairs:
                 place = int(self._random("word_order", self.count + number).choice(pairs))
-                order = [*own[:place], own[place + 1], own[place], *own[place + 2 :]]
+                order = [*text_ids[:place], text_ids[place + 1], text_ids[place], *text_ids[place + 2 :]]
                 changed["word_order"][number] = order
             for task, variant in label.variants.items():
-                if len(variant) != len(own):
+                if len(variant) != len(text_ids):
                     got = f"{len(variant)} ids for {task!r} in input {self.count + number}"
-                    raise ValueError(f"variants must have as many ids as the input's text, {len(own)}; got {got}")
+                    raise ValueError(f"variants must have as many ids as the input's text, {len(text_ids)}; got {got}")
                 changed.setdefault(task, {})[number] = variant
         for task, variants in changed.items():
             if not variants:
@@ -279,7 +279,7 @@ class Gathered:
             features = np.stack([text.outputs if of_heads else text.states for text in samples]) if samples else np.zeros((0, 0))
             return _of_task(test, task, features, classes, groups, self.seed, without)
 
-        whole, texts, given = (list(column) for column in zip(*self._texts, strict=True))
+        whole, texts, classes_of_texts = (list(column) for column in zip(*self._texts, strict=True))
         counts = Counter(word for text in texts for word in set(text))
         # the id whose number of texts is nearest to half of them; the smallest of several
         word = min(counts, key=lambda word: (abs(counts[word] - len(texts) / 2), word))
@@ -288,9 +288,9 @@ class Gathered:
         for task, pairs in self._pairs.items():  # two samples per text
             samples, changed, inputs = (list(column) for column in zip(*pairs, strict=True)) if pairs else ([], [], [])
             entries += of_task(task, samples, changed, inputs, 2 * self.count - len(pairs))
-        for task in dict.fromkeys(name for classes in given for name in classes):
-            having = [index for index, classes in enumerate(given) if task in classes]
-            classes = [given[index][task] for index in having]
+        for task in dict.fromkeys(name for classes in classes_of_texts for name in classes):
+            having = [index for index, classes in enumerate(classes_of_texts) if task in classes]
+            classes = [classes_of_texts[index][task] for index in having]
             entries += of_task(task, [whole[index] for index in having], classes, having, left_out + len(whole) - len(having))
         return entries
 

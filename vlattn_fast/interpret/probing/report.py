@@ -186,9 +186,9 @@ class ProbeReport(Report):
 
 def _of_layer(heads: list[dict[str, Any]]) -> dict[str, Any]:
     """One entry for the heads of a layer."""
-    known = [entry for entry in heads if entry["value"] is not None]
-    if not known:
+    defined = [entry for entry in heads if entry["value"] is not None]
+    if not defined:
         return {**heads[0], "head": None}
-    most = max(known, key=lambda entry: entry["value"])
-    note = f"mean of {len(known)} heads, {most['value']:.4f} in head {most['head']}"
-    return {**heads[0], "head": None, "value": sum(entry["value"] for entry in known) / len(known), "note": note}
+    most = max(defined, key=lambda entry: entry["value"])
+    note = f"mean of {len(defined)} heads, {most['value']:.4f} in head {most['head']}"
+    return {**heads[0], "head": None, "value": sum(entry["value"] for entry in defined) / len(defined), "note": note}

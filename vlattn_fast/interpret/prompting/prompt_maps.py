@@ -233,7 +233,7 @@ def _guidance(model: Any, guidance: str | None) -> Callable[[], str]:
     if guidance is not None:
         return lambda: guidance
     name = type(model).__name__
-    has_flag, known = (
+    has_flag, is_listed = (
         hasattr(type(model), "do_classifier_free_guidance"),
         any(k.__name__ in _IN_BATCH for k in type(model).__mro__),
     )
@@ -244,7 +244,7 @@ def _guidance(model: Any, guidance: str | None) -> Callable[[], str]:
     def asked() -> str:
         if not model.do_classifier_free_guidance:
             return "none"
-        if not known:
+        if not is_listed:
             raise ValueError(message)
         return "batch"
 

@@ -37,14 +37,14 @@ class Selection:
                 raise ValueError(f"{name} must be numbers that differ, at least one; got {list(numbers)}")
         return cls(per, None if layers is None else tuple(layers), None if heads is None else tuple(heads))
 
-    def chosen(self, name: str, known: Sequence[int], tower: str) -> list[int]:
-        """The numbers of the layers or heads (`name`) of a tower that has those that are `known`, in their order."""
-        asked, count = getattr(self, name), known[-1] + 1
+    def chosen(self, name: str, available: Sequence[int], tower: str) -> list[int]:
+        """The numbers of the layers or heads (`name`) of a tower that has those that are `available`, in their order."""
+        asked, count = getattr(self, name), available[-1] + 1
         if asked is None:
-            return list(known)
-        legend = f"from {-count} to {count - 1}" if len(known) == count else f"among {list(known)}, which mix tokens,"
+            return list(available)
+        legend = f"from {-count} to {count - 1}" if len(available) == count else f"among {list(available)}, which mix tokens,"
         for number in asked:
-            if not -count <= number < count or number % count not in known:
+            if not -count <= number < count or number % count not in available:
                 raise ValueError(f"{name} must be {legend} in tower '{tower}'; got {number}")
         numbers = [number % count for number in asked]
         if len(set(numbers)) < len(numbers):

@@ -224,12 +224,12 @@ class Trace(Subscriber):
     def on_attention(self, event: AttentionEvent, attend: Attend) -> Tensor:
         """The attention (B, H, N, D) of one call, as the model computes it; with relevancy, if the tower is explained.
         Dropout is off but in a run that trains."""
-        tensors, masks, known = self._parts_of(event, attend)
+        tensors, masks, options = self._parts_of(event, attend)
         calls, path = self._records.of(tensors[0]).calls, event.run.path
         query, key = map(self._frozen, tensors[:2])
         masks = {name: mask if name == "group_bias" else self._frozen(mask) for name, mask in masks.items()}
-        known["dropout_p"] = event.dropout_p if self.trains else 0.0
-        call = TracedCall(path or "", query, key, tensors[2], masks, **known)
+        options["dropout_p"] = event.dropout_p if self.trains else 0.0
+        call = TracedCall(path or "", query, key, tensors[2], masks, **options)
         output, owner = (call.computed(), None) if path is None else self._attend(event.run, call, calls)
         self._attended(call, owner, calls, output)
         self._output = output
@@ -238,28 +238,28 @@ class Trace(Subscriber):
     def _parts_of(
         self, event: AttentionEvent, attend: Attend
     ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any], dict[str, Any]]:
-        """Query, key and value with their marks, the options of the call, and what else is known of one that ran already."""
-        given, masks, known = event.given, dict(event.masks or {}), dict[str, Any]()
+        """Query, key and value with their marks, the masks, and the options of the call; also the result of one that ran."""
+        sources, masks, options = event.given, dict(event.masks or {}), dict[str, Any]()
         if event.written is not None:
             *written, masks = event.written.as_call()
-            known = {"ran": event.written.output, "by_hand": True}
-            query, key, value = (self._marked_as(tensor, source) for tensor, source in zip(written, given, strict=True))
+            options = {"ran": event.written.output, "by_hand": True}
+            query, key, value = (self._marked_as(tensor, source) for tensor, source in zip(written, sources, strict=True))
         elif event.inputs is not None:
             x, sink = event.inputs.attention, event.inputs.sink
             output = attend(replace(event, sink=self._frozen(event.sink), lse=self._frozen(event.lse)))
-            known = {"ran": output, "score": x.score, "vector": x.vector, "parameter": x.parameter}
-            known["lse"] = None if event.lse is None else event.lse.detach()
+            options = {"ran": output, "score": x.score, "vector": x.vector, "parameter": x.parameter}
+            options["lse"] = None if event.lse is None else event.lse.detach()
             masks |= {} if sink is None else {"sink": sink}
             parts = (each if self.trains else each.detach() for each in (x.query, x.key, event.inputs.value))
             query, *key_value = parts
             key, value = (expand_heads(each, query.shape[1]) for each in mask_padding(x.key_mask, *key_value))
-            query, key, value = (self._marked_as(each, of) for each, of in zip((query, key, value), given, strict=True))
+            query, key, value = (self._marked_as(each, of) for each, of in zip((query, key, value), sources, strict=True))
         else:
             assert event.value is not None
             dim = 1 if event.is_one_head else None
-            views = zip((event.query, event.key, event.value), given, strict=True)
+            views = zip((event.query, event.key, event.value), sources, strict=True)
             query, key, value = (x if x is source else self._marked_as(x, source, dim) for x, source in views)
-        return (query, key, value), masks, known
+        return (query, key, value), masks, options
 
     def on_recurrence(
         self, run: ModuleRun, reader: Reader, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

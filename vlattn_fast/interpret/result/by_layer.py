@@ -66,14 +66,14 @@ class LayerExplanation(Explanation):
             split = values.unflatten(at, sizes)
             return split.movedim(tuple(range(at, at + len(sizes))), tuple(range(len(sizes))))
 
-        made = {name: stacked(fields[name], owners[name], 1) for name in _STACKED if fields.get(name) is not None}
+        stacked_fields = {name: stacked(fields[name], owners[name], 1) for name in _STACKED if fields.get(name) is not None}
         return cls(
             relevancy={name: stacked(rows, name, 1) for name, rows in relevancy.items()},
             per=per,
             layers={name: layers for name, (layers, _) in counts.items()},
             heads={name: heads for name, (_, heads) in counts.items()},
-            owners={name: owners[name] for name in made},
-            **{**fields, **made},
+            owners={name: owners[name] for name in stacked_fields},
+            **{**fields, **stacked_fields},
         )
 
     def __post_init__(self) -> None:

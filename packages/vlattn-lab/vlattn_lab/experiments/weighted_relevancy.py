@@ -268,8 +268,8 @@ def _gradient_times_input(task: str, part: str) -> list[float]:
 
 def figure(records: Sequence[Record]) -> Figure:
     """The difference of the margin from the plain rule with its deviation over the sets of scenes."""
-    drawn, axes = panels(len(FORMS), len(MODELS), (3.4 * len(MODELS), 6.4), sharex="col", sharey=True)
-    for (row, form), (column, task) in itertools.product(enumerate(FORMS), enumerate(MODELS)):
+    drawn, axes = panels(len(MODELS), len(FORMS), (7.4, 2.0 * len(MODELS) + 0.6), sharex="row", sharey=True)
+    for (row, task), (column, form) in itertools.product(enumerate(MODELS), enumerate(FORMS)):
         axis, sets = axes[row][column], _sets(records, task)
         for part, colour, shift in (("image", "#1d4ed8", -0.12), ("text", "#c2410c", 0.12)):
             found = [compared(sets, form, rule, f"{MARGIN} {part}") or (0.0, 0.0, 1.0) for rule in RULES]
@@ -280,9 +280,10 @@ def figure(records: Sequence[Record]) -> Figure:
             )  # fmt: skip
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(f"{MODELS[task]}, {form}", fontsize=10)
-        axis.set_yticks(range(len(RULES)), [_name(*rule) for rule in RULES], fontsize=8)
+        axis.set_yticks(range(len(RULES)), [_name(*rule) for rule in RULES])
+        axis.tick_params(labelsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-        if row == len(FORMS) - 1:
+        if row == len(MODELS) - 1:
             axis.set_xlabel("margin less that of the plain rule")
     axes[0][0].invert_yaxis()
     drawn.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)

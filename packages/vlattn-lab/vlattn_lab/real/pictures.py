@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import vlattn_fast as va
+from vlattn_fast.interpret.result.figures.scale import RELEVANCY, colors, for_scale
 from vlattn_lab.checkout import ROOT
 from vlattn_lab.real import cuts
 from vlattn_lab.real.measures import Row, Scene
@@ -33,6 +34,29 @@ def tiles(lines: Sequence[Mapping[str, Any]], side: float) -> Figure:
             if not number:
                 axis.set_title(title, fontsize=6.5 * side, pad=3)
     figure.subplots_adjust(0, 0, 1, 1, wspace=0.03, hspace=0.03)
+    return figure
+
+
+def map_lines(lines: Sequence[Mapping[str, Any]], columns: int = 6, side: float = 1.16) -> Figure:
+    """The pictures of each photo in lines of `columns`, so that they are large enough to see what they show; last the colours."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    each = -(-(len(lines[0]) + 1) // columns)  # lines of a photo
+    figure = Figure(figsize=(side * columns, (side + 0.17) * each * len(lines)))
+    axes = figure.subplots(each * len(lines), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for number, line in enumerate(lines):
+        for (title, picture), axis in zip(line.items(), axes[number * each :].flat, strict=False):
+            axis.imshow(picture)
+            axis.set_title(title, fontsize=8, pad=3)
+    place = axes[each - 1][-1].inset_axes((0.05, 0.5, 0.9, 0.1))
+    shown = ScalarMappable(Normalize(-1, 1), for_scale(colors(RELEVANCY), -1))
+    figure.colorbar(shown, cax=place, orientation="horizontal", ticks=(-1, 0, 1)).set_ticklabels(["\u2212most", "0", "most"])
+    place.tick_params(labelsize=8)
+    place.set_title("a map's colours", fontsize=8, pad=3)
+    figure.subplots_adjust(0, 0, 1, 1 - 0.17 / figure.get_figheight(), wspace=0.03, hspace=0.17)
     return figure
 
 

@@ -112,7 +112,9 @@ are means over the six photos.
 
 ## The class token
 
-![Six photos with their masks and the maps of each method](real-class-token.jpg)
+![Three of the photos with their masks and the maps of each method](real-class-token.jpg)
+
+*The first three photos. Each map has a scale of its own, from 0 to its largest number, and below 0 in blue.*
 
 {token}
 

@@ -34,12 +34,12 @@ ABLATIONS = {name: kind for name, kind in _ALL.items() if ":" in name}
 
 def find_method(name: str) -> type[Method]:
     """The class of a method or an ablation; ValueError names the known ones."""
-    known = {**METHODS, **ABLATIONS}
-    if isinstance(name, str) and name in known:
-        return known[name]
+    by_name = {**METHODS, **ABLATIONS}
+    if isinstance(name, str) and name in by_name:
+        return by_name[name]
     bare = str(name).partition("(")[0]
-    line = f". Options belong to an object: method=va.methods.{known[bare].__name__}(...)" if bare in METHODS else ""
-    raise ValueError(f"method must be one of {', '.join(known)}; got {name!r}{line}")
+    line = f". Options belong to an object: method=va.methods.{by_name[bare].__name__}(...)" if bare in METHODS else ""
+    raise ValueError(f"method must be one of {', '.join(by_name)}; got {name!r}{line}")
 
 
 def method_of(method: str | Method) -> Method:
@@ -74,9 +74,9 @@ def _value(node: ast.expr) -> Any:
 def with_options(name: str, **options: Any) -> Method:
     """A method by its name, with options. ValueError for an option that its class does not have."""
     kind = find_method(name)
-    known = kind.option_names()
-    if unknown := [option for option in options if option not in known]:
-        has = f"has {', '.join(known)}" if known else "has none"
+    names = kind.option_names()
+    if unknown := [option for option in options if option not in names]:
+        has = f"has {', '.join(names)}" if names else "has none"
         raise ValueError(f"{unknown[0]} must be an option of method {name!r}, which {has}; got {options[unknown[0]]!r}")
     return kind(**options)
 

@@ -310,12 +310,12 @@ class TokenMoves:
             ids = ids[..., :1]
         elif thin and call.name in ("gather", "take_along_dim"):
             ids, rest, kwargs = thinned(ids, rest, kwargs)
-        made = call.func(ids, *rest, **kwargs)
+        moved = call.func(ids, *rest, **kwargs)
         if thin and call.name in ("gather", "take_along_dim"):  # an index may take the features of a position from several tokens
-            made = torch.where((made == made[..., :1]).all(-1, keepdim=True), made[..., :1], MERGED)
-        if isinstance(made, (tuple, list)):
-            return [self._numbers(narrowed(part), call, [numbers]) for part in made]
-        return self._numbers(narrowed(made), call, [numbers])
+            moved = torch.where((moved == moved[..., :1]).all(-1, keepdim=True), moved[..., :1], MERGED)
+        if isinstance(moved, (tuple, list)):
+            return [self._numbers(narrowed(part), call, [numbers]) for part in moved]
+        return self._numbers(narrowed(moved), call, [numbers])
 
     def _cat(self, call: TorchCall) -> Numbers | None:
         tensors, rest = (call.args[0], call.args[1:]) if call.args else (call.kwargs["tensors"], ())

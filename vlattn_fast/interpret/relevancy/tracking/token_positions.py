@@ -39,11 +39,11 @@ class Moved:
 
     def real(self, queries: Tensor | None, keys: Tensor | None, entered: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Which queries and keys are real, from masks (B, N) of the tokens as they entered, at the positions `entered`."""
-        made = []
+        real = []
         for mask, positions in ((queries, self.queries), (keys, self.keys)):
             flat = torch.zeros(1, 1, self.count) if mask is None else self.spread(mask[:, None].float().cpu(), entered)
-            made.append(None if mask is None else self.pick(flat, positions)[:, 0] > 0)
-        return made[0], made[1]
+            real.append(None if mask is None else self.pick(flat, positions)[:, 0] > 0)
+        return real[0], real[1]
 
     def scaled(self, flat: Tensor, weight: Any, positions: Tensor | None = None) -> Tensor:
         """Flat rows times a weight, a number or (B', N), at the positions of the queries."""
@@ -208,12 +208,12 @@ class TokenPositions:
         if bool(added.any()):
             numbers = moves.new((int(added.sum()),))
             moves.rename(query, numbers, ids[added])
-            made = numbers.ids
-            new = torch.arange(self.count, self.count + len(made))
-            self._numbered.learn(made, new)
-            self.count += len(made)
+            added_ids = numbers.ids
+            new = torch.arange(self.count, self.count + len(added_ids))
+            self._numbered.learn(added_ids, new)
+            self.count += len(added_ids)
             positions = positions.masked_scatter(added, new)
-            ids = ids.masked_scatter(added, made)
+            ids = ids.masked_scatter(added, added_ids)
             moves.give(query, Numbers((batch, 1, count, 1), _ids=ids.view(batch, 1, count, 1)))
         return positions
 

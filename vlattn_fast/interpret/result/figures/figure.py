@@ -60,7 +60,7 @@ _ACROSS = 4  # panels of a sample in a line
 _WITH_PHOTOS = 6  # panels of a sample at most, if its photos have axes of their own next to its maps
 _MANY = 40  # words of an answer; a longer answer has one sheet of maps, and fewer names than lines in its table
 _SHEET, _TILE = 16, 72  # maps in a line of the sheet, and pixels in a line of a map
-_NAMES = 80  # that fit above the columns of a table
+_NAMES = 64  # that fit above the columns of a table
 _STRIP = 0.12  # height per width of the strip of a sound
 _EAST_ASIAN = 0x2E80  # matplotlib's font lacks Unicode from here on: Chinese, Japanese, Korean, emoji
 _FONTS = (  # with these letters; no coloured emoji, which matplotlib cannot draw
@@ -474,9 +474,9 @@ def _draw_table(part: Any, sample: Sample, values: Array, across: list[str], cma
     cmap = for_scale(cmap, low)
     drawn = axis.imshow(values, cmap=cmap, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     below, step = -(-len(across) // _NAMES) or 1, -(-len(sample.choices) // _MANY) or 1
-    columns = axis.set_xticks(range(0, len(across), below), across[::below], rotation=90, fontsize=8)
+    columns = axis.set_xticks(range(0, len(across), below), across[::below], rotation=90, fontsize=10)
     words = [choice.label for choice in sample.choices[::step]]
-    lines = axis.set_yticks(range(0, len(sample.choices), step), words, fontsize=8)
+    lines = axis.set_yticks(range(0, len(sample.choices), step), words, fontsize=10)
     for tick in (*columns, *lines):
         tick.label1.set_parse_math(False)
     draw_bar(part, drawn.norm, cmap, [axis])

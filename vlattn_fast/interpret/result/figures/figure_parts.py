@@ -29,9 +29,9 @@ def draw_bar(part: Any, norm: Any, cmap: ListedColormap, axes: Any, location: st
     extend = "neither" if not clipped(norm.vmax, *values) else "max" if norm.vmin >= 0 else "both"
     where = {"panchor": False} if right else {}  # else panels of several shapes would stand at their right sides
     bar = part.colorbar(scale, ax=list(axes), location=location, shrink=0.8, aspect=25, pad=0.02, extend=extend, **where)
-    bar.ax.tick_params(labelsize=7)
+    bar.ax.tick_params(labelsize=9)
     if of:
-        bar.set_label(range_text(*values, end=norm.vmax), fontsize=7)
+        bar.set_label(range_text(*values, end=norm.vmax), fontsize=9)
     long = bar.ax.yaxis if right else bar.ax.xaxis
     long.set_major_locator(MaxNLocator(4 if right else 3, steps=[1, 2, 2.5, 4, 5, 10]))
     long.set_major_formatter(lambda value, _: f"{value:.3g}".replace("-", "\u2212"))  # without a power of ten in a corner

@@ -339,7 +339,7 @@ def _draw_joined(part: Any, sheet: Sheet) -> None:
     axis.set_yticks([])
     for y, line in enumerate(lines):
         for x, (place, _) in enumerate(line):
-            axis.text(x * width, y * height + head_room - 0.6 * _GAP, name_of(place), fontsize=6, va="bottom", parse_math=False)
+            axis.text(x * width, y * height + head_room - 0.6 * _GAP, name_of(place), fontsize=7, va="bottom", parse_math=False)
 
 
 def _draw_table(part: Any, words: list[str], rows: Rows, cmap: ListedColormap) -> None:
@@ -348,9 +348,9 @@ def _draw_table(part: Any, words: list[str], rows: Rows, cmap: ListedColormap) -
     axis.set_title("words, each line on a scale of its own", fontsize=7, color="gray")
     cells = np.stack([_cell_colors(row, cmap) for _, row in rows])
     axis.imshow(cells, aspect="auto", interpolation="nearest")
-    ticks = axis.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize=7)
+    ticks = axis.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize=9)
     step = -(-len(rows) // 60)  # so that the names are legible
-    ticks += axis.set_yticks(range(0, len(rows), step), [name_of(place) for place, _ in rows[::step]], fontsize=6)
+    ticks += axis.set_yticks(range(0, len(rows), step), [name_of(place) for place, _ in rows[::step]], fontsize=8)
     for tick in ticks:
         tick.label1.set_parse_math(False)
 

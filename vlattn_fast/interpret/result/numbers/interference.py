@@ -76,5 +76,5 @@ def subtract_earlier(explanation: E, rank_filter: bool) -> E:
                 left[number] = rest_of_map(left[number], flat[earlier].clamp(min=0), weights[number, earlier])
         parts.append(left.view_as(maps))
     image = tuple(parts) if isinstance(explanation.image, tuple) else torch.stack(parts) if parts else explanation.image
-    made = replace(explanation, image=image)
-    return with_filtered_image(made) if rank_filter else made
+    without_earlier = replace(explanation, image=image)
+    return with_filtered_image(without_earlier) if rank_filter else without_earlier

@@ -21,7 +21,7 @@ import torch
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
 from vlattn_lab.experiments.scores import answering, conditions, drawing, generation, matching, reading, scan, timing
 from vlattn_lab.experiments.scores.attend import FORMS, PLAIN, SCORES
-from vlattn_lab.experiments.scores.page import accuracy_and_interpretability, effects, of_conditions, pictures, tables
+from vlattn_lab.experiments.scores.page import accuracy_and_gap, effects, of_conditions, pictures, tables
 
 TASKS: dict[str, Any] = {
     "matching": matching,
@@ -127,7 +127,7 @@ EXPERIMENT = Experiment(
     stages=[Stage(choices, choose), Stage(trainings, train), Stage(timings, time_steps, alone=True)],
     tables=tables,
     figures={
-        "scores": accuracy_and_interpretability,
+        "scores": accuracy_and_gap,
         "scores-conditions": of_conditions,
         "scores-pictures": functools.partial(pictures, task="generation"),
         "scores-drawing": functools.partial(pictures, task="drawing"),

@@ -203,38 +203,39 @@ def time_table(records: Sequence[Record]) -> str:
 # --- pictures ---
 
 
-def accuracy_and_interpretability(records: Sequence[Record]) -> Figure:
-    """A point for each score; bars are standard deviations over seeds."""
+def accuracy_and_gap(records: Sequence[Record]) -> Figure:
+    """A point for each family of scores, over which `effects` are; bars are standard deviations over seeds."""
     import matplotlib
 
-    colours, markers = matplotlib.colormaps["tab20"], "osD^vP*hX<>pd"
-    places = {
-        arm: place for place, arm in enumerate(dict.fromkeys(arm for task in tasks(records) for arm in scores_of(records, task)))
-    }
-    shown = {"focus": "share on its region / chance", "gap": "least first − most first,\narea under the accuracy"}
+    shown = [*dict.fromkeys(name for task in tasks(records) for name in families_of(records, task)), UNIFORM]
+    colours, markers = [*matplotlib.colormaps["tab10"].colors], "osD^vP*h<"
     columns = min(3, len(tasks(records)))  # as many as a page can show
     lines = -(-len(tasks(records)) // columns)
-    figure, grid = panels(len(shown) * lines, columns, (3.2 * columns, 3.2 * len(shown) * lines))
-    for place, task in enumerate(tasks(records)):
-        block, column = divmod(place, columns)
-        for line, (name, label) in enumerate(shown.items()):
-            axes = grid[len(shown) * block + line][column]
-            for arm in (arm for arm in arms(records, task) if arm in (*places, UNIFORM)):
-                (x, dx), (y, dy) = (mean_and_deviation(values(records, task, arm, key)) for key in ("accuracy", name))
-                colour = "0.5" if arm == UNIFORM else colours(places[arm])
-                marker = "x" if arm == UNIFORM else markers[places[arm] % len(markers)]
-                axes.errorbar(x, y, dy, dx, fmt=marker, color=colour, elinewidth=0.8, markersize=6, label=arm)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.axhline(1.0 if name == "focus" else 0.0, color="0.8", linewidth=0.8, zorder=0)
-            if column == 0:
-                axes.set_ylabel(label)
-            if line == len(shown) - 1:
-                axes.set_xlabel({"generation": "R-precision"}.get(task, "accuracy") + f" ({task})")
-    for axes in grid[-len(shown) :, len(tasks(records)) - columns * (lines - 1) :].flat:
+    figure, grid = panels(lines, columns, (2.5 * columns, 2.6 * lines + 0.7))
+    for axes, task in zip(grid.flat, tasks(records), strict=False):
+        control = {UNIFORM: [UNIFORM]} if UNIFORM in arms(records, task) else {}
+        for name, arms_of_one in (families_of(records, task) | control).items():
+            of_seeds = (_means_of_seeds(records, task, arms_of_one, key) for key in ("accuracy", "gap"))
+            (x, dx), (y, dy) = map(mean_and_deviation, of_seeds)
+            place = shown.index(name)
+            colour, marker = ("0.4", "x") if name == UNIFORM else (colours[place], markers[place])
+            axes.errorbar(x, y, dy, dx, fmt=marker, color=colour, elinewidth=0.8, markersize=6, label=name)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.axhline(0.0, color="0.8", linewidth=0.8, zorder=0)
+        axes.set(title=task, xlabel={"generation": "R-precision"}.get(task, "accuracy"))
+    for line in grid:
+        line[0].set_ylabel("gap of areas")
+    for axes in [*grid.flat][len(tasks(records)) :]:
         axes.set_axis_off()
-    shown_arms = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(shown_arms.values(), shown_arms, loc="outside lower center", ncols=4, frameon=False)
+    handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, frameon=False)
     return figure
+
+
+def _means_of_seeds(records: Sequence[Record], task: str, names: Sequence[str], key: str) -> list[float]:
+    """The mean over some arms of each seed."""
+    by_arm = [values(records, task, arm, key) for arm in names]
+    return [sum(of_seed) / len(of_seed) for of_seed in zip(*by_arm, strict=True)]
 
 
 def of_conditions(records: Sequence[Record]) -> Figure:
