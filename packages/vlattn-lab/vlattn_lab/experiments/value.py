@@ -559,28 +559,27 @@ def figure(records: Sequence[Record]) -> Figure:
     """A dot for every head: how well its two numbers tell regions and relations; trained in either way, and untrained."""
     tests = (("coreference", 0.5), ("relation_detection", 0.5), ("relation", 0.25))
     models = by_model(records)
-    drawn, axes = panels(len(models), len(tests), (11, 3.2 * len(models)))
+    drawn, axes = panels(len(models), len(tests), (8.4, 2.9 * len(models)))
     for row, (name, of_name) in zip(axes, models.items(), strict=True):
         for axis, (test, chance) in zip(row, tests, strict=True):
             for arm, state, colour, shift in SHOWN:
                 points = [
-                    (layer + 1 + shift + 0.03 * (record["seed"] - 2), value)
+                    (layer + shift + 0.03 * (record["seed"] - 2), value)
                     for record in having(of_name, arm=arm)
                     for layer, row_of_heads in enumerate(record[state]["heads"][test])
                     for value in row_of_heads
                 ]
                 label = arm if state == "trained" else state
                 if points:
-                    axis.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.7, linewidths=0, label=label)
+                    axis.scatter(*zip(*points, strict=True), s=12, color=colour, alpha=0.7, linewidths=0, label=label)
             layers = len(of_name[0]["trained"]["heads"][test])
-            axis.axhline(chance, color="black", linewidth=0.8, linestyle=":")
-            axis.annotate("chance", (0.52, chance), xytext=(0, 3), textcoords="offset points", fontsize=8)
-            axis.set(title=f"{name}: {PAIRS[test]}", xlabel="layer", ylim=(0, 1.02), xlim=(0.5, layers + 0.5))
+            axis.axhline(chance, color="black", linewidth=0.8, linestyle=":", label="chance")
+            axis.set(title=f"{name}\n{PAIRS[test]}", xlabel="layer", ylim=(0, 1.02), xlim=(-0.5, layers - 0.5))
             axis.title.set_fontsize(9)
-            axis.set_xticks(range(1, layers + 1))
+            axis.set_xticks(range(layers))
             axis.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel("accuracy of one head")
-    axes[0][0].legend(frameon=False, loc="lower right")
+    drawn.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return drawn
 
 
