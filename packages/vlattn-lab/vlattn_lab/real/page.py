@@ -143,30 +143,6 @@ def compared(numbers: Sequence[Pair]) -> str:
     return markdown(["model", "test", "good", *(f"`{method}`" for method in COMPARED), "better"], lines, (0, 1, 2, 5))
 
 
-def default(numbers: Sequence[Pair]) -> str:
-    """Why `gradient` is the default, by the numbers alone."""
-    better = sum(lead(pair) > 0 for pair in numbers)
-    worst, best = min(numbers, key=lead), max(numbers, key=lead)
-    behind = "The largest deficit of {} is {:.3f}, in {} of {}."
-    said = [
-        f"`gradient` is the default. It is better in {better} of these {len(numbers)} figures.",
-        behind.format("`gradient`", -lead(worst), worst[1], worst[0]),
-        behind.format("`rollout`", lead(best), best[1], best[0]),
-    ]
-    return " ".join(said)
-
-
-def per_model(numbers: Sequence[Pair]) -> str:
-    """On which models which of the two points better."""
-    said = []
-    for model, test, gradient, rollout in numbers:
-        if test == "pointing":
-            order = "above" if gradient > rollout else "below" if gradient < rollout else "as good as"
-            said.append(f"on {model} `gradient` has {gradient:.3f}, {order} `rollout` with {rollout:.3f}")
-    first, *rest = said
-    return f"In pointing, {first}; {'; '.join(rest)}."
-
-
 LABELS = {  # what the page calls tokens, by their stored names
     "most read": "most attention",
     "most read in layer 0": "most attention in layer 0",
@@ -195,7 +171,6 @@ def outliers(stored: Stored) -> str:
         first=[min(read[0]), max(read[0])],
         later=max(map(max, read[1:])),
         cuts=cuts(stored),
-        change={row["tokens"]: mean(stored.cut(row["tokens"], "change")) for row in stored.of("cut")},
     )
 
 
@@ -220,7 +195,6 @@ def sinks(stored: Stored) -> str:
         largest=max(max(row["largest"]) for rows in sizes.values() for row in rows),
         sizes=markdown(["layer", *head], [[str(layer), *cells(layer)] for layer in range(count)], ()),
         maps=_sink_maps(stored),
-        said=_sinks_said(stored),
         **_sentence_sinks(stored),
     )
 
@@ -256,20 +230,6 @@ def _sentence_sinks(stored: Stored) -> Row:
     return {"sentences": table, **{name: [min(values), max(values)] for name, values in ends.items()}}
 
 
-def _sinks_said(stored: Stored) -> str:
-    """By how much the tests change at most, by method."""
-    said = []
-    for method in dict.fromkeys(row["method"] for row in stored.of("sinks")):
-        changes = [
-            (_sink_values(stored, score, method, "remove", test) - _sink_values(stored, score, method, "keep", test), test)
-            for score in ("class token", "saliency in a box")
-            for test in (SINK_TESTS if score == "class token" else SINK_TESTS[2:])
-        ]
-        change, test = max(changes, key=lambda pair: abs(pair[0]))
-        said.append(f"{shown(method)} by {round(change, 3) + 0.0:+.3f} ({test})")
-    return f"Without them the tests change most as follows: {', '.join(said)}."
-
-
 def words(stored: Stored, sentence: str) -> str:
     """A line for each method: the share of each word in the sum of absolute values, and the correlation with the falls."""
     values = stored.words(sentence)
@@ -279,13 +239,8 @@ def words(stored: Stored, sentence: str) -> str:
         total = math.fsum(map(abs, word_values))
         correlation = "" if method == "left out" else f"{spearman(word_values, falls):+.2f}"
         lines.append([shown(method), *(f"{value / total:.2f}" for value in word_values), correlation])
-    names, most = row["words"], max(range(len(falls)), key=falls.__getitem__)
-    first = [
-        shown(method) for method, word_values in values.items() if method != "left out" and max(word_values) == word_values[most]
-    ]
-    named = f"\n\nThe cosine falls most without *{names[most]}*. This word is also first by {', '.join(first) or 'no method'}."
     title = f'"{sentence}" versus "{row["beside"]}", cosine {row["cosine"]:.3f}:\n\n'
-    return title + markdown(["method", *names, "Spearman with the falls"], lines) + named
+    return title + markdown(["method", *row["words"], "Spearman with the falls"], lines)
 
 
 def pointing() -> str:
@@ -345,7 +300,6 @@ def effects(stored: Stored) -> list[Effect]:
 
 def page() -> str:
     stored = Stored(json.loads(ROWS.read_text(encoding="utf-8")))
-    numbers = pairs(stored)
     heads, each = stored.heads()
     changes, overlaps = stored.without_heads("change"), stored.without_heads("overlap")
     most, heads_a_layer = max(range(len(changes)), key=changes.__getitem__), len(stored.of("heads")[0]["change"][0])
@@ -365,9 +319,7 @@ def page() -> str:
         share=f"{max(area.values()):.0%}".replace("%", " %"),
         token=evaluation(stored, "class token"),
         box=BOX.format(box=evaluation(stored, score)) if stored.of("evaluation", score=score) else "",
-        compared=compared(numbers),
-        per_model=per_model(numbers),
-        default=default(numbers),
+        compared=compared(pairs(stored)),
         sanity=[stored.value("class token", method, "sanity") for method in COMPARED],
         files=" and ".join(f"`{file}`" for file in DIGITSCENES.values()),
         heads=heads,

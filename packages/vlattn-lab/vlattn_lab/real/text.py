@@ -25,10 +25,6 @@ attention there.
 *Share* is the mean over all layers. *Change* is the mean difference of the saliency, *overlap* the intersection over union of the
 pixels above ½ with those of the unchanged model. Values are means ± standard deviations over the photos.
 
-The saliency needs none of these tokens much. Without the patches with most attention it changes by {change[most read]:.3f},
-without random ones by {change[random]:.3f}. The patch of layer 0 hardly matters: its cut changes the saliency by
-{change[most read in layer 0]:.4f}. The class token matters most, with {change[class token]:.3f}.
-
 ![Saliency above one half, as it is, without tokens, and without one head](real-cuts.jpg)
 
 The red patches have most attention, the blue ones the largest states. The other images are dark where the saliency is below ½.
@@ -50,8 +46,6 @@ The tests of the [class token](#the-class-token), then those of [the box](#the-s
 without the sinks (remove):
 
 {maps}
-
-{said}
 
 The [sentence encoder](#sentences) also has one: [CLS] gets {cls_share[0]:.2f} to {cls_share[1]:.2f} of the attention in the
 layers in which it is a sink, with values of {cls_norm[0]:.2f} to {cls_norm[1]:.2f} times the median. Spearman's correlation of
@@ -124,9 +118,8 @@ are means over the six photos.
 
 The numbers of DigitScenes are those of [Evaluation](../evaluation.md), in {files}.
 
-{per_model} The inputs of CLIP and DINOv2 are patches, those of UNITER four regions and five words.
-
-{default} `rollout` uses no gradient, so its map of an image is the same for every score of the same position.
+The inputs of CLIP and DINOv2 are patches, those of UNITER four regions and five words. `rollout` uses no gradient, so its map of
+an image is the same for every score of the same position.
 Sanity, for which a good map is near 0, is not one of these figures: on DINOv2-S `gradient` has {sanity[0]:.3f}, and `rollout`
 {sanity[1]:.3f}.
 
