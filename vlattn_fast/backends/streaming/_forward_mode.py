@@ -43,8 +43,8 @@ def gradients_of_jvp(f: Callable[[Named], Any], x: Named, u: Named, by_outputs: 
         outputs = tree_leaves(f(x | {name: forward_ad.make_dual(x[name], y) for name, y in u.items()}))
         pairs = [forward_ad.unpack_dual(y) for y in outputs]
         ys = [*[y for y, _ in pairs], *[y for _, y in pairs]]
-        gradients = _by_leaves(ys, [*x.values(), *u.values()], [*by_outputs, *by_tangents])
-    return dict(zip(x, gradients[: len(x)], strict=True)), dict(zip(u, gradients[len(x) :], strict=True))
+        by_leaf = _by_leaves(ys, [*x.values(), *u.values()], [*by_outputs, *by_tangents])
+    return dict(zip(x, by_leaf[: len(x)], strict=True)), dict(zip(u, by_leaf[len(x) :], strict=True))
 
 
 def _by_leaves(outputs: Sequence[Tensor | None], leaves: list[Tensor], by_outputs: Sequence[Tensor | None]) -> list[Tensor]:
