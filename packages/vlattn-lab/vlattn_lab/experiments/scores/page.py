@@ -208,7 +208,7 @@ def accuracy_and_gap(records: Sequence[Record]) -> Figure:
     import matplotlib
 
     shown = [*dict.fromkeys(name for task in tasks(records) for name in families_of(records, task)), UNIFORM]
-    colours, markers = [*matplotlib.colormaps["tab10"].colors], "osD^vP*h<"
+    colours, markers = matplotlib.colormaps["tab10"], "osD^vP*h<"
     columns = min(3, len(tasks(records)))  # as many as a page can show
     lines = -(-len(tasks(records)) // columns)
     figure, grid = panels(lines, columns, (2.5 * columns, 2.6 * lines + 0.7))
@@ -218,7 +218,7 @@ def accuracy_and_gap(records: Sequence[Record]) -> Figure:
             of_seeds = (_means_of_seeds(records, task, arms_of_one, key) for key in ("accuracy", "gap"))
             (x, dx), (y, dy) = map(mean_and_deviation, of_seeds)
             place = shown.index(name)
-            colour, marker = ("0.4", "x") if name == UNIFORM else (colours[place], markers[place])
+            colour, marker = ("0.4", "x") if name == UNIFORM else (colours(place), markers[place])
             axes.errorbar(x, y, dy, dx, fmt=marker, color=colour, elinewidth=0.8, markersize=6, label=name)
         axes.spines[["top", "right"]].set_visible(False)
         axes.axhline(0.0, color="0.8", linewidth=0.8, zorder=0)
