@@ -447,7 +447,7 @@ def test_a_fault_in_the_core_refuses_one_request() -> None:
     """Here `received` of the second part has another shape."""
     one, two = request(), request()
     stepped({"one": one, "two": two}, {"one": part(1.0, (0, 3)), "two": part(1.0, (0, 3))}, [])
-    wrong = dataclasses.replace(part(1.0, (3, 5)), received=torch.ones(1, 2, 4))
+    wrong = dataclasses.replace(part(1.0, (3, 5)), received=torch.ones(1, 4, 3))
     outputs = [core_output(name, [5]) for name in ("one", "two")]
     first, second = stepped({"one": one, "two": two}, {"one": wrong, "two": part(2.0, (3, 5))}, outputs)
     assert "vlattn_vllm failed (RuntimeError" in first.refused and first.is_empty() and not second.refused
