@@ -34,6 +34,7 @@ CUDA = shutil.which("nvcc") is not None
 # one kernel of Triton and one of CUDA C++
 SELECT = "|".join(
     (
+        "^launcher$",
         "attention_map/gradient(/uniter/|/clip)",
         "relevancy_attention/(gradient/uniter/bfloat16|step alone/uniter).cuda",
         "^attention_map map gradient D64",
@@ -67,6 +68,11 @@ cat "{table}"
 """
 
 
+SMI = """#!/bin/sh
+echo 1980, 2619, 512.3, 61, 0x0000000000000004
+"""
+
+
 class Call:
     """A call of run.py with --device cpu."""
 
@@ -74,7 +80,7 @@ class Call:
         self.folder, self.out, tools = folder, folder / "out", folder / "tools"
         tools.mkdir(parents=True)
         (folder / "table.csv").write_text(TABLE)
-        for name, text in (("compute-sanitizer", SANITIZER), ("ncu", NCU)):
+        for name, text in (("compute-sanitizer", SANITIZER), ("ncu", NCU), ("nvidia-smi", SMI)):
             program = tools / name
             program.write_text(text.format(log=folder / name, table=folder / "table.csv"))
             program.chmod(0o755)
@@ -91,8 +97,9 @@ class Call:
         return [row for row in json.loads((self.out / session.ROWS).read_text()) if row["part"] == part]
 
     def by_item(self, part: str) -> dict[str, dict[str, Any]]:
-        rows = {row["item"]: row for row in self.rows(part)}
-        assert len(rows) == len(self.rows(part)), "an item ran twice"
+        stored = [row for row in self.rows(part) if not row["item"].startswith("nvidia-smi")]
+        rows = {row["item"]: row for row in stored}
+        assert len(rows) == len(stored), "an item ran twice"
         rows.pop("build", None)  # where nothing had built the CUDA C++ kernels before
         return rows
 
@@ -102,6 +109,17 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Call, list[tupl
     """Every step, killed at racecheck; then all of them again."""
     call = Call(tmp_path_factory.mktemp("gpu"))
     return call, [call(), call()]
+
+
+@pytest.mark.slow
+def test_kernels_out_of_an_archive_have_the_bits_of_tritons_loader(rehearsed):
+    call, ((_, said), _) = rehearsed
+    (row,) = call.by_item("launcher").values()
+    assert row["passed"] and row["item"] == "launcher", said
+    assert len(row["kernels"]) >= 10 and 0 < row["ratio"] <= 1
+    assert {len(times) for times in row["host_us"].values()} == {3} and row["host_us"].keys() == {"Triton", "archive"}
+    states = {row["part"]: row["watts"] for part in run.PARTS for row in call.rows(part) if row["item"].startswith("nvidia-smi")}
+    assert states == dict.fromkeys(run.PARTS, "512.3")
 
 
 @pytest.mark.slow
@@ -248,7 +266,7 @@ def test_the_most_telling_evidence_comes_first():
 
 
 def test_the_first_steps_fit_one_call_and_the_last_ones_leave_nothing_out(tree, monkeypatch):
-    """A call of 9 minutes takes each of the first steps, whose items the last steps have, too."""
+    """A call takes each of the first steps, whose items the last steps have, too."""
     shares = [step.seconds for step in run.ORDER]
     assert shares == sorted(shares, key=math.isinf) and sum(x for x in shares if x < math.inf) <= 60 * run.MINUTES
     assert {step.part for step in run.ORDER if math.isinf(step.seconds)} == set(run.PARTS)
@@ -277,23 +295,38 @@ def test_the_first_steps_fit_one_call_and_the_last_ones_leave_nothing_out(tree, 
     # plain dot products come first
     assert [name.split("/")[1] for name in production.NAMED[:3]] == ["scaled dot, forward+backward", *["scaled dot, forward"] * 2]
     tests = asked[True]["tests"]
-    assert tests[0].startswith("tests/gpu/device_only.py") and tests[-1] == "memcheck triton score_attention uniter groups"
+    assert tests[0].startswith("tests/gpu/device_streams.py") and tests[-1] == "memcheck triton score_attention uniter groups"
 
 
-def test_what_no_device_has_run_comes_first() -> None:
-    """Each case of an operator, each of its dtypes and each of its sizes once, by the rows that passed; masks last."""
-    every = production.untried([])
-    tried = {(check.operator, other) for check in every for other in (check.name, check.sizes, check.dtype)}
-    assert tried == {(check.operator, other) for check in production.checks() for other in (check.name, check.sizes, check.dtype)}
-    assert len(every) < len(production.checks()) / 2
-    masked = ["mask" in check.name for check in every]
-    assert masked == sorted(masked)
-    row = {"item": "score_attention/full causal by cuDNN/16384/bfloat16/triton", "passed": True}
-    left = [check.item for check in production.untried([row])]
-    assert "score_attention/full causal by cuDNN float16/16384/float16" in left
-    assert row["item"].removesuffix("/triton") not in left
-    assert len(production.untried([{**row, "passed": False}])) == len(every)
-    assert production.untried([{"item": f"{check.item}/triton", "passed": True} for check in every]) == []
+def test_a_call_of_each_kernel_comes_first() -> None:
+    """Those that no passed row has before all others."""
+    every = production.of_each_kernel([])
+    launched = [production.launched_by(check) for check in every]
+    assert {"_forward_kernel", "_units_backward_kernel", "gradient_kernel", "_document_gradient_kernel"} < set().union(*launched)
+    assert {check[:3] for check in every} >= {*production.IN_CUDA} and len(every) < 60
+    rows = [
+        {"item": check.item, "passed": check.operator != "maxsim", "kernels": [*some]}
+        for check, some in zip(every, launched, strict=True)
+    ]
+    first = production.of_each_kernel(rows)
+    assert {check.operator for check in first[:4]} == {"maxsim"} | {operator for operator, *_ in production.IN_CUDA}
+    assert {*first} == {*every}
+
+
+def test_nvidia_smi_is_asked_once_a_step(tree, tmp_path, monkeypatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    monkeypatch.setattr(session, "TREE", tmp_path)
+    step = run.Step("tests", "some", 20.0, lambda made: True)
+    for text, facts in (
+        ("1980, 2619, 512.3, 61, 0x0000000000000004", {"sm_mhz": "1980", "watts": "512.3", "throttled_by": "0x0000000000000004"}),
+        ("Field is not a valid field to query", {"not_run": "Field is not a valid field to query\n"}),
+    ):
+        program.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/log\necho {text}\n")
+        program.chmod(0o755)
+        assert run.taken(tree, step)
+        assert tree.known("tests")["nvidia-smi, some"].items() >= facts.items()
+    assert (tmp_path / "log").read_text().count("--query-gpu=clocks.sm,") == 2
 
 
 def test_each_call_of_a_model_has_its_dtype() -> None:
@@ -400,10 +433,11 @@ def test_triton_kernels_are_checked_while_nvcc_compiles(tree, monkeypatch):
     by_table = {name for name in OPERATORS if production.backends_of(name) == ("streaming",)}
     assert without_kernel == {"recurrent_step"} == by_table
     for built in (True, False):
-        tree.built = SimpleNamespace(done=lambda: False, result=lambda: pytest.fail("it waits"))
-        assert run.verify(tree, first=True)
-        first = asked.pop()
-        assert {*first} < {*triton} and first[0].startswith("score_attention/full") and not closed
+        tree.built = SimpleNamespace(done=lambda: False, result=lambda built=built: asked.append("built") or built)
+        assert run.verify(tree, first=True) == built
+        first, waited, all_of_them = asked[0], asked[1], asked[-1]
+        assert {*first} < {*triton} and waited == "built" and ({*all_of_them} > {*first}) == built
+        asked.clear(), closed.clear()
         tree.built = SimpleNamespace(done=lambda: False, result=lambda built=built: built)
         assert run.verify(tree) == built
         assert asked.pop() == (everything if built else triton) and closed.pop() == 0  # workers that know no library
@@ -463,4 +497,4 @@ def test_an_unknown_part_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run.main()
     assert end.value.code == 2
-    assert "PART must be one of verify, tiles, benchmarks, cudnn, tests, ncu; got measure" in capsys.readouterr().err
+    assert "PART must be one of launcher, verify, cudnn, benchmarks, tiles, tests, ncu; got measure" in capsys.readouterr().err

@@ -4,7 +4,8 @@
 
 Triton finds a compiled kernel by its source and by Triton's own files. So the Python of this process needs the minor version of
 the other machine's, and the same wheels of torch and Triton. build/kernels.tar.xz then holds the kernels of the first steps of a
-call: what no device has run, the candidates of `tiles`, the named benchmarks, and the lengths beside cuDNN.
+call: the launcher with its archive, a call of each kernel, the lengths beside cuDNN, the named benchmarks, and the candidates of
+`tiles`.
 `make gpu` unpacks it there. With --tiles it compiles only candidates of the hot launches whose names match, and prints them, the
 best by the estimate (tools/compiled/tile_times.py) first.
 """
@@ -33,7 +34,7 @@ def main() -> None:
     import_from_tree()
     os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton-cache")
     from tools.compiled.tile_times import label
-    from tools.gpu import lengths, production, tiles
+    from tools.gpu import archives, lengths, production, tiles
 
     made_of = tiles.made_of(options.architecture)
     for number, hot in enumerate(production.HOTTEST):
@@ -47,11 +48,16 @@ def main() -> None:
     if options.tiles is not None:
         return
     tasks: list[tuple[Callable[..., str], Any]] = [(benchmark, name) for name in production.NAMED]
-    tasks += [(check, one.item) for one in production.untried(of_devices("verify"))]
+    tasks += [(check, one.item) for one in production.of_each_kernel(of_devices("verify"))]
+    tasks += [(check, f"{operator}/{name}/{archives.SIZES}/bfloat16") for operator, name in archives.CALLS]
     tasks += [(of_length, length) for length in lengths.EVERY]
     with tiles.new_pool(options.processes) as pool:
         for done in [pool.submit(task, what, options.architecture) for task, what in tasks]:
             print(done.result(), flush=True)
+    with tiles.new_pool(1) as pool:  # a process that compiles for archives launches nothing any more
+        pool.submit(
+            archives.compiled, {"folder": ROOT / "build" / "archives", "architecture": options.architecture}, "cuda"
+        ).result()
     archive = ROOT / "build" / KERNELS
     pack(ROOT / "build", archive, MOST_BYTES)
     print(f"{archive}: {archive.stat().st_size / 2**20:.0f} MiB")
@@ -74,7 +80,7 @@ def of_length(length: Any, architecture: int) -> str:
 
     with for_a_gpu(architecture):
         for name, call in lengths.calls(length, "cpu").items():
-            if name.startswith("ours"):
+            if not name.startswith("cuDNN"):
                 call()
     return str(length.item)
 

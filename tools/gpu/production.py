@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -23,10 +24,12 @@ from vlattn_fast._ground.score_kinds import UNIT_KINDS
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._choice import MODULES, choose
 from vlattn_fast.benchmarks._gpu import GRAPH
+from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.benchmarks.score_attention import FLEX, FLEX_FLASH
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example, Sizes
 from vlattn_fast.checking.tolerance import Errors
+from vlattn_fast.kernels import _configurations
 from vlattn_fast.ops import OPERATORS
 
 # The cheapest first. Several tiles a loop and ragged tiles, heads of 64, 72 and 128 features, and short lengths for CUDA C++.
@@ -38,6 +41,12 @@ SIZES = {
     "D72": Sizes(200, 264, 72, 72, regions=100, words=30, features=72),
 }
 EVERY_DTYPE = ("D64",)  # the remaining sizes take bfloat16 alone
+EACH_KERNEL = ("N200", "D128")
+IN_CUDA = (
+    ("score_attention", "additive", "N200"),
+    ("relevancy_attention", "gradient one row", "D128"),
+    ("congruence_loss", "cacr", "N200"),
+)
 BACKENDS = ("triton", "cuda")
 
 
@@ -69,20 +78,29 @@ def backends_of(operator: str) -> tuple[str, ...]:
     return BACKENDS if "triton" in OPERATORS[operator].backends else ("streaming",)
 
 
-def untried(rows: Iterable[dict[str, Any]]) -> list[Check]:
-    """Checks that together try what no passed row has: an operator's case, an operator in a dtype, or at a size."""
-    known = {fact for row in rows if row["passed"] for fact in _facts(*row["item"].split("/")[:4])}
-    chosen = []
-    for check in checks():
-        facts = _facts(*check.item.split("/"))
-        if facts - known:
-            known |= facts
-            chosen.append(check)
-    return sorted(chosen, key=lambda check: "mask" in check.name)  # which decide less than scores, dtypes and lengths
+def of_each_kernel(rows: Iterable[dict[str, Any]]) -> list[Check]:
+    """Checks in bfloat16 that together launch all that each operator launches at these sizes, on Triton and in CUDA C++; first
+    those of which no passed row has all."""
+    ran = {(row["item"].split("/")[0], kernel) for row in rows if row["passed"] for kernel in row.get("kernels", ())}
+    known, chosen = set[tuple[str, str]](), []
+    for check in (check for check in checks() if check.dtype == torch.bfloat16 and check.sizes in EACH_KERNEL):
+        launched = {(check.operator, kernel) for kernel in launched_by(check)}
+        launched |= {(check.item, "cuda") for facts in IN_CUDA if check[:3] == facts}
+        if launched - known:
+            known |= launched
+            chosen.append((launched <= ran, check))
+    return [check for _, check in sorted(chosen, key=lambda one: one[0])]
 
 
-def _facts(operator: str, *others: str) -> set[tuple[str, str]]:
-    return {(operator, other) for other in others}
+@functools.cache
+def launched_by(check: Check) -> frozenset[str]:
+    """The kernels of a check on Triton, which are planned and not launched."""
+    case, operator, launched = case_named(check.operator, check.name, check.sizes), OPERATORS[check.operator], list[str]()
+    tensors = case.in_dtype(check.dtype)
+    with without_launches(launched), patch.object(_configurations, "TARGET", _configurations.TARGET or "sm_90"):
+        if "triton" in operator.backends and not operator.refusals("triton", case.arguments(tensors)):
+            verify._run(case, tensors, "triton")
+    return frozenset(launched)
 
 
 @functools.cache
@@ -296,9 +314,18 @@ HOTTEST = (
 )
 # The benchmarks that are timed first: plain dot products, and those of the launches above
 PLAIN = (f"{DOT}/clip", "score_attention/scaled dot, forward/llava", "score_attention/scaled dot, forward/highres")
+# what was written or changed since a device ran it
+LATE = (
+    *(f"attention_divergence/{kind}, both sides, forward+backward/tokens-2048" for kind in ("kl", "js")),
+    "indexer_divergence/all keys, forward+backward/tokens-2048",
+    "score_attention/hadamard tanh, forward+backward/clip",
+    "relevancy_attention/gradient, forward+backward/highres",
+    "congruence_loss/cacr, forward+backward/uniter",
+    "maxsim/forward+backward/colpali",
+)
 # of which the first step has ours, and the attentions of torch
-VARIANTS = [f"{name}{ending}" for name in ("triton", "SDPA", "SDPA cuDNN", FLEX, FLEX_FLASH) for ending in ("", GRAPH)]
-NAMED = tuple(dict.fromkeys((*PLAIN, *(hot.benchmark for hot in HOTTEST), "maxsim/forward+backward/colpali")))
+VARIANTS = [f"{name}{ending}" for name in (*BACKENDS, "SDPA", "SDPA cuDNN", FLEX, FLEX_FLASH) for ending in ("", GRAPH)]
+NAMED = tuple(dict.fromkeys((*PLAIN, *LATE, *(hot.benchmark for hot in HOTTEST))))
 
 
 def calls() -> list[tuple[str, str]]:

@@ -2,14 +2,16 @@
 
     python -m tools.gpu.run [PART ...] [--device cuda] [--out benchmarks/results] [--minutes 9]        make gpu PARTS=verify
 
-verify:     every Triton and CUDA kernel against the formula, by the tolerance rule: outputs and gradients. First what no stored
-            row of a device has, then calls of the sizes of models, then each case at several sizes. Operators without a kernel
-            run on `streaming`.
-tiles:      tiles, warps and stages of the hottest launches by themselves (tiles.py); the fastest right ones go to
-            kernels/configurations.json.
+launcher:   ten launches of kernels that were compiled ahead, by the launcher of packages/vlattn-native (archives.py).
+verify:     every Triton and CUDA kernel against the formula, by the tolerance rule: outputs and gradients. First a call of each
+            kernel, those before that no stored row of a device has, then calls of the sizes of models, then each case at several
+            sizes. Operators without a kernel run on `streaming`.
+cudnn:      by length, our attention and tiles of its forward pass beside cuDNN's, and relevancy on Triton and in CUDA C++; from
+            how many tokens on cuDNN is faster goes to kernels/configurations.json.
 benchmarks: first ours beside SDPA and FlexAttention, then all of `python -m vlattn_fast.benchmarks`: calls and CUDA graphs, and
             the host's time. A variant of this package that breaks the rule has no time, and fails.
-cudnn:      cuDNN's attention beside ours by length; from how many tokens on it is faster goes to kernels/configurations.json.
+tiles:      tiles, warps and stages of the hottest launches by themselves (tiles.py); the fastest right ones go to
+            kernels/configurations.json.
 tests:      tests that need a device, the tests of tests/ops/, tests/kernels/ and tests/cuda/, and the tools of
             compute-sanitizer, where it is installed.
 ncu:        the time of each kernel, and stalls and pipes of the eight slowest by Nsight Compute, where it is installed.
@@ -19,7 +21,8 @@ call; the last ones take all the other items. Each check runs in a process of it
 memory costs its own row. Timed launches share a process, and so do benchmarks. An item that takes more than 30 s in the first
 steps comes again in the last ones, for 90 s.
 
-Each row goes to OUT/gpu.json at once, on a device to benchmarks/results/ as well, with the tiles of its launches. Its `passed` is
+Each row goes to OUT/gpu.json at once, on a device to benchmarks/results/ as well, with the tiles of its launches. A row
+"nvidia-smi" of each step has the clock, the power and what throttles, seen while the step ran. A row's `passed` is
 null where nothing was compared, timed or run, as where a backend refuses the call. A new call on the same sources continues where
 the last one stopped. The CUDA C++ kernels are built first, where nvcc is installed; after a failed build the rest runs without
 these kernels. Compiled kernels are kept in build/ from call to call. OUT/kernels.tar.xz holds them for another machine, which
@@ -41,9 +44,11 @@ import os
 import shutil
 import sys
 import sysconfig
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +59,14 @@ from tools.gpu.session import LAST, ROOT, TREE, Item, Row, Session, Worker, fail
 
 SLOWEST = 8
 BESIDE = ", beside SDPA"  # ends the name of a benchmark with few variants
-MINUTES = 9.0  # of a call; a lent machine runs a command for ten
+MINUTES = 9.5  # of a call; a lent machine runs a command for ten
+WATCHED = {
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "watts": "power.draw",
+    "celsius": "temperature.gpu",
+    "throttled_by": "clocks_event_reasons.active",  # a mask of bits
+}
 REHEARSED = 600.0  # seconds of an item in a rehearsal
 CPU_TRIES = 2  # candidates of a launch in a rehearsal
 
@@ -103,7 +115,8 @@ def taken(run: Session, step: Step) -> bool:
     """Whether nothing failed in a step and, in one of the last steps, nothing is left to do."""
     start, before = time.monotonic(), set(run.known(step.part))
     run.begin(step.seconds * run.options.minutes / MINUTES)
-    done = step.run(run)
+    with watched(run, step):
+        done = step.run(run)
     rows = run.known(step.part)
     wrong = [row for row in rows.values() if failed(row)]
     without = sum(row["passed"] is None for row in rows.values())
@@ -116,6 +129,33 @@ def taken(run: Session, step: Step) -> bool:
         if row["item"] not in before or is_last:
             print(f"  {row['item']}: {row.get('problem', '')[:300]}")
     return not wrong and (done or not is_last)
+
+
+@contextmanager
+def watched(run: Session, step: Step) -> Iterator[None]:
+    """Asks nvidia-smi once how the device is, when a third of the step's time is over or, before that, at its end."""
+    end, program = threading.Event(), shutil.which("nvidia-smi")
+
+    def ask() -> None:
+        assert program is not None
+        end.wait(min(step.seconds, 90.0) / 3)
+        words = [program, f"--query-gpu={','.join(WATCHED.values())}", "--format=csv,noheader,nounits"]
+        status, said = run.command(words, 10.0)
+        seen = [text.strip() for text in said.partition("\n")[0].split(",")]
+        row: Row = {"item": f"nvidia-smi, {step.what}", "passed": None}
+        if status != 0 or len(seen) != len(WATCHED):
+            row |= {"not_run": said[-300:]}
+        run.store(step.part, row | dict(zip(WATCHED, seen, strict=False)))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    if program is not None:
+        thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        if program is not None:
+            thread.join()
 
 
 def with_tools(path: str, profilers: str = "/opt/nvidia/nsight-compute") -> str:
@@ -135,16 +175,18 @@ def lay_out_tree() -> None:
         "benchmarks": "vlattn_fast/benchmarks",
         "tests": "tests",
         "tools": "tools",
+        "packages/vlattn-native": "packages/vlattn-native",
     }
     sources = {Path("pyproject.toml"): ROOT / "pyproject.toml"}
     for folder, place in places.items():
         for path in (ROOT / folder).rglob("*"):
             below = path.relative_to(ROOT / folder)
             linked = folder == "vlattn_fast" and below.parts[0] in ("kernels", "benchmarks")
-            if path.is_file() and not linked and not {"__pycache__", "results"} & set(below.parts):
+            if path.is_file() and not linked and not {"__pycache__", "results", "build"} & set(below.parts):
                 sources[place / below] = path
     if TREE.exists():
-        for path in [path for path in TREE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]:
+        kept = {"__pycache__", "build"}
+        for path in [path for path in TREE.rglob("*") if path.is_file() and not kept & set(path.relative_to(TREE).parts)]:
             if path.relative_to(TREE) not in sources:
                 path.unlink()
     for place, path in sources.items():
@@ -180,35 +222,53 @@ def build(run: Session) -> bool:
     return True
 
 
+# --- the launcher ---
+
+
+def launcher(run: Session) -> bool:
+    """Its archive is compiled before; in a rehearsal by a process whose kernels are not emulated by themselves."""
+    facts = {"folder": str(run.compiled / "archives"), "architecture": int(run.architecture)}
+    items = run.selected([{"item": "launcher", **facts}])
+    path = os.pathsep.join(map(str, (TREE, TREE / "packages" / "vlattn-native")))
+    worker = Worker(run, VLATTN_PTX="", PYTHONPATH=path)
+    ahead = [{**item, "part": "launcher compiled", "limit": LAST} for item in items]
+    done = run.run("launcher", ahead, lambda: worker, stored=False) and run.run("launcher", items, lambda: worker)
+    worker.close()
+    return done
+
+
 # --- verify ---
 
 
 def verify(run: Session, first: bool = False) -> bool:
-    """`first`: what no device has run, by the stored rows, without CUDA C++, which nvcc compiles meanwhile."""
+    """`first`: a call of each kernel."""
     from tools.gpu import production
 
-    chosen = production.untried(session.of_devices("verify")) if first else production.checks()
+    chosen = production.of_each_kernel(session.of_devices("verify")) if first else production.checks()
     checks = [(check, backend) for check in chosen for backend in production.backends_of(check.operator)]
-    checks = [(check, name) for check, name in checks if name != "cuda" or not first]
     items = [
         {"item": f"{one.item}/{backend}", "sizes": one.sizes, "backend": backend, **({"limit": LAST} if one.is_full else {})}
         for one, backend in checks
     ]
-    built = first or run.with_library()
-    items = [item for item in run.selected(items) if built or item["backend"] != "cuda"]
-    return run.run("verify", items, run.worker, run.options.workers) and built
+    items = run.selected(items)
+    if first:  # nvcc compiles the CUDA C++ kernels meanwhile
+        items.sort(key=lambda item: item["backend"] == "cuda")
+        run.run("verify", [item for item in items if item["backend"] != "cuda"], run.worker, run.options.workers)
+    built = run.with_library()
+    items = [item for item in items if built or item["backend"] != "cuda"]
+    done = run.run("verify", items, run.worker, run.options.workers)
+    return done and built
 
 
 # --- ncu ---
 
 
-def profile(run: Session, most: int = SLOWEST) -> bool:
-    """`most`: kernels that Nsight Compute takes, the slowest of them; then also fewer calls."""
+def profile(run: Session) -> bool:
+    """Times of all kernels, and what Nsight Compute says of the slowest."""
     from tools.gpu import production
 
     run.with_library()
-    calls = production.calls() if most == SLOWEST else [(name, "triton") for name in production.NAMED[:most]]
-    items = [{"item": f"{name} {backend}", "call": name, "backend": backend} for name, backend in calls]
+    items = [{"item": f"{name} {backend}", "call": name, "backend": backend} for name, backend in production.calls()]
     items = run.selected(items)
     prepare(run, "ncu", items)
     done = run.run("ncu", items, run.worker)
@@ -221,7 +281,7 @@ def profile(run: Session, most: int = SLOWEST) -> bool:
     if program is None:
         run.lacks("ncu", "ncu")  # times of kernels alone
         return done
-    slowest = sorted(times.values(), key=lambda task: -task["us"])[:most]
+    slowest = sorted(times.values(), key=lambda task: -task["us"])[:SLOWEST]
     return done and run.run("ncu", slowest, lambda: lambda item, seconds: _stalls(run, program, item, seconds))
 
 
@@ -269,6 +329,7 @@ def cudnn(run: Session) -> bool:
     """Both passes at each length; the table of lengths when all are known."""
     from tools.gpu.lengths import EVERY
 
+    run.with_library()
     items = run.selected([{"item": one.item, **one._asdict()} for one in EVERY])
     try:
         return run.run("cudnn", items, run.worker)
@@ -365,14 +426,14 @@ class Step(NamedTuple):
 
 REST = math.inf
 ORDER = (
-    Step("verify", "what no device has run", 60, partial(verify, first=True)),
-    Step("tiles", "launches that had one program an SM, or no time", 120, partial(tiles, first=True)),
+    Step("launcher", "ten launches out of an archive", 20, launcher),
+    Step("verify", "a call of each kernel, first those that never ran", 90, partial(verify, first=True)),
+    Step("cudnn", "tiles and long relevancy beside cuDNN by length", 120, cudnn),
     Step("benchmarks", "the named ones, beside SDPA and FlexAttention", 180, partial(benchmarks, first=True)),
-    Step("cudnn", "cuDNN beside ours by length", 60, cudnn),
-    Step("tests", "what only a device shows", 50, suite.device_only),
+    Step("tiles", "launches that had one program an SM, or no time", 90, partial(tiles, first=True)),
+    Step("tests", "a side stream and a second device", 20, suite.streams),
     Step("tests", "memcheck of paged keys and of a bias of groups", 40, suite.memcheck),
-    Step("tests", "racecheck", REST, suite.racecheck),
-    Step("ncu", "three calls", REST, partial(profile, most=3)),
+    Step("launcher", "all", REST, launcher),
     Step("verify", "all", REST, verify),
     Step("tiles", "all", REST, tiles),
     Step("cudnn", "all", REST, cudnn),

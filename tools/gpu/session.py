@@ -32,8 +32,9 @@ LEAST_LEFT = 15.0  # seconds; with fewer left no item begins
 # GRACE more.
 FIRST, LAST, GRACE = 30.0, 90.0, 10.0
 MOST_BYTES = 15 * 2**20  # of an archive: a machine that is lent gives back files of 16 MiB
-# Files of compiled kernels in an archive: the library of CUDA C++, the candidates of launches, Triton's code, torch.compile's
-KEPT = ("cuda/*.so", "cuda/sources", "tiles/*.json", "triton-cache/*/*.json", "triton-cache/*/*.cubin", "inductor-cache/**/*")
+# Files of compiled kernels that go along: the library of CUDA C++, the launcher's archive, candidates, Triton's, torch.compile's
+KEPT = ("cuda/*.so", "cuda/sources", "archives/*", "tiles/*.json")
+KEPT += ("triton-cache/*/*.json", "triton-cache/*/*.cubin", "inductor-cache/**/*")
 ROW = "ROW "  # begins a worker's row; all other output is kept for error messages
 # an ended process must take its children along
 GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}

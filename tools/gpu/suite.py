@@ -12,7 +12,7 @@ from functools import partial
 from tools.gpu.session import LAST, TREE, Item, Row, Session, hung
 
 BYTES_AN_ITEM = 5000  # characters of test files in an item
-DEVICE_ONLY, DEVICE_ONLY_SHARDS = "tests/gpu/device_only.py", 12
+DEVICE_ONLY, DEVICE_ONLY_SHARDS, STREAMS = "tests/gpu/device_only.py", 12, "tests/gpu/device_streams.py"
 NO_TESTS = 5  # pytest's status: a file may have fewer tests than items, or no test of a device
 # backend, operator, sizes, names of cases
 FIRST_SANITIZED = [("triton", "paged_attention_statistics", "uniter"), ("triton", "score_attention", "uniter", "groups")]
@@ -26,6 +26,10 @@ TOOLS = {"memcheck": ("--report-api-errors", "no"), "racecheck": (), "initcheck"
 LEFT_OUT = "cuda/test_build"
 
 
+def streams(run: Session) -> bool:
+    return pytests(run, [_shard(STREAMS, 0, 1)])
+
+
 def device_only(run: Session) -> bool:
     return pytests(run, [_shard(DEVICE_ONLY, i, DEVICE_ONLY_SHARDS) for i in range(DEVICE_ONLY_SHARDS)])
 
@@ -35,16 +39,12 @@ def memcheck(run: Session) -> bool:
     return sanitize(run, ["memcheck"], FIRST_SANITIZED)
 
 
-def racecheck(run: Session) -> bool:
-    return sanitize(run, ["racecheck"], [*FIRST_SANITIZED, ("triton", "relevancy_attention", "uniter", "gradient")])
-
-
 def everything(run: Session) -> bool:
     from tools.gpu.production import BACKENDS
     from vlattn_fast.ops import OPERATORS
 
     run.with_library()
-    done = device_only(run)
+    done = streams(run) and device_only(run)
     folders = ["ops", "kernels", *(["cuda"] if run.library.exists() else [])]
     files = [f"tests/{folder}/{path.name}" for folder in folders for path in sorted((TREE / "tests" / folder).glob("test_*.py"))]
     files = [file for file in files if not file.removeprefix("tests/").removesuffix(".py").endswith(LEFT_OUT)]
@@ -52,7 +52,7 @@ def everything(run: Session) -> bool:
     done &= pytests(run, [_shard(file, i, n) for file, n in counts.items() for i in range(n)])
     kernels = [(backend, operator) for backend in BACKENDS for operator, one in OPERATORS.items() if backend in one.backends]
     kernels = [(backend, operator) for backend, operator in kernels if backend != "cuda" or run.library.exists()]
-    return memcheck(run) and racecheck(run) and sanitize(run, list(TOOLS), kernels) and done
+    return memcheck(run) and sanitize(run, list(TOOLS), kernels) and done
 
 
 def pytests(run: Session, items: list[Item]) -> bool:
@@ -85,7 +85,7 @@ def _pytest(run: Session, item: Item, seconds: float) -> Row:
     report = TREE / f"{re.sub(r'[^a-z0-9]+', '-', item['item'])}.xml"
     report.unlink(missing_ok=True)
     # a rehearsal has no device, but the file's imports
-    collects = ["--collect-only"] if run.device == "cpu" and item["file"] == DEVICE_ONLY else []
+    collects = ["--collect-only"] if run.device == "cpu" and item["file"] in (DEVICE_ONLY, STREAMS) else []
     words = [*PYTEST, *collects, f"--junitxml={report}", item["file"]]
     status, said = run.command(words, seconds, VLATTN_SHARD=item["shard"])
     if status is None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from tools.gpu import full, launches, lengths, production, tiles
+from tools.gpu import archives, full, launches, lengths, production, tiles
 from tools.gpu.session import ROW, Item, Row, emulate, hung
 from vlattn_fast.benchmarks._choice import choose
 from vlattn_fast.benchmarks._formula import OURS, WRONG
@@ -55,7 +55,7 @@ def main(device: str) -> None:
 def answered(item: Item, device: str) -> Row:
     parts = {"verify": verified, "ncu": kernels, "ncu compiled": compiled, "benchmarks": benchmarked}
     parts |= {"benchmarks compiled": compiled_variants, "tiles": tiles.tried, "tiles compiled": tiles.compiled}
-    parts["cudnn"] = lengths.measured
+    parts |= {"cudnn": lengths.measured, "launcher compiled": archives.compiled, "launcher": archives.measured}
     try:
         return parts[item["part"]](item, device)
     except Exception as error:
