@@ -5,15 +5,10 @@ from pathlib import Path
 import torch
 import transformers
 
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 24,
-    "patch_size": 6,
-}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = {**SIZES, "image_size": 24, "patch_size": 6}
 WORDS = ["<start>", "<end>", "<pad>", "a", "red", "blue", "square", "circle"]
+MARKS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
@@ -37,17 +32,7 @@ def image_processor():
 
 def save_clip(folder: Path) -> Path:
     torch.manual_seed(0)
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": len(WORDS),
-        "max_position_embeddings": 8,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-    }
+    text = {**SIZES, "vocab_size": len(WORDS), "max_position_embeddings": 8, **MARKS}
     transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=VISION)).save_pretrained(folder)
     transformers.CLIPProcessor(image_processor(), tokenizer()).save_pretrained(folder)
     return folder
@@ -64,21 +49,9 @@ def save_llava(folder: Path) -> Path:
     torch.manual_seed(0)
     words = tokenizer()
     words.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": len(words),
-        "max_position_embeddings": 64,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-        "model_type": "llama",
-    }
+    text = {**SIZES, "num_key_value_heads": 2, "vocab_size": len(words), "max_position_embeddings": 64, **MARKS}
     config = transformers.LlavaConfig(
-        text_config=text,
+        text_config={**text, "model_type": "llama"},
         vision_config={**VISION, "model_type": "clip_vision_model"},
         image_token_id=len(words) - 1,
         vision_feature_layer=-1,
@@ -98,15 +71,7 @@ def save_llava(folder: Path) -> Path:
 
 def save_bert(folder: Path) -> Path:
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=len(WORDS),
-        pad_token_id=2,
-        num_labels=3,
-    )
+    config = transformers.BertConfig(**SIZES, vocab_size=len(WORDS), pad_token_id=2, num_labels=3)
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
@@ -117,16 +82,7 @@ def save_llama(folder: Path) -> Path:
     from tokenizers import processors
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=len(WORDS),
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
+    config = transformers.LlamaConfig(**SIZES, vocab_size=len(WORDS), **MARKS)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     words = tokenizer()
     words.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
