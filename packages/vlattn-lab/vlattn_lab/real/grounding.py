@@ -180,9 +180,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def print_areas(cases: dict[str, Case]) -> None:
-    for name, (_, labels) in cases.items():
+    for name, (tables, labels) in cases.items():
+        chances = torch.cat([table.column("log_probability") for table in tables]).exp().tolist()
         flat = [label for row in labels for label in row]
-        print(f"{name}: {len(flat)}, of which {len(flat) - sum(flat)} are not grounded, in {len(labels)} answers")
+        wrong = [chance for chance, label in zip(chances, flat, strict=True) if not label]
+        sure = sum(chance >= SURE for chance in wrong)
+        print(
+            f"{name}: {len(flat)} in {len(labels)} answers, of which {len(wrong)} are not grounded, {sure} with p {SURE:g} and more"
+        )
     print(areas(cases))
 
 
