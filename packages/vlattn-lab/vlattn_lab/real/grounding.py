@@ -185,9 +185,8 @@ def print_areas(cases: dict[str, Case]) -> None:
         flat = [label for row in labels for label in row]
         wrong = [chance for chance, label in zip(chances, flat, strict=True) if not label]
         sure = sum(chance >= SURE for chance in wrong)
-        print(
-            f"{name}: {len(flat)} in {len(labels)} answers, of which {len(wrong)} are not grounded, {sure} with p {SURE:g} and more"
-        )
+        told = f"{len(wrong)} are not grounded, {sure} with p {SURE:g} and more"
+        print(f"{name}: {len(flat)} in {len(labels)} answers, of which {told}")
     print(areas(cases))
 
 
