@@ -49,8 +49,7 @@ class Sets(NamedTuple):
 def forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
     """similarity (A, B), and the indices of the largest products, int32 (A, B, N), -1 for none."""
     queries, documents, query_mask, document_mask = inputs.queries, inputs.documents, inputs.query_mask, inputs.document_mask
-    (num_queries, tokens, _), num_documents = queries.shape, documents.shape[0]
-    shape = num_queries, num_documents, tokens
+    shape = num_queries, num_documents, tokens = queries.shape[0], documents.shape[0], queries.shape[1]
     largest = queries.new_zeros(shape, dtype=torch.float32)
     places = queries.new_full(shape, -1, dtype=torch.int32)
     if largest.numel() > 0 and documents.shape[1] > 0:
@@ -71,8 +70,7 @@ def backward(inputs: MaxsimBackwardInputs) -> tuple[Tensor, Tensor]:
     grad_d = torch.zeros_like(documents, memory_format=torch.contiguous_format)
     if places.numel() == 0 or documents.shape[1] == 0:
         return grad_q, grad_d
-    call = _arguments(queries, documents, None)
-    call |= {"p_weight": inputs.grad_similarity.to(torch.float32).contiguous()}
+    call = _arguments(queries, documents, None) | {"p_weight": inputs.grad_similarity.to(torch.float32).contiguous()}
     facts, rows = _facts(queries, documents), queries.shape[0] * queries.shape[1]
     config = configuration("maxsim", "query_gradient", **facts)
     _query_gradient_kernel[(cdiv(rows, config["BLOCK_Q"]),)](**launched(call, config), p_places=places, p_grad=grad_q)
