@@ -159,7 +159,10 @@ class Lists:
         elif part == "methods":
             found = self.named_classes("vlattn_fast/interpret/relevancy/methods")
             text = with_imports(text, [(module, kind) for module, kind, name, _ in found if ":" not in name])
-        return with_all(text, public_names(ast.parse(text)))
+        names = public_names(ast.parse(text))
+        if "*" in names:  # of a module whose names the list repeats
+            names = sorted({*names, *all_of(text)} - {"*"})
+        return with_all(text, names)
 
     # pages
 
