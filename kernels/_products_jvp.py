@@ -71,7 +71,7 @@ class Tangents(NamedTuple):
 
 
 def tangents_of(inputs: Any) -> Tangents:
-    """Those of ScoreAttentionJvpInputs."""
+    """Those of `score_attention_jvp`."""
     of_bias = None
     if inputs.row_bias_tangent is not None and inputs.row_bias_tangent.shape[3] > 0:
         natural = inputs.row_bias_tangent * math.log(2.0)  # a prepared bias is in base 2

@@ -29,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vlattn_fast._ground.named import by_name
 from vlattn_fast._ground.score_kinds import KINDS
 from vlattn_fast._ground.tensors import empty_gradient, empty_rows_first
-from vlattn_fast.backends.inputs import Attention, ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionJvpInputs
+from vlattn_fast.backends.inputs import Attention, ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.kernels import _cudnn, _products_backward, _products_jvp, _units_backward
 from vlattn_fast.kernels._boxes import Boxes, boxed_tile, boxes_of, fits, store_box
 from vlattn_fast.kernels._configurations import Config, cached_launch, configuration
@@ -235,7 +235,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
 
 
 @on_device
-def jvp(inputs: ScoreAttentionJvpInputs) -> tuple[Tensor, Tensor]:
+def jvp(inputs: Any) -> tuple[Tensor, Tensor]:
     """The tangents of out and lse, for scores that are functions of a product."""
     call = arguments(inputs.attention, inputs.value, inputs.seed, inputs.dropout_p, multiplied=True, backward=True)
     x, constants, lse = call["x"], call["C"], inputs.lse.contiguous()

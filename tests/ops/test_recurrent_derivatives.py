@@ -13,6 +13,7 @@ from tests.helpers.ops.backends import F64
 from tests.ops.test_recurrent_step import RULES, call, tensors
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.backends.streaming import recurrent_step as streaming
+from vlattn_fast.ops.recurrent_step import _derivatives
 
 # what torch says about its own formulas of forward mode
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -81,7 +82,7 @@ def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
         x = {name: y.float() for name, y in tensors(n, b=1, h=1, hq=1, hk=1, d=4).items()}
         tangents = {f"{name}_tangent": y for name, y in x.items()}
         options = {"num_heads": 1, "rule": "gradient", "row_normalize": True, "backend": "streaming"}
-        inputs = streaming.RecurrentStepSecondInputs(**tangents, grad=x["relevancy"], **x, **options)
+        inputs = _derivatives.second_type(**tangents, grad=x["relevancy"], **x, **options)
         with LargestAllocation() as each:
             streaming.jvp(inputs)
             streaming.second(inputs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
@@ -95,20 +95,6 @@ def replaced(inputs: Any, **arguments: Any) -> Any:
     return schema_of(type(inputs)).from_named(named(inputs) | arguments)
 
 
-def derivative_inputs(
-    backward_inputs: type[Any], differentiable: Sequence[str], *, grads: Sequence[str], one_sweep: bool = False
-) -> tuple[Any, Any]:
-    """Returns the inputs of an operator's jvp and of its second derivative, two NamedTuples. Both begin with the tangents
-    `<field>_tangent` of the `differentiable` fields, None for zeros. Then come the fields of the backward operator: for the jvp
-    without `grads`, those of its outputs. A second derivative in one sweep also takes the tangents of `grads`, and `with_jvp`."""
-    stem, types = backward_inputs.__name__.removesuffix("BackwardInputs"), get_type_hints(backward_inputs)
-    tangents: list[tuple[str, Any]] = [(f"{field}_tangent", Tensor | None) for field in differentiable]
-    of_grads: list[tuple[str, Any]] = [(f"{field}_tangent", Tensor | None) for field in grads] if one_sweep else []
-    fields = [(field, kind) for field, kind in types.items() if not field.startswith("need_")]
-    jvp = NamedTuple(f"{stem}JvpInputs", [*tangents, *[each for each in fields if each[0] not in grads]])  # type: ignore[misc]
-    return jvp, NamedTuple(f"{stem}SecondInputs", [*tangents, *of_grads, *fields, *[("with_jvp", bool)] * one_sweep])
-
-
 class ScoreAttentionInputs(NamedTuple):
     """value (B, Hkv, M, Dv), seed () if dropout_p > 0. sink broadcastable to (B, H, N) or None: the public call applies it to
     what backends compute without it; it is here for code that intercepts the operator."""
@@ -133,11 +119,6 @@ class ScoreAttentionBackwardInputs(NamedTuple):
     seed: Tensor | None
     dropout_p: float
     backend: str
-
-
-ScoreAttentionJvpInputs, ScoreAttentionSecondInputs = derivative_inputs(
-    ScoreAttentionBackwardInputs, ("query", "key", "value", "vector", "row_bias"), grads=("grad_out", "grad_lse"), one_sweep=True
-)
 
 
 class RelevancyAttentionInputs(NamedTuple):
@@ -222,11 +203,6 @@ class RelevancyStepBackwardInputs(NamedTuple):
     backend: str
 
 
-RelevancyStepJvpInputs, RelevancyStepSecondInputs = derivative_inputs(
-    RelevancyStepBackwardInputs, ("relevancy", "query", "key", "value", "grad_output", "lse", "row_bias"), grads=("grad",)
-)
-
-
 class ResidualWeightsInputs(NamedTuple):
     """residual, branch and grad, the gradient at their sum, (B, N, C) in one dtype; weighting a name of BY_ROWS in the formula's
     file."""
@@ -266,11 +242,6 @@ class AttentionMapBackwardInputs(NamedTuple):
     backend: str
 
 
-AttentionMapJvpInputs, AttentionMapSecondInputs = derivative_inputs(
-    AttentionMapBackwardInputs, ("query", "key", "value", "grad_output", "lse", "row_bias"), grads=("grad",)
-)
-
-
 class AttentionStatisticsInputs(NamedTuple):
     """row_weight (B, H, N); key_groups may come without a bias, and strided; score as in RelevancyAttentionInputs. statistics:
     the names of the outputs that are needed, with spaces between them."""
@@ -300,13 +271,6 @@ class AttentionStatisticsBackwardInputs(NamedTuple):
     num_groups: int
     statistics: str
     backend: str
-
-
-AttentionStatisticsJvpInputs, AttentionStatisticsSecondInputs = derivative_inputs(
-    AttentionStatisticsBackwardInputs,
-    ("query", "key", "row_weight", "row_bias"),
-    grads=("grad_mass", "grad_entropy", "grad_maximum", "grad_received"),
-)
 
 
 class PagedAttentionStatisticsInputs(NamedTuple):
@@ -379,11 +343,6 @@ def queries_and_keys(x: CongruenceLossInputs | CongruenceLossBackwardInputs) -> 
     return queries, [x.text_key, x.image_key, x.cross_image_key, x.cross_text_key]
 
 
-CongruenceLossJvpInputs, CongruenceLossSecondInputs = derivative_inputs(
-    CongruenceLossBackwardInputs, CongruenceLossInputs._fields[:8], grads=("grad_loss",)
-)
-
-
 class StackedCrossAttentionInputs(NamedTuple):
     """images (Bi, R, D + F), captions (Bc, T, D + F), caption_lengths int64 (Bc), image_lengths int64 (Bi). features: F, how
     many of the last columns give the scores by their products; 0: scores are products of the vectors themselves."""
@@ -418,11 +377,6 @@ class StackedCrossAttentionBackwardInputs(NamedTuple):
     backend: str
 
 
-StackedCrossAttentionJvpInputs, StackedCrossAttentionSecondInputs = derivative_inputs(
-    StackedCrossAttentionBackwardInputs, ("images", "captions"), grads=("grad_similarity",)
-)
-
-
 class MaxsimInputs(NamedTuple):
     """queries (A, N, D), documents (B, M, D), query_mask bool (A, N), document_mask bool (B, M). saves: whether the indices of
     the largest products are needed."""
@@ -443,11 +397,6 @@ class MaxsimBackwardInputs(NamedTuple):
     documents: Tensor
     places: Tensor
     backend: str
-
-
-MaxsimJvpInputs, MaxsimSecondInputs = derivative_inputs(
-    MaxsimBackwardInputs, ("queries", "documents"), grads=("grad_similarity",)
-)
 
 
 class GroupRowsInputs(NamedTuple):

@@ -1,4 +1,5 @@
-"""The operators `X_jvp` and `X_second` of an operator X, and with them its derivatives up to the second, of every mode.
+"""The operators `X_backward`, `X_jvp` and `X_second` of an operator X, and with them its derivatives up to the second, of every
+mode.
 
 For outputs y = F(x), X_backward is B(x, h) = DF(x)^T h. With tangents u the others are
 
@@ -11,67 +12,86 @@ is forward over reverse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_fake_outputs
 from vlattn_fast.backends.inputs import named, schema_of
-from vlattn_fast.ops._registration import define, differentiable, not_differentiable
+from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable
 
 Named = dict[str, Any]
 
 
 class Derivatives:
-    """Registers `X_jvp` and `X_second`, and makes X_backward and them differentiable. `of_forward` is the jvp of X.
+    """Registers an operator X with `X_backward`, `X_jvp` and `X_second`, and makes all but the last differentiable.
 
     Args:
         name: X.
-        types: the inputs of X_backward, X_jvp and X_second (`derivative_inputs`).
+        types: the inputs of X and of X_backward.
         fields: the arguments that have gradients, in the order of X_backward's outputs.
-        outputs: the names of X's outputs. grads: the fields of X_backward for the gradients of outputs, with the output's name.
-        backward: the operator X_backward.
-        jvp: computes the tangents of the outputs with gradients, in the order of `grads`, from the inputs of X_jvp.
-        second: computes the gradients of `fields` from the inputs of X_second.
+        outputs: the names of X's outputs. grads: the fields of X_backward for the gradients of outputs, with the output's name;
+            other outputs have no gradient.
+        passes: compute the outputs of X, the gradients of `fields` by X_backward, the tangents of the outputs with gradients, in
+            the order of `grads`, from the inputs of X_jvp, and the gradients of `fields` from the inputs of X_second.
+        fake: gives X's outputs, from the inputs of X or of X_jvp.
+        fake_backward, fake_second: give the gradients, if not each of `fields` that is there and asked for has one.
+        needs: the fields of X_backward that say which gradients are asked for, with the arguments that each is about.
+        setup_context: saves what X_backward takes, if that depends on the inputs.
         one_sweep: X_second also takes tangents h. of h and gives S(x, h, u) + B(x, h.), after J(x, u), which may be None without
             `with_jvp`.
-        fake: gives X's outputs from the inputs of X_jvp.
-        fake_second: gives the gradients from the inputs of X_second, if not each of `fields` that is there has one.
     """
 
     def __init__(
         self,
         name: str,
-        types: Sequence[Any],
+        types: tuple[Any, Any],
         fields: Sequence[str],
         *,
         outputs: Sequence[str],
         grads: dict[str, str],
-        backward: Callable[..., Any],
-        jvp: Callable[..., Any],
-        second: Callable[..., Any],
+        passes: Sequence[Callable[..., Any]],
         fake: Callable[..., Any],
+        fake_backward: Callable[..., Any] | None = None,
         fake_second: Callable[..., Any] | None = None,
+        needs: Mapping[str, Collection[str]] = MappingProxyType({}),
+        setup_context: Callable[..., None] | None = None,
         one_sweep: bool = False,
     ) -> None:
-        self.backward_type, self.jvp_type, self.second_type = types
+        forward_type, self.backward_type = types
+        self.jvp_type, self.second_type = _derivative_inputs(self.backward_type, fields, grads, one_sweep)
         self.fields, self.outputs, self.grads, self.one_sweep = tuple(fields), tuple(outputs), grads, one_sweep
-        self.needed = [grad for grad in grads if schema_of(self.backward_type).types[grad] is Tensor]  # None is no value
-        self.backward = backward
+        taken = schema_of(self.backward_type).types
+        self.needed = [grad for grad in grads if taken[grad] is Tensor]  # None is no value
+        self._needs = {need: frozenset(some) for need, some in needs.items()}
+        self._with_gradient = [outputs.index(output) for output in grads.values()]
+        self._constants = [i for i in range(len(outputs)) if i not in self._with_gradient]
+        self._kept = [i for i, output in enumerate(outputs) if output in taken]
+        self.saved = Saved(forward_type, self.backward_type, outputs=[outputs[i] for i in self._kept], grads=[*grads, *needs])
+        forward, backward, jvp, second = passes
+
+        def backward_fake(inputs: Any) -> tuple[Tensor | None, ...]:
+            left_out = {field for need, some in needs.items() if not getattr(inputs, need) for field in some}
+            return as_fake_outputs([None if field in left_out else x for field, x in self._named_fields(inputs)])
 
         def jvp_fake(inputs: Any) -> tuple[Tensor | None, ...]:
-            outputs = dict(zip(self.outputs, flat(fake(inputs)), strict=True))
-            return as_fake_outputs([outputs[output] for output in grads.values()])
+            made = dict(zip(self.outputs, flat(fake(inputs)), strict=True))
+            return as_fake_outputs([made[output] for output in grads.values()])
 
         def second_fake(inputs: Any) -> tuple[Tensor | None, ...]:
-            gradients = as_fake_outputs(map(named(inputs).get, self.fields))
+            gradients = as_fake_outputs([x for _, x in self._named_fields(inputs)])
             if not one_sweep:
                 return gradients
             return *(jvp_fake(inputs) if inputs.with_jvp else [None] * len(grads)), *gradients
 
         single = len(grads) == 1
+        returns = f"({', '.join(f'Tensor {output}' for output in outputs)})" if len(outputs) > 1 else "Tensor"
+        self.forward = define(name, forward_type, returns, forward, fake)
+        of_fields = _tensors(len(fields))
+        self.backward = define(f"{name}_backward", self.backward_type, of_fields, backward, fake_backward or backward_fake)
         self.jvp = define(
             f"{name}_jvp",
             self.jvp_type,
@@ -81,12 +101,33 @@ class Derivatives:
         )
         returns = _tensors(len(fields) + one_sweep * len(grads))
         self.second = define(f"{name}_second", self.second_type, returns, second, fake_second or second_fake)
+        differentiable(name, self._backward_of_forward, setup_context or self._setup_context, self.of_forward)
         differentiable(f"{name}_backward", self._backward_of_backward, save, self._jvp_of_backward)
         differentiable(f"{name}_jvp", self._backward_of_jvp, save, _raises(f"{name} has no forward mode of forward mode"))
         third = f"{name} has no third derivative; it is twice differentiable"
         asked = "create_graph=True or a transform of torch.func asked for more"
         way_out = "torch.compile asks for more if an input requires grad: call what it compiles under torch.no_grad()"
         not_differentiable(f"{name}_second", f"{third} ({asked}). {way_out}")
+
+    def _setup_context(self, ctx: Any, inputs: Any, outputs: Any) -> None:
+        each = flat(outputs)
+        if self._constants:
+            ctx.mark_non_differentiable(*[each[i] for i in self._constants])
+        self.saved.save(ctx, inputs, *[each[i] for i in self._kept])
+
+    def _backward_of_forward(self, ctx: Any, *grads: Tensor | None) -> Named:
+        needed = self.saved.needed(ctx) if self._needs else ()
+        asked = [not some.isdisjoint(needed) for some in self._needs.values()]
+        inputs = self.saved.inputs(ctx, *[grads[i] for i in self._with_gradient], *asked)
+        for grad in self.needed:
+            if getattr(inputs, grad) is None:
+                inputs = inputs._replace(**{grad: torch.zeros_like(getattr(inputs, self.grads[grad]))})
+        made = zip(self.fields, flat(self.backward(inputs)), strict=True)
+        return {field: y for field, y in made if y is not None and y.dim() > 1}  # a vector without elements stands for None
+
+    def _named_fields(self, inputs: Any) -> list[tuple[str, Any]]:
+        x = named(inputs)
+        return [(field, x[field]) for field in self.fields]
 
     def of_forward(self, inputs: Any, tangents: Mapping[str, Any], outputs: tuple[Tensor, ...]) -> Any:
         """The tangents of X's outputs."""
@@ -163,6 +204,18 @@ class Derivatives:
     def _with_lse(x: Named, u: Named) -> Named:
         """An lse that has a gradient of its own is an input, as X_jvp and X_second see by its tangent."""
         return u | {"lse": torch.zeros_like(x["lse"])} if x.get("need_lse") and u["lse"] is None and has_any(u) else u
+
+
+def _derivative_inputs(backward_type: Any, fields: Sequence[str], grads: Collection[str], one_sweep: bool) -> tuple[Any, Any]:
+    """Returns the inputs of X_jvp and of X_second, two NamedTuples. Both begin with the tangents `<field>_tangent` of `fields`,
+    None for zeros. Then come the fields of X_backward: for X_jvp without `grads`, those of X's outputs. An X_second in one sweep
+    also takes the tangents of `grads`, and `with_jvp`."""
+    stem, types = backward_type.__name__.removesuffix("BackwardInputs"), get_type_hints(backward_type)
+    tangents: list[tuple[str, Any]] = [(f"{field}_tangent", Tensor | None) for field in fields]
+    of_grads: list[tuple[str, Any]] = [(f"{field}_tangent", Tensor | None) for field in grads] if one_sweep else []
+    rest = [(field, kind) for field, kind in types.items() if not field.startswith("need_")]
+    jvp = NamedTuple(f"{stem}JvpInputs", [*tangents, *[each for each in rest if each[0] not in grads]])  # type: ignore[misc]
+    return jvp, NamedTuple(f"{stem}SecondInputs", [*tangents, *of_grads, *rest, *[("with_jvp", bool)] * one_sweep])
 
 
 def _tensors(count: int) -> str:

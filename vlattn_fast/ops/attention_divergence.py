@@ -5,7 +5,6 @@ Formula: reference/attention_divergence.py. Bounded memory: streaming/attention_
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +21,6 @@ from vlattn_fast._ground.checks import (
     describe,
 )
 from vlattn_fast._ground.tensors import (
-    as_fake_outputs,
     cast_by_autocast,
     compute_dtype,
     mask_padding,
@@ -38,8 +36,6 @@ from vlattn_fast.backends.streaming.attention_divergence import (
     FIELDS,
     AttentionDivergenceBackwardInputs,
     AttentionDivergenceInputs,
-    AttentionDivergenceJvpInputs,
-    AttentionDivergenceSecondInputs,
 )
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
 from vlattn_fast.dispatch.choice import launcher, planned
@@ -47,7 +43,6 @@ from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._documents import Ids, is_packed, over_documents
-from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._stages import planning
 
 
@@ -140,7 +135,7 @@ def attention_divergence(
     tensors = query, key, other_query, other_key, attn_mask, key_mask
     scales = plan.scale, resolve_scale(other_scale, scaled_dot_default(other_query.shape[3]), "other_scale")
     inputs = AttentionDivergenceInputs(*tensors, kind, float(beta), head_mean, is_causal, *scales, plan.backend)
-    divergence: Tensor = _forward_op(inputs)
+    divergence: Tensor = _derivatives.forward(inputs)
     return divergence
 
 
@@ -195,59 +190,15 @@ def _forward_fake(inputs: Any) -> Tensor:
     return query.new_empty(query.shape[0], 1 if inputs.head_mean else query.shape[1], query.shape[2], dtype=compute_dtype(query))
 
 
-def _backward_fake(inputs: AttentionDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
-    needs = inputs.need_own, inputs.need_own, inputs.need_other, inputs.need_other
-    return as_fake_outputs([getattr(inputs, f) if need else None for f, need in zip(FIELDS, needs, strict=True)])
-
-
-_forward_op = define(
-    "attention_divergence", AttentionDivergenceInputs, "Tensor", launcher(BACKENDS, streaming.forward), _forward_fake
-)
-_backward_op = define(
-    "attention_divergence_backward",
-    AttentionDivergenceBackwardInputs,
-    "(Tensor, Tensor, Tensor, Tensor)",
-    launcher(BACKENDS, streaming.backward),
-    _backward_fake,
-)
-_saved = Saved(
-    AttentionDivergenceInputs,
-    AttentionDivergenceBackwardInputs,
-    outputs=("divergence",),
-    grads=("grad", "need_own", "need_other"),
-)
-
-
-def autograd_of_sides(backward: Any, saved: Saved, *sides: tuple[str, ...]) -> Callable[..., dict[str, Tensor]]:
-    """Returns what gives the gradients of the tensors by name, and asks `backward` for those of a side only if one of its tensors
-    needs one."""
-
-    def autograd(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
-        needed = saved.needed(ctx)
-        needs = [not needed.isdisjoint(side) for side in sides]
-        return dict(zip(sum(sides, ()), backward(saved.inputs(ctx, grad, *needs)), strict=True))
-
-    return autograd
-
-
 _derivatives = Derivatives(
     "attention_divergence",
-    (AttentionDivergenceBackwardInputs, AttentionDivergenceJvpInputs, AttentionDivergenceSecondInputs),
+    (AttentionDivergenceInputs, AttentionDivergenceBackwardInputs),
     FIELDS,
     outputs=("divergence",),
     grads={"grad": "divergence"},
-    backward=_backward_op,
-    jvp=launcher(BACKENDS, streaming.jvp),
-    second=launcher(BACKENDS, streaming.second),
+    passes=[launcher(BACKENDS, each) for each in (streaming.forward, streaming.backward, streaming.jvp, streaming.second)],
     fake=_forward_fake,
+    needs={"need_own": FIELDS[:2], "need_other": FIELDS[2:]},
 )
-
-
-def _setup_context(ctx: Any, inputs: AttentionDivergenceInputs, output: Tensor) -> None:
-    _saved.save(ctx, inputs, output if BACKENDS[inputs.backend].saves else None)
-
-
-_autograd = autograd_of_sides(_backward_op, _saved, FIELDS[:2], FIELDS[2:])
-differentiable("attention_divergence", _autograd, _setup_context, _derivatives.of_forward)
 
 OPERATOR = Operator(attention_divergence, _describe, BACKENDS)

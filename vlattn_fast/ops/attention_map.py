@@ -12,16 +12,10 @@ from torch import Tensor
 
 from vlattn_fast import kernels
 from vlattn_fast._ground.checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, describe, is_dtensor
-from vlattn_fast._ground.tensors import as_fake_outputs, compute_dtype, over_sums
+from vlattn_fast._ground.tensors import compute_dtype, over_sums
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import attention_map as cpu
-from vlattn_fast.backends.inputs import (
-    AttentionMapBackwardInputs,
-    AttentionMapInputs,
-    AttentionMapJvpInputs,
-    AttentionMapSecondInputs,
-    named,
-)
+from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
 from vlattn_fast.backends.streaming import attention_map as streaming
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
@@ -29,7 +23,6 @@ from vlattn_fast.dispatch.choice import gradients, launcher, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import Local, Shards, over_shards
 from vlattn_fast.ops._stages import attention_of, by_formula, cast, check_logits, logit_flags, planning, without_padding
 from vlattn_fast.ops.score_attention import lse_for_sink
@@ -128,7 +121,7 @@ def attention_map(
     x, value, grad_output = cast(x, value, grad_output)
     x, value = without_padding(x, plan, value)
     tensors = attention_of(x, plan), value, grad_output, lse
-    return _forward_op(AttentionMapInputs(*tensors, rule, head_reduction, row_normalize, plan.backend))
+    return _derivatives.forward(AttentionMapInputs(*tensors, rule, head_reduction, row_normalize, plan.backend))
 
 
 def _describe(
@@ -175,42 +168,18 @@ def _forward_fake(inputs: AttentionMapInputs) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], key.shape[2], dtype=compute_dtype(query))
 
 
-_forward_op = define("attention_map", AttentionMapInputs, "Tensor", launcher(BACKENDS, streaming.forward), _forward_fake)
-
-
-_FIELDS = "query", "key", "value", "grad_output", "lse", "row_bias"
-
-
-def _backward_fake(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
-    x = named(inputs) | ({} if inputs.need_lse else {"lse": None})
-    return as_fake_outputs([x[field] for field in _FIELDS])
-
-
-_backward_op = define(
-    "attention_map_backward",
-    AttentionMapBackwardInputs,
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    gradients(BACKENDS, streaming.backward),
-    _backward_fake,
-)
-_saved = Saved(AttentionMapInputs, AttentionMapBackwardInputs, grads=("grad", "need_lse"))
-
-
-def _autograd(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
-    return dict(zip(_FIELDS, _backward_op(_saved.inputs(ctx, grad, "lse" in _saved.needed(ctx))), strict=True))
-
-
 _derivatives = Derivatives(
     "attention_map",
-    (AttentionMapBackwardInputs, AttentionMapJvpInputs, AttentionMapSecondInputs),
-    _FIELDS,
+    (AttentionMapInputs, AttentionMapBackwardInputs),
+    streaming.FIELDS,
     outputs=("map",),
     grads={"grad": "map"},
-    backward=_backward_op,
-    jvp=gradients(BACKENDS, streaming.jvp),
-    second=gradients(BACKENDS, streaming.second),
+    passes=(
+        launcher(BACKENDS, streaming.forward),
+        *[gradients(BACKENDS, each) for each in (streaming.backward, streaming.jvp, streaming.second)],
+    ),
     fake=_forward_fake,
+    needs={"need_lse": ("lse",)},
 )
-differentiable("attention_map", _autograd, lambda ctx, inputs, output: _saved.save(ctx, inputs), _derivatives.of_forward)
 
 OPERATOR = Operator(attention_map, _describe, BACKENDS)

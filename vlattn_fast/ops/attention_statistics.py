@@ -24,24 +24,10 @@ from vlattn_fast._ground.checks import (
     is_differentiated,
     is_dtensor,
 )
-from vlattn_fast._ground.tensors import (
-    as_dtype,
-    as_fake_outputs,
-    compute_dtype,
-    expand_heads,
-    mask_padding,
-    masked_logits,
-    without_autocast,
-)
+from vlattn_fast._ground.tensors import as_dtype, compute_dtype, expand_heads, mask_padding, masked_logits, without_autocast
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import attention_statistics as cpu
-from vlattn_fast.backends.inputs import (
-    AttentionStatisticsBackwardInputs,
-    AttentionStatisticsInputs,
-    AttentionStatisticsJvpInputs,
-    AttentionStatisticsSecondInputs,
-    named,
-)
+from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs, named
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics, LogitStatistics, chosen_statistics
 from vlattn_fast.backends.streaming import attention_statistics as streaming
 from vlattn_fast.dispatch import choice
@@ -52,7 +38,6 @@ from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._documents import Ids, is_packed, over_documents
 from vlattn_fast.ops._groups import check_rows, check_token_groups, group_bias_inputs, resolve_groups
-from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
 from vlattn_fast.ops._stages import DotPlan, attention_of, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
@@ -230,7 +215,7 @@ def statistics_of(
         options = {"statistics": plan.asked, "num_groups": num_groups, "row_weight": row_weight}
         return by_formula(reference.attention_statistics, x, plan.dot.scale, **options)
     features = _features(x, num_groups, row_weight, plan)
-    outputs = dict(zip(OUTPUTS, _forward_op(features.inputs) if plan.outputs else (None,) * len(OUTPUTS), strict=True))
+    outputs = dict(zip(OUTPUTS, _derivatives.forward(features.inputs) if plan.outputs else (None,) * len(OUTPUTS), strict=True))
     (x,) = cast(x)
     if "diagonal" in plan.asked:
         outputs["diagonal"] = _diagonal(x, plan.dot, outputs["maximum"], outputs["argmax"])
@@ -413,61 +398,24 @@ def _backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor | None,
     return gradients
 
 
-def _backward_fake(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor | None, ...]:
-    return as_fake_outputs([named(inputs)[field] for field in _FIELDS])
-
-
-_forward_op = define(
-    "attention_statistics",
-    AttentionStatisticsInputs,
-    f"({', '.join(f'Tensor {name}' for name in OUTPUTS)})",
-    _forward,
-    _forward_fake,
-)
-_backward_op = define(
-    "attention_statistics_backward",
-    AttentionStatisticsBackwardInputs,
-    "(Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-_saved = Saved(
-    AttentionStatisticsInputs,
-    AttentionStatisticsBackwardInputs,
-    outputs=("mass", "maximum", "argmax", "row_max", "mean_x"),
-    grads=("grad_mass", "grad_entropy", "grad_maximum", "grad_received"),
-)
-
-
 def _setup_context(ctx: Any, inputs: AttentionStatisticsInputs, output: tuple[Tensor, ...]) -> None:
     mass, _, maximum, argmax, _, *constants = output
     ctx.mark_non_differentiable(*[x for x in (argmax, *constants) if x is not None])
     if "mass" in BACKENDS[inputs.backend].saves:
-        _saved.save(ctx, inputs, mass, maximum, argmax, *constants[1:])
+        _derivatives.saved.save(ctx, inputs, mass, maximum, argmax, *constants[1:])
     else:
-        _saved.save(ctx, inputs, None, None, argmax, None, None)
-
-
-def _autograd(
-    ctx: Any, grad_mass: Any, grad_entropy: Any, grad_maximum: Any, _: Any, grad_received: Any, *__: Any
-) -> dict[str, Tensor]:
-    inputs = _saved.inputs(ctx, grad_mass, grad_entropy, grad_maximum, grad_received)
-    return dict(zip(_FIELDS, _backward_op(inputs), strict=True))
+        _derivatives.saved.save(ctx, inputs, None, None, argmax, None, None)
 
 
 _derivatives = Derivatives(
     "attention_statistics",
-    (AttentionStatisticsBackwardInputs, AttentionStatisticsJvpInputs, AttentionStatisticsSecondInputs),
+    (AttentionStatisticsInputs, AttentionStatisticsBackwardInputs),
     _FIELDS,
     outputs=OUTPUTS,
     grads={f"grad_{name}": name for name in ("mass", "entropy", "maximum", "received")},
-    backward=_backward_op,
-    jvp=gradients(BACKENDS, streaming.jvp),
-    second=gradients(BACKENDS, streaming.second),
+    passes=(_forward, _backward, gradients(BACKENDS, streaming.jvp), gradients(BACKENDS, streaming.second)),
     fake=_forward_fake,
+    setup_context=_setup_context,
 )
-differentiable("attention_statistics", _autograd, _setup_context, _derivatives.of_forward)
 
 OPERATOR = Operator(attention_statistics, _describe, BACKENDS)

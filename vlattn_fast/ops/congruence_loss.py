@@ -16,12 +16,7 @@ from vlattn_fast._ground.tensors import as_fake_outputs, cast_by_autocast, compu
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import congruence_loss as cpu
 from vlattn_fast.backends.cuda import congruence_loss as cuda
-from vlattn_fast.backends.inputs import (
-    CongruenceLossBackwardInputs,
-    CongruenceLossInputs,
-    CongruenceLossJvpInputs,
-    CongruenceLossSecondInputs,
-)
+from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.backends.reference.congruence_loss import (
     DIRECTIONS,
     KINDS,
@@ -29,7 +24,6 @@ from vlattn_fast.backends.reference.congruence_loss import (
     REDUCTIONS,
     block_inputs,
     num_gradients,
-    of_all_blocks,
 )
 from vlattn_fast.backends.streaming import congruence_loss as streaming
 from vlattn_fast.dispatch.call import CallShape, call_shape
@@ -38,7 +32,6 @@ from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._documents import Ids, is_packed, over_documents
-from vlattn_fast.ops._registration import Saved, define, differentiable
 
 
 def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
@@ -153,7 +146,7 @@ def congruence_loss(
     # in forward mode none are saved: its tangents need them from a pass of their own
     saves = torch.is_grad_enabled() and any([x.requires_grad for x in (*queries, *keys)]) and not has_forward_mode()
     blocks = *queries, *keys, text_mask, image_mask
-    loss, _ = _forward_op(CongruenceLossInputs(*blocks, kind, normalize, direction, scale, saves, backend))
+    loss, _ = _derivatives.forward(CongruenceLossInputs(*blocks, kind, normalize, direction, scale, saves, backend))
     return _reduced(loss, reduction)
 
 
@@ -254,52 +247,17 @@ def _backward_fake(inputs: Any) -> tuple[Tensor | None, ...]:
     return as_fake_outputs([x if k % 4 < n else None for k, x in enumerate(tensors)])
 
 
-# `gradients`: those of each sample's loss, if the backend computes them with it; empty if the backward pass computes them
-_forward_op = define(
-    "congruence_loss",
-    CongruenceLossInputs,
-    "(Tensor loss, Tensor gradients)",
-    launcher(BACKENDS, streaming.forward),
-    _forward_fake,
-)
-_backward_op = define(
-    "congruence_loss_backward",
-    CongruenceLossBackwardInputs,
-    f"({', '.join(['Tensor'] * 8)})",
-    launcher(BACKENDS, streaming.backward),
-    _backward_fake,
-)
-
-
-_saved = Saved(CongruenceLossInputs, CongruenceLossBackwardInputs, outputs=("gradients",), grads=("grad_loss",))
-
-
-def _setup_context(ctx: Any, inputs: CongruenceLossInputs, output: tuple[Tensor, Tensor]) -> None:
-    _, gradients = output
-    ctx.mark_non_differentiable(gradients)
-    _saved.save(ctx, inputs, gradients)
-
-
-def _autograd(ctx: Any, grad_loss: Tensor | None, _: None) -> dict[str, Tensor | None]:
-    if grad_loss is None:  # the differentiated result does not depend on the loss
-        return {}
-    inputs = _saved.inputs(ctx, grad_loss)
-    grads, n = _backward_op(inputs), num_gradients(inputs.kind)
-    return dict(zip(_derivatives.fields, of_all_blocks([*grads[:n], *grads[4 : 4 + n]]), strict=True))
-
-
 _derivatives = Derivatives(
     "congruence_loss",
-    (CongruenceLossBackwardInputs, CongruenceLossJvpInputs, CongruenceLossSecondInputs),
+    (CongruenceLossInputs, CongruenceLossBackwardInputs),
     CongruenceLossInputs._fields[:8],
+    # `gradients`: those of each sample's loss, if the backend computes them with it; empty if the backward pass computes them
     outputs=("loss", "gradients"),
     grads={"grad_loss": "loss"},
-    backward=_backward_op,
-    jvp=launcher(BACKENDS, streaming.jvp),
-    second=launcher(BACKENDS, streaming.second),
+    passes=[launcher(BACKENDS, each) for each in (streaming.forward, streaming.backward, streaming.jvp, streaming.second)],
     fake=_forward_fake,
+    fake_backward=_backward_fake,
     fake_second=_backward_fake,
 )
-differentiable("congruence_loss", _autograd, _setup_context, _derivatives.of_forward)
 
 OPERATOR = Operator(congruence_loss, _describe, BACKENDS)

@@ -12,26 +12,19 @@ from torch import Tensor
 
 from vlattn_fast import kernels
 from vlattn_fast._ground.checks import check_bool, check_device, check_floating, check_masks, check_tensor, describe
-from vlattn_fast._ground.tensors import as_fake_outputs, cast_by_autocast, compute_dtype, mask_padding, without_autocast
+from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_padding, without_autocast
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import indexer_divergence as cpu
 from vlattn_fast.backends.streaming import indexer_divergence as streaming
-from vlattn_fast.backends.streaming.indexer_divergence import (
-    FIELDS,
-    IndexerDivergenceBackwardInputs,
-    IndexerDivergenceInputs,
-    IndexerDivergenceJvpInputs,
-    IndexerDivergenceSecondInputs,
-)
+from vlattn_fast.backends.streaming.indexer_divergence import FIELDS, IndexerDivergenceBackwardInputs, IndexerDivergenceInputs
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
 from vlattn_fast.dispatch.choice import launcher, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._documents import Ids, is_packed, over_documents
-from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._stages import planning
-from vlattn_fast.ops.attention_divergence import autograd_of_sides, check_key
+from vlattn_fast.ops.attention_divergence import check_key
 
 
 def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
@@ -108,7 +101,7 @@ def indexer_divergence(
             return reference.indexer_divergence(query, key, index_query, index_key, index_weights, **masks)
     key, index_key = mask_padding(key_mask, key, index_key[:, None])
     tensors = query, key, index_query, index_key[:, 0], index_weights, topk_indices, attn_mask, key_mask
-    divergence: Tensor = _forward_op(IndexerDivergenceInputs(*tensors, is_causal, plan.scale, plan.backend))
+    divergence: Tensor = _derivatives.forward(IndexerDivergenceInputs(*tensors, is_causal, plan.scale, plan.backend))
     return divergence
 
 
@@ -157,36 +150,15 @@ def _forward_fake(inputs: Any) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], dtype=compute_dtype(query))
 
 
-def _backward_fake(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
-    needs = *[inputs.need_attention] * 2, *[inputs.need_index] * 3
-    return as_fake_outputs([getattr(inputs, f) if need else None for f, need in zip(FIELDS, needs, strict=True)])
-
-
-_forward_op = define(
-    "indexer_divergence", IndexerDivergenceInputs, "Tensor", launcher(BACKENDS, streaming.forward), _forward_fake
-)
-_backward_op = define(
-    "indexer_divergence_backward",
-    IndexerDivergenceBackwardInputs,
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    launcher(BACKENDS, streaming.backward),
-    _backward_fake,
-)
-_saved = Saved(IndexerDivergenceInputs, IndexerDivergenceBackwardInputs, grads=("grad", "need_attention", "need_index"))
-
-
 _derivatives = Derivatives(
     "indexer_divergence",
-    (IndexerDivergenceBackwardInputs, IndexerDivergenceJvpInputs, IndexerDivergenceSecondInputs),
+    (IndexerDivergenceInputs, IndexerDivergenceBackwardInputs),
     FIELDS,
     outputs=("divergence",),
     grads={"grad": "divergence"},
-    backward=_backward_op,
-    jvp=launcher(BACKENDS, streaming.jvp),
-    second=launcher(BACKENDS, streaming.second),
+    passes=[launcher(BACKENDS, each) for each in (streaming.forward, streaming.backward, streaming.jvp, streaming.second)],
     fake=_forward_fake,
+    needs={"need_attention": FIELDS[:2], "need_index": FIELDS[2:]},
 )
-_autograd = autograd_of_sides(_backward_op, _saved, FIELDS[:2], FIELDS[2:])
-differentiable("indexer_divergence", _autograd, lambda ctx, inputs, output: _saved.save(ctx, inputs), _derivatives.of_forward)
 
 OPERATOR = Operator(indexer_divergence, _describe, BACKENDS)

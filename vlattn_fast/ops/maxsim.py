@@ -15,14 +15,13 @@ from vlattn_fast._ground.checks import check_device, check_floating, check_tenso
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, real_tokens, without_autocast
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import maxsim as cpu
-from vlattn_fast.backends.inputs import MaxsimBackwardInputs, MaxsimInputs, MaxsimJvpInputs, MaxsimSecondInputs
+from vlattn_fast.backends.inputs import MaxsimBackwardInputs, MaxsimInputs
 from vlattn_fast.backends.streaming import maxsim as streaming
 from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import launcher, load, planned, selecting
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._registration import Saved, define, differentiable
 
 BACKENDS = table(streaming, cpu=cpu, triton=lambda: kernels.maxsim)
 
@@ -71,7 +70,7 @@ def maxsim(
     if not BACKENDS[backend].masks_padding:
         queries, documents = real_tokens(queries, query_mask), real_tokens(documents, document_mask)
     saves = is_differentiated(queries, documents)
-    similarity, _ = _forward_op(MaxsimInputs(queries, documents, query_mask, document_mask, saves, backend))
+    similarity, _ = _derivatives.forward(MaxsimInputs(queries, documents, query_mask, document_mask, saves, backend))
     return similarity
 
 
@@ -113,37 +112,14 @@ def _forward_fake(inputs: Any) -> tuple[Tensor, Tensor]:
     return queries.new_empty(pairs, dtype=compute_dtype(queries)), queries.new_empty(places, dtype=torch.int32)
 
 
-def _backward_fake(inputs: MaxsimBackwardInputs) -> tuple[Tensor, Tensor]:
-    return inputs.queries.new_empty(inputs.queries.shape), inputs.documents.new_empty(inputs.documents.shape)
-
-
-_forward_op = define("maxsim", MaxsimInputs, "(Tensor similarity, Tensor places)", _forward, _forward_fake)
-_backward_op = define(
-    "maxsim_backward", MaxsimBackwardInputs, "(Tensor, Tensor)", launcher(BACKENDS, streaming.backward), _backward_fake
-)
-_saved = Saved(MaxsimInputs, MaxsimBackwardInputs, outputs=("places",), grads=("grad_similarity",))
-
-
-def _setup_context(ctx: Any, inputs: MaxsimInputs, output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    _saved.save(ctx, inputs, output[1])
-
-
-def _autograd(ctx: Any, grad_similarity: Tensor, _: Any) -> dict[str, Tensor]:
-    return dict(zip(_derivatives.fields, _backward_op(_saved.inputs(ctx, grad_similarity)), strict=True))
-
-
 _derivatives = Derivatives(
     "maxsim",
-    (MaxsimBackwardInputs, MaxsimJvpInputs, MaxsimSecondInputs),
+    (MaxsimInputs, MaxsimBackwardInputs),
     ("queries", "documents"),
     outputs=("similarity", "places"),
     grads={"grad_similarity": "similarity"},
-    backward=_backward_op,
-    jvp=launcher(BACKENDS, streaming.jvp),
-    second=launcher(BACKENDS, streaming.second),
+    passes=(_forward, *[launcher(BACKENDS, each) for each in (streaming.backward, streaming.jvp, streaming.second)]),
     fake=_forward_fake,
 )
-differentiable("maxsim", _autograd, _setup_context, _derivatives.of_forward)
 
 OPERATOR = Operator(maxsim, _describe, BACKENDS)

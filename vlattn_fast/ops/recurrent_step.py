@@ -26,20 +26,13 @@ from vlattn_fast.backends.cpu import recurrent_step as cpu
 from vlattn_fast.backends.reference.recurrent_step import heads_of
 from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.backends.streaming import recurrent_step as streaming
-from vlattn_fast.backends.streaming.recurrent_step import (
-    DIFFERENTIABLE,
-    RecurrentStepBackwardInputs,
-    RecurrentStepInputs,
-    RecurrentStepJvpInputs,
-    RecurrentStepSecondInputs,
-)
+from vlattn_fast.backends.streaming.recurrent_step import DIFFERENTIABLE, RecurrentStepBackwardInputs, RecurrentStepInputs
 from vlattn_fast.dispatch.call import CallShape, call_shape
 from vlattn_fast.dispatch.choice import launcher, planned, selecting
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._documents import Ids, is_packed, over_documents
-from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops.relevancy_attention import check_carried
 
 BACKENDS = table(streaming, cpu=cpu)
@@ -111,6 +104,8 @@ def recurrent_step(
         return over_documents(recurrent_step, locals(), ["btq"])
     gates = log_decay, beta, diagonal
     backend = planned(_backend, backend, relevancy, query, key, value, grad_output, *gates, rule, row_normalize)
+    if rule == "attention":  # which uses neither
+        value = grad_output = None
     query, key, value, grad_output = cast_by_autocast(query, key, value, grad_output)
     tensors = relevancy, query, key, value, grad_output
     if backend == "reference":
@@ -118,7 +113,7 @@ def recurrent_step(
         with without_autocast(query):
             return reference.recurrent_step(*tensors, row_normalize=row_normalize, **options)
     num_heads = heads_of(query, key, value, *gates)
-    return _forward_op(RecurrentStepInputs(*tensors, *gates, num_heads, rule, row_normalize, backend))
+    return _derivatives.forward(RecurrentStepInputs(*tensors, *gates, num_heads, rule, row_normalize, backend))
 
 
 def _describe(
@@ -195,9 +190,6 @@ def _forward_fake(inputs: RecurrentStepInputs) -> Tensor:
     return inputs.relevancy.new_empty(inputs.relevancy.shape)
 
 
-_forward_op = define("recurrent_step", RecurrentStepInputs, "Tensor", launcher(BACKENDS, streaming.forward), _forward_fake)
-
-
 def _gradients(of_streaming: Callable[..., Any]) -> Callable[[Any], tuple[Tensor | None, ...]]:
     """As `launcher`, in the layout of `as_outputs`."""
     run = launcher(BACKENDS, of_streaming)
@@ -210,40 +202,19 @@ def _backward_fake(x: RecurrentStepBackwardInputs) -> tuple[Tensor | None, ...]:
     return as_fake_outputs((x.relevancy if x.need_relevancy else None, *inputs))
 
 
-_backward_op = define(
-    "recurrent_step_backward",
-    RecurrentStepBackwardInputs,
-    f"({', '.join(['Tensor'] * 8)})",
-    _gradients(streaming.backward),
-    _backward_fake,
-)
-_saved = Saved(RecurrentStepInputs, RecurrentStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs"))
-
-
-def _setup_context(ctx: Any, inputs: RecurrentStepInputs, output: Tensor) -> None:
-    _saved.save(ctx, inputs)
-    ctx.by_gradient = inputs.rule == "gradient"
-
-
-def _autograd(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
-    unused = () if ctx.by_gradient else ("value", "grad_output")
-    needed = _saved.needed(ctx).intersection(DIFFERENTIABLE).difference(unused)
-    inputs = _saved.inputs(ctx, grad, "relevancy" in needed, bool(needed - {"relevancy"}))
-    grads = dict(zip(DIFFERENTIABLE, _backward_op(inputs), strict=True))
-    return {field: grads[field] for field in needed}
-
-
 _derivatives = Derivatives(
     "recurrent_step",
-    (RecurrentStepBackwardInputs, RecurrentStepJvpInputs, RecurrentStepSecondInputs),
+    (RecurrentStepInputs, RecurrentStepBackwardInputs),
     DIFFERENTIABLE,
     outputs=("result",),
     grads={"grad": "result"},
-    backward=_backward_op,
-    jvp=_gradients(streaming.jvp),
-    second=_gradients(streaming.second),
+    passes=(
+        launcher(BACKENDS, streaming.forward),
+        *[_gradients(each) for each in (streaming.backward, streaming.jvp, streaming.second)],
+    ),
     fake=_forward_fake,
+    fake_backward=_backward_fake,
+    needs={"need_relevancy": DIFFERENTIABLE[:1], "need_inputs": DIFFERENTIABLE[1:]},
 )
-differentiable("recurrent_step", _autograd, _setup_context, _derivatives.of_forward)
 
 OPERATOR = Operator(recurrent_step, _describe, BACKENDS)

@@ -6,21 +6,14 @@ relevancy_attention, in the same modules.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_lse, is_dtensor
 from vlattn_fast._ground.tensors import as_fake_outputs
 from vlattn_fast.backends import reference
-from vlattn_fast.backends.inputs import (
-    RelevancyStepBackwardInputs,
-    RelevancyStepInputs,
-    RelevancyStepJvpInputs,
-    RelevancyStepSecondInputs,
-    named,
-)
+from vlattn_fast.backends.inputs import RelevancyStepBackwardInputs, RelevancyStepInputs, named
 from vlattn_fast.backends.streaming import relevancy_attention as streaming
+from vlattn_fast.backends.streaming.relevancy_attention import FIELDS
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
 from vlattn_fast.dispatch.choice import gradients, launcher, planned
@@ -28,7 +21,6 @@ from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._documents import Ids, is_packed, over_documents
-from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import over_shards
 from vlattn_fast.ops._stages import DotPlan, attention_of, by_formula, cast, make_plan, without_padding
 from vlattn_fast.ops.relevancy_attention import BACKENDS, check_abar, check_carried, flags_of, sizes_of
@@ -101,10 +93,12 @@ def relevancy_step(
     if plan.backend == "reference":
         options = {"value": value, "grad_output": grad_output, "rule": rule, "row_normalize": row_normalize, "lse": lse}
         return by_formula(reference.relevancy_step, x, plan.scale, relevancy=relevancy, **options)
+    if rule == "attention":  # which uses neither
+        value = grad_output = None
     lse = lse_for_sink(x, lse, plan)
     x, value = without_padding(x, plan, value)
     tensors = relevancy, attention_of(x, plan), value, grad_output, lse
-    return _forward_op(RelevancyStepInputs(*tensors, rule, row_normalize, plan.backend))
+    return DERIVATIVES.forward(RelevancyStepInputs(*tensors, rule, row_normalize, plan.backend))
 
 
 def _describe(
@@ -140,55 +134,28 @@ def _forward_fake(inputs: RelevancyStepInputs) -> Tensor:
     return relevancy.new_empty(relevancy.shape[0], relevancy.shape[1], inputs.attention.key.shape[2])
 
 
-_forward_op = define("relevancy_step", RelevancyStepInputs, "Tensor", launcher(BACKENDS, streaming.step), _forward_fake)
-
-
-_FIELDS = "relevancy", "query", "key", "value", "grad_output", "lse", "row_bias"
-
-
 def _backward_fake(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, ...]:
-    needs = dict.fromkeys(_FIELDS, inputs.need_inputs) | {"relevancy": inputs.need_relevancy}
+    needs = dict.fromkeys(FIELDS, inputs.need_inputs) | {"relevancy": inputs.need_relevancy}
     needs["lse"] &= inputs.need_lse
     needs |= dict.fromkeys(("value", "grad_output"), inputs.need_inputs and inputs.rule == "gradient")
     x = named(inputs)
-    return as_fake_outputs([x[field] if needs[field] else None for field in _FIELDS])
-
-
-_backward_op = define(
-    "relevancy_step_backward",
-    RelevancyStepBackwardInputs,
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    gradients(BACKENDS, streaming.step_backward),
-    _backward_fake,
-)
-_saved = Saved(RelevancyStepInputs, RelevancyStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs", "need_lse"))
-
-
-def _setup_context(ctx: Any, inputs: RelevancyStepInputs, output: Tensor) -> None:
-    _saved.save(ctx, inputs)
-    ctx.by_gradient = inputs.rule == "gradient"
-
-
-def _autograd(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
-    unused = () if ctx.by_gradient else ("value", "grad_output")
-    needed = _saved.needed(ctx).intersection(_FIELDS).difference(unused)
-    needs = "relevancy" in needed, bool(needed - {"relevancy"}), "lse" in needed
-    grads = dict(zip(_FIELDS, _backward_op(_saved.inputs(ctx, grad, *needs)), strict=True))
-    return {field: grads[field] for field in needed}
+    return as_fake_outputs([x[field] if needs[field] else None for field in FIELDS])
 
 
 DERIVATIVES = Derivatives(
     "relevancy_step",
-    (RelevancyStepBackwardInputs, RelevancyStepJvpInputs, RelevancyStepSecondInputs),
-    _FIELDS,
+    (RelevancyStepInputs, RelevancyStepBackwardInputs),
+    FIELDS,
     outputs=("relevancy_out",),
     grads={"grad": "relevancy_out"},
-    backward=_backward_op,
-    jvp=gradients(BACKENDS, streaming.step_jvp),
-    second=gradients(BACKENDS, streaming.step_second),
+    passes=(
+        launcher(BACKENDS, streaming.step),
+        *[gradients(BACKENDS, each) for each in (streaming.step_backward, streaming.jvp, streaming.second)],
+    ),
     fake=_forward_fake,
+    fake_backward=_backward_fake,
+    needs={"need_relevancy": FIELDS[:1], "need_inputs": FIELDS[1:], "need_lse": ("lse",)},
 )
-differentiable("relevancy_step", _autograd, _setup_context, DERIVATIVES.of_forward)
 
 _CPU = BACKENDS["cpu"]._replace(shared_sums=("gradient of key", "gradient of value"))  # abar_backward, as attention_map's
 OPERATOR = Operator(relevancy_step, _describe, {**BACKENDS, "cpu": _CPU})

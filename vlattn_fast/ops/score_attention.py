@@ -38,13 +38,7 @@ from vlattn_fast._ground.tensors import (
     without_autocast,
 )
 from vlattn_fast.backends import reference
-from vlattn_fast.backends.inputs import (
-    Attention,
-    ScoreAttentionBackwardInputs,
-    ScoreAttentionInputs,
-    ScoreAttentionJvpInputs,
-    ScoreAttentionSecondInputs,
-)
+from vlattn_fast.backends.inputs import Attention, ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.backends.sdpa import score_attention as sdpa
 from vlattn_fast.backends.streaming import score_attention as streaming
 from vlattn_fast.dispatch import choice
@@ -55,7 +49,6 @@ from vlattn_fast.dispatch.table import lse_dtype
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._documents import Ids, is_packed, over_documents
 from vlattn_fast.ops._groups import check_head_gate, gated, group_bias_inputs
-from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._score_attention_backends import BACKENDS
 from vlattn_fast.ops._shards import Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
@@ -156,7 +149,7 @@ def score_attention(
         return by_formula(reference.score_attention, x, plan.scale, **options)
     if plan.direct is not None:
         attention = Attention(query, key, None, attn_mask, key_mask, None, None, *plan.direct)
-        out, _ = _forward_op(ScoreAttentionInputs(attention, value, None, None, 0.0, plan.backend))
+        out, _ = DERIVATIVES.forward(ScoreAttentionInputs(attention, value, None, None, 0.0, plan.backend))
         return out
     features = _features(x, value, score, dropout_p, plan)
     return _finish(x, return_lse, head_gate, plan, features, _run(x, plan, features))
@@ -315,7 +308,7 @@ def _run(x: AttentionArguments, plan: Plan, features: Features, operator: Comput
     if plan.backend == "sdpa":
         with without_autocast(inputs.value):  # casts are done, and features of a series stay float32
             return sdpa.attention(inputs.attention, inputs.value), None
-    out, lse = _forward_op(inputs) if operator is None else operator(inputs)
+    out, lse = DERIVATIVES.forward(inputs) if operator is None else operator(inputs)
     return out, lse
 
 
@@ -394,34 +387,6 @@ def _backward_fake(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor | None,
     return *grads, *as_fake_outputs((x.vector, x.row_bias))
 
 
-_forward_op = define(
-    "score_attention", ScoreAttentionInputs, "(Tensor out, Tensor lse)", launcher(BACKENDS, streaming.forward), _forward_fake
-)
-_backward_op = define(
-    "score_attention_backward",
-    ScoreAttentionBackwardInputs,
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-_saved = Saved(ScoreAttentionInputs, ScoreAttentionBackwardInputs, outputs=("out", "lse"), grads=("grad_out", "grad_lse"))
-
-
-def _setup_context(ctx: Any, inputs: ScoreAttentionInputs, output: tuple[Tensor, Tensor]) -> None:
-    _saved.save(ctx, inputs, *output)
-
-
-def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> dict[str, Tensor]:
-    inputs: ScoreAttentionBackwardInputs = _saved.inputs(ctx, grad_out, grad_lse)
-    if grad_out is None and grad_lse is None:  # of a second backward pass, in which nothing depends on the outputs
-        return {}
-    if grad_out is None:
-        inputs = inputs._replace(grad_out=torch.zeros_like(inputs.out))
-    return dict(zip(DERIVATIVES.fields, _backward_op(inputs), strict=True))
-
-
 def _of_kind(of_streaming: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
     """Like `gradients`; kernels take dot products, and streaming any score."""
     run = gradients(BACKENDS, of_streaming)
@@ -459,16 +424,14 @@ def _second(inputs: Any) -> tuple[Tensor | None, ...]:
 
 DERIVATIVES = Derivatives(
     "score_attention",
-    (ScoreAttentionBackwardInputs, ScoreAttentionJvpInputs, ScoreAttentionSecondInputs),
+    (ScoreAttentionInputs, ScoreAttentionBackwardInputs),
     ("query", "key", "value", "vector", "row_bias"),
     outputs=("out", "lse"),
     grads={"grad_out": "out", "grad_lse": "lse"},
-    backward=_backward_op,
-    jvp=_jvp,
-    second=_second,
+    passes=(launcher(BACKENDS, streaming.forward), _backward, _jvp, _second),
     fake=_forward_fake,
+    fake_backward=_backward_fake,
     one_sweep=True,
 )
-differentiable("score_attention", _autograd, _setup_context, DERIVATIVES.of_forward)
 
 OPERATOR = Operator(score_attention, _describe, BACKENDS)

@@ -15,12 +15,7 @@ from vlattn_fast._ground.checks import check_choice, check_device, check_floatin
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, real_tokens, without_autocast
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import stacked_cross_attention as cpu
-from vlattn_fast.backends.inputs import (
-    StackedCrossAttentionBackwardInputs,
-    StackedCrossAttentionInputs,
-    StackedCrossAttentionJvpInputs,
-    StackedCrossAttentionSecondInputs,
-)
+from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
 from vlattn_fast.backends.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
 from vlattn_fast.backends.streaming import stacked_cross_attention as streaming
 from vlattn_fast.dispatch.call import CallShape, call_shape
@@ -28,7 +23,6 @@ from vlattn_fast.dispatch.choice import launcher, planned, selecting
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._registration import Saved, define, differentiable
 
 
 def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
@@ -122,7 +116,7 @@ def stacked_cross_attention(
     smooth, lambda_lse = float(smooth), float(lambda_lse)
     tensors = images, captions, caption_lengths, image_lengths
     inputs = StackedCrossAttentionInputs(*tensors, features, direction, first_norm, smooth, aggregation, lambda_lse, backend)
-    return _forward_op(inputs)
+    return _derivatives.forward(inputs)
 
 
 def _rows(
@@ -283,42 +277,14 @@ def _forward_fake(inputs: StackedCrossAttentionInputs) -> Tensor:
     return images.new_empty(images.shape[0], captions.shape[0], dtype=compute_dtype(images))
 
 
-def _backward_fake(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tensor]:
-    return inputs.images.new_empty(inputs.images.shape), inputs.captions.new_empty(inputs.captions.shape)
-
-
-_forward_op = define(
-    "stacked_cross_attention", StackedCrossAttentionInputs, "Tensor", launcher(BACKENDS, streaming.forward), _forward_fake
-)
-_backward_op = define(
-    "stacked_cross_attention_backward",
-    StackedCrossAttentionBackwardInputs,
-    "(Tensor, Tensor)",
-    launcher(BACKENDS, streaming.backward),
-    _backward_fake,
-)
-_saved = Saved(StackedCrossAttentionInputs, StackedCrossAttentionBackwardInputs, grads=("grad_similarity",))
-
-
-def _setup_context(ctx: Any, inputs: StackedCrossAttentionInputs, output: Tensor) -> None:
-    _saved.save(ctx, inputs)
-
-
-def _autograd(ctx: Any, grad_similarity: Tensor) -> dict[str, Tensor]:
-    return dict(zip(_derivatives.fields, _backward_op(_saved.inputs(ctx, grad_similarity)), strict=True))
-
-
 _derivatives = Derivatives(
     "stacked_cross_attention",
-    (StackedCrossAttentionBackwardInputs, StackedCrossAttentionJvpInputs, StackedCrossAttentionSecondInputs),
+    (StackedCrossAttentionInputs, StackedCrossAttentionBackwardInputs),
     ("images", "captions"),
     outputs=("similarity",),
     grads={"grad_similarity": "similarity"},
-    backward=_backward_op,
-    jvp=launcher(BACKENDS, streaming.jvp),
-    second=launcher(BACKENDS, streaming.second),
+    passes=[launcher(BACKENDS, each) for each in (streaming.forward, streaming.backward, streaming.jvp, streaming.second)],
     fake=_forward_fake,
 )
-differentiable("stacked_cross_attention", _autograd, _setup_context, _derivatives.of_forward)
 
 OPERATOR = Operator(stacked_cross_attention, _describe, BACKENDS)

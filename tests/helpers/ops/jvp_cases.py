@@ -9,12 +9,13 @@ from torch import Tensor
 
 from tests.helpers.compare import as_dtype, assert_all_close_to
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
-from vlattn_fast.backends.inputs import ScoreAttentionInputs, ScoreAttentionJvpInputs, schema_of
+from vlattn_fast.backends.inputs import ScoreAttentionInputs, schema_of
 from vlattn_fast.backends.reference._softmax import logits
 from vlattn_fast.backends.streaming._dropout import keep_factor
 from vlattn_fast.backends.streaming._scores import score_tile
 from vlattn_fast.checking.cases import Example
 from vlattn_fast.checking.tolerance import settle
+from vlattn_fast.ops.score_attention import DERIVATIVES
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TANGENT = "_tangent"
@@ -61,10 +62,10 @@ def ours(kernels: Any, given: Mapping[str, Tensor], **options: Any) -> tuple[Ten
     options = {"vector": None, "row_bias": None, **OPTIONS, **options, "backend": ""}
     primals = {name: x.contiguous() if name == "row_bias" else x for name, x in given.items() if not name.endswith(TANGENT)}
     out, lse = kernels.forward(schema_of(ScoreAttentionInputs).from_named({"sink": None, **options, **primals}))
-    tangents = {name: None for name in ScoreAttentionJvpInputs._fields if name.endswith(TANGENT)}
+    tangents = {name: None for name in DERIVATIVES.jvp_type._fields if name.endswith(TANGENT)}
     tangents |= {name: x for name, x in given.items() if name.endswith(TANGENT)}
     arguments = {"out": out, "lse": lse, **tangents, **options, **primals}
-    made: tuple[Tensor, Tensor] = kernels.jvp(schema_of(ScoreAttentionJvpInputs).from_named(arguments))
+    made: tuple[Tensor, Tensor] = kernels.jvp(schema_of(DERIVATIVES.jvp_type).from_named(arguments))
     return made
 
 

@@ -9,14 +9,9 @@ from typing import Any
 import torch
 
 from vlattn_fast.backends.cuda import score_attention as in_cuda
-from vlattn_fast.backends.inputs import (
-    Attention,
-    ScoreAttentionBackwardInputs,
-    ScoreAttentionInputs,
-    ScoreAttentionJvpInputs,
-    named,
-)
+from vlattn_fast.backends.inputs import Attention, ScoreAttentionBackwardInputs, ScoreAttentionInputs, named
 from vlattn_fast.kernels import score_attention
+from vlattn_fast.ops.score_attention import DERIVATIVES
 
 # dot_leaky_relu compiles as dot_relu does, hadamard_sigmoid as hadamard_tanh
 KINDS = ("dot", "cosine", "dot_relu", "dot_tanh", "dot_sigmoid", "dot_softcap", "additive", "hadamard_tanh")
@@ -84,7 +79,7 @@ def jvp(kind: str, dtype: torch.dtype, size: int, **options: Any) -> None:
     differentiable = "query", "key", "value", "vector", "row_bias"
     shared = {name: x for name, x in inputs._asdict().items() if name != "sink"}
     tangents = {f"{name}_tangent": x[name] for name in differentiable}
-    score_attention.jvp(ScoreAttentionJvpInputs(**tangents, out=out, lse=lse, **shared))
+    score_attention.jvp(DERIVATIVES.jvp_type(**tangents, out=out, lse=lse, **shared))
 
 
 def inputs_of(

@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import saved_for_the_last_time, unit_strides
-from vlattn_fast.backends.inputs import (
-    CongruenceLossBackwardInputs,
-    CongruenceLossInputs,
-    CongruenceLossJvpInputs,
-    queries_and_keys,
-)
+from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs, queries_and_keys
 from vlattn_fast.backends.native import DTYPES, address, kernel, strided
 from vlattn_fast.backends.reference.congruence_loss import KINDS, num_gradients, of_all_blocks
 from vlattn_fast.backends.streaming.congruence_loss import differentiated, filled, product_with_tangents
@@ -65,7 +60,7 @@ def backward(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor | None, ...]:
     return of_all_blocks(grads)
 
 
-def jvp(inputs: CongruenceLossJvpInputs) -> tuple[Tensor]:
+def jvp(inputs: Any) -> tuple[Tensor]:
     """The tangent of the loss of each sample, (B). It reads no `gradients`: a backward pass may have multiplied them in place."""
     x = filled(inputs)
     blocks = [getattr(x, name) for name in differentiated(x.kind)]

@@ -3,8 +3,7 @@ maps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,9 +15,8 @@ from vlattn_fast.backends.inputs import (
     AttentionMapInputs,
     RelevancyStepBackwardInputs,
     RelevancyStepInputs,
-    named,
 )
-from vlattn_fast.backends.streaming._forward_mode import Named, differentiates, gradients, tangents_of
+from vlattn_fast.backends.streaming._forward_mode import Named, differentiates, gradients
 from vlattn_fast.backends.streaming._scores import Logits, Sums, Tile
 from vlattn_fast.backends.streaming._tiles import Tiling, probabilities
 
@@ -117,12 +115,3 @@ class Abar:
 
         for tile in self._tiles(b, i):
             self.logits.add_gradients(sums, tile, maps, self._others(tile), [grad])
-
-
-def second_of(backward: Callable[[Any], Any], inputs: Any, kind: Any, fields: Sequence[str]) -> tuple[Tensor | None, ...]:
-    """The tangents of the gradients of all `fields` by a backward pass, which gives None for a gradient that it leaves out."""
-    asked = {"need_relevancy": True, "need_inputs": True, "need_lse": inputs.lse_tangent is not None}
-    asked = {field: need for field, need in asked.items() if field in kind._fields}
-    tangents = tangents_of(lambda x: backward(x._replace(**asked)), inputs, kind, fields)
-    values = map(named(inputs).get, fields)
-    return tuple([torch.zeros_like(x) if y is None and x is not None else y for x, y in zip(values, tangents, strict=True)])

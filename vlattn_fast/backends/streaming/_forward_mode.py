@@ -114,6 +114,29 @@ def tangents_of(run: Callable[[Any], Sequence[Tensor | None]], inputs: Any, kind
         return tuple([y if y is None else torch.zeros_like(y) if u is None else u.to(y.dtype) for y, u in pairs])
 
 
+def derivatives(
+    forward: Callable[[Any], Tensor],
+    backward: Callable[[Any], Sequence[Tensor | None]],
+    kinds: tuple[Any, Any],
+    fields: Sequence[str],
+) -> tuple[Callable[[Any], tuple[Any, ...]], ...]:
+    """Returns `jvp`, which gives the tangent of the result of `forward`, and `second`, which gives those of all gradients of
+    `fields` by `backward`, the gradients of that tangent's product with `grad`. Both take inputs with tangents; `kinds` are the
+    inputs of the two passes."""
+
+    def jvp(inputs: Any) -> tuple[Any, ...]:
+        return tangents_of(lambda x: (forward(x),), inputs, kinds[0], fields)
+
+    def second(inputs: Any) -> tuple[Any, ...]:
+        asked = {field: True for field in kinds[1]._fields if field.startswith("need_")}
+        asked |= {"need_lse": inputs.lse_tangent is not None} if "need_lse" in asked else {}
+        made = tangents_of(lambda x: backward(x._replace(**asked)), inputs, kinds[1], fields)
+        given = map(named(inputs).get, fields)  # a backward pass gives None for a gradient that it leaves out
+        return tuple([torch.zeros_like(x) if y is None and x is not None else y for x, y in zip(given, made, strict=True)])
+
+    return jvp, second
+
+
 @contextmanager
 def forward_mode() -> Iterator[None]:
     """A level for tangents, or the caller's, since torch has no second one."""

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
-from vlattn_fast.backends.inputs import derivative_inputs
-from vlattn_fast.backends.streaming._forward_mode import Named, tangents_of, vjp
+from vlattn_fast.backends.streaming._forward_mode import Named, derivatives, vjp
 from vlattn_fast.backends.streaming._scores import Tile
 from vlattn_fast.backends.streaming._tiles import Tiling, log_probabilities, log_sum_of_heads, mask_tile, tile_elements
 
@@ -66,9 +65,6 @@ class AttentionDivergenceBackwardInputs(NamedTuple):
 
 
 FIELDS = "query", "key", "other_query", "other_key"
-AttentionDivergenceJvpInputs, AttentionDivergenceSecondInputs = derivative_inputs(
-    AttentionDivergenceBackwardInputs, FIELDS, grads=("grad",)
-)
 
 
 class Side(NamedTuple):
@@ -107,18 +103,7 @@ def backward(inputs: AttentionDivergenceBackwardInputs) -> tuple[Tensor | None, 
     return _divergence(inputs).gradients(inputs.grad, tensors, (inputs.need_own, inputs.need_other))
 
 
-def jvp(inputs: NamedTuple) -> tuple[Tensor | None, ...]:
-    """The tangent of the divergence."""
-    return tangents_of(lambda x: (forward(x),), inputs, AttentionDivergenceInputs, FIELDS)
-
-
-def second(inputs: NamedTuple) -> tuple[Tensor | None, ...]:
-    """The gradients of that tangent's product with `grad`: the tangents of the backward pass."""
-
-    def of_both(x: AttentionDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
-        return backward(x._replace(need_own=True, need_other=True))
-
-    return tangents_of(of_both, inputs, AttentionDivergenceBackwardInputs, FIELDS)
+jvp, second = derivatives(forward, backward, (AttentionDivergenceInputs, AttentionDivergenceBackwardInputs), FIELDS)
 
 
 def _divergence(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs) -> Divergence:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vlattn_fast.backends.inputs import (
-    AttentionMapBackwardInputs,
-    AttentionMapInputs,
-    AttentionMapJvpInputs,
-    AttentionMapSecondInputs,
-)
-from vlattn_fast.backends.streaming._abar import Abar, second_of
-from vlattn_fast.backends.streaming._forward_mode import tangents_of
+from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
+from vlattn_fast.backends.streaming._abar import Abar
+from vlattn_fast.backends.streaming._forward_mode import derivatives
 from vlattn_fast.backends.streaming._tiles import Tiling
 
 
@@ -34,14 +29,5 @@ def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
     return sums.result()
 
 
-_FIELDS = "query", "key", "value", "grad_output", "lse", "row_bias"
-
-
-def jvp(inputs: AttentionMapJvpInputs) -> tuple[Tensor | None, ...]:
-    """The tangent of Abar."""
-    return tangents_of(lambda x: (forward(x),), inputs, AttentionMapInputs, _FIELDS)
-
-
-def second(inputs: AttentionMapSecondInputs) -> tuple[Tensor | None, ...]:
-    """The gradients of that tangent's product with `grad`: the tangents of the backward pass."""
-    return second_of(backward, inputs, AttentionMapBackwardInputs, _FIELDS)
+FIELDS = "query", "key", "value", "grad_output", "lse", "row_bias"
+jvp, second = derivatives(forward, backward, (AttentionMapInputs, AttentionMapBackwardInputs), FIELDS)

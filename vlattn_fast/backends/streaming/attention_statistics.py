@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.groups import columns_of_groups
 from vlattn_fast._ground.tensors import cast_finite, compute_dtype
-from vlattn_fast.backends.inputs import (
-    AttentionStatisticsBackwardInputs,
-    AttentionStatisticsInputs,
-    AttentionStatisticsJvpInputs,
-    AttentionStatisticsSecondInputs,
-)
+from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.backends.streaming._forward_mode import differentiates, tangents_of
 from vlattn_fast.backends.streaming._scores import Logits, Sums, Tile
@@ -106,7 +102,7 @@ def _group_columns(key_groups: Tensor | None, num_groups: int, b: slice, dtype: 
 _FIELDS = "query", "key", "row_weight", "row_bias"
 
 
-def jvp(inputs: AttentionStatisticsJvpInputs) -> tuple[Tensor | None, ...]:
+def jvp(inputs: Any) -> tuple[Tensor | None, ...]:
     """The tangents of mass, entropy, maximum and received; None for what `statistics` does not name."""
     asked = inputs.statistics.split()
 
@@ -118,6 +114,6 @@ def jvp(inputs: AttentionStatisticsJvpInputs) -> tuple[Tensor | None, ...]:
     return tangents_of(run, inputs, AttentionStatisticsInputs, _FIELDS)
 
 
-def second(inputs: AttentionStatisticsSecondInputs) -> tuple[Tensor | None, ...]:
+def second(inputs: Any) -> tuple[Tensor | None, ...]:
     """The gradients of those tangents' product with the gradients of the statistics: the tangents of the backward pass."""
     return tangents_of(backward, inputs, AttentionStatisticsBackwardInputs, _FIELDS)

@@ -25,13 +25,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype, mask_padding
-from vlattn_fast.backends.inputs import (
-    CongruenceLossBackwardInputs,
-    CongruenceLossInputs,
-    CongruenceLossJvpInputs,
-    CongruenceLossSecondInputs,
-    queries_and_keys,
-)
+from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs, queries_and_keys
 from vlattn_fast.backends.reference.congruence_loss import EPSILON, num_gradients, of_all_blocks
 from vlattn_fast.backends.streaming._forward_mode import Named, outputs_and_gradients, tangents_of, vjp
 from vlattn_fast.backends.streaming._tiles import Tiling, log_sum_of_heads, logsumexp, tile_elements
@@ -71,7 +65,7 @@ def _run(inputs: CongruenceLossInputs | CongruenceLossBackwardInputs, grad: Tens
     return loss
 
 
-def jvp(inputs: CongruenceLossJvpInputs) -> tuple[Tensor]:
+def jvp(inputs: Any) -> tuple[Tensor]:
     """The tangent of the loss of each sample, (B). The loss is one number, so that its gradient gives it for any tangents."""
     x = filled(inputs)
     ones = x.text_query.new_ones(x.text_query.shape[0], dtype=compute_dtype(x.text_query))
@@ -86,7 +80,7 @@ def product_with_tangents(inputs: Any, gradients: Sequence[Tensor]) -> Tensor:
     return sum([(g * u).sum((1, 2, 3)) for g, u in pairs], gradients[0].new_zeros(gradients[0].shape[0]))
 
 
-def second(inputs: CongruenceLossSecondInputs) -> tuple[Tensor | None, ...]:
+def second(inputs: Any) -> tuple[Tensor | None, ...]:
     """The second derivative: the tangents of the gradients of the queries and of the keys."""
     return tangents_of(backward, filled(inputs), CongruenceLossBackwardInputs, differentiated(inputs.kind))
 

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vlattn_fast.backends.inputs import derivative_inputs
-from vlattn_fast.backends.streaming._forward_mode import Named, tangents_of
+from vlattn_fast.backends.streaming._forward_mode import Named, derivatives
 from vlattn_fast.backends.streaming.attention_divergence import Divergence, Side, products
 
 
@@ -48,9 +47,6 @@ class IndexerDivergenceBackwardInputs(NamedTuple):
 
 
 FIELDS = "query", "key", "index_query", "index_key", "index_weights"
-IndexerDivergenceJvpInputs, IndexerDivergenceSecondInputs = derivative_inputs(
-    IndexerDivergenceBackwardInputs, FIELDS, grads=("grad",)
-)
 _Inputs = IndexerDivergenceInputs | IndexerDivergenceBackwardInputs
 
 
@@ -65,18 +61,7 @@ def backward(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor | None, ..
     return _divergence(inputs).gradients(inputs.grad[:, None], tensors, (inputs.need_attention, inputs.need_index))
 
 
-def jvp(inputs: NamedTuple) -> tuple[Tensor | None, ...]:
-    """The tangent of the divergence."""
-    return tangents_of(lambda x: (forward(x),), inputs, IndexerDivergenceInputs, FIELDS)
-
-
-def second(inputs: NamedTuple) -> tuple[Tensor | None, ...]:
-    """The gradients of that tangent's product with `grad`: the tangents of the backward pass."""
-
-    def of_both(x: IndexerDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
-        return backward(x._replace(need_attention=True, need_index=True))
-
-    return tangents_of(of_both, inputs, IndexerDivergenceBackwardInputs, FIELDS)
+jvp, second = derivatives(forward, backward, (IndexerDivergenceInputs, IndexerDivergenceBackwardInputs), FIELDS)
 
 
 def _divergence(inputs: _Inputs) -> Divergence:

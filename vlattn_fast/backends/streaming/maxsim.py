@@ -6,13 +6,14 @@ In addition to inputs and result it stores a maximum and its index, per pair of 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.backends.inputs import MaxsimBackwardInputs, MaxsimInputs, MaxsimJvpInputs, MaxsimSecondInputs
+from vlattn_fast.backends.inputs import MaxsimBackwardInputs, MaxsimInputs
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.backends.streaming._forward_mode import Named, gradients, tangents_of
 
@@ -70,7 +71,7 @@ def _similarity(places: Tensor, x: Named) -> list[Tensor]:
     return [torch.where(places >= 0, products, 0.0).sum(1)]
 
 
-def jvp(inputs: MaxsimJvpInputs) -> tuple[Tensor | None, ...]:
+def jvp(inputs: Any) -> tuple[Tensor | None, ...]:
     """The tangent of the similarity. Each query token keeps its tokens of the documents."""
 
     def similarity(x: MaxsimBackwardInputs) -> list[Tensor]:
@@ -83,7 +84,7 @@ def jvp(inputs: MaxsimJvpInputs) -> tuple[Tensor | None, ...]:
     return tangents_of(similarity, inputs, MaxsimBackwardInputs, _FIELDS)
 
 
-def second(inputs: MaxsimSecondInputs) -> tuple[Tensor | None, ...]:
+def second(inputs: Any) -> tuple[Tensor | None, ...]:
     """The second derivative: the tangents of the gradients of queries and documents."""
     return tangents_of(backward, inputs, MaxsimBackwardInputs, _FIELDS)
 

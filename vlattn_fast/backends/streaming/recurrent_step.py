@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
-from vlattn_fast.backends.inputs import derivative_inputs
 from vlattn_fast.backends.reference.recurrent_step import mean_of_heads, sweep
 from vlattn_fast.backends.streaming import _forward_mode, _tiles
 from vlattn_fast.backends.streaming._forward_mode import Named
@@ -71,9 +70,6 @@ class RecurrentStepBackwardInputs(NamedTuple):
 
 
 DIFFERENTIABLE = ("relevancy", "query", "key", "value", "grad_output", "log_decay", "beta", "diagonal")
-RecurrentStepJvpInputs, RecurrentStepSecondInputs = derivative_inputs(
-    RecurrentStepBackwardInputs, DIFFERENTIABLE, grads=("grad",)
-)
 
 
 def forward(inputs: RecurrentStepInputs) -> Tensor:

@@ -14,12 +14,10 @@ from vlattn_fast.backends.inputs import (
     RelevancyAttentionInputs,
     RelevancyStepBackwardInputs,
     RelevancyStepInputs,
-    RelevancyStepJvpInputs,
-    RelevancyStepSecondInputs,
 )
 from vlattn_fast.backends.streaming import score_attention
-from vlattn_fast.backends.streaming._abar import Abar, second_of
-from vlattn_fast.backends.streaming._forward_mode import tangents_of
+from vlattn_fast.backends.streaming._abar import Abar
+from vlattn_fast.backends.streaming._forward_mode import derivatives
 from vlattn_fast.backends.streaming._tiles import Tiling
 
 
@@ -70,14 +68,5 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
     return first, *(sums.result() if sums is not None else (None,) * 6)
 
 
-_FIELDS = "relevancy", "query", "key", "value", "grad_output", "lse", "row_bias"
-
-
-def step_jvp(inputs: RelevancyStepJvpInputs) -> tuple[Tensor | None, ...]:
-    """The tangent of relevancy @ Abar."""
-    return tangents_of(lambda x: (step(x),), inputs, RelevancyStepInputs, _FIELDS)
-
-
-def step_second(inputs: RelevancyStepSecondInputs) -> tuple[Tensor | None, ...]:
-    """The gradients of that tangent's product with `grad`: the tangents of the backward pass."""
-    return second_of(step_backward, inputs, RelevancyStepBackwardInputs, _FIELDS)
+FIELDS = "relevancy", "query", "key", "value", "grad_output", "lse", "row_bias"
+jvp, second = derivatives(step, step_backward, (RelevancyStepInputs, RelevancyStepBackwardInputs), FIELDS)

@@ -26,12 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype, real_tokens
-from vlattn_fast.backends.inputs import (
-    StackedCrossAttentionBackwardInputs,
-    StackedCrossAttentionInputs,
-    StackedCrossAttentionJvpInputs,
-    StackedCrossAttentionSecondInputs,
-)
+from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
 from vlattn_fast.backends.reference.stacked_cross_attention import split_norm
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.backends.streaming._forward_mode import tangents_of
@@ -69,12 +64,12 @@ def backward(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tenso
     return (grad_c, grad_q) if direction == "t2i" else (grad_q, grad_c)
 
 
-def jvp(inputs: StackedCrossAttentionJvpInputs) -> tuple[Tensor, ...]:
+def jvp(inputs: Any) -> tuple[Tensor, ...]:
     """The tangent of the similarity."""
     return tangents_of(lambda x: (forward(x),), _filled(inputs), StackedCrossAttentionInputs, _FIELDS)
 
 
-def second(inputs: StackedCrossAttentionSecondInputs) -> tuple[Tensor, ...]:
+def second(inputs: Any) -> tuple[Tensor, ...]:
     """The second derivative: the tangents of the gradients of images and captions."""
     made = tangents_of(backward, _filled(inputs), StackedCrossAttentionBackwardInputs, _FIELDS)
     return tuple([real_tokens(x, mask) for x, mask in zip(made, _real(inputs), strict=True)])
