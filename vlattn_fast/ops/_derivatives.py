@@ -12,6 +12,7 @@ is forward over reverse.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_type_hints
@@ -67,10 +68,12 @@ class Derivatives:
         taken = schema_of(self.backward_type).types
         self.needed = [grad for grad in grads if taken[grad] is Tensor]  # None is no value
         self._needs = {need: frozenset(some) for need, some in needs.items()}
-        self._with_gradient = [outputs.index(output) for output in grads.values()]
-        self._constants = [i for i in range(len(outputs)) if i not in self._with_gradient]
-        self._kept = [i for i, output in enumerate(outputs) if output in taken]
-        self.saved = Saved(forward_type, self.backward_type, outputs=[outputs[i] for i in self._kept], grads=[*grads, *needs])
+        places = range(len(outputs))
+        self._given = _items([outputs.index(output) for output in grads.values()])
+        self._constants = _items([i for i in places if outputs[i] not in grads.values()])
+        kept = [i for i in places if outputs[i] in taken]
+        self._kept = _items(kept)
+        self.saved = Saved(forward_type, self.backward_type, outputs=[outputs[i] for i in kept], grads=[*grads, *needs])
         forward, backward, jvp, second = passes
 
         def backward_fake(inputs: Any) -> tuple[Tensor | None, ...]:
@@ -110,20 +113,24 @@ class Derivatives:
         not_differentiable(f"{name}_second", f"{third} ({asked}). {way_out}")
 
     def _setup_context(self, ctx: Any, inputs: Any, outputs: Any) -> None:
-        each = flat(outputs)
-        if self._constants:
-            ctx.mark_non_differentiable(*[each[i] for i in self._constants])
-        self.saved.save(ctx, inputs, *[each[i] for i in self._kept])
+        each = outputs if isinstance(outputs, tuple) else (outputs,)
+        ctx.mark_non_differentiable(*self._constants(each))
+        self.saved.save(ctx, inputs, *self._kept(each))
 
     def _backward_of_forward(self, ctx: Any, *grads: Tensor | None) -> Named:
-        needed = self.saved.needed(ctx) if self._needs else ()
-        asked = [not some.isdisjoint(needed) for some in self._needs.values()]
-        inputs = self.saved.inputs(ctx, *[grads[i] for i in self._with_gradient], *asked)
+        asked = list[bool]()
+        if self._needs:
+            needed = self.saved.needed(ctx)
+            asked = [not some.isdisjoint(needed) for some in self._needs.values()]
+        inputs = self.saved.inputs(ctx, *self._given(grads), *asked)
         for grad in self.needed:
             if getattr(inputs, grad) is None:
                 inputs = inputs._replace(**{grad: torch.zeros_like(getattr(inputs, self.grads[grad]))})
-        made = zip(self.fields, flat(self.backward(inputs)), strict=True)
-        return {field: y for field, y in made if y is not None and y.dim() > 1}  # a vector without elements stands for None
+        made: Named = dict(zip(self.fields, self.backward(inputs), strict=True))
+        for field, y in made.items():
+            if y is not None and y.dim() == 1:  # an empty vector, which stands for None
+                made[field] = None
+        return made
 
     def _named_fields(self, inputs: Any) -> list[tuple[str, Any]]:
         x = named(inputs)
@@ -216,6 +223,13 @@ def _derivative_inputs(backward_type: Any, fields: Sequence[str], grads: Collect
     rest = [(field, kind) for field, kind in types.items() if not field.startswith("need_")]
     jvp = NamedTuple(f"{stem}JvpInputs", [*tangents, *[each for each in rest if each[0] not in grads]])  # type: ignore[misc]
     return jvp, NamedTuple(f"{stem}SecondInputs", [*tangents, *of_grads, *rest, *[("with_jvp", bool)] * one_sweep])
+
+
+def _items(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Returns a function that takes a tuple and returns these items of it, without Python: a pass waits for it."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return operator.itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
 
 
 def _tensors(count: int) -> str:
