@@ -15,9 +15,11 @@ from vlattn_lab.checkout import ROOT
 from vlattn_lab.experiments import weighted_relevancy
 from vlattn_lab.experiments.experiment import Settings, effects_of, effects_table, holm
 from vlattn_lab.experiments.run import NAMES, experiment, main
+from vlattn_lab.pages import claims
 from vlattn_lab.tasks import TASKS
 
 STORED = {path.stem.removeprefix("experiment-"): path for path in (ROOT / "benchmarks" / "results").glob("experiment-*.json")}
+ACCURACY = {"dot": [1.0, 0.6, 0.2], "cosine": [0.5, 0.5, 0.6]}  # of three seeds
 WORKED_OUT = {"congruence", "scores", "value", "weighted_relevancy"}  # their sentences have numbers that no table has
 
 
@@ -46,6 +48,29 @@ def test_tables_and_pictures_are_those_of_the_rows(name):
         assert all(table in page for table in loaded.tables(report["rows"]))
     for picture in loaded.figures:
         assert f"({picture}.png)" in page and (ROOT / "docs" / "experiments" / f"{picture}.png").is_file()
+
+
+def test_the_table_of_claims_is_that_of_the_rows():
+    made = claims.tables()
+    assert made in claims.README.read_text(encoding="utf-8"), "python -m vlattn_lab.pages.claims writes it"
+    cells = [
+        [cell.strip() for cell in line.split(" | ")] for line in re.findall(r"^\| (.+) \|$", made, re.M) if "---" not in line
+    ]
+    assert {len(line) for line in cells} == {8} and all(cell for line in cells for cell in line)
+    said = {line[7] for line in cells if line[0] != "claim"}
+    assert said <= {claims.REPRODUCED, claims.NOT, claims.UNTESTED, claims.UNCLAIMED}
+
+
+def test_what_a_claim_is_called_follows_from_its_effect():
+    up, down, weak = effects_of([("a", "x", [0.9, 1.0, 1.1]), ("b", "x", [-0.9, -1.0, -1.1]), ("c", "x", [0.1, -0.1, 0.2])])
+    found = [claims.line_of(claims.Claim("it rises", one, "nothing"))[7] for one in (up, down, weak, "no rows")]
+    assert found == [claims.REPRODUCED, claims.NOT, claims.NOT, claims.UNTESTED]
+    rows = [
+        {"task": "t", "arm": arm, "seed": seed, "trained": {"accuracy": value}}
+        for arm, of in ACCURACY.items()
+        for seed, value in enumerate(of)
+    ]
+    assert claims.chosen_by_others(rows, "t") == pytest.approx([-0.5, 0.1, -0.4])  # worked by hand
 
 
 def test_the_figure_of_six_tasks_is_as_wide_as_a_page():
