@@ -43,8 +43,9 @@ def key_of(mutant: Mutant) -> str:
 
 
 def copy_tree() -> None:
-    """Copies the files and the installed libraries. Folders that an editable install maps are links."""
-    built = [str(file.relative_to(ROOT)) for file in (ROOT / "vlattn_fast" / "backends").glob("*/*.so")]
+    """Copies the files and the installed libraries with their records. Folders that an editable install maps are links."""
+    backends = ROOT / "vlattn_fast" / "backends"
+    built = [str(file.relative_to(ROOT)) for kind in ("*.so", "build.json") for file in backends.glob(f"*/{kind}")]
     for file in (*_files("--cached", "--others", "--exclude-standard"), *built):
         if (ROOT / file).is_file():
             (TREE / file).parent.mkdir(parents=True, exist_ok=True)
