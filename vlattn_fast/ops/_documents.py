@@ -32,10 +32,6 @@ class Run(NamedTuple):
         return self.documents * self.lengths[side]
 
 
-def is_packed(query: Any, document_ids: Ids, cu_seqlens: Ids) -> bool:
-    return document_ids is not None or cu_seqlens is not None or (isinstance(query, Tensor) and query.is_nested)
-
-
 def over_documents(call: Callable[..., Any], x: dict[str, Any], outputs: Sequence[str]) -> Any:
     """The result of a public call on packed documents.
 

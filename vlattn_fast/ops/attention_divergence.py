@@ -19,6 +19,7 @@ from vlattn_fast._ground.checks import (
     check_number,
     check_tensor,
     describe,
+    is_packed,
 )
 from vlattn_fast._ground.tensors import (
     cast_by_autocast,
@@ -42,7 +43,7 @@ from vlattn_fast.dispatch.choice import launcher, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._documents import Ids, is_packed, over_documents
+from vlattn_fast.ops._documents import Ids, over_documents
 from vlattn_fast.ops._stages import planning
 
 
@@ -190,6 +191,10 @@ def _forward_fake(inputs: Any) -> Tensor:
     return query.new_empty(query.shape[0], 1 if inputs.head_mean else query.shape[1], query.shape[2], dtype=compute_dtype(query))
 
 
+def _setup_context(ctx: Any, inputs: AttentionDivergenceInputs, output: Tensor) -> None:
+    _derivatives.saved.save(ctx, inputs, output if BACKENDS[inputs.backend].saves else None)
+
+
 _derivatives = Derivatives(
     "attention_divergence",
     (AttentionDivergenceInputs, AttentionDivergenceBackwardInputs),
@@ -199,6 +204,7 @@ _derivatives = Derivatives(
     passes=[launcher(BACKENDS, each) for each in (streaming.forward, streaming.backward, streaming.jvp, streaming.second)],
     fake=_forward_fake,
     needs={"need_own": FIELDS[:2], "need_other": FIELDS[2:]},
+    setup_context=_setup_context,
 )
 
 OPERATOR = Operator(attention_divergence, _describe, BACKENDS)

@@ -23,6 +23,7 @@ from vlattn_fast._ground.checks import (
     describe,
     is_differentiated,
     is_dtensor,
+    is_packed,
 )
 from vlattn_fast._ground.tensors import as_dtype, compute_dtype, expand_heads, mask_padding, masked_logits, without_autocast
 from vlattn_fast.backends import reference
@@ -36,7 +37,7 @@ from vlattn_fast.dispatch.choice import gradients, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._documents import Ids, is_packed, over_documents
+from vlattn_fast.ops._documents import Ids, over_documents
 from vlattn_fast.ops._groups import check_rows, check_token_groups, group_bias_inputs, resolve_groups
 from vlattn_fast.ops._shards import Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys

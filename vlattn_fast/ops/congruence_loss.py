@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from vlattn_fast import kernels
-from vlattn_fast._ground.checks import check_choice, check_floating, check_tensor, check_token_mask, describe, has_forward_mode
+from vlattn_fast._ground.checks import (
+    check_choice,
+    check_floating,
+    check_tensor,
+    check_token_mask,
+    describe,
+    has_forward_mode,
+    is_packed,
+)
 from vlattn_fast._ground.tensors import as_fake_outputs, cast_by_autocast, compute_dtype, resolve_scale, scaled_dot_default
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import congruence_loss as cpu
@@ -31,7 +39,7 @@ from vlattn_fast.dispatch.choice import launcher, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._documents import Ids, is_packed, over_documents
+from vlattn_fast.ops._documents import Ids, over_documents
 
 
 def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast import kernels
-from vlattn_fast._ground.checks import check_bool, check_device, check_floating, check_masks, check_tensor, describe
+from vlattn_fast._ground.checks import check_bool, check_device, check_floating, check_masks, check_tensor, describe, is_packed
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_padding, without_autocast
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import indexer_divergence as cpu
@@ -22,7 +22,7 @@ from vlattn_fast.dispatch.choice import launcher, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._documents import Ids, is_packed, over_documents
+from vlattn_fast.ops._documents import Ids, over_documents
 from vlattn_fast.ops._stages import planning
 from vlattn_fast.ops.attention_divergence import check_key
 

@@ -19,6 +19,7 @@ from vlattn_fast._ground.checks import (
     check_head_dim,
     check_tensor,
     describe,
+    is_packed,
 )
 from vlattn_fast._ground.tensors import as_fake_outputs, as_outputs, cast_by_autocast, without_autocast
 from vlattn_fast.backends import reference
@@ -32,7 +33,7 @@ from vlattn_fast.dispatch.choice import launcher, planned, selecting
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._documents import Ids, is_packed, over_documents
+from vlattn_fast.ops._documents import Ids, over_documents
 from vlattn_fast.ops.relevancy_attention import check_carried
 
 BACKENDS = table(streaming, cpu=cpu)

@@ -26,6 +26,7 @@ from vlattn_fast._ground.checks import (
     check_tensor,
     describe,
     is_dtensor,
+    is_packed,
 )
 from vlattn_fast._ground.tensors import as_fake_outputs, as_gradient, compute_dtype, empty_rows_first, weigh_rows
 from vlattn_fast.backends import reference
@@ -40,7 +41,7 @@ from vlattn_fast.dispatch.choice import load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype, table
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._documents import Ids, is_packed, over_documents
+from vlattn_fast.ops._documents import Ids, over_documents
 from vlattn_fast.ops._groups import check_head_gate, gated
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import over_shards

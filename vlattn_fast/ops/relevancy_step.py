@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vlattn_fast._ground.checks import check_lse, is_dtensor
+from vlattn_fast._ground.checks import check_lse, is_dtensor, is_packed
 from vlattn_fast._ground.tensors import as_fake_outputs
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.inputs import RelevancyStepBackwardInputs, RelevancyStepInputs, named
@@ -20,7 +20,7 @@ from vlattn_fast.dispatch.choice import gradients, launcher, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._documents import Ids, is_packed, over_documents
+from vlattn_fast.ops._documents import Ids, over_documents
 from vlattn_fast.ops._shards import over_shards
 from vlattn_fast.ops._stages import DotPlan, attention_of, by_formula, cast, make_plan, without_padding
 from vlattn_fast.ops.relevancy_attention import BACKENDS, check_abar, check_carried, flags_of, sizes_of

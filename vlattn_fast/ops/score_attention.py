@@ -22,6 +22,7 @@ from vlattn_fast._ground.checks import (
     is_differentiated,
     is_dtensor,
     is_jit_traced,
+    is_packed,
     is_transformed,
     varies,
 )
@@ -47,7 +48,7 @@ from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype
 from vlattn_fast.ops._derivatives import Derivatives
-from vlattn_fast.ops._documents import Ids, is_packed, over_documents
+from vlattn_fast.ops._documents import Ids, over_documents
 from vlattn_fast.ops._groups import check_head_gate, gated, group_bias_inputs
 from vlattn_fast.ops._score_attention_backends import BACKENDS
 from vlattn_fast.ops._shards import Local, Shards, over_shards

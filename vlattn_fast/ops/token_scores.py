@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.checks import check_attention, check_masks
+from vlattn_fast._ground.checks import check_attention, check_masks, is_packed
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.backends.reference.token_scores import (
     Queries,
@@ -26,7 +26,7 @@ from vlattn_fast.backends.reference.token_scores import (
 )
 from vlattn_fast.dispatch.call import AttentionArguments
 from vlattn_fast.dispatch.choice import planned
-from vlattn_fast.ops._documents import Ids, is_packed, over_documents
+from vlattn_fast.ops._documents import Ids, over_documents
 from vlattn_fast.ops.attention_statistics import StatisticsPlan, attention_statistics, make_statistics_plan, statistics_of
 
 

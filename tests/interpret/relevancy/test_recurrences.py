@@ -10,17 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 import vlattn_fast as va
-from tests.interpret.relevancy.test_recurrences_of_models import (
-    IDS,
-    INPUTS,
-    MASK,
-    by_attention,
-    double,
-    made,
-    of_last,
-    shares,
-    stored,
-)
+from tests.interpret.relevancy.test_recurrences_of_models import IDS, INPUTS, MASK, by_attention, made, of_last, shares, stored
 from tools.tiny_models.mixers import each_within
 from tools.tiny_models.stored import Double, stored_rows
 from vlattn_fast.attach.recurrences.reading import Convolution
@@ -29,7 +19,6 @@ from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
 from vlattn_fast.interpret.relevancy.traced_call import Recursion
 from vlattn_fast.nn import capture_relevancy
 
-__all__ = ["double"]  # pytest finds the fixture here
 DTYPES = (torch.float32, torch.bfloat16)
 
 
