@@ -33,11 +33,7 @@ OF_HEADS, OF_PAIRS, MASK = "numbers for each head, query, key", "numbers for eac
 PATTERNS: dict[str, tuple[Mod, Mod, dict[str, str]]] = {
     "nothing": (lambda s, b, h, i, j: s, None, {"score_mod": "nothing", "mask": "nothing"}),
     "causal": (None, causal, {"mask": "causal"}),
-    "causal in a score": (
-        lambda s, b, h, i, j: torch.where(i >= j, s, -torch.inf),
-        None,
-        {"score_mod": "nothing", "mask": "causal"},
-    ),
+    "causal in a score": (hides_later, None, {"score_mod": "nothing", "mask": "causal"}),
     "window": (None, lambda b, h, i, j: (i >= j) & (i - j <= 3), {"mask": MASK}),
     "documents": (None, documents, {"mask": "documents"}),
     "causal documents": (None, lambda b, h, i, j: documents(b, h, i, j) & (i >= j), {"mask": "documents, causal"}),
