@@ -115,11 +115,6 @@ def is_dtensor(x: Any) -> bool:
     return distributed is not None and isinstance(x, distributed.DTensor)
 
 
-def is_packed(query: Any, document_ids: Any, cu_seqlens: Any) -> bool:
-    """Returns whether a call has documents, or nested tensors."""
-    return document_ids is not None or cu_seqlens is not None or (isinstance(query, Tensor) and query.is_nested)
-
-
 def is_distributed() -> bool:
     """Returns whether several processes may share tensors."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -19,7 +19,6 @@ from vlattn_fast._ground.checks import (
     check_number,
     check_tensor,
     describe,
-    is_packed,
 )
 from vlattn_fast._ground.tensors import (
     cast_by_autocast,
@@ -122,7 +121,7 @@ def attention_divergence(
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
-    if is_packed(query, document_ids, cu_seqlens):
+    if document_ids is not None or cu_seqlens is not None or getattr(query, "is_nested", False):
         return over_documents(attention_divergence, locals(), ["bhq"])
     x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, backend=backend)
     plan = planned(_plan, x, other_query, other_key, kind, beta, head_mean)

@@ -23,7 +23,6 @@ from vlattn_fast._ground.checks import (
     describe,
     is_differentiated,
     is_dtensor,
-    is_packed,
 )
 from vlattn_fast._ground.tensors import as_dtype, compute_dtype, expand_heads, mask_padding, masked_logits, without_autocast
 from vlattn_fast.backends import reference
@@ -136,7 +135,7 @@ def attention_statistics(
     Reference: Cao et al., "Behind the Scene", ECCV 2020 (VALUE). With the tokens of each modality as a
     group, mass gives their modality importance and their cross-modal heads; maximum and argmax give their linked tokens.
     """
-    if is_packed(query, document_ids, cu_seqlens):
+    if document_ids is not None or cu_seqlens is not None or getattr(query, "is_nested", False):
         if num_groups is None and key_groups is not None and group_bias is None:
             num_groups = resolve_groups(key_groups.values() if key_groups.is_nested else key_groups, None)
         return over_documents(attention_statistics, locals(), _DIMENSIONS)

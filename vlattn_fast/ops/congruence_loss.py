@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast import kernels
-from vlattn_fast._ground.checks import (
-    check_choice,
-    check_floating,
-    check_tensor,
-    check_token_mask,
-    describe,
-    has_forward_mode,
-    is_packed,
-)
+from vlattn_fast._ground.checks import check_choice, check_floating, check_tensor, check_token_mask, describe, has_forward_mode
 from vlattn_fast._ground.tensors import as_fake_outputs, cast_by_autocast, compute_dtype, resolve_scale, scaled_dot_default
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import congruence_loss as cpu
@@ -139,7 +131,7 @@ def congruence_loss(
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
-    if is_packed(text[0] if isinstance(text, (tuple, list)) and text else None, document_ids, cu_seqlens):
+    if document_ids is not None or cu_seqlens is not None or _is_nested(text):
         return _of_documents(**locals())
     backend, scale = planned(
         _plan, backend, scale, text, image, cross, kind, normalize, direction, text_mask, image_mask, reduction
@@ -170,6 +162,10 @@ _BLOCKS = (
     ("cross_text_query", "cross_image_key"),
     ("cross_image_query", "cross_text_key"),
 )
+
+
+def _is_nested(pair: Any) -> bool:
+    return isinstance(pair, (tuple, list)) and any([getattr(x, "is_nested", False) for x in pair])
 
 
 def _of_documents(text: Any, image: Any, cross: Any, reduction: str, **options: Any) -> Tensor:

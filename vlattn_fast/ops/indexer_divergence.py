@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast import kernels
-from vlattn_fast._ground.checks import check_bool, check_device, check_floating, check_masks, check_tensor, describe, is_packed
+from vlattn_fast._ground.checks import check_bool, check_device, check_floating, check_masks, check_tensor, describe
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_padding, without_autocast
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import indexer_divergence as cpu
@@ -89,7 +89,7 @@ def indexer_divergence(
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
-    if is_packed(query, document_ids, cu_seqlens):
+    if document_ids is not None or cu_seqlens is not None or getattr(query, "is_nested", False):
         return over_documents(indexer_divergence, locals(), ["bq"])
     x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, backend=backend)
     plan = planned(_plan, x, index_query, index_key, index_weights, topk_indices)

@@ -19,7 +19,6 @@ from vlattn_fast._ground.checks import (
     check_head_dim,
     check_tensor,
     describe,
-    is_packed,
 )
 from vlattn_fast._ground.tensors import as_fake_outputs, as_outputs, cast_by_autocast, without_autocast
 from vlattn_fast.backends import reference
@@ -101,7 +100,7 @@ def recurrent_step(
 
     Reference: the map is that of Zimerman, Ali, Wolf, ICLR 2025, section 3; its extension to the delta rule is our reading.
     """
-    if is_packed(query, document_ids, cu_seqlens):
+    if document_ids is not None or cu_seqlens is not None or getattr(query, "is_nested", False):
         return over_documents(recurrent_step, locals(), ["btq"])
     gates = log_decay, beta, diagonal
     backend = planned(_backend, backend, relevancy, query, key, value, grad_output, *gates, rule, row_normalize)

@@ -26,7 +26,6 @@ from vlattn_fast._ground.checks import (
     check_tensor,
     describe,
     is_dtensor,
-    is_packed,
 )
 from vlattn_fast._ground.tensors import as_fake_outputs, as_gradient, compute_dtype, empty_rows_first, weigh_rows
 from vlattn_fast.backends import reference
@@ -162,7 +161,7 @@ def relevancy_attention(
 
     References: Chefer et al., ICCV 2021; the weights a and b: Huang et al. 2023.
     """
-    if is_packed(query, document_ids, cu_seqlens):
+    if document_ids is not None or cu_seqlens is not None or getattr(query, "is_nested", False):
         return over_documents(relevancy_attention, locals(), _OUTPUTS)
     if is_dtensor(query):
         return over_shards(relevancy_attention, locals(), _OUTPUTS, _relevancy_shards.attention)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vlattn_fast._ground.checks import check_lse, is_dtensor, is_packed
+from vlattn_fast._ground.checks import check_lse, is_dtensor
 from vlattn_fast._ground.tensors import as_fake_outputs
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.inputs import RelevancyStepBackwardInputs, RelevancyStepInputs, named
@@ -82,7 +82,7 @@ def relevancy_step(
 
     Reference: Chefer et al., ICCV 2021, eq. 5 and 6, without the identity.
     """
-    if is_packed(query, document_ids, cu_seqlens):
+    if document_ids is not None or cu_seqlens is not None or getattr(query, "is_nested", False):
         return over_documents(relevancy_step, locals(), ["btk"])
     if is_dtensor(query):
         return over_shards(relevancy_step, locals(), ["btk"], _relevancy_shards.step)

@@ -22,7 +22,6 @@ from vlattn_fast._ground.checks import (
     is_differentiated,
     is_dtensor,
     is_jit_traced,
-    is_packed,
     is_transformed,
     varies,
 )
@@ -138,7 +137,7 @@ def score_attention(
 
     Reference: Cao et al., COLING 2022, Table 1.
     """
-    if is_packed(query, document_ids, cu_seqlens):
+    if document_ids is not None or cu_seqlens is not None or getattr(query, "is_nested", False):
         return over_documents(score_attention, locals(), _OUTPUTS)
     if is_dtensor(query):
         return over_shards(score_attention, locals(), _OUTPUTS, _on_shards)

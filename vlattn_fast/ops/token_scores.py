@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.checks import check_attention, check_masks, is_packed
+from vlattn_fast._ground.checks import check_attention, check_masks
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.backends.reference.token_scores import (
     Queries,
@@ -108,7 +108,7 @@ def token_scores(
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
-    if is_packed(query, document_ids, cu_seqlens):
+    if document_ids is not None or cu_seqlens is not None or getattr(query, "is_nested", False):
         return over_documents(token_scores, locals(), ["bhk"])
     x = AttentionArguments(query, key, attn_mask, key_mask, False, scale, enable_gqa, softcap, sink, backend=backend)
     plan = planned(_plan, x, rule, queries, kernel_size, pooling, recent, per_head, is_causal)

@@ -6,7 +6,7 @@ logit: these are for numbers of order 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -130,6 +130,7 @@ def attention_statistics(
     num_groups: int | None = None,
     row_weight: Tensor | None = None,
     enable_gqa: bool = False,
+    statistics: Sequence[str] = ("mass", "entropy", "maximum", "received"),
     **o: Any,
 ) -> Outputs:
     prob, _ = attention(query, key, **o, key_groups=key_groups)
@@ -140,7 +141,9 @@ def attention_statistics(
     entropy = -torch.where(prob > 0, prob * torch.log(torch.where(prob > 0, prob, torch.ones_like(prob))), torch.zeros_like(prob))
     weight = torch.ones(prob.shape[2], dtype=prob.dtype) if row_weight is None else row_weight
     received = torch.einsum("bn,bhnm->bhm", weight.expand(prob.shape[0], -1), prob)
-    return mass, entropy.sum(-1), prob.amax(-1), received
+    diagonal = F.pad(prob.diagonal(dim1=2, dim2=3), (0, max(0, prob.shape[2] - prob.shape[3])))
+    made = {"mass": mass, "entropy": entropy.sum(-1), "maximum": prob.amax(-1), "received": received, "diagonal": diagonal}
+    return tuple([made[name] for name in statistics])
 
 
 def token_scores(query: Tensor, key: Tensor, *, rule: str) -> Outputs:
