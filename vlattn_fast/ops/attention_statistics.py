@@ -251,7 +251,7 @@ def _diagonal(x: AttentionArguments, plan: DotPlan, maximum: Tensor, argmax: Ten
     if tokens == 0:
         return torch.zeros_like(maximum)
     diagonal = _logits_at(x, plan, torch.arange(tokens, device=x.query.device).expand(*x.query.shape[:2], -1))
-    top = _logits_at(x, plan, argmax[:, :, :tokens].clamp(0, x.key.shape[2] - 1)).detach()
+    top = _logits_at(x, plan, argmax[:, :, :tokens].clamp(min=0)).detach()
     visible = ~torch.isneginf(diagonal)
     less = (diagonal.detach() - torch.where(visible, top, 0.0)).clamp(max=0.0).exp()
     weight = torch.where(visible, maximum.detach()[:, :, :tokens] * less.to(maximum.dtype), 0.0)
@@ -296,7 +296,8 @@ def _logits_at(x: AttentionArguments, plan: DotPlan, places: Tensor) -> Tensor:
     """Returns the logits (B, H, n) of the first n queries, each with the key of its place in int64 (B, H, n)."""
     (key,) = mask_padding(x.key_mask, x.key)
     count, dtype, (batch, heads) = places.shape[2], compute_dtype(x.query), places.shape[:2]
-    key = torch.take_along_dim(expand_heads(key, heads), places[..., None], 2)
+    every = places[..., None].expand(-1, -1, -1, key.shape[3])  # take_along_dim would fix the sizes of graphs
+    key = expand_heads(key, heads).gather(2, every)
     score = plan.scale * (x.query[:, :, :count].to(dtype) * key.to(dtype)).sum(-1, keepdim=True)
     if x.softcap is not None:
         score = x.softcap * torch.tanh(score / x.softcap)
@@ -306,7 +307,7 @@ def _logits_at(x: AttentionArguments, plan: DotPlan, places: Tensor) -> Tensor:
     rows, groups = group_bias_inputs(x.query, x.query_groups, x.key_groups, x.group_bias)
     if rows is not None and groups is not None:
         of_key = groups[:, None].expand(-1, heads, -1).gather(2, places)[..., None]
-        bias = torch.take_along_dim(rows[:, :, :count], of_key.clamp(0, rows.shape[3] - 1), 3)
+        bias = rows.expand(batch, -1, -1, -1)[:, :, :count].gather(3, of_key.clamp(0, rows.shape[3] - 1))
         bias = torch.where((of_key >= 0) & (of_key < rows.shape[3]), bias, 0.0)
     logits = masked_logits(score, mask, None, None, bias)[..., 0]
     if x.key_mask is None:
