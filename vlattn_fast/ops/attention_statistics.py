@@ -251,7 +251,7 @@ def _diagonal(x: AttentionArguments, plan: DotPlan, maximum: Tensor, argmax: Ten
     if tokens == 0:
         return torch.zeros_like(maximum)
     diagonal = _logits_at(x, plan, torch.arange(tokens, device=x.query.device).expand(*x.query.shape[:2], -1))
-    top = _logits_at(x, plan, argmax[:, :, :tokens].clamp(min=0)).detach()
+    top = _logits_at(x, plan, argmax[:, :, :tokens].clamp(0, x.key.shape[2] - 1)).detach()
     visible = ~torch.isneginf(diagonal)
     less = (diagonal.detach() - torch.where(visible, top, 0.0)).clamp(max=0.0).exp()
     weight = torch.where(visible, maximum.detach()[:, :, :tokens] * less.to(maximum.dtype), 0.0)
