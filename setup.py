@@ -274,7 +274,6 @@ if __name__ == "__main__":
             "vlattn_fast.interpret.dataset.templates",
             "vlattn_fast.interpret.result.figures.templates",
             "vlattn_fast.interpret.probing.templates",
-            "vlattn_fast.interpret.exploring.templates",
             "vlattn_fast.kernels",
             "vlattn_fast.benchmarks",
         ],

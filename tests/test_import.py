@@ -61,7 +61,6 @@ def test_import_is_cheap_and_brings_no_heavy_package() -> None:
         "jinja2",
         "safetensors",
         "typer",
-        "anywidget",
         "tqdm",
         "pandas",
         "scipy",

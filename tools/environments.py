@@ -12,7 +12,6 @@
     python -m tools.environments triton [OPERATOR ...] `python -m tools.compiled.triton` with the lowest Triton
     python -m tools.environments hub [PYTEST ...]      the tests of the kernel hub's folder, with the hub's loader and checker
     python -m tools.environments trl [PYTEST ...]      the recipe for TRL, docs/guides/trl.md
-    python -m tools.environments marimo [PYTEST ...]   the notebook of the examples, with its widget, in marimo
 
 Each is made at its first use, in .venv-NAME, and kept. `oldest` and `newest` take the disk of two CUDA builds of torch. The last
 six are .venv with a few packages more, which lie in .venv/NAME: its tests run without them.
@@ -140,7 +139,6 @@ BESIDE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "conda": (("-m", "tools.conda"), ("--no-deps", "py-rattler-build==0.73.*")),
     "triton": (("-m", "tools.compiled.triton"), ("--no-deps", TRITON_LOWEST)),
     "hub": (("-m", "pytest", "packages/vlattn-native/tests/test_hub.py"), HUB),
-    "marimo": (("-m", "pytest", "tests/interpret/exploring/test_marimo.py"), ("marimo==0.25.*",)),
     "trl": (
         ("-m", "pytest", "tests/train/test_trl.py"),
         ("--no-deps", "trl==1.16.*", "datasets==5.2.*", "pyarrow", "dill<0.4.2", "multiprocess<0.70.20", "xxhash"),

@@ -111,7 +111,6 @@ __all__ = [
     "token_grounding",
     "token_scores",
     "train",
-    "widget",
 ]
 
 

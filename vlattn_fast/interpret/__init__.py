@@ -1,9 +1,9 @@
 """Relevancy maps of whole models, and edits of their attention: `explain`, `evaluate`, `probe`, `prompt_maps`, `intervene`,
-`token_grounding`, `widget`.
+`token_grounding`.
 
 In: a model and an input.
 Out: an `Explanation`, `LayerExplanation`, `SideBySide`, `Evaluation`, `ProbeReport`, `PromptMaps`, `EdgeTable`, `FlowCurve`
-    or `TokenGrounding`; a context with edits; a widget.
+    or `TokenGrounding`; a context with edits.
 Imports: interpret.
 """
 
@@ -18,7 +18,6 @@ from vlattn_fast.interpret.evaluating.evaluation import Evaluation
 from vlattn_fast.interpret.evaluating.grounding_table import GroundingDetector, TokenGrounding
 from vlattn_fast.interpret.evaluating.token_grounding import token_grounding
 from vlattn_fast.interpret.explaining.explain import explain, explain_layers, find_sinks
-from vlattn_fast.interpret.exploring.widget import widget
 from vlattn_fast.interpret.intervening.compare_prompts import PatchEffect, PromptComparison, compare_prompts
 from vlattn_fast.interpret.intervening.edges import Edge, EdgeTable
 from vlattn_fast.interpret.intervening.edits import Knockout, Mlp, Patch, Residual, ScaleHeads, Steer
@@ -88,5 +87,4 @@ __all__ = [
     "register_adapter",
     "score_parts",
     "token_grounding",
-    "widget",
 ]

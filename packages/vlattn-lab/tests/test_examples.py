@@ -98,7 +98,6 @@ def test_the_notebook_is_a_notebook():
 
 def test_the_notebook_runs(capsys):
     """Its code cells run in order, and what they print is what the notebook stores, up to the digits."""
-    pytest.importorskip("anywidget")
     variables: dict[str, Any] = {"__name__": "__main__"}
     for cell in notebook()["cells"]:
         if cell["cell_type"] == "code":
@@ -106,7 +105,6 @@ def test_the_notebook_runs(capsys):
             stored = "".join("".join(output["text"]) for output in cell["outputs"] if output["output_type"] == "stream")
             assert words(capsys.readouterr().out) == words(stored)
     assert variables["pointing"] > 0.85
-    torch.testing.assert_close(variables["heads"].explanations["gradient"].image, variables["clip"].image)
 
 
 def words(text: str) -> str:
