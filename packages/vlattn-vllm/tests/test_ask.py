@@ -102,7 +102,7 @@ def test_no_groups_without_mass() -> None:
         ({"steer": [{"keys": [0, 2], "weight": -1}]}, "weight must be at least 0"),
         ({"steer": [{"weight": 2, "layers": [0]}]}, "an edit must have queries, keys or heads"),
         ({"steer": [{"heads": [4], "weight": 2}]}, "a number of heads of an edit must be at most 3"),
-        ({"steer": [{"heads": [], "weight": 2}]}, "heads of an edit must be numbers"),
+        ({"steer": [{"heads": [], "weight": 2}]}, "heads of an edit must be a list of at least one number"),
         ({"steer": [{"keys": [40, 41], "weight": 2}]}, "a span of keys must lie within the 29 tokens"),
         ({"steer": [{"heads": [1], "weight": 2}], "statistics": [], "layers": [0]}, "must name one if layers are given"),
         ({"groups": {"a" * (1 << 16): [[0, 1]]}}, "must have at most 65536 bytes as JSON; got 65"),

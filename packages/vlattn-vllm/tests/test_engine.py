@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SCENARIOS = (
     "one_process",
     "preempted",
-    "windows",
+    "engines windows",
     "latent",
     "pictures",
     "with_torchvision llava",
     "with_torchvision qwen2_vl",
     "steered",
-    "compiled",
+    "steered compiled",
     "steered ranks",
     "many",
     "folder",
@@ -31,7 +31,7 @@ SCENARIOS = (
     "guide",
     "refused guesses",
     "refused others",
-    "ranks",
+    "engines ranks",
     "server",
     "server pooling",
     "server another_version",
@@ -40,7 +40,7 @@ SCENARIOS = (
     "server chunks",
     "server faults",
 )
-V2 = ("one_process", "preempted", "windows", "steered", "many", "odd_layers", "faults", "ranks")
+V2 = ("one_process", "preempted", "engines windows", "steered", "many", "odd_layers", "faults", "engines ranks")
 
 
 @pytest.mark.parametrize(("scenario", "runner"), [*((each, "0") for each in SCENARIOS), *((each, "1") for each in V2)])

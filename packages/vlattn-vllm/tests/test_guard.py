@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vlattn_vllm import guard, plugin, server, versions
+from vlattn_vllm import guard, plugin, server
 from vlattn_vllm.guard import ANSWERED, Guard, asks
 
 ASK = {"statistics": ["median"]}  # which no place that answers would take
@@ -103,13 +103,13 @@ def test_places_that_answer_are_left_alone(root: str) -> None:
 
 
 def test_versions_of_any_build() -> None:
-    assert [versions.refused_version(name) for name in ("0.31.0", "0.32.0", "0.33.0+cpu")] == [""] * 3
+    assert [plugin.refused_version(name) for name in ("0.31.0", "0.32.0", "0.33.0+cpu")] == [""] * 3
     for name in ("0.32.1", "0.34.0", "0.30.0", "0.32.0rc1"):
-        assert f"needs vLLM 0.31.0, 0.32.0 or 0.33.0 and found {name}" in versions.refused_version(name)
+        assert f"needs vLLM 0.31.0, 0.32.0 or 0.33.0 and found {name}" in plugin.refused_version(name)
 
 
 def test_another_version_refuses_at_every_endpoint() -> None:
-    reason = versions.refused_version("0.30.0")
+    reason = plugin.refused_version("0.30.0")
     for path in (*ANSWERED, "/v1/messages"):
         status, answer = posted(path, json.dumps({"vlattn": {}}).encode(), refused=reason)
         assert status == 400 and json.loads(answer)["error"]["message"] == reason
@@ -148,12 +148,12 @@ class Processor:
 
 @pytest.fixture
 def no_entrance(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in versions.ENTRANCES:
+    for name in plugin.ENTRANCES:
         monkeypatch.setitem(sys.modules, name, None)  # an import raises
 
 
 @pytest.mark.usefixtures("no_entrance")
-@pytest.mark.parametrize("entrance", versions.ENTRANCES.items())
+@pytest.mark.parametrize("entrance", plugin.ENTRANCES.items())
 def test_another_version_refuses_in_python(monkeypatch: pytest.MonkeyPatch, entrance: tuple[str, str]) -> None:
     where, name = entrance
     kind = type(name, (), {"process_inputs": Processor.process_inputs})

@@ -115,9 +115,9 @@ class OnGpu(Batch):
         step.see(impl, layer, self.query, self.cache, self.metadata, self.out)
 
 
-def asking(prompt: int, counted: int = 0, rank: int = 0, **ask: Any) -> Asking:
+def asking(prompt: int, counted: int = 0, rank: int = 0, pictures: Any = (), **ask: Any) -> Asking:
     most, usual = prompt + 20, {} if ask.get("statistics") == [] else {"layers": [0]}
-    checked = check_ask({**usual, **ask}, 2, 2 * HEADS, prompt, [], most)
+    checked = check_ask({**usual, **ask}, 2, 2 * HEADS, prompt, pictures, most)
     edits = Edits(checked.steer, most, range(rank * HEADS, (rank + 1) * HEADS)) if checked.steer else None
     return Asking(checked, prompt, groups_of_tokens(checked, most), edits, counted)
 
@@ -212,16 +212,45 @@ def test_requests_of_a_batch_have_groups_of_their_own(order: Any) -> None:
         torch.testing.assert_close(got[name].mass, mass[None, None])
 
 
+@pytest.mark.parametrize("seen", [99, 6])
+def test_entropy_over_image_tokens(order: Any, seen: int) -> None:
+    """In a layer that sees all keys and in one with a window, which is 0 where it sees no image; with an edit, too."""
+    batch = Batch(order, [13, 11, 12, 6], [13, 1, 2, 1])
+    batch.with_values(order)
+    pictures = ((2, 4), (8, 11)), ((0, 3),), ((1, 9),)
+    more = [edit(keys=[2, 8], weight=3.0)]
+    one, two = (asking(10, pictures=spans, statistics=some) for spans, some in zip(
+        pictures, (["image_entropy"], ["entropy", "image_entropy"]), strict=False))  # fmt: skip
+    three = asking(10, pictures=pictures[2], statistics=["image_entropy"], steer=more)
+    step = begun(batch, {"one": one, "two": two, "three": three, "plain": asking(5, statistics=["entropy"])})
+    batch.see(step, impl=SimpleNamespace(**{**vars(IMPL), "sliding_window": -1 if seen == 99 else seen}))
+    got = step.numbers(same)
+
+    def edited(logits: Tensor) -> Tensor:
+        return logits + math.log(3) * ((torch.arange(12) >= 2) & (torch.arange(12) < 8))
+
+    for number, name in enumerate(("one", "two", "three")):
+        last = batch.maps(number, edited if name == "three" else None, seen)[-1].double()
+        on_image = last[:, torch.cat([torch.arange(*span) for span in pictures[number]])]
+        parts = on_image / on_image.sum(-1, keepdim=True) if on_image.any() else on_image
+        torch.testing.assert_close(got[name].image_entropy[0, 0].double(), -parts.xlogy(parts).sum(-1), rtol=1e-5, atol=1e-6)
+        assert got[name].image_entropy.any() == (seen == 99 or name != "two") and got[name].mass is None
+    assert got["plain"].image_entropy is got["one"].entropy is None and got["two"].entropy is not None
+
+
 def test_layers_of_gpus_hand_over_keys_in_front_of_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the Triton kernel, which a GPU takes, in Triton's interpreter."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(worker, "paged_attention_statistics", partial(paged_attention_statistics, backend="triton"))
     batch = OnGpu([9, 6], [9, 1])
-    step = begun(batch, {"one": asking(9, statistics=BOTH), "two": asking(5, statistics=["maximum"])})
+    of_image = ["maximum", "image_entropy"]
+    step = begun(batch, {"one": asking(9, statistics=BOTH), "two": asking(5, pictures=[(1, 4)], statistics=of_image)})
     batch.see(step)
     got = step.numbers(same)
     maps = batch.maps(0)
     torch.testing.assert_close(got["one"].received, maps.sum(0)[None])
+    parts = batch.maps(1)[0, :, 1:4] / batch.maps(1)[0, :, 1:4].sum(-1, keepdim=True)
+    torch.testing.assert_close(got["two"].image_entropy[0, 0], -parts.xlogy(parts).sum(-1))
     torch.testing.assert_close(got["two"].maximum[0, 0], batch.maps(1)[0].amax(-1))
     assert [window(SimpleNamespace(sliding_window=kept)) for kept in (-1, 16, (-1, -1), (15, 0))] == [None, 16, None, 16]
 
@@ -251,15 +280,15 @@ def test_latent_attention_has_the_numbers_of_the_keys_that_it_stands_for() -> No
         whole[: len(each)] = each
         cache[row] = whole.view(3, SIZE, 12)
     query = torch.randn(sum(queries), HEADS, 8)
-    step = begun(SimpleNamespace(lengths=lengths, queries=queries), {"token": asking(5), "prompt": asking(9, statistics=BOTH)},
-                 "token", "prompt", "silent")  # fmt: skip
+    requests = {"token": asking(5), "prompt": asking(9, pictures=[(2, 7)], statistics=[*BOTH, "image_entropy"])}
+    step = begun(SimpleNamespace(lengths=lengths, queries=queries), requests, "token", "prompt", "silent")
     starts = torch.tensor([0, *queries]).cumsum(0).int()
     decode = SimpleNamespace(block_table=table[:1], seq_lens=torch.tensor([7]).int())
     metadata = SimpleNamespace(
         num_decodes=1, num_prefills=2, decode=decode, prefill=SimpleNamespace(block_table=table[1:]), query_start_loc=starts
     )
     metadata.causal = True
-    step.see_latent(layer, query, cache, metadata, torch.zeros(sum(queries), HEADS * 6))
+    step.see(None, layer, query, cache, metadata, torch.zeros(sum(queries), HEADS * 6))
     got = step.numbers(same)
     for number, name in enumerate(("token", "prompt")):
         keys = torch.einsum("ml,hpl->mhp", latents[number][:, :10], layer.W_UK_T)
@@ -268,8 +297,10 @@ def test_latent_attention_has_the_numbers_of_the_keys_that_it_stands_for() -> No
         positions = torch.arange(lengths[number] - queries[number], lengths[number])[:, None, None]
         maps = logits.masked_fill(torch.arange(lengths[number]) > positions, -torch.inf).softmax(-1)
         torch.testing.assert_close(got[name].mass[0, 0].sum(-1), torch.ones(HEADS))
-        torch.testing.assert_close(got[name].mass[0, 0, :, 1], maps[-1, :, : (5, 9)[number]].sum(-1))
+        torch.testing.assert_close(got[name].mass[0, 0, :, :2].sum(-1), maps[-1, :, : (5, 9)[number]].sum(-1))
     torch.testing.assert_close(got["prompt"].received[0], maps.sum(0))
+    parts = maps[-1, :, 2:7] / maps[-1, :, 2:7].sum(-1, keepdim=True)
+    torch.testing.assert_close(got["prompt"].image_entropy[0, 0], -parts.xlogy(parts).sum(-1))
 
 
 @pytest.mark.parametrize(
@@ -283,7 +314,7 @@ def test_latent_attention_has_the_numbers_of_the_keys_that_it_stands_for() -> No
 def test_latent_attention_of_another_kind_is_refused_by_name(fields: Any, words: str) -> None:
     step = begun(SimpleNamespace(lengths=[7], queries=[1]), {"one": asking(5)})
     metadata = SimpleNamespace(decode=None, prefill=None, causal=True)
-    step.see_latent(latent_layer(**fields), torch.randn(1, HEADS, 8), torch.zeros(3, SIZE, 12), metadata, torch.zeros(1))
+    step.see(None, latent_layer(**fields), torch.randn(1, HEADS, 8), torch.zeros(3, SIZE, 12), metadata, torch.zeros(1))
     got = step.numbers(same)["one"]
     assert words in got.refused and "model.layers.0.attn" in got.refused and got.is_empty()
 
@@ -334,7 +365,8 @@ def test_edited_rows_are_those_of_edited_maps(order: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(steering, "_AT_ONCE", at_once)
     batch = Batch(order, [9, 10, 7], [6, 1, 2])
     values = batch.with_values(order)
-    spans = {"groups": {"a": [[0, 3]], "b": [[4, None]]}, "statistics": [*STATISTICS]}
+    asked = [name for name in STATISTICS if name != "image_entropy"]
+    spans = {"groups": {"a": [[0, 3]], "b": [[4, None]]}, "statistics": asked}
     cut = edit(keys=[1, 3], queries=[[4, 6], [7, None]]), edit(keys="answer", heads=[1, 5], weight=3.0)
     requests = {
         "prompt": asking(8, rank=rank, steer=cut, **spans),
@@ -465,7 +497,7 @@ def test_model_runner_v2_makes_its_batch_in_the_step(monkeypatch: pytest.MonkeyP
     def execute(runner: Any, *_: Any) -> None:
         made = SimpleNamespace(req_ids=["b", "a"], num_computed_tokens_np=[7, 0])
         assert worker._prepare_inputs(lambda *_: made, runner) is made
-        places.append(worker._NOW.step._placed()["a"])
+        places.append(worker._NOW.step._places["a"])
 
     worker._execute_model(execute, runner, scheduled([new], ["a", "b"]))
     assert places == [worker.Place("a", 1, 1, 1, 1)] and list(runner.vlattn_numbers) == ["a"]

@@ -23,7 +23,7 @@ import torch
 
 from vlattn_vllm import client, collect, counts, engine, front, limit, plugin, server
 from vlattn_vllm.ask import Ask
-from vlattn_vllm.attention import Attention, from_bytes, joined, to_bytes
+from vlattn_vllm.attention import Attention, joined
 from vlattn_vllm.server import Waiting
 from vlattn_vllm.worker import NUMBERS
 from vlattn_vllm.wrapping import harmless, wrap
@@ -48,7 +48,7 @@ def stepped(requests: dict[str, Any], numbers: dict[str, Attention], outputs: li
 
     engine._update_from_output(update, scheduler, None, out)
     packed = [each.kv_transfer_params and each.kv_transfer_params[engine.KEY] for each in outputs]
-    return [packed and from_bytes(packed) for packed in packed]
+    return [packed and Attention.from_dict(packed) for packed in packed]
 
 
 def request(stop: Any = (), **extra: Any) -> Any:
@@ -251,7 +251,7 @@ def test_metrics(monkeypatch: pytest.MonkeyPatch, configured: Any) -> None:
     module.Counter = module.Histogram = Metric  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(counts, "_metrics", {})
-    counts.asked()
+    counts.count("asks")
     for _ in range(2):
         counts.install()
     for field, ask in (("speculative_config", {}), (None, {"top": 0}), (None, {})):
@@ -264,7 +264,7 @@ def test_metrics(monkeypatch: pytest.MonkeyPatch, configured: Any) -> None:
     del seen[:]
     for tokens in ([5], [6]):
         output = core_output("one", tokens)
-        output.kv_transfer_params = {"vlattn": to_bytes(dataclasses.replace(part(1.0), seconds=0.25))}
+        output.kv_transfer_params = {"vlattn": dataclasses.replace(part(1.0), seconds=0.25).to_bytes()}
 
         def process(processor: Any, outputs: Any) -> Any:
             if outputs[0].new_token_ids == [6]:
@@ -273,8 +273,8 @@ def test_metrics(monkeypatch: pytest.MonkeyPatch, configured: Any) -> None:
 
         front._process_outputs(process, processor, [output])
         assert seen == ([("seconds", "", 0.5)] if tokens == [6] else [])
-    counts.written(30)
-    counts.asked()
+    counts.count("bytes", 30)
+    counts.count("asks")
     assert seen[1:] == [("bytes", "", 30), ("asks", "", 1)]
 
 
@@ -440,7 +440,7 @@ def test_a_refused_edit_leaves_no_keys_to_others_with_the_same_edit() -> None:
         output = core_output("one", [5])
         step = {0: SimpleNamespace(outputs=[output])}
         engine._update_from_output(lambda *_, step=step: step, scheduler, None, SimpleNamespace(**{NUMBERS: {"one": refused}}))
-        assert cache.evicted == evicted and from_bytes(output.kv_transfer_params["vlattn"]).refused == "why"
+        assert cache.evicted == evicted and Attention.from_dict(output.kv_transfer_params["vlattn"]).refused == "why"
 
 
 def test_a_fault_in_the_core_refuses_one_request() -> None:
@@ -558,8 +558,8 @@ def test_samples_of_a_request_are_one_ask(monkeypatch: pytest.MonkeyPatch, confi
         add = lambda *_: processor.request_states.update({name: state(parent, False)})  # noqa: E731
         front._add_request(add, processor, one, "", parent, index)
 
-    asked: list[int] = []
-    monkeypatch.setattr(counts, "asked", lambda: asked.append(1))
+    asked: list[str] = []
+    monkeypatch.setattr(counts, "count", lambda name, **_: asked.append(name))
     added("d", 2, vlattn={})
     assert not asked and front._ASKS in processor.request_states["d"].__dict__
     processor.request_states["e"] = state()
@@ -573,13 +573,14 @@ def test_samples_of_a_request_are_one_ask(monkeypatch: pytest.MonkeyPatch, confi
 def test_limits_are_a_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     parser = limit._with_options(lambda parser: parser, argparse.ArgumentParser())
     monkeypatch.setattr(limit, "_serving", False)
-    assert limit.most(limit.ASKS) is limit.most(limit.BYTES) is None
+    limits = limit.ASKS, limit.BYTES, limit.EDITS
+    assert [*map(limit.most, limits)] == [None] * 3
     limit.serve()
-    assert (limit.most(limit.ASKS), limit.most(limit.BYTES), limit.edits()) == (32, 262144, False)
+    assert [*map(limit.most, limits)] == [32, 262144, 0]
     for name in ("VLATTN_MAX_ASKS", "VLATTN_MAX_BYTES", "VLATTN_EDITS"):
         monkeypatch.setenv(name, "")  # which the options below replace
     parser.parse_args(["--vlattn-max-asks", "0", "--vlattn-max-bytes", "8", "--vlattn-edits"])
-    assert (limit.most(limit.ASKS), limit.most(limit.BYTES), limit.edits()) == (0, 8, True)
+    assert [*map(limit.most, limits)] == [0, 8, 1]
     asked = Ask((0, 1), ("mass", "received"), (("a", ()), ("b", ())))  # 3 numbers, 2 layers, 4 heads
     with pytest.raises(
         ValueError, match="at most 8 bytes of numbers for each token .--vlattn-max-bytes.; got 96, for 2 layers and 4"

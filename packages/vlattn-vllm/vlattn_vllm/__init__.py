@@ -9,8 +9,7 @@ Out: `Attention` on each completion; a folder of them from `collect`.
 Imports: vlattn_fast, vlattn_fast._ground.checks, vlattn_fast._ground.extras, vlattn_fast.interpret.dataset.store.
 """
 
-from vlattn_vllm.answer import Answer
-from vlattn_vllm.attention import Attention
+from vlattn_vllm.attention import Answer, Attention
 from vlattn_vllm.collecting import Answers, collect, load
 
 __all__ = ["Answer", "Answers", "Attention", "collect", "load"]

@@ -36,14 +36,15 @@ class Edit(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """`groups`: names with their spans of tokens. `top`: how many tokens `received` keeps by layer and head; None = all. Written
-    as JSON, it comes back from `read`."""
+    """`groups`: names with their spans of tokens. `top`: how many tokens `received` keeps by layer and head; None = all.
+    `images`: their spans, if `statistics` need them. Written as JSON, it comes back from `read`."""
 
     layers: tuple[int, ...]
     statistics: tuple[str, ...]
     groups: tuple[tuple[str, tuple[Span, ...]], ...]
     top: int | None = None
     steer: tuple[Edit, ...] = ()
+    images: tuple[Span, ...] = ()
 
     def written(self) -> dict[str, Any]:
         """Without tuples, as JSON gives it back."""
@@ -57,7 +58,7 @@ class Ask(NamedTuple):
             Edit(tuple(one["layers"]), tuple(one["heads"]), _pairs(one["queries"]), _pairs(one["keys"]), one["weight"])
             for one in value["steer"]
         )
-        return Ask(tuple(value["layers"]), tuple(value["statistics"]), groups, value["top"], edits)
+        return Ask(tuple(value["layers"]), tuple(value["statistics"]), groups, value["top"], edits, _pairs(value["images"]))
 
 
 def _pairs(spans: Sequence[Sequence[Any]]) -> tuple[Span, ...]:
@@ -84,7 +85,9 @@ def check_ask(value: Any, layers: int, heads: int, prompt: int, pictures: Sequen
         if given := sorted({*value} - {"statistics", "steer", "compact"}):
             raise ValueError(f"statistics must name one if {' and '.join(given)} are given; got none")
         return Ask((), (), (), None, steer)
-    numbers = _layers(value.get("layers"), layers)
+    numbers = _numbers("layers", value.get("layers"), layers)
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"layers must name each layer once; got {list(numbers)}")
     statistics = _names("statistics", value.get("statistics", ("mass",)), STATISTICS)
     top = value.get("top")
     if top is not None:
@@ -92,13 +95,17 @@ def check_ask(value: Any, layers: int, heads: int, prompt: int, pictures: Sequen
         if "received" not in statistics:
             raise ValueError(f"statistics must name 'received' if top is given; got {list(statistics)}")
     check_bool(compact=value.get("compact", False))
-    if "mass" not in statistics:
-        if "groups" in value:
-            raise ValueError(f"statistics must name 'mass' if groups are given; got {list(statistics)}")
-        return Ask(numbers, statistics, (), top, steer)
-    groups = _groups(value.get("groups", NAMED), named, most)
-    check_disjoint(groups)
-    return Ask(numbers, statistics, groups, top, steer)
+    images = named["image"] if "image_entropy" in statistics else ()
+    if "image_entropy" in statistics and not images:
+        raise ValueError(f"statistics must leave out 'image_entropy', since the prompt has no image; got {list(statistics)}")
+    if "mass" in statistics:
+        groups = _groups(value.get("groups", NAMED), named, most)
+        check_disjoint(groups)
+    elif "groups" in value:
+        raise ValueError(f"statistics must name 'mass' if groups are given; got {list(statistics)}")
+    else:
+        groups = ()
+    return Ask(numbers, statistics, groups, top, steer, images)
 
 
 def plain(value: Any) -> Any:
@@ -159,15 +166,20 @@ def _edit(value: Mapping[str, Any], layers: int, heads: int, named: Mapping[str,
     )
 
 
-def _from_the_end(name: str, value: Any, count: int) -> tuple[int, ...]:
-    """Numbers below `count`, of which negative ones count from the end; None = all."""
+def _numbers(name: str, value: Any, count: int, low: int = 0) -> tuple[int, ...]:
+    """Numbers from `low` to `count` - 1; None = all."""
     if value is None:
         return tuple(range(count))
-    numbers = [value] if isinstance(value, int) else value
-    if isinstance(numbers, str) or not isinstance(numbers, Sequence) or len(numbers) == 0:
-        raise TypeError(f"{name} of an edit must be numbers, at least one; got {describe(value)}")
-    for number in numbers:
-        check_integer(f"a number of {name} of an edit", number, low=-count, high=count - 1)
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) == 0:
+        raise TypeError(f"{name} must be a list of at least one number; got {describe(value)}")
+    for number in value:
+        check_integer(f"a number of {name}", number, low=low, high=count - 1)
+    return tuple(value)
+
+
+def _from_the_end(name: str, value: Any, count: int) -> tuple[int, ...]:
+    """Of an edit, where negative numbers count from the end, and one needs no list."""
+    numbers = _numbers(f"{name} of an edit", [value] if isinstance(value, int) else value, count, -count)
     return tuple(sorted({number % count for number in numbers}))
 
 
@@ -182,18 +194,6 @@ def _tokens(name: str, value: Any, named: Mapping[str, tuple[Span, ...]], most: 
     if isinstance(value, Sequence) and len(value) == 2 and not isinstance(value[0], Sequence):
         value = [value]
     return _spans(name, value, most)
-
-
-def _layers(value: Any, layers: int) -> tuple[int, ...]:
-    if value is None:
-        return tuple(range(layers))
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) == 0:
-        raise TypeError(f"layers must be a list of at least one number; got {describe(value)}")
-    for number in value:
-        check_integer("a number of layers", number, low=0, high=layers - 1)
-    if len(set(value)) < len(value):
-        raise ValueError(f"layers must name each layer once; got {list(value)}")
-    return tuple(value)
 
 
 def _names(name: str, value: Any, known: Sequence[str]) -> tuple[str, ...]:

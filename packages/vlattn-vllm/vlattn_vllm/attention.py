@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-PER_TOKEN = ("mass", "entropy", "maximum", "diagonal")
+PER_TOKEN = ("mass", "entropy", "image_entropy", "maximum", "diagonal")
 SUMS = ("received", "received_answer")  # over queries
+SHARES = ("share_image", "share_question", "share_answer")
 TENSORS = (*PER_TOKEN, *SUMS, "tokens")
 _LARGEST = torch.finfo(torch.float16).max
 
@@ -20,14 +21,15 @@ _LARGEST = torch.finfo(torch.float16).max
 class Attention:
     """Statistics of the attention that chose the tokens of a completion, float32; None for each that was not asked for.
 
-    Row t of `mass`, `entropy`, `maximum` and `diagonal` is the query from which token t was chosen: the last token of the prompt
-    for the first, and the token before for the others.
+    Row t of `mass`, `entropy`, `image_entropy`, `maximum` and `diagonal` is the query from which token t was chosen: the last
+    token of the prompt for the first, and the token before for the others.
 
     Args:
         layers: their numbers, in the order of the request.
         groups: names of the groups.
         mass: (tokens, layers, heads, groups), the attention that falls on each group.
         entropy: (tokens, layers, heads) in nats.
+        image_entropy: (tokens, layers, heads) in nats, of the attention on image tokens in parts of what these get.
         maximum: (tokens, layers, heads), the largest weight.
         diagonal: (tokens, layers, heads), the attention of that token on itself.
         received: (layers, heads, prompt), what each token of the prompt gets from the queries from queries[0] to queries[1] - 1,
@@ -53,6 +55,7 @@ class Attention:
     seconds: float = 0.0
     diagonal: Tensor | None = None
     received_answer: Tensor | None = None
+    image_entropy: Tensor | None = None
 
     def is_empty(self) -> bool:
         return all(getattr(self, name) is None for name in TENSORS)
@@ -61,47 +64,74 @@ class Attention:
         """The same without its numbers."""
         return Attention(self.layers, self.groups, refused=reason, seconds=self.seconds)
 
+    def grounding(self) -> dict[str, Tensor]:
+        """The numbers of `va.token_grounding` that follow from the statistics, by its names, as means over layers and heads.
+
+        Each is (tokens,). `share_image`, `share_question` and `share_answer` need `mass` with these groups, `attention_entropy`
+        needs `image_entropy`, `diagonal` that of the next token's query, and `received_less_diagonal` also `received_answer`: NaN
+        where that query did not run, as for the last token.
+        """
+        per_token = {} if self.mass is None else {f"share_{name}": self.mass[..., n] for n, name in enumerate(self.groups)}
+        numbers = {name: value for name, value in per_token.items() if name in SHARES}
+        if self.image_entropy is not None:
+            numbers["attention_entropy"] = self.image_entropy
+        if self.diagonal is not None:
+            numbers["diagonal"] = torch.cat([self.diagonal[1:], torch.full_like(self.diagonal[:1], torch.nan)])
+            if (received := self.received_answer) is not None:
+                later = torch.arange(received.shape[2], 0, -1)  # queries that see the token, its own among them
+                mean = torch.nn.functional.pad(received / later, (0, len(self.diagonal) - len(later)), value=torch.nan)
+                numbers["received_less_diagonal"] = mean.permute(2, 0, 1) - numbers["diagonal"]
+        return {name: value.mean((1, 2)) for name, value in numbers.items()}
+
     def to_dict(self, compact: bool = False) -> dict[str, Any]:
         """Lists and numbers for JSON, without what is None.
 
         compact: each array as {"dtype", "shape", "data"} instead, little-endian bytes in base64. The numbers are float16, or
             float32 if one is above 65504.
         """
-        written = _array if compact else Tensor.tolist
-        values = {name: written(value) for name in TENSORS if (value := getattr(self, name)) is not None}
-        facts: dict[str, Any] = {"layers": list(self.layers), "groups": list(self.groups), **values}
-        if self.queries is not None:
-            facts["queries"] = list(self.queries)
-        return {**facts, "refused": self.refused} if self.refused else facts
+        return self.written(_compact if compact else Tensor.tolist)
+
+    def to_bytes(self) -> dict[str, Any]:
+        """For msgpack: exact, and with `seconds`."""
+        return {**self.written(_array), "seconds": self.seconds}
+
+    def written(self, write: Callable[[Tensor], Any]) -> dict[str, Any]:
+        """What is not None, each tensor as `write` returns it."""
+        values = {name: write(value) for name in TENSORS if (value := getattr(self, name)) is not None}
+        facts = {"queries": self.queries and list(self.queries), "refused": self.refused}
+        return {"layers": list(self.layers), "groups": list(self.groups), **values, **{n: x for n, x in facts.items() if x}}
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> Attention:
         """The Attention of `to_dict`."""
-        tensors: dict[str, Any] = {name: _tensor(value[name]) for name in TENSORS if name in value}
-        queries = tuple(value["queries"]) if "queries" in value else None
-        return Attention(
-            tuple(value["layers"]), tuple(value["groups"]), **tensors, queries=queries, refused=value.get("refused", "")
-        )
+        fields: dict[str, Any] = {name: tuple(value[name]) for name in ("layers", "groups", "queries") if name in value}
+        fields |= {name: value[name] for name in ("refused", "seconds") if name in value}
+        fields |= {name: _tensor(value[name]) for name in TENSORS if name in value}
+        return Attention(**fields)
 
 
 def _array(value: Tensor) -> dict[str, Any]:
+    data = value.contiguous().numpy().tobytes()
+    return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "data": data}
+
+
+def _compact(value: Tensor) -> dict[str, Any]:
     if not value.is_floating_point():
         value = value.int()
     elif value.abs().le(_LARGEST).all():
         value = value.half()
-    data = base64.b64encode(value.numpy().tobytes()).decode()
-    return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "data": data}
+    written = _array(value)
+    return {**written, "data": base64.b64encode(written["data"]).decode()}
 
 
 def _tensor(value: Any) -> Tensor:
+    """A tensor, or one from lists, or from an array with bytes or their base64."""
     if not isinstance(value, Mapping):
-        return torch.tensor(value)
-    flat = _flat(base64.b64decode(value["data"]), getattr(torch, value["dtype"]))
+        return torch.as_tensor(value)
+    data, dtype = value["data"], getattr(torch, value["dtype"])
+    data = bytearray(base64.b64decode(data) if isinstance(data, str) else data)
+    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
     return (flat.float() if flat.is_floating_point() else flat.long()).view(value["shape"])
-
-
-def _flat(data: bytes, dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 def joined(parts: Sequence[Attention]) -> Attention:
@@ -116,21 +146,10 @@ def joined(parts: Sequence[Attention]) -> Attention:
     )
 
 
-def to_bytes(attention: Attention) -> dict[str, Any]:
-    """For msgpack, which knows no tensor in a field of any type."""
-    packed: dict[str, Any] = {name: getattr(attention, name) for name in ("layers", "groups", "queries", "refused", "seconds")}
-    for name in TENSORS:
-        if (value := getattr(attention, name)) is not None:
-            packed[name] = [list(value.shape), value.contiguous().numpy().tobytes()]
-    return packed
+class Answer(NamedTuple):
+    """The completion of a prompt. `text` is empty where the engine has no tokenizer."""
 
-
-def from_bytes(packed: Mapping[str, Any]) -> Attention:
-    fields = {**packed, "layers": tuple(packed["layers"]), "groups": tuple(packed["groups"])}
-    for name in TENSORS:
-        if name in packed:
-            shape, data = packed[name]
-            fields[name] = _flat(data, torch.int64 if name == "tokens" else torch.float32).view(shape)
-    if fields["queries"] is not None:
-        fields["queries"] = tuple(fields["queries"])
-    return Attention(**fields)
+    id: str
+    tokens: list[int]
+    text: str
+    attention: Attention

@@ -8,6 +8,7 @@ the requests that ask, and for these alone.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -36,6 +37,18 @@ def keys_in_blocks(kv_cache: Tensor, isa: str | None, block_table: Tensor) -> tu
     used, table = block_table.unique(return_inverse=True)
     keys = kv_cache[used].flatten(2)[..., order]
     return keys.unflatten(2, (size, head_dim)), table
+
+
+def tokens_as_blocks(keys: Tensor, block_table: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """(cache (blocks, Hkv, 1, D), block table (R, P)) in which these positions (R, P) are all keys of a request, without a copy.
+
+    keys, block_table: of `keys_in_blocks`.
+    """
+    (blocks, heads, size, head_dim), (of_block, of_head, of_place, of_feature) = keys.shape, keys.stride()
+    unit = math.gcd(of_block, of_place)  # from one view of a key to the next, of which few are keys
+    count = 1 + ((blocks - 1) * of_block + (size - 1) * of_place) // unit
+    view = keys.as_strided((count, heads, 1, head_dim), (unit, of_head, 1, of_feature))
+    return view, (block_table.long().gather(1, positions // size) * of_block + positions % size * of_place) // unit
 
 
 def contents(kv_cache: Tensor, isa: str | None, blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,8 @@ from http import HTTPStatus
 from typing import Any
 
 from vlattn_fast._ground.checks import check_integer, check_number, describe
-from vlattn_vllm.answer import Answer
 from vlattn_vllm.ask import KEY
-from vlattn_vllm.attention import Attention
+from vlattn_vllm.attention import Answer, Attention
 
 _AT_ONCE = 32  # requests
 _BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer, describe
 from vlattn_fast._ground.extras import with_progress
-from vlattn_vllm.answer import Answer
 from vlattn_vllm.ask import KEY, plain, plain_edits
-from vlattn_vllm.attention import TENSORS, Attention
+from vlattn_vllm.attention import TENSORS, Answer, Attention
 from vlattn_vllm.client import Server
 
 FORMAT = "vlattn_fast.attention.1"
@@ -52,11 +51,7 @@ class Answers(Sequence[Answer]):
         with safe_open(self.directory / "shards" / f"{shard}.safetensors", framework="pt") as file:
             facts = json.loads(file.metadata()[str(item)])
             tensors = {name: file.get_tensor(f"{item}/{name}") for name in facts["tensors"]}
-        queries = None if facts["queries"] is None else tuple(facts["queries"])
-        attention = Attention(
-            tuple(facts["layers"]), tuple(facts["groups"]), **tensors, queries=queries, refused=facts["refused"]
-        )
-        return Answer(identity, facts["tokens"], facts["text"], attention)
+        return Answer(identity, facts["tokens"], facts["text"], Attention.from_dict({**facts["attention"], **tensors}))
 
     def __repr__(self) -> str:
         return f"Answers({str(self.directory)!r}, {len(self)} answers, {len(self.failures)} failures)"
@@ -161,10 +156,9 @@ class _Engine:
 
 
 def _packed(answer: Answer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    attention = answer.attention
-    tensors = {name: value.contiguous() for name in TENSORS if (value := getattr(attention, name)) is not None}
-    facts = {"layers": attention.layers, "groups": attention.groups, "queries": attention.queries, "refused": attention.refused}
-    return tensors, {**facts, "tensors": list(tensors), "tokens": answer.tokens, "text": answer.text}
+    facts = answer.attention.written(Tensor.contiguous)
+    tensors = {name: facts.pop(name) for name in TENSORS if name in facts}
+    return tensors, {"attention": facts, "tensors": list(tensors), "tokens": answer.tokens, "text": answer.text}
 
 
 def load(directory: str | Path) -> Answers:

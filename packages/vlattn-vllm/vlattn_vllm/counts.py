@@ -18,25 +18,11 @@ _SECONDS = tuple(a * 10**b for b in (-3, -2, -1, 0, 1) for a in (1, 2.5, 5))
 _metrics: dict[str, Any] = {}
 
 
-def asked() -> None:
+def count(name: str, by: float = 1, **labels: str) -> None:
+    """Adds to a counter, or to the histogram of seconds, which the workers took for an answer that has ended."""
     if _metrics:
-        _metrics["asks"].inc()
-
-
-def refused(reason: str) -> None:
-    if _metrics:
-        _metrics["refused"].labels(reason=reason).inc()
-
-
-def answered(seconds: float) -> None:
-    """An ask has ended, for whose numbers and edits the workers took so long."""
-    if _metrics:
-        _metrics["seconds"].observe(seconds)
-
-
-def written(size: int) -> None:
-    if _metrics:
-        _metrics["bytes"].inc(size)
+        metric = _metrics[name].labels(**labels) if labels else _metrics[name]
+        (metric.observe if name == "seconds" else metric.inc)(by)
 
 
 def install() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_vllm.ask import KEY
-from vlattn_vllm.attention import PER_TOKEN, SUMS, Attention, to_bytes
+from vlattn_vllm.attention import PER_TOKEN, SUMS, Attention
 from vlattn_vllm.worker import NUMBERS
 from vlattn_vllm.wrapping import fault, harmless, wrap
 
@@ -99,7 +99,7 @@ def _attach(output: Any, attention: Attention, request: Any) -> None:
         attention = _of_output(output, attention, request)
     except Exception as error:
         attention = attention.refusing(fault(error))
-    output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: to_bytes(attention)}
+    output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: attention.to_bytes()}
 
 
 def _of_output(output: Any, attention: Attention, request: Any) -> Attention:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import torch
 
 from vlattn_vllm import counts, limit
 from vlattn_vllm.ask import KEY, Ask, Span, check_ask
-from vlattn_vllm.attention import Attention, from_bytes, joined
+from vlattn_vllm.attention import Attention, joined
 from vlattn_vllm.worker import LAYERS
 from vlattn_vllm.wrapping import fault, harmless, wrap
 
@@ -139,7 +140,7 @@ def refused_request(message: str, reason: str = "ask") -> Exception:
     """A ValueError that the server answers with the status 400. reason: one of `counts.REASONS`."""
     from vllm.exceptions import VLLMValidationError
 
-    counts.refused(reason)
+    counts.count("refused", reason=reason)
     refusal: Exception = type("AskRefused", (VLLMValidationError, ValueError), {})(message)
     return refusal
 
@@ -153,7 +154,7 @@ def _add_request(
         running, most = {one for state in states.values() if (one := _asking(state))}, limit.most(limit.ASKS)
         if most is not None and len(running) >= most:
             raise _too_many(most)
-        counts.asked()
+        counts.count("asks")
     out = original(processor, request, prompt, parent, index, *args, **kwargs)
     if asking:
         states[request.request_id].__dict__[_ASKS] = 0.0
@@ -169,7 +170,7 @@ def _too_many(most: int) -> Exception:
     """A ValueError that the server answers with the status 429."""
     from vllm.exceptions import GracefulHTTPError
 
-    counts.refused("busy")
+    counts.count("refused", reason="busy")
     message = f"{most} requests with {KEY!r} run already, as many as {limit.ASKS.option} allows; ask again when one has ended"
     error: Exception = type("AskPostponed", (GracefulHTTPError, ValueError), {})(message, HTTPStatus.TOO_MANY_REQUESTS)
     return error
@@ -178,14 +179,11 @@ def _too_many(most: int) -> Exception:
 def _pictures(features: Any) -> list[Span]:
     """The spans of tokens that stand for parts of a picture, or of another medium."""
     spans: list[Span] = []
-    for feature in features:
-        start, mask = feature.mm_position.offset, feature.mm_position.is_embed
-        inside = [True] * feature.mm_position.length if mask is None else mask.tolist()
-        for token, is_part in enumerate(inside, start):
-            if is_part and spans and spans[-1][1] == token:
-                spans[-1] = spans[-1][0], token + 1
-            elif is_part:
-                spans.append((token, token + 1))
+    for place in (feature.mm_position for feature in features):
+        parts = [True] * place.length if place.is_embed is None else place.is_embed.tolist()
+        for token in itertools.compress(range(place.offset, place.offset + place.length), parts):
+            begun = spans.pop()[0] if spans and spans[-1][1] == token else token
+            spans.append((begun, token + 1))
     return spans
 
 
@@ -203,7 +201,7 @@ def _process_outputs(original: Any, processor: Any, outputs: Any, *args: Any, **
     out = original(processor, outputs, *args, **kwargs)
     for state, _ in asking:
         if state.request_id not in processor.request_states:
-            counts.answered(state.__dict__[_ASKS])
+            counts.count("seconds", state.__dict__[_ASKS])
     out.reqs_to_abort.extend(stopped)
     return out
 
@@ -224,7 +222,7 @@ def _taken(output: Any) -> Attention | None:
     if packed is None:
         return Attention((), (), refused="a token came without its numbers; the log says why") if output.new_token_ids else None
     try:
-        return from_bytes(packed)
+        return Attention.from_dict(packed)
     except Exception as error:
         return Attention((), (), refused=fault(error))
 
@@ -257,14 +255,11 @@ def _new_completion_output(original: Any, state: Any, *args: Any, **kwargs: Any)
 
 def _add(original: Any, output: Any, following: Any, aggregate: bool) -> None:
     """vLLM makes one output of chunks that nobody has fetched yet."""
-    before = {completion.index: completion.attention for completion in output.outputs} if aggregate else {}
+    chunks = [{one.index: one.attention for one in some.outputs} for some in (output, following)]
     original(output, following, aggregate)
-    added = {completion.index: completion.attention for completion in following.outputs}
     for completion in output.outputs if aggregate else ():
-        parts: list[Attention] = [
-            part for part in (before.get(completion.index), added.get(completion.index)) if part is not None
-        ]
-        if parts and completion.index in before:
+        parts = [part for part in (chunk.get(completion.index) for chunk in chunks) if part is not None]
+        if parts and completion.index in chunks[0]:
             completion.attention = joined(parts)
 
 

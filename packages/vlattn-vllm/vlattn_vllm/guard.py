@@ -84,7 +84,7 @@ def _dict(value: Any) -> Mapping[str, Any]:
 
 async def _refuse(send: Any, reason: str) -> None:
     """In the form of the server's own errors."""
-    counts.refused("endpoint")
+    counts.count("refused", reason="endpoint")
     body = json.dumps({"error": {"message": reason, "type": "BadRequestError", "param": KEY, "code": 400}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 400, "headers": headers})

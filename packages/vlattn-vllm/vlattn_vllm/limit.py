@@ -28,8 +28,7 @@ BYTES = Limit(
     "Bytes of numbers for each token that a request may ask for, 4 for each layer, head and group or further statistic: requests "
     "for more get the status 400.",
 )
-EDITS = "--vlattn-edits"
-_EDITS_HELP = "Lets requests edit attention (steer). Default: they get the status 400."
+EDITS = Limit("--vlattn-edits", 0, "Lets requests edit attention (steer). Without it they get the status 400.")
 _serving = False
 
 
@@ -41,17 +40,12 @@ def serve() -> None:
 
 def most(limit: Limit) -> int | None:
     """None: no limit."""
-    value = os.environ.get(_variable(limit.option))
+    value = os.environ.get(_variable(limit))
     return int(value) if value else limit.default if _serving else None
 
 
-def edits() -> bool:
-    """Whether requests to a server may edit attention."""
-    return os.environ.get(_variable(EDITS)) == "1"
-
-
-def _variable(option: str) -> str:
-    return option.strip("-").replace("-", "_").upper()
+def _variable(limit: Limit) -> str:
+    return limit.option.strip("-").replace("-", "_").upper()
 
 
 def install() -> None:
@@ -64,7 +58,7 @@ def _with_options(original: Any, parser: Any) -> Any:
     parser = original(parser)
     for limit in (ASKS, BYTES):
         parser.add_argument(limit.option, type=int, metavar="N", action=_Store, help=f"{limit.help} Default: {limit.default}.")
-    parser.add_argument(EDITS, nargs=0, action=_Store, help=_EDITS_HELP)
+    parser.add_argument(EDITS.option, nargs=0, action=_Store, help=EDITS.help)
     return parser
 
 
@@ -73,5 +67,5 @@ class _Store(argparse.Action):
         value = 1 if self.nargs == 0 else value
         if value < 0:
             parser.error(f"{self.option_strings[0]} must be at least 0; got {value}")
-        os.environ[_variable(self.option_strings[0])] = str(value)
+        os.environ[self.dest.upper()] = str(value)
         setattr(namespace, self.dest, value)

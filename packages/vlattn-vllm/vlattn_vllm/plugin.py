@@ -8,8 +8,13 @@ import warnings
 from typing import Any
 
 from vlattn_vllm import counts, engine, front, guard, limit, server, worker
-from vlattn_vllm.versions import ENTRANCES, refused_version
+from vlattn_vllm.ask import KEY
 from vlattn_vllm.wrapping import wrap
+
+# vLLM's internal names change with each release; the tests run with these
+SUPPORTED = ("0.31.0", "0.32.0", "0.33.0")
+# where requests come in, in these and other versions
+ENTRANCES = {"vllm.v1.engine.input_processor": "InputProcessor", "vllm.v1.engine.processor": "Processor"}
 
 
 def register() -> None:
@@ -33,6 +38,16 @@ def register() -> None:
     engine.install()
     wrap(AsyncLLM, "__init__", _begin_front_end)
     wrap(WorkerBase, "__init__", _begin_worker)  # front ends do not import what runs a model
+
+
+def refused_version(version: str) -> str:
+    """Why this version is not served; empty for a supported one."""
+    if version.split("+")[0] in SUPPORTED:
+        return ""
+    return (
+        f"vlattn_vllm needs vLLM {', '.join(SUPPORTED[:-1])} or {SUPPORTED[-1]} and found {version}: requests with {KEY!r} are "
+        f"refused. Install one of these, or set VLLM_PLUGINS to the plug-ins without vlattn_vllm"
+    )
 
 
 def _refuse(reason: str) -> None:

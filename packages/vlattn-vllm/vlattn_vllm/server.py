@@ -15,6 +15,7 @@ from vlattn_vllm import counts, limit
 from vlattn_vllm.ask import KEY
 from vlattn_vllm.attention import Attention, joined
 from vlattn_vllm.front import refused_request
+from vlattn_vllm.limit import EDITS
 from vlattn_vllm.wrapping import wrap
 
 _DATA = "data: "
@@ -45,7 +46,7 @@ def _compact(request: Any) -> bool:
 
 def _written(attention: Attention, compact: bool) -> dict[str, Any]:
     numbers = attention.to_dict(compact)
-    counts.written(len(json.dumps(numbers, separators=(",", ":"))))
+    counts.count("bytes", len(json.dumps(numbers, separators=(",", ":"))))
     return numbers
 
 
@@ -55,8 +56,10 @@ def _hand_on(request: Any) -> None:
         raise refused_request(f"{KEY} is not answered for beams, whose tokens change places; ask without use_beam_search")
     if KEY in (request.model_extra or {}):
         asked = request.model_extra[KEY]
-        if isinstance(asked, Mapping) and "steer" in asked and not limit.edits():
-            raise refused_request(f"steer must be left out: this server allows no edits (it runs without {limit.EDITS})", "edits")
+        if isinstance(asked, Mapping) and "steer" in asked and not limit.most(EDITS):
+            raise refused_request(
+                f"steer must be left out: this server allows no edits (it runs without {EDITS.option})", "edits"
+            )
         request.vllm_xargs = {**(request.vllm_xargs or {}), KEY: asked}
 
 

@@ -11,15 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vlattn_fast import paged_attention_statistics
-from vlattn_vllm.ask import KEY, Ask, groups_of_tokens
+from vlattn_vllm.ask import KEY, Ask, groups_of_tokens, inside
 from vlattn_vllm.attention import PER_TOKEN, SUMS, Attention
-from vlattn_vllm.blocks import contents, keys_in_blocks
+from vlattn_vllm.blocks import contents, keys_in_blocks, tokens_as_blocks
 from vlattn_vllm.latent import as_attention
 from vlattn_vllm.steering import Edits, edited_attention
 from vlattn_vllm.wrapping import fault, harmless, wrap
@@ -70,6 +72,37 @@ class Batch(NamedTuple):
     num_computed_tokens_cpu: Sequence[int]
 
 
+class Layer(NamedTuple):
+    """What a layer hands over. `out` (tokens, heads, D): the engine's attention, in which edited rows are replaced."""
+
+    impl: Any
+    module: Any
+    query: Tensor
+    kv_cache: Tensor
+    metadata: Any
+    out: Tensor
+
+    @property
+    def name(self) -> str:
+        return str(self.module.layer_name)
+
+    @property
+    def number(self) -> int:
+        return layer_number(self.name)
+
+    @property
+    def isa(self) -> str | None:
+        return getattr(self.module, "isa", None)
+
+    @property
+    def window(self) -> int | None:
+        return window(self.impl)
+
+    @property
+    def logits(self) -> dict[str, Any]:
+        return {"scale": self.impl.scale, "softcap": self.impl.logits_soft_cap or None}
+
+
 class Rows(NamedTuple):
     """The requests of one call of the operator, and their queries, packed one behind another."""
 
@@ -82,6 +115,7 @@ class Rows(NamedTuple):
     groups: Tensor | None
     num_groups: int
     statistics: list[str]
+    images: list[int]  # of these requests, those that ask for image_entropy
 
 
 class Step:
@@ -96,7 +130,6 @@ class Step:
 
     def __init__(self, asking: dict[str, Asking], batch: Any, scheduled: Mapping[str, int], heads: int) -> None:
         self.asking, self.batch, self.scheduled, self.heads = asking, batch, scheduled, heads
-        self._places: dict[str, Place] | None = None  # of those that ask
         self._starts, self._lengths = [0], list[int]()  # of all requests
         self._checked: list[Any] = []  # metadata whose rows are these requests
         self._layers: dict[int, str] = {}  # that ran
@@ -107,25 +140,30 @@ class Step:
     def _running(self) -> list[str]:
         return [name for name in self.batch.req_ids if name in self.asking]
 
+    @cached_property
+    def _places(self) -> dict[str, Place]:
+        """Of those that ask, when the first layer runs."""
+        places = {}
+        for number, (name, before) in enumerate(zip(self.batch.req_ids, self.batch.num_computed_tokens_cpu, strict=False)):
+            first, queries = self._starts[-1], self.scheduled[name]
+            self._starts.append(first + queries)
+            self._lengths.append(int(before) + queries)
+            if name in self.asking:
+                places[name] = Place(name, number, first, queries, self._lengths[-1])
+        return places
+
     def see(self, impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any, out: Tensor) -> None:
-        """`out` (tokens, heads, D): the engine's attention, in which edited rows are replaced."""
+        """The fields of `Layer`. impl: None for latent attention."""
         begin = time.perf_counter()
-        try:
-            if metadata is not None and impl.attn_type == "decoder":
-                self._see(impl, layer, query, kv_cache, metadata, out)
-        except Exception as error:
-            self._refuse(self._running, fault(error))
+        if metadata is not None and (impl is None or impl.attn_type == "decoder"):
+            self._tried(self._running, self._see, Layer(impl, layer, query, kv_cache, metadata, out))
         self._spent(begin)
 
-    def see_latent(self, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any, out: Tensor) -> None:
-        """The same for a layer of latent attention."""
+    def _tried(self, names: Iterable[str], compute: Callable[..., Any], *args: Any) -> Any:
         try:
-            if metadata is not None:
-                self._place()
-                impl, absorbed, rows = as_attention(layer, query, metadata, self._lengths)
-                self.see(impl, layer, absorbed, kv_cache, rows, out)
+            return compute(*args)
         except Exception as error:
-            self._refuse(self._running, fault(error))
+            self._refuse(names, fault(error))
 
     def _refuse(self, names: Iterable[str], reason: str) -> None:
         for name in names:
@@ -137,10 +175,12 @@ class Step:
         for name in running:
             self.asking[name].seconds += (time.perf_counter() - begin) / len(running)
 
-    def _see(self, impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any, out: Tensor) -> None:
-        places = self._place()
-        number = layer_number(layer.layer_name)
-        self._layers.setdefault(number, layer.layer_name)
+    def _see(self, layer: Layer) -> None:
+        places, number = self._places, layer.number
+        if layer.impl is None:
+            impl, query, metadata = as_attention(layer.module, layer.query, layer.metadata, self._lengths)
+            layer = layer._replace(impl=impl, query=query, metadata=metadata)
+        self._layers.setdefault(number, layer.name)
         asks = {
             name: number in one.edited
             for name in places
@@ -148,76 +188,82 @@ class Step:
         }
         if not asks:
             return
-        if refused := self._refusal(number, impl, layer, query, metadata):
+        if refused := self._refusal(layer):
             self._refuse(asks, refused)
             return
         for name in (name for name, edited in asks.items() if edited):
-            try:
-                self._steer(number, places[name], impl, layer, query, kv_cache, metadata, out)
-            except Exception as error:
-                self._refuse([name], fault(error))
+            self._tried([name], self._steer, layer, places[name])
         names = tuple(name for name, edited in asks.items() if not edited)
-        try:
-            self._read(number, names, impl, layer, query, kv_cache, metadata)
-        except Exception as error:
-            self._refuse(names, fault(error))
+        self._tried(names, self._read, layer, names)
 
-    def _place(self) -> dict[str, Place]:
-        """Of those that ask, when the first layer runs."""
-        if self._places is None:
-            self._places = self._placed()
-        return self._places
-
-    def _placed(self) -> dict[str, Place]:
-        places = {}
-        for number, name in enumerate(self.batch.req_ids):
-            first, queries = self._starts[-1], self.scheduled[name]
-            self._starts.append(first + queries)
-            self._lengths.append(int(self.batch.num_computed_tokens_cpu[number]) + queries)
-            if name in self.asking:
-                places[name] = Place(name, number, first, queries, self._lengths[-1])
-        return places
-
-    def _refusal(self, number: int, impl: Any, layer: Any, query: Tensor, metadata: Any) -> str:
+    def _refusal(self, layer: Layer) -> str:
         """Why the attention of a layer is not what is computed here; empty where it is."""
-        if refused := refusal(impl, layer, metadata):
+        if refused := refusal(layer.impl, layer.module, layer.metadata):
             return refused
-        if self._layers[number] != layer.layer_name:
-            return f"layer {number} attends twice, in {self._layers[number]} and {layer.layer_name}; name other layers"
-        if query.shape[1] != self.heads:
-            return f"{layer.layer_name} has {query.shape[1]} heads, and the model {self.heads}; name other layers"
+        if (before := self._layers[layer.number]) != layer.name:
+            return f"layer {layer.number} attends twice, in {before} and {layer.name}; name other layers"
+        if (heads := layer.query.shape[1]) != self.heads:
+            return f"{layer.name} has {heads} heads, and the model {self.heads}; name other layers"
+        metadata, size = layer.metadata, len(self._lengths)
         if not any(metadata is checked for checked in self._checked):
-            starts, lengths, size = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist(), len(self._lengths)
+            starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
             starts = starts[: size + 1] + [start for start in starts[size + 1 :] if start != starts[size]]  # filled up on GPUs
             if (starts, lengths[:size]) != (self._starts, self._lengths):
-                return f"the rows of {layer.layer_name} are not the requests of the batch; name other layers"
+                return f"the rows of {layer.name} are not the requests of the batch; name other layers"
             self._checked.append(metadata)
         return ""
 
-    def _read(
-        self, number: int, names: tuple[str, ...], impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any
-    ) -> None:
+    def _read(self, layer: Layer, names: tuple[str, ...]) -> None:
         """The numbers of requests without edits in this layer."""
         if names not in self._rows:
-            self._rows[names] = self._packed(names, query.device)
+            self._rows[names] = self._packed(names, layer.query.device)
         rows = self._rows[names]
         if rows is None:
             return
-        keys, table = keys_in_blocks(kv_cache, getattr(layer, "isa", None), metadata.block_table[rows.batch_numbers])
-        results = paged_attention_statistics(
-            query[rows.tokens],
-            keys,
-            table,
-            rows.lengths,
-            rows.starts,
-            key_groups=rows.groups,
-            num_groups=rows.num_groups,
-            statistics=rows.statistics,
-            scale=impl.scale,
-            softcap=impl.logits_soft_cap or None,
-            window=window(impl),
-        )
-        self._keep(number, rows, results)
+        keys, table = keys_in_blocks(layer.kv_cache, layer.isa, layer.metadata.block_table[rows.batch_numbers])
+        queries, last = layer.query[rows.tokens], rows.starts[1:] - 1
+        results = None
+        if rows.statistics:
+            results = paged_attention_statistics(
+                queries,
+                keys,
+                table,
+                rows.lengths,
+                rows.starts,
+                key_groups=rows.groups,
+                num_groups=rows.num_groups,
+                statistics=rows.statistics,
+                window=layer.window,
+                **layer.logits,
+            )
+        per_token = {name: getattr(results, name)[last] for name in PER_TOKEN if name in rows.statistics}
+        of_images = self._of_images(layer, rows, queries[last[rows.images]], keys, table) if rows.images else {}
+        for number, name in enumerate(rows.names):
+            one = self.asking[name]
+            kept = {key: value[number] for key, value in per_token.items() if key in one.ask.statistics}
+            if "mass" in kept:
+                kept["mass"] = kept["mass"][:, : len(one.ask.groups)]
+            if number in of_images:
+                kept["image_entropy"] = of_images[number]
+            if results is not None and rows.counts[number]:
+                kept |= sums(one, results.received[number], self._places[name].length)
+            self._seen.setdefault(name, {})[layer.number] = kept
+
+    def _of_images(self, layer: Layer, rows: Rows, last: Tensor, keys: Tensor, table: Tensor) -> dict[int, Tensor]:
+        """The entropy of the newest queries over the image tokens that they see."""
+        images = [self._image_tokens(rows.names[number], layer.window) for number in rows.images]
+        positions = pad_sequence(images, batch_first=True).to(last.device)
+        lengths = torch.tensor([len(some) for some in images], device=last.device)
+        starts = torch.arange(len(images) + 1, device=last.device)
+        where = tokens_as_blocks(keys, table[rows.images], positions)
+        results = paged_attention_statistics(last, *where, lengths, starts, statistics=["entropy"], **layer.logits)
+        return dict(zip(rows.images, results.entropy, strict=True))
+
+    def _image_tokens(self, name: str, seen: int | None, low: int = 0) -> Tensor:
+        """Positions from `low` on that the newest query of a request sees."""
+        length = self._places[name].length
+        positions = torch.arange(max(low, length - seen if seen else 0), length)
+        return positions[inside(self.asking[name].ask.images, positions)]
 
     def _new(self, place: Place) -> tuple[int, bool]:
         """How many queries of a request ran before a preemption, and whether the others count in its sums."""
@@ -225,93 +271,73 @@ class Step:
         old = max(0, one.counted - (place.length - place.queries))
         return old, not {*SUMS}.isdisjoint(one.ask.statistics) and old < place.queries
 
-    def _steer(
-        self, number: int, place: Place, impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any, out: Tensor
-    ) -> None:
+    def _steer(self, layer: Layer, place: Place) -> None:
         """The rows of one request, with edits; and its numbers, which the operator cannot know."""
         name, row, first, queries, length = place
-        one, size = self.asking[name], kv_cache.shape[2]
+        one, size, number, seen = self.asking[name], layer.kv_cache.shape[2], layer.number, layer.window
         assert one.edits is not None
-        start, seen = length - queries, window(impl)
+        start = length - queries
         low = 0 if seen is None else max(0, start - seen + 1) // size  # blocks before it may be another request's by now
-        blocks = metadata.block_table[row, low : -(-length // size)]
-        keys, values = (each[: length - low * size] for each in contents(kv_cache, getattr(layer, "isa", None), blocks))
+        blocks, low = layer.metadata.block_table[row, low : -(-length // size)], low * size
+        keys, values = (each[: length - low] for each in contents(layer.kv_cache, layer.isa, blocks))
         old, all_new = self._new(place)
-        edits = one.edits.bias(number), one.edits.queries[start:length], one.edits.keys[low * size : length]
+        edits = one.edits.bias(number), one.edits.queries[start:length], one.edits.keys[low:length]
         rows, last, received = edited_attention(
-            query[first : first + queries],
+            layer.query[first : first + queries],
             keys,
             values,
-            *(part.to(query.device) for part in edits),
+            *(part.to(layer.query.device) for part in edits),
             start=start,
-            first_key=low * size,
-            scale=impl.scale,
-            softcap=impl.logits_soft_cap or None,
+            first_key=low,
             window=seen,
             counted_from=old,
+            **layer.logits,
         )
-        out[first : first + queries] = rows.view_as(out[first : first + queries])
+        layer.out[first : first + queries] = rows.view_as(layer.out[first : first + queries])
         if number not in one.ask.layers or not (all_new or length >= one.prompt):
             return
-        groups = one.groups[low * size : length].to(last.device)
+        groups = one.groups[low:length].to(last.device)
         groups = torch.nn.functional.pad(groups, (0, last.shape[1] - len(groups)), value=-1)
         values_of = {
             "mass": lambda: torch.stack([last[:, groups == group].sum(-1) for group in range(len(one.ask.groups))], -1),
-            "entropy": lambda: -torch.special.xlogy(last, last).sum(-1),
+            "entropy": lambda: torch.special.entr(last).sum(-1),
+            "image_entropy": lambda: entropy_of_parts(last[:, self._image_tokens(name, seen, low) - low]),
             "maximum": lambda: last.amax(-1),
-            "diagonal": lambda: last[:, length - 1 - low * size],
+            "diagonal": lambda: last[:, length - 1 - low],
         }
         kept = {key: value() for key, value in values_of.items() if key in one.ask.statistics}
         if all_new:
-            kept |= sums(one, torch.nn.functional.pad(received, (low * size, 0)), length)
+            kept |= sums(one, torch.nn.functional.pad(received, (low, 0)), length)
         self._seen.setdefault(name, {})[number] = kept
 
     def _packed(self, names: tuple[str, ...], device: torch.device) -> Rows | None:
         """A request that asks for `received` has all its new queries here. Any other one has its last query, and none in the
         middle of its prompt, where no token is chosen."""
-        chosen: list[Place] = []
+        places: list[Place] = []
         counts: list[bool] = []
         tokens: list[int] = []
         starts = [0]
-        assert self._places is not None
         for place in (self._places[name] for name in names):
             old, all_new = self._new(place)
-            if not all_new and place.length < self.asking[place.name].prompt:
-                continue
-            chosen.append(place)
-            counts.append(all_new)
-            tokens += range(place.first + (old if all_new else place.queries - 1), place.first + place.queries)
-            starts.append(len(tokens))
-        if not chosen:
+            if all_new or place.length >= self.asking[place.name].prompt:
+                places.append(place)
+                counts.append(all_new)
+                tokens += range(place.first + (old if all_new else place.queries - 1), place.first + place.queries)
+                starts.append(len(tokens))
+        if not places:
             return None
-        asks = [self.asking[place.name].ask for place in chosen]
-        statistics = [name for name in PER_TOKEN if any(name in ask.statistics for ask in asks)]
+        asks = [self.asking[place.name].ask for place in places]
+        statistics = [name for name in PER_TOKEN if name != "image_entropy" and any(name in ask.statistics for ask in asks)]
         statistics += ["received"] if any(counts) else []
-        lengths = [place.length for place in chosen]
         groups = None
         if "mass" in statistics:
-            groups = torch.full((len(chosen), max(lengths)), -1, dtype=torch.int32)
-            for row, place in zip(groups, chosen, strict=True):
-                token_groups = self.asking[place.name].groups[: place.length]
-                row[: len(token_groups)] = token_groups
-            groups = groups.to(device)
+            of_tokens = [self.asking[place.name].groups[: place.length] for place in places]
+            groups = pad_sequence(of_tokens, batch_first=True, padding_value=-1).to(device)
+        values = [place.number for place in places], tokens, starts, [place.length for place in places]
+        batch, queries, ends, lengths = (torch.tensor(some, device=device) for some in values)
+        images = [number for number, ask in enumerate(asks) if ask.images]
         most = max(len(ask.groups) for ask in asks)
-        batch, queries_of, ends, keys = (
-            torch.tensor(values, device=device) for values in ([place.number for place in chosen], tokens, starts, lengths)
-        )
-        return Rows([place.name for place in chosen], counts, batch, queries_of, ends, keys, groups, most, statistics)
-
-    def _keep(self, layer: int, rows: Rows, results: Any) -> None:
-        last = rows.starts[1:] - 1
-        per_token = {name: getattr(results, name)[last] for name in PER_TOKEN if name in rows.statistics}
-        for number, name in enumerate(rows.names):
-            one = self.asking[name]
-            kept = {key: value[number] for key, value in per_token.items() if key in one.ask.statistics}
-            if "mass" in kept:
-                kept["mass"] = kept["mass"][:, : len(one.ask.groups)]
-            if rows.counts[number]:
-                kept |= sums(one, results.received[number], self._place()[name].length)
-            self._seen.setdefault(name, {})[layer] = kept
+        return Rows([place.name for place in places], counts, batch, queries, ends, lengths, groups, most, statistics, images)
 
     def numbers(self, gathered: Callable[[Tensor], Tensor]) -> dict[str, Attention]:
         """Attention by request. `gathered` takes (heads of this rank, columns) and returns those of all heads."""
@@ -332,11 +358,8 @@ class Step:
         self._spent(begin)
         numbers = {}
         for name in running:
-            one, attention = self.asking[name], None
-            try:
-                attention = None if one.refused else self._attention(name, stacks)
-            except Exception as error:
-                self._refuse([name], fault(error))
+            one = self.asking[name]
+            attention = None if one.refused else self._tried([name], self._attention, name, stacks)
             if one.refused:
                 attention = nothing(one)
             if attention is not None:
@@ -347,31 +370,31 @@ class Step:
         """(heads, layers, ...) by request and statistic."""
         stacks: dict[tuple[str, str], Tensor] = {}
         for name in running:
-            layers = [] if self.asking[name].refused or name not in self._seen else self.asking[name].ask.layers
-            try:
-                by_layer = [self._seen[name][layer] for layer in layers]
-                stacks |= {(name, key): torch.stack([each[key] for each in by_layer], 1) for key in (by_layer or [{}])[0]}
-            except Exception as error:
-                self._refuse([name], fault(error))
+            if not self.asking[name].refused and name in self._seen:
+                stacks |= self._tried([name], self._stacks_of, name) or {}
         return stacks
+
+    def _stacks_of(self, name: str) -> dict[tuple[str, str], Tensor]:
+        by_layer = [self._seen[name][layer] for layer in self.asking[name].ask.layers]
+        return {(name, key): torch.stack([each[key] for each in by_layer], 1) for key in (by_layer or [{}])[0]}
 
     def _attention(self, name: str, stacks: dict[tuple[str, str], Tensor]) -> Attention | None:
         """None in the middle of a prompt, where no token is chosen and no query counts."""
-        assert self._places is not None
         one, place = self.asking[name], self._places[name]
         if not one.ask.layers:  # it edits, and asks for no numbers
             return Attention((), ()) if place.length >= one.prompt else None
-        values = {key: stack for (of, key), stack in stacks.items() if of == name}
-        adds = self._new(place)[1]
+        values: dict[str, Any] = {key: stack for (of, key), stack in stacks.items() if of == name}
+        adds, queries = self._new(place)[1], None
         if not values and not adds:
             return None
-        queries = None
-        added: dict[str, Any] = {name: values.pop(name) for name in SUMS if name in values}
         if adds:
             queries, one.counted = (max(place.length - place.queries, one.counted), place.length), place.length
-        per_token: dict[str, Any] = {key: value[None].contiguous() for key, value in values.items()}
-        groups = tuple(group for group, _ in one.ask.groups)
-        return Attention(one.ask.layers, groups, queries=queries, **per_token, **added)
+        values = {key: value if key in SUMS else value[None].contiguous() for key, value in values.items()}
+        return Attention(one.ask.layers, tuple(group for group, _ in one.ask.groups), queries=queries, **values)
+
+
+def entropy_of_parts(weights: Tensor) -> Tensor:
+    return torch.special.entr(weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)).sum(-1)
 
 
 def sums(one: Asking, received: Tensor, length: int) -> dict[str, Tensor]:
@@ -389,20 +412,24 @@ def nothing(one: Asking) -> Attention:
 
 def refusal(impl: Any, layer: Any, metadata: Any) -> str:
     """Why the attention of a layer is not what the operator computes; empty where it is."""
-    if getattr(impl, "refused", ""):
-        return f"attention statistics are not computed where a layer is as this one: {impl.refused}; name other layers"
-    if not hasattr(metadata, "block_table") or not hasattr(impl, "logits_soft_cap"):
-        names = ", ".join(name.upper() for on_device in LAYERS.values() for name in on_device)
-        return f"the attention backend must be one of {names}; got {type(impl).__name__}"
-    if getattr(impl, "alibi_slopes", None) is not None:
-        return "attention statistics of ALiBi are not computed; choose a model without it"
-    if getattr(impl, "sinks", None) is not None:
-        return "attention statistics of attention sinks are not computed; choose a model without them"
-    if getattr(layer, "attention_chunk_size", None) is not None:
-        return f"attention statistics of {layer.layer_name}, which attends within chunks, are not computed; name other layers"
-    if metadata.causal is not True or any(getattr(metadata, name, None) is not None for name in _NOT_CAUSAL):
-        return "attention statistics are those of causal attention; this model's attention is not causal"
-    return ""
+    backends = ", ".join(name.upper() for on_device in LAYERS.values() for name in on_device)
+    not_causal = getattr(metadata, "causal", None) is not True or has(metadata, *_NOT_CAUSAL)
+    unknown = not hasattr(metadata, "block_table") or not hasattr(impl, "logits_soft_cap")
+    latent = getattr(impl, "refused", "")
+    reasons = {
+        f"attention statistics are not computed where a layer is as this one: {latent}; name other layers": latent,
+        f"the attention backend must be one of {backends}; got {type(impl).__name__}": unknown,
+        "attention statistics of ALiBi are not computed; choose a model without it": has(impl, "alibi_slopes"),
+        "attention statistics of attention sinks are not computed; choose a model without them": has(impl, "sinks"),
+        f"attention statistics of {getattr(layer, 'layer_name', '')}, which attends within chunks, are not computed; name other "
+        f"layers": has(layer, "attention_chunk_size"),
+        "attention statistics are those of causal attention; this model's attention is not causal": not_causal,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def has(owner: Any, *names: str) -> bool:
+    return any(getattr(owner, name, None) is not None for name in names)
 
 
 def window(impl: Any) -> int | None:
@@ -451,22 +478,13 @@ def _forward(
 
 
 def _forward_latent(
-    original: Any,
-    layer: Any,
-    query: Any,
-    latents: Any,
-    keys: Any,
-    kv_cache: Any,
-    metadata: Any,
-    output: Any,
-    *args: Any,
-    **rest: Any,
+    original: Any, layer: Any, query: Any, latent: Any, key: Any, cache: Any, metadata: Any, output: Any, *args: Any, **rest: Any
 ) -> Any:
-    out = original(layer, query, latents, keys, kv_cache, metadata, output, *args, **rest)
+    returned = original(layer, query, latent, key, cache, metadata, output, *args, **rest)
     step: Step | None = getattr(_NOW, "step", None)
     if step is not None:
-        step.see_latent(layer, query, kv_cache, metadata, output)
-    return out
+        step.see(None, layer, query, cache, metadata, output)
+    return returned
 
 
 def _dispatch(original: Any, dispatcher: Any, *args: Any, **kwargs: Any) -> Any:

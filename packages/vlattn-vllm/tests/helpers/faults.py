@@ -98,7 +98,13 @@ def main() -> None:
     FAILS["name"] = ""
     parts = [(worker.Step, part) for part in ("_see", "_steer", "_read", "_stacks", "_attention")]
     parts += [(worker, part) for part in ("_gathered", "groups_of_tokens", "Edits")] + [(worker.Ask, "read")]
-    parts += [(core, part) for part in ("_add", "_of_output", "to_bytes")] + [(front, part) for part in ("from_bytes", "joined")]
+    parts += [
+        (core, "_add"),
+        (core, "_of_output"),
+        (core.Attention, "to_bytes"),
+        (core.Attention, "from_dict"),
+        (front, "joined"),
+    ]
     for owner, name in parts:
         with mock.patch.object(owner, name, side_effect=Planted(name)):
             got = answers(llm, some)

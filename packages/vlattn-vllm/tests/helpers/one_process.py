@@ -66,13 +66,8 @@ def cached_prefix(llm: Any, maps: Maps) -> None:
 
 def samples(llm: Any, maps: Maps) -> None:
     """Several completions of one prompt: each has its own rows."""
-    from vllm import SamplingParams
-
     (prompt,) = prompts(20, seed=4)
-    params = SamplingParams(
-        n=3, max_tokens=5, detokenize=False, temperature=1.5, seed=1, ignore_eos=True, extra_args={"vlattn": everything()}
-    )
-    (output,) = llm.generate([prompt], params, use_tqdm=False)
+    (output,) = llm.generate([prompt], sampling(5, everything(), n=3, temperature=1.5, seed=1), use_tqdm=False)
     assert len({tuple(one.token_ids) for one in output.outputs}) == 3
     for one in output.outputs:
         maps.check(one, prompt["prompt_token_ids"], first=one.attention.queries[0])

@@ -1,4 +1,5 @@
-"""Scenario: BLIP-2 with a picture, whose tokens are a group, beside transformers' maps; on one rank and on two."""
+"""Scenario: BLIP-2 with a picture, whose tokens are a group, beside transformers' maps and `va.token_grounding`; on one rank and
+on two."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+import vlattn_fast as va
+
 PICTURE = 511  # the token that stands for a part of a picture
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-ASK = {"groups": "image|question|answer", "statistics": ["mass", "received"]}
+ASK = {"groups": "image|question|answer", "statistics": ["mass", "image_entropy", "diagonal", "received", "received_answer"]}
 
 
 class Model(NamedTuple):
@@ -41,7 +44,9 @@ def check(one: Model, ranks: int) -> None:
     prompt = {"prompt": one.prompt, "multi_modal_data": {"image": pictures}}
     (output,) = llm.generate([prompt], sampling(5, ASK), use_tqdm=False)
     inputs = one.processor(images=pictures, text=one.prompt, return_tensors="pt")
-    ids, tokens = inputs.pop("input_ids"), list(output.outputs[0].token_ids)
+    tokens = list(output.outputs[0].token_ids)
+    core = va.token_grounding(one.model, dict(inputs), answer=[tokens[:-1]], maps=False).numbers
+    ids = inputs.pop("input_ids")
     assert ids[0].tolist() == output.prompt_token_ids and int((ids == PICTURE).sum()) == one.parts
     whole = torch.cat([ids, torch.tensor([tokens[:-1]])], 1)
     for name in ("attention_mask", "mm_token_type_ids"):  # of the prompt alone
@@ -59,6 +64,9 @@ def check(one: Model, ranks: int) -> None:
     attention = output.outputs[0].attention
     close(attention.mass, rows @ groups)
     close(attention.received, maps[..., :prompt_tokens].sum(2))
+    for name, values in attention.grounding().items():  # the last token has no query, so the core's answer is without it
+        close(values[:-1], core[name][0].float())
+    assert len(attention.grounding()) == 6
     assert attention.groups == ("image", "question", "answer") and attention.mass[..., 0].std() > 0.03
     print(type(one.model).__name__, ranks, "ranks", float((attention.mass - rows @ groups).abs().max()))
     llm.llm_engine.engine_core.shutdown()

@@ -37,16 +37,13 @@ WORDS = " ".join(f"w{number}" for number in range(20, 60))
 ASK = everything()
 EDIT = {"layers": [1], "steer": [{"keys": [0, 4], "weight": 0}]}
 ROOT = Path(__file__).resolve().parents[2]
-
-
 ANOTHER_VERSION = """
 import runpy
-from vlattn_vllm import versions
-versions.SUPPORTED = ("0.1.0",)
+from vlattn_vllm import plugin
+plugin.SUPPORTED = ("0.1.0",)
 runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 """
-
-
+NO_PLACE = "has no place for 'vlattn'; ask at /v1/completions or /v1/chat/completions"
 FAULTS = "from tests.helpers import faults"
 MORE = {
     "": ["--vlattn-edits"],
@@ -69,59 +66,49 @@ def main(kind: str = "") -> None:
         variables = {**os.environ, "VLLM_LOG_STATS_INTERVAL": "1", "VLLM_LOGGING_LEVEL": "INFO"}
         if kind == "faults":  # in each of its processes
             Path(folder, "sitecustomize.py").write_text(FAULTS)
-            variables |= {
-                "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
-                "VLATTN_FAULT": f"{folder}/fault",
-                "TORCHDYNAMO_DISABLE": "1",
-            }
+            variables |= {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "VLATTN_FAULT": f"{folder}/fault"}
+            variables["TORCHDYNAMO_DISABLE"] = "1"
             fails(folder)
         command += [*options, *MORE.get(kind, ())]
         server = subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT)
+    parts = {"another_version": another_version, "pooling": pooling, "alibi": alibi, "limits": limits, "chunks": chunked}
     try:
         wait(server)
-        if kind == "another_version":
-            every_endpoint("needs vLLM 0.1.0 and found", ())
-            assert answer("/v1/completions", prompt=WORDS)["choices"]
-            return
-        if kind == "alibi":
-            alibi()
-            return
-        if kind in ("chunks", "faults"):
-            chunked() if kind == "chunks" else failed(folder)
-            return
-        if kind == "limits":
-            limits()
-            return
-        every_endpoint("has no place for 'vlattn'; ask at /v1/completions or /v1/chat/completions", ANSWERED)
-        if kind == "pooling":
-            assert answer("/v1/embeddings", input=WORDS)["data"] and answer("/pooling", input=WORDS)["data"]
-            return
-        completions(Maps(folder))
-        chats(Maps(folder))
-        collected(Maps(folder))
-        many_edits()
-        refusals()
-        clients_that_go()
-        counted = counters()
-        assert counted["asks_total"] > 10 and counted["refused_total ask"] > 20 and counted["bytes_total"] > 10_000, counted
-        assert counted["refused_total endpoint"] > 20 and counted["seconds_sum"] > 0 and counted["seconds_count"] > 10, counted
-        example = [
-            sys.executable,
-            str(ROOT / "examples/served_attention.py"),
-            WORDS,
-            "--model",
-            "tiny",
-            "--url",
-            URL,
-            "--tokens",
-            "5",
-        ]
-        printed = subprocess.run(example, capture_output=True, text=True, check=True).stdout
-        assert printed.count(" w") == 5 and printed.count("▒") > 20 * (len(printed.splitlines()) - 1) > 20, printed
+        {**parts, "faults": lambda: failed(folder), "": lambda: whole(folder)}[kind]()
     finally:
         server.terminate()
         server.wait()
         print(log.read_text())
+
+
+def another_version() -> None:
+    every_endpoint("needs vLLM 0.1.0 and found", ())
+    assert answer("/v1/completions", prompt=WORDS)["choices"]
+
+
+def pooling() -> None:
+    every_endpoint(NO_PLACE, ANSWERED)
+    assert answer("/v1/embeddings", input=WORDS)["data"] and answer("/pooling", input=WORDS)["data"]
+
+
+def whole(folder: str) -> None:
+    every_endpoint(NO_PLACE, ANSWERED)
+    maps = Maps(folder)
+    completions(maps)
+    chats(maps)
+    collected(maps)
+    many_edits()
+    refusals()
+    clients_that_go()
+    counted = counters()
+    assert counted["asks_total"] > 10 and counted["refused_total ask"] > 20 and counted["bytes_total"] > 10_000, counted
+    assert counted["refused_total endpoint"] > 20 and counted["seconds_sum"] > 0 and counted["seconds_count"] > 10, counted
+    page = Path(folder, "page.html")
+    options = f"--model tiny --url {URL} --tokens 5 --page {page}".split()
+    example = [sys.executable, str(ROOT / "examples/served_attention.py"), WORDS, *options]
+    printed = subprocess.run(example, capture_output=True, text=True, check=True).stdout
+    assert printed.count(" w") == 5 and printed.count("▒") > 20 * (len(printed.splitlines()) - 1) > 20, printed
+    assert page.read_text().count("<p>") == 5 and "nan" in page.read_text()
 
 
 def wait(server: subprocess.Popen[bytes]) -> None:
@@ -297,16 +284,8 @@ def failed(folder: str) -> None:
     plain = {"prompt": " ".join(f"w{number}" for number in range(90, 120)), "logprobs": 3}
     asks = [{"vlattn": ask, "prompt": WORDS, "stream": stream} for ask in (ASK, EDIT) for stream in (False, True)]
     alone, refusals = answer("/v1/completions", **plain)["choices"][0], 0
-    names = [
-        "_execute_model",
-        "_sample_tokens",
-        "_process_outputs",
-        "_update_from_output",
-        "_preempt_request",
-        "_add",
-        "_dispatch",
-    ]
-    names += ["_created", "_completion", "_completion_chunks", "_process_inputs", "_add_request", ""]
+    first = "_execute_model _sample_tokens _process_outputs _update_from_output _preempt_request _add _dispatch"
+    names = [*first.split(), "_created", "_completion", "_completion_chunks", "_process_inputs", "_add_request", ""]
     for name, after in [(name, after) for name in names for after in (False, True) if not (after and name == "_created")]:
         fails(folder, name, after)
         with ThreadPoolExecutor(5) as pool:

@@ -1,5 +1,5 @@
 """Scenario: requests that edit attention beside others, with chunks, a cached prefix, samples and a window; as `va.intervene` has
-it in transformers. `ranks`: on two ranks."""
+it in transformers. `ranks`: on two ranks. `compiled`: without enforce_eager; attention stays in sight, and can be edited."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from typing import Any
 from unittest import mock
 
-from tests.helpers.tiny import Maps, close, engine, everything, prompts, sampling, saved
+from tests.helpers.tiny import GEMMA, Maps, close, engine, everything, prompts, sampling, saved
 
 # isort: split
 import torch
@@ -48,12 +48,12 @@ def with_edits(original: Any, module: Any, query: Tensor, key: Tensor, value: Te
 
 
 def main(kind: str = "") -> None:
-    if kind == "ranks":
-        checked(saved(), tensor_parallel_size=2)
+    if kind:
+        checked(saved(), **{"ranks": {"tensor_parallel_size": 2}, "compiled": {"enforce_eager": False, "block_size": SIZE}}[kind])
         return
     llm = checked(saved(), block_size=SIZE)
     samples(llm)
-    checked(saved("Gemma2", head_dim=32, sliding_window=16, query_pre_attn_scalar=20, attn_logit_softcapping=2.0))
+    checked(saved(**GEMMA))
 
 
 def checked(folder: str, **options: Any) -> Any:
@@ -82,17 +82,8 @@ def checked(folder: str, **options: Any) -> Any:
 
 
 def samples(llm: Any) -> None:
-    from vllm import SamplingParams
-
     (prompt,) = prompts(50, seed=5)
-    params = SamplingParams(
-        n=2,
-        max_tokens=4,
-        detokenize=False,
-        temperature=1.5,
-        ignore_eos=True,
-        extra_args={"vlattn": everything(steer=WRITTEN[:1])},
-    )
+    params = sampling(4, everything(steer=WRITTEN[:1]), n=2, temperature=1.5)
     for completion in llm.generate([prompt], params, use_tqdm=False)[0].outputs:
         assert completion.attention.mass.shape == (4, 2, 4, 2) and completion.attention.seconds > 0
 

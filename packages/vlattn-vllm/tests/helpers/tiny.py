@@ -30,6 +30,7 @@ SIZES = {
     "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 512, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+GEMMA = {"kind": "Gemma2", "head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0}
 SPANS = {"begin": [[0, 3]], "rest": [[3, 5], [6, None]]}  # token 5 has no group
 
 
