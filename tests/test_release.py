@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,14 @@ def test_what_is_not_committed_is_no_part_of_a_release(lists: Lists, monkeypatch
     monkeypatch.setattr(release, "run", lambda *words: [" M setup.py", "?? new.py"])
     with pytest.raises(release.Failed, match="2 files are not committed, such as setup.py; commit or remove them"):
         release.tree(lists)
+
+
+def test_the_folder_for_the_hub_is_one_file(lists: Lists) -> None:
+    (lists.root / "build" / "hub" / "build").mkdir(parents=True)
+    (lists.root / "build" / "hub" / "build.toml").write_text("[general]")
+    assert release.hub(lists).startswith("dist/vlattn-fast-hub-0.2.0.zip: ")
+    with zipfile.ZipFile(lists.root / "dist" / "vlattn-fast-hub-0.2.0.zip") as archive:
+        assert {"build/", "build.toml"} == {*archive.namelist()} and archive.read("build.toml") == b"[general]"
 
 
 def test_nothing_is_released_from_here() -> None:

@@ -7,7 +7,7 @@ Nothing is uploaded from here. After a rehearsal in which all parts are ok, and 
     git tag vVERSION; git push origin vVERSION    the workflow `wheels` builds the wheels of all systems
     dist/*.tar.gz and these wheels                to the package index
     site/                                         into the site's folder VERSION
-    build/hub/                                    onto the hub repository's branch v1
+    dist/vlattn-fast-hub-VERSION.zip              unpacked, onto the hub repository's branch v1
     conda/recipe.yaml                             to the channel, with the digest of the source distribution
     packages/                                     each by its own version, if it has changed
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -88,7 +89,12 @@ def docs(lists: Lists) -> str:
 
 
 def hub(lists: Lists) -> str:
-    return "\n".join(run("hub", "make", "hub")[-2:])  # of the GPU's variant, and of the CPU's
+    """Of the GPU's variant and of the CPU's, and as one file."""
+    variants = run("hub", "make", "hub")[-2:]
+    path = Path(
+        shutil.make_archive(str(lists.root / "dist" / f"vlattn-fast-hub-{lists.version()}"), "zip", lists.root / "build/hub")
+    )
+    return "\n".join([*variants, f"dist/{path.name}: {path.stat().st_size / 1e6:.1f} MB"])
 
 
 def conda(lists: Lists) -> str:
