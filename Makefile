@@ -113,9 +113,10 @@ BUILD_CPU = mkdir -p build && PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.p
 # torch is installed first and by itself: with a range, pip would take the newest torch and its CUDA libraries.
 # The library is compiled meanwhile, which needs no torch; the packages of this tree come last, when their dependencies are there. Both
 # use the environment's cmake and ninja: with others the second build would begin anew. A stamp is written last; two makes take turns.
+OF_PACKAGES := $(wildcard packages/*/pyproject.toml)
 define INSTALL
 set -e
-if [ $(INSTALLED) -nt pyproject.toml ] && [ $(INSTALLED) -nt setup.py ] && [ $(INSTALLED) -nt "$(LOCK)" ]; then exit 0; fi
+if test -e $(INSTALLED) && test -z "$$(find pyproject.toml setup.py $(LOCK) $(OF_PACKAGES) -newer $(INSTALLED))"; then exit 0; fi
 echo "installing into $(VENV), which takes minutes the first time"
 test -x $(PY) || $(PYTHON) -m venv $(VENV)
 $(PIP) "setuptools>=77" "cmake>=3.25" ninja
@@ -134,7 +135,7 @@ IN_TURN := $(if $(shell command -v flock),flock $(VENV)/.lock)
 IN_TREE := PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) --no-build-isolation --no-deps
 PACKAGES := $(wildcard packages/ptx packages/vlattn-lab packages/vlattn-native packages/vlattn-vllm)
 
-$(INSTALLED): pyproject.toml setup.py $(LOCK)
+$(INSTALLED): pyproject.toml setup.py $(LOCK) $(OF_PACKAGES)
 	@mkdir -p $(VENV)
 	@$(IN_TURN) sh -c "$$INSTALL"
 

@@ -12,13 +12,9 @@ from vlattn_fast.benchmarks._measure import Benchmark
 from vlattn_fast.benchmarks._records import HERE
 from vlattn_fast.ops import OPERATORS
 
-# Tasks of installed packages: their entry points name a module as each file here is one.
+# Whole tasks, which are benchmarks of installed packages: their entry points name a module as each file here is one.
 OF_PACKAGES = {entry.name: entry.value for entry in entry_points(group="vlattn_fast.benchmarks")}
-# One file per operator that is measured, and one per task; file names list the tasks.
-MODULES = (
-    *(name for name in OPERATORS if (HERE / f"{name}.py").exists()),
-    *sorted([*(path.stem for path in HERE.glob("task_*.py")), *OF_PACKAGES]),
-)
+MODULES = *(name for name in OPERATORS if (HERE / f"{name}.py").exists()), *sorted(OF_PACKAGES)
 
 
 def declared(device_type: str = "cpu") -> list[Benchmark]:

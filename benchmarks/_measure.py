@@ -85,7 +85,7 @@ class Benchmark:
     cuda_dtype: torch.dtype = torch.bfloat16
     cpu_dtype: torch.dtype = torch.float32
     compile_when_quick: bool = False
-    isolated: bool = False  # on a CPU each variant runs in a separate process (_isolated.py)
+    isolated: Callable[..., list[dict[str, Any]]] | None = None  # on a CPU: measures each variant in a process of its own
     once: bool = False  # a call takes minutes: one run gives time and memory, and no error is taken; a quick run has them all
 
     @property

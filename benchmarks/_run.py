@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from vlattn_fast._ground.origin import device_name
-from vlattn_fast.benchmarks import _isolated
 from vlattn_fast.benchmarks._choice import choose
 from vlattn_fast.benchmarks._formula import OURS
 from vlattn_fast.benchmarks._measure import Measurement
@@ -66,8 +65,8 @@ def run(
     for done, benchmark in enumerate(benchmarks):
         print(_progress(done, len(benchmarks), time.perf_counter() - start, benchmark.name), file=sys.stderr, flush=True)
         try:
-            if benchmark.isolated and place.type == "cpu" and not quick:
-                records = _isolated.measure(benchmark.name, variants, rounds=rounds)
+            if benchmark.isolated is not None and place.type == "cpu" and not quick:
+                records = benchmark.isolated(benchmark.name, variants, rounds=rounds)
             else:
                 records = Measurement(benchmark, place, quick=quick, rounds=rounds, compiled=compiled, only=variants).run()
         except KeyboardInterrupt:

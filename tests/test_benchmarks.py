@@ -394,7 +394,7 @@ def test_wrong_options_are_refused(capsys):
         _run.run(["congruence_loss"], device="tpu")
     with pytest.raises(SystemExit) as end:
         command.main(["flash"])
-    assert end.value.code == 2 and "task_scan_similarity" in capsys.readouterr().err
+    assert end.value.code == 2 and "attention_map/attention/clip" in capsys.readouterr().err
 
 
 def test_a_gpu_runs_more_variants(monkeypatch):
@@ -440,11 +440,3 @@ def test_a_gpu_runs_more_variants(monkeypatch):
     run = _gpu.by_kernel(lambda t: seen.append(torch.backends.cuda.flash_sdp_enabled()), torch.nn.attention.SDPBackend.MATH)
     run({"query": query})
     assert seen == [False] and torch.backends.cuda.flash_sdp_enabled()
-
-
-def test_a_model_is_made_on_its_device(monkeypatch):
-    from vlattn_fast.benchmarks import task_explain_models
-
-    whole = task_explain_models.CLIP._replace(make=lambda sizes: torch.nn.Linear(sizes["C"], 1))
-    monkeypatch.setattr(task_explain_models, "lively", lambda model, device, dtype: model)
-    assert task_explain_models._model(whole, TINY, torch.device("meta"), torch.float32).weight.is_meta

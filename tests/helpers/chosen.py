@@ -17,7 +17,9 @@ os.environ["VLATTN_QUICK"] = "ON"  # tests/helpers/cuda/building.py
 FOLDERS = tuple(
     f"tests/{name}/" for name in ("attach", "cpu", "cuda", "interpret", "kernels", "model_classes", "nn", "ops", "power")
 )
-SEES_A_FAULT = {row.get("by") for row in json.loads((Path(__file__).parents[1] / "planted.json").read_text()).values()}
+SEES_A_FAULT = {
+    row.get("by") for row in json.loads((Path(__file__).parents[2] / "tools" / "planted" / "core.json").read_text()).values()
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

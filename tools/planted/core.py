@@ -4,7 +4,7 @@
     python -m tools.planted --core 200 --seed 1 # so many faults of all kinds; goes on where the last call ended
     python -m tools.planted --core --equivalent NAME WHY # remembers that a fault changes nothing, and why
 
-Outcomes are stored in tests/planted.json, by place and change, and survive edits elsewhere. Faults are planted in a copy of the
+Outcomes are stored in tools/planted/core.json, by place and change, and survive edits elsewhere. Faults are planted in a copy of the
 tree, build/planted/tree. One in C++ rebuilds what it touches. If the choice does not see a fault, every case of the same tests
 runs; `make test` runs each test that is stored as the one that sees a fault. If that case is gone, the fault is planted again.
 """
@@ -29,7 +29,7 @@ from tools.planted.mutants import Mutant, mutants
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "planted"
-TREE, REACHED, TABLE = FOLDER / "tree", FOLDER / "reached", ROOT / "tests" / "planted.json"
+TREE, REACHED, TABLE = FOLDER / "tree", FOLDER / "reached", ROOT / "tools" / "planted" / "core.json"
 CORE = "vlattn_fast", "kernels", "csrc/cpu"
 CPP = 5  # one in so many faults is in C++, whose library is compiled for each
 SECONDS, TESTS = 60.0, 300  # of the tests that reach a fault: so long, and so many, at most

@@ -6,7 +6,7 @@ The file of the operator `<stem>` is `<stem>.py` here. It has
 - `verify(generator, sizes)`: calls in float64 for `vlattn verify` and `vlattn info`;
 - `draw(dice, dtype)`: a random call for `vlattn verify --fuzz`;
 - `host(sizes)`: the calls whose time on the host is measured, the plain one first, of which the random calls of
-  `benchmarks/cliffs.py` are made, too;
+  `tools/cliffs.py` are made, too;
 - if the sizes of those random calls have limits, `fit(sizes)`: the sizes within them;
 - if those random calls have options of their own, `cliff(sizes, dice)`, which makes them.
 

@@ -1,4 +1,4 @@
-"""The measurement of both explanation tasks: relevancy of a read-out token in a tower with frozen weights.
+"""Explain the pictures of a batch with a vision tower of CLIP ViT-L/14@336's size, with frozen weights.
 
 Bound: the tower's forward and backward pass down to its input, with SDPA. Published (Chefer et al.): every map stored, one
 gradient a layer, the whole N x N product; a second variant takes the gradients of all maps in one backward pass.
@@ -14,21 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vlattn_fast as va
-from vlattn_fast.benchmarks import _models
 from vlattn_fast.benchmarks._bounds import pairs, softmax_map, tokens, without
-from vlattn_fast.benchmarks._measure import Problem, Tensors, Variant, backends, randoms, without_output
+from vlattn_fast.benchmarks._measure import Benchmark, Problem, Tensors, Variant, backends, randoms, without_output
 from vlattn_fast.benchmarks._workloads import Sizes
+from vlattn_lab.timed import towers
+from vlattn_lab.timed.workloads import CLIP_TOWER
 
 
 def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     b, h, n, c, layers = sizes["B"], sizes["H"], tokens(sizes), sizes["C"], sizes["layers"]
     randn, causal = randoms(device, dtype), bool(sizes.get("causal"))
     read_out = n - 1 if causal else 0  # the token that predicts the next, or the class token
-    tensors = {"tokens": randn(b, n, c), "aim": randn(c, std=c**-0.5), **_models.weights(sizes, device, dtype)}
+    tensors = {"tokens": randn(b, n, c), "aim": randn(c, std=c**-0.5), **towers.weights(sizes, device, dtype)}
 
-    def score(t: Tensors, x: Tensor, attend: _models.Attend) -> Tensor:
+    def score(t: Tensors, x: Tensor, attend: towers.Attend) -> Tensor:
         for number in range(layers):
-            x = _models.layer(t, number, x, h, attend)
+            x = towers.layer(t, number, x, h, attend)
         return (F.layer_norm(x[:, read_out], (c,)) @ t["aim"]).sum()
 
     def plain(t: Tensors) -> Tensors:
@@ -79,10 +80,13 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     variants["maps stored, one backward"] = Variant(lambda t: stored(True, t), 3 * layers)
     variants["published"] = Variant(lambda t: stored(False, t), 2 * layers)
     variants["plain forward+backward"] = Variant(without_output(plain))
-    forward = _models.flops(sizes)
+    forward = towers.flops(sizes)
     floor = [forward, forward]  # frozen weights: the backward pass has as many products
     return Problem(tensors, variants, "plain forward+backward", variants["reference"].run, _part, pairs(sizes), floor)
 
 
 def _part(name: str, x: Tensor) -> Tensor:
     return x[:1] if name in ("tokens", "relevancy") else x
+
+
+BENCHMARKS = [Benchmark(__name__, "relevancy", CLIP_TOWER, build)]

@@ -21,8 +21,10 @@ from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, stored_map
 from vlattn_fast.benchmarks._formula import end
 from vlattn_fast.benchmarks._measure import QKV, Benchmark, Problem, Tensors, Variant, randoms, without_output
-from vlattn_fast.benchmarks._workloads import LONG, Sizes
+from vlattn_fast.benchmarks._workloads import Sizes
 from vlattn_fast.checking import blocks
+from vlattn_lab.timed.isolated import measure
+from vlattn_lab.timed.workloads import LONG
 
 SHORT = 8192  # tokens
 INPUTS = (*QKV, "carrier")
@@ -72,7 +74,7 @@ BENCHMARKS = [
         workload,
         build,
         cpu_dtype=torch.bfloat16,
-        isolated=True,
+        isolated=measure,
         once=workload.full["N"] > SHORT,
     )
     for workload in LONG

@@ -5,17 +5,16 @@ import os
 import select
 import time
 
-import pytest
+from vlattn_fast.benchmarks import _measure
+from vlattn_lab.timed import isolated
 
-from tests.test_benchmarks import TINY
-from vlattn_fast.benchmarks import _isolated, _measure
+TINY = {"B": 3, "H": 2, "N": 12, "D": 8, "L": 5, "V": 7}
 
 
-@pytest.mark.slow  # two processes begin with torch
 def test_variants_in_processes_of_their_own():
     """Each process measures its variant alone; the rows come back in the order asked for, with ratios to the bound's."""
     variants = ("SDPA", "streaming")
-    rows = _isolated.measure("congruence_loss/cacr, forward+backward/uniter", variants, rounds=2, overrides=TINY)
+    rows = isolated.measure("congruence_loss/cacr, forward+backward/uniter", variants, rounds=2, overrides=TINY)
     assert [row["variant"] for row in rows] == list(variants) and [row["is_bound"] for row in rows] == [True, False]
     for row in rows:
         assert row["rounds"] == 2 and row["ratio_to_bound"] == row["p50_us"] / rows[0]["p50_us"]
@@ -28,7 +27,7 @@ def test_a_worker_ends_with_a_killed_process(tmp_path):
     at_its_end = tmp_path / "at its end"
 
     def work():
-        _isolated._begin()
+        isolated._begin()
         time.sleep(600)
         at_its_end.touch()
 
@@ -50,8 +49,8 @@ def test_a_worker_ends_with_a_killed_process(tmp_path):
 
 def test_a_slow_variant_in_its_own_process_misses_no_round(monkeypatch):
     monkeypatch.setitem(_measure.SECONDS_A_VARIANT, "cpu", 0.0)
-    monkeypatch.setattr(_isolated, "_measurements", [])
-    _isolated._start("task_explain_clip", "streaming", 3, TINY, {})
+    monkeypatch.setattr(isolated, "_measurements", [])
+    isolated._start("attention_map/attention/clip", "streaming", 3, TINY, {})
     for number in range(3):
-        _isolated._round(number)
-    assert _isolated._records()[0]["rounds"] == 3
+        isolated._round(number)
+    assert isolated._records()[0]["rounds"] == 3

@@ -16,20 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlattn_fast as va
-from vlattn_fast.benchmarks import _models
 from vlattn_fast.benchmarks._bounds import pairs, softmax_map, without
 from vlattn_fast.benchmarks._formula import CAPTURE
 from vlattn_fast.benchmarks._measure import Benchmark, Pass, Problem, Tensors, Variant, randoms, without_output
-from vlattn_fast.benchmarks._workloads import VIT_STEPS, Sizes
+from vlattn_fast.benchmarks._workloads import Sizes
 from vlattn_fast.interpret.relevancy.methods.registry import published
+from vlattn_lab.timed import towers
+from vlattn_lab.timed.workloads import VIT_STEPS
 
 WEIGHT = 0.8  # of the loss on relevancy
 
 
 class _Layer(nn.Module):
-    def __init__(self, t: Tensors, number: int, heads: int, attend: _models.Attend) -> None:
+    def __init__(self, t: Tensors, number: int, heads: int, attend: towers.Attend) -> None:
         super().__init__()
-        self.run = partial(_models.layer, t, number, heads=heads, attend=attend)
+        self.run = partial(towers.layer, t, number, heads=heads, attend=attend)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x)
@@ -38,11 +39,11 @@ class _Layer(nn.Module):
 def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     b, n, c, layers = sizes["B"], sizes["N"], sizes["C"], sizes["layers"]
     randn = randoms(device, dtype)
-    training = _models.Training(sizes, device, dtype)
+    training = towers.Training(sizes, device, dtype)
     tensors = {"tokens": randn(b, n, c), "aim": randn(c, std=c**-0.5), "mask": randn(b, n) > 0, **training.parameters}
     outside = va.nn.RelevancyLoss("inside", prefix=1)
 
-    def encoder(t: Tensors, attend: _models.Attend) -> nn.Module:
+    def encoder(t: Tensors, attend: towers.Attend) -> nn.Module:
         return nn.Sequential(*(_Layer(t, number, sizes["H"], attend) for number in range(layers)))
 
     def scores_of(t: Tensors, x: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     whole = {"maps stored, one backward": Variant(partial(stored, _row), 5 * layers)}
     whole["published"] = Variant(partial(stored, _published), 5 * layers)
     variants = {CAPTURE: Variant(ours), **whole, "no loss on relevancy": Variant(without_output(plain))}
-    forward = _models.flops(sizes)
+    forward = towers.flops(sizes)
     floor = [forward, Pass(2 * forward.flops)]
     truth = whole["maps stored, one backward"].run
     return Problem(tensors, variants, "no loss on relevancy", truth, _part, pairs(sizes), floor)

@@ -30,8 +30,13 @@ import vlattn_fast as va
 from vlattn_fast.benchmarks._bounds import pairs, without
 from vlattn_fast.benchmarks._formula import EDGES, EXPLAIN
 from vlattn_fast.benchmarks._measure import Benchmark, Problem, Tensors, Variant
-from vlattn_fast.benchmarks._whole_models import CLIP, LLAVA, LXMERT, QWEN, Whole, lively
-from vlattn_fast.benchmarks._workloads import (
+from vlattn_fast.benchmarks._workloads import Sizes
+from vlattn_fast.interpret.adapters.registry import find_adapter
+from vlattn_fast.interpret.explaining.answer import prepare_answer
+from vlattn_fast.interpret.relevancy.methods import registry
+from vlattn_lab.timed.isolated import measure
+from vlattn_lab.timed.whole_models import CLIP, LLAVA, LXMERT, QWEN, Whole, lively
+from vlattn_lab.timed.workloads import (
     CLIP_MODEL,
     LLAVA_ANSWER,
     LLAVA_EDGES,
@@ -40,11 +45,7 @@ from vlattn_fast.benchmarks._workloads import (
     LXMERT_MODEL,
     QWEN_ANSWER,
     QWEN_MODEL,
-    Sizes,
 )
-from vlattn_fast.interpret.adapters.registry import find_adapter
-from vlattn_fast.interpret.explaining.answer import prepare_answer
-from vlattn_fast.interpret.relevancy.methods import registry
 
 PLAIN, ONE_BACKWARD, PUBLISHED = "plain forward+backward", "maps stored, one backward", "published"
 BACKWARDS = "one forward, a backward a token"
@@ -344,12 +345,12 @@ def build_edges(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.d
 
 BENCHMARKS = [
     *(
-        Benchmark(__name__, "relevancy", workload, partial(build, whole), isolated=True)
+        Benchmark(__name__, "relevancy", workload, partial(build, whole), isolated=measure)
         for workload, whole in ((CLIP_MODEL, CLIP), (LLAVA_MODEL, LLAVA), (LXMERT_MODEL, LXMERT), (QWEN_MODEL, QWEN))
     ),
     *(
         Benchmark(
-            __name__, "each token of an answer", workload, partial(build_answer, whole, "gradient", one_by_one), isolated=True
+            __name__, "each token of an answer", workload, partial(build_answer, whole, "gradient", one_by_one), isolated=measure
         )
         for workload, whole, one_by_one in (
             (LLAVA_ANSWER, LLAVA, False),
@@ -362,7 +363,7 @@ BENCHMARKS = [
         "each token of an answer, rollout",
         LLAVA_LONG_ANSWER,
         partial(build_answer, LLAVA, "rollout", True),
-        isolated=True,
+        isolated=measure,
     ),
-    Benchmark(__name__, "all edges", LLAVA_EDGES, partial(build_edges, LLAVA), isolated=True),
+    Benchmark(__name__, "all edges", LLAVA_EDGES, partial(build_edges, LLAVA), isolated=measure),
 ]

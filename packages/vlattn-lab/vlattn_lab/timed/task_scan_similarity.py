@@ -14,9 +14,10 @@ from torch import Tensor
 import vlattn_fast as va
 from vlattn_fast.benchmarks._formula import ends
 from vlattn_fast.benchmarks._measure import Benchmark, Problem, Tensors, Variant, backends, backward, without_output
-from vlattn_fast.benchmarks._workloads import SCAN_BATCH, Sizes
+from vlattn_fast.benchmarks._workloads import Sizes
 from vlattn_fast.benchmarks.stacked_cross_attention import OPTIONS, all_pairs, floor, inputs, packed, published_similarity
 from vlattn_fast.nn.matching_losses import triplet_loss
+from vlattn_lab.timed.workloads import SCAN_BATCH
 
 
 def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:

@@ -1,6 +1,6 @@
 """Times random calls of the operators: the best backend that `auto` does not take, over `auto`.
 
-    python -m vlattn_fast.benchmarks cliffs [--minutes 5] [--seed 0] [--out FOLDER]
+    python -m tools.cliffs [--minutes 5] [--seed 0] [--out FOLDER]
 
 A call is an operator with random sizes, dtype and masks, forward or forward and backward. Its baselines are every other backend
 that supports the call, and the formula with whole maps, in eager torch; for dot products torch's attention is the backend `sdpa`.
@@ -15,6 +15,7 @@ import argparse
 import inspect
 import random
 import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -168,8 +169,8 @@ def show(records: list[dict[str, Any]]) -> None:
         print(f"{record['ratio']:6.2f}  {record['auto_us'] / 1e3:10.3f} ms  {record['baseline']:10}  {record['cliff']}: {facts}")
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks cliffs", description=(__doc__ or "").splitlines()[0])
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.cliffs", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="Device. Default: cpu.")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"Time limit. Default: {MINUTES:.0f}.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the calls. Default: 0.")
@@ -185,6 +186,9 @@ def main(arguments: list[str]) -> int:
     print("\nbfloat16 over float32:")
     show(halves)
     origin = {"device": device_name(place), "calls": len(records), "behind": behind}
-    origin |= provenance(shlex.join(["python", "-m", "vlattn_fast.benchmarks", "cliffs", *arguments]))
+    origin |= provenance(shlex.join(["python", "-m", "tools.cliffs", *arguments]))
     append([{**record, **origin} for record in records[:WORST] + halves], options.out / f"cliffs-{slug(place)}.json")
-    return 0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

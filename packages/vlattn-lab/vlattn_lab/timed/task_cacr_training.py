@@ -1,13 +1,11 @@
 """A training step of a UNITER-size encoder: forward, matching loss plus the congruence loss of the last layer, backward, AdamW.
 
 Every third sample has the congruence loss: the matched pairs among hard negatives. Bound: the same step without the loss.
-Published: the loss as a Python loop over samples. `python -m vlattn_lab.task_cacr_training` takes the options of
-`python -m vlattn_fast.benchmarks`, which finds this file by its entry point.
+Published: the loss as a Python loop over samples. `python -m vlattn_fast.benchmarks task_cacr_training` runs it.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import torch
@@ -15,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vlattn_fast as va
-from vlattn_fast.benchmarks import _models
-from vlattn_fast.benchmarks.__main__ import main
 from vlattn_fast.benchmarks._bounds import pairs
 from vlattn_fast.benchmarks._measure import Benchmark, Pass, Problem, Tensors, Variant, backends, randoms, without_output
 from vlattn_fast.benchmarks._published import published_loss
-from vlattn_fast.benchmarks._workloads import UNITER_ENCODER, Sizes
+from vlattn_fast.benchmarks._workloads import Sizes
 from vlattn_fast.benchmarks.congruence_loss import BLOCKS, MASKS, arguments, masks
+from vlattn_lab.timed import towers
+from vlattn_lab.timed.workloads import UNITER_ENCODER
 
 
 def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     b, h, words, c, every = sizes["B"], sizes["H"], sizes["L"], sizes["C"], sizes["every"]
     randn, last = randoms(device, dtype), sizes["layers"] - 1
-    training = _models.Training(sizes, device, dtype)
+    training = towers.Training(sizes, device, dtype)
     tensors = {
         "tokens": randn(b, words + sizes["V"], c),
         "aim": randn(c, std=c**-0.5),
@@ -44,9 +42,9 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
         stream, loss = x, x.new_zeros(())
         for number in range(last + 1):
             if number == last and congruence is not None:
-                query, key, _ = _models.project(t, last, stream[::every], h)
+                query, key, _ = towers.project(t, last, stream[::every], h)
                 loss = congruence(blocks(query, key) | {name: t[name][::every] for name in MASKS})
-            stream = _models.layer(t, number, stream, h, F.scaled_dot_product_attention)
+            stream = towers.layer(t, number, stream, h, F.scaled_dot_product_attention)
         matching = F.softplus(-(stream[:, 0] @ t["aim"]))
         total = matching.sum() / b + loss.sum() * every / b
         return {"loss": loss.detach(), "gradient of tokens": training.step(t, total, x)}
@@ -60,7 +58,7 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     variants = {name: ours(name) for name in [*backends("congruence_loss", arguments("cacr", example)), "reference"]}
     variants["published"] = Variant(lambda t: step(lambda tensors: published_loss(tensors, "cacr"), t))
     variants["no congruence loss"] = Variant(without_output(lambda t: step(None, t)))
-    forward = _models.flops(sizes)
+    forward = towers.flops(sizes)
     floor = [forward, Pass(2 * forward.flops)]
     return Problem(tensors, variants, "no congruence loss", variants["reference"].run, _part, pairs(sizes), floor)
 
@@ -70,6 +68,3 @@ def _part(name: str, x: Tensor) -> Tensor:
 
 
 BENCHMARKS = [Benchmark(__name__, "step", UNITER_ENCODER, build)]
-
-if __name__ == "__main__":
-    sys.exit(main(["task_cacr_training", *sys.argv[1:]]))
