@@ -16,7 +16,7 @@ from vlattn_fast.attach.training import TrainingContext
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TESTED = {
     "relevancy_in_your_transformer", "relevancy_behind_sdpa", "swap_score_function", "train_with_cacr",
-    "decoder_statistics", "prompt_maps", "train_on_relevancy",
+    "decoder_statistics", "train_on_relevancy",
 }  # fmt: skip
 
 
@@ -100,19 +100,6 @@ def test_decoder_statistics(run):
         torch.testing.assert_close(statistics.mass[..., 0], attention[..., :16].sum(-1))
         torch.testing.assert_close(statistics.received, attention.sum(2))
     assert f"{maps[1][0, 3, -1, :16].sum():.2f}" in printed.splitlines()[2]
-
-
-def test_prompt_maps(run):
-    """The maps of all layers and steps have been seen, and words have those of their columns."""
-    pytest.importorskip("transformers")
-    got, printed = run("prompt_maps")
-    maps, explanation = got["maps"], got["explanation"]
-    assert maps.steps == 4 and maps.grids == [(16, 24), (8, 12)] and maps.token_maps().shape == (2, 16, 16, 24)
-    torch.testing.assert_close(maps.token_maps().sum(1), torch.ones(2, 16, 24))  # each place attends to the text alone
-    torch.testing.assert_close(got["cat"], torch.stack([explanation.image[0, 1], explanation.image[1, 4]]))
-    assert not torch.equal(*got["cat"])
-    row, column = map(int, re.search(r"cat on.*row (\d+), column (\d+)", printed).groups())
-    assert got["cat"][0, row, column] == got["cat"][0].max()
 
 
 PUBLIC: dict[str, Any] = {

@@ -30,7 +30,6 @@ EMULATOR = "ptx"  # of the packages in packages/ the only one that tests of othe
 CHANGES_PATH = {
     "tests.gpu.conftest": "takes back what a session of `make gpu` adds",
     "tests.published.test_congruence_loss": "the authors' code is not installed",
-    "tests.published.test_prompt_maps": "the authors' code is not installed",
     "tools.gpu.session": "`make gpu` installs nothing, and lays the package out in build/",
 }
 MOST_FLOORS = 7  # of interpret and attach together

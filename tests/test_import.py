@@ -80,7 +80,7 @@ import vlattn_fast as va
 packages = {"interpret", "models", "nn"}
 assert dir(va.scores) == sorted(va.scores.__all__)
 assert packages <= set(dir(va)) == {*va._PACKAGES, *va.__all__, "__version__"}, set(dir(va)) - set(va.__all__)
-for name in ("explain", "evaluate", "probe", "prompt_maps", "explain_dataset", "load_explanations"):
+for name in ("explain", "evaluate", "probe", "explain_dataset", "load_explanations"):
     function = getattr(va, name)
     assert function is getattr(sys.modules["vlattn_fast.interpret"], name) and function.__doc__ and name in vars(va)
     assert inspect.signature(function).parameters

@@ -4,9 +4,10 @@
     python -m tools.planted --core 200 --seed 1 # so many faults of all kinds; goes on where the last call ended
     python -m tools.planted --core --equivalent NAME WHY # remembers that a fault changes nothing, and why
 
-Outcomes are stored in tools/planted/core.json, by place and change, and survive edits elsewhere. Faults are planted in a copy of the
-tree, build/planted/tree. One in C++ rebuilds what it touches. If the choice does not see a fault, every case of the same tests
-runs; `make test` runs each test that is stored as the one that sees a fault. If that case is gone, the fault is planted again.
+Outcomes are stored in core.json beside this file, by place and change, and survive edits elsewhere. Faults are planted in a
+copy of the tree, build/planted/tree. One in C++ rebuilds what it touches. If the choice does not see a fault, every case of the
+same tests runs; `make test` runs each test that is stored as the one that sees a fault. If that case is gone, the fault is
+planted again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Relevancy maps of whole models, and edits of their attention: `explain`, `evaluate`, `probe`, `prompt_maps`, `intervene`,
+"""Relevancy maps of whole models, and edits of their attention: `explain`, `evaluate`, `probe`, `intervene`,
 `token_grounding`.
 
 In: a model and an input.
-Out: an `Explanation`, `LayerExplanation`, `SideBySide`, `Evaluation`, `ProbeReport`, `PromptMaps`, `EdgeTable`, `FlowCurve`
+Out: an `Explanation`, `LayerExplanation`, `SideBySide`, `Evaluation`, `ProbeReport`, `EdgeTable`, `FlowCurve`
     or `TokenGrounding`; a context with edits.
 Imports: interpret.
 """
@@ -29,7 +29,6 @@ from vlattn_fast.interpret.intervening.logit_parts import LogitParts, logit_part
 from vlattn_fast.interpret.intervening.records import HeadRecord, StateRecord
 from vlattn_fast.interpret.intervening.score_parts import ScoreParts, score_parts
 from vlattn_fast.interpret.probing import ProbeReport, probe
-from vlattn_fast.interpret.prompting.prompt_maps import PromptMaps, prompt_maps
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.side_by_side import SideBySide, compare
@@ -56,7 +55,6 @@ __all__ = [
     "PatchGrid",
     "ProbeReport",
     "PromptComparison",
-    "PromptMaps",
     "Residual",
     "ScaleHeads",
     "ScoreParts",
@@ -81,7 +79,6 @@ __all__ = [
     "load_explanations",
     "logit_parts",
     "probe",
-    "prompt_maps",
     "record_heads",
     "record_states",
     "register_adapter",

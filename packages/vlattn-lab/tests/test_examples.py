@@ -14,6 +14,7 @@ import vlattn_lab as lab
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TESTED = {
     "explain_clip", "match_images_and_captions", "score_swapped_pairs", "replace_attention", "intervene", "probe_heads",
+    "prompt_maps",
 }  # fmt: skip
 
 
@@ -81,6 +82,18 @@ def test_score_swapped_pairs(run):
     assert got["results"]["UNITER"] == lab.winoground_scores(got["uniter"], count=100, seed=1)
     assert min(got["results"]["UNITER"].values()) > 0.8 and min(got["results"]["CLIP"].values()) > 0.6, got["results"]
     assert f"group {got['results']['CLIP']['group']:4.0%}" in printed
+
+
+def test_prompt_maps(run):
+    """The maps of all layers and steps have been seen, and words have those of their columns."""
+    got, printed = run("prompt_maps")
+    maps, explanation = got["maps"], got["explanation"]
+    assert maps.steps == 4 and maps.grids == [(16, 24), (8, 12)] and maps.token_maps().shape == (2, 16, 16, 24)
+    torch.testing.assert_close(maps.token_maps().sum(1), torch.ones(2, 16, 24))  # each place attends to the text alone
+    torch.testing.assert_close(got["cat"], torch.stack([explanation.image[0, 1], explanation.image[1, 4]]))
+    assert not torch.equal(*got["cat"])
+    row, column = map(int, re.search(r"cat on.*row (\d+), column (\d+)", printed).groups())
+    assert got["cat"][0, row, column] == got["cat"][0].max()
 
 
 def notebook() -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """DigitScenes, the embedded benchmark: handwritten digits, captions that relate them, questions about them, and small models
-trained on it: UNITER, a CLIP dual encoder, and two CLIPMapper on top of this CLIP, for answers and for captions.
+trained on it: UNITER, a CLIP dual encoder, and two CLIPMapper on top of this CLIP, for answers and for captions. `prompt_maps`
+is for diffusion models.
 
 transformers is imported when it is first used.
 
 In: seeds and counts.
 Out: scenes, samples, trained models.
-Imports: vlattn_lab.winoground.
+Imports: vlattn_lab.prompting, vlattn_lab.winoground.
 """
 
 from vlattn_lab import winoground
@@ -13,6 +14,7 @@ from vlattn_lab.clip import caption_accuracy, load_clip, retrieval
 from vlattn_lab.mapper import load_captioner, load_vqa, prompt_accuracy, question_accuracy
 from vlattn_lab.probing import probe_samples
 from vlattn_lab.processor import DigitProcessor
+from vlattn_lab.prompting.prompt_maps import PromptMaps, prompt_maps
 from vlattn_lab.questions import Questions, digit_prompts, digit_questions, example_question, is_true
 from vlattn_lab.scenes import Scenes, digit_scans, digit_scenes, held_out_captions, swapped_pairs
 from vlattn_lab.texts import SceneProcessor
@@ -20,6 +22,7 @@ from vlattn_lab.uniter import load_uniter, matching_accuracy, matching_score, wi
 
 __all__ = [
     "DigitProcessor",
+    "PromptMaps",
     "Questions",
     "SceneProcessor",
     "Scenes",
@@ -39,6 +42,7 @@ __all__ = [
     "matching_score",
     "probe_samples",
     "prompt_accuracy",
+    "prompt_maps",
     "question_accuracy",
     "retrieval",
     "swapped_pairs",

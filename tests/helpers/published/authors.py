@@ -29,7 +29,6 @@ COMMITS = {
     "KhoomeiK/CACR": "aad503d3e8a94524191b2c50b964dfb0919a321a",
     "kuanghuei/SCAN": "806355736e3c9158c9bcf2f0501ed1e961a893e9",
     "taoxugit/AttnGAN": "0d000e652b407e976cb88fab299e8566f3de8a37",
-    "castorini/daam": "09564e048cf5ffc1523aa0605736e7f178ca505a",
 }
 # float32 against float64 over a few layers; float64 differs by the order of sums alone
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5}

@@ -17,20 +17,12 @@ from vlattn_fast.interpret import explain
 from vlattn_fast.models import UNITER, UNITERConfig
 from vlattn_fast.nn import capture_attention, capture_relevancy
 
-
-class Attends(nn.Module):
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        query, key = hidden_states.flatten(2).mT[:, None], encoder_hidden_states[:, None]
-        return torch.nn.functional.scaled_dot_product_attention(query, key, key)
-
-
 MODEL = UNITER(UNITERConfig(99, 32, 2, 4, 64, region_dim=8)).eval()
 INPUTS = {
     "input_ids": torch.arange(1, 11).view(2, 5),
     "region_features": torch.randn(2, 3, 8),
     "region_positions": torch.randn(2, 3, 7),
 }
-NETWORK, LATENTS, WORDS = Attends(), torch.randn(1, 8, 4, 6), torch.randn(1, 5, 8)
 
 
 def explained(x: Tensor) -> Any:
@@ -60,13 +52,6 @@ def traced(x: Tensor) -> Any:
     return row * (x + 1), torch.autograd.grad(row.square().sum(), MODEL.uniter.embeddings.word_embeddings.weight)
 
 
-def mapped(x: Tensor) -> Any:
-    with va.prompt_maps(NETWORK, guidance="none") as maps:
-        for _ in range(3):
-            NETWORK(LATENTS, WORDS)
-    return maps.steps, maps.token_maps() * (x + 1)
-
-
 @pytest.fixture
 def graphs() -> Iterator[list[torch.fx.GraphModule]]:
     """What Dynamo has made graphs of."""
@@ -77,10 +62,9 @@ def graphs() -> Iterator[list[torch.fx.GraphModule]]:
 
 def test_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by a call that fails. tests/interpret/properties/test_traces.py has the other functions."""
-    for function in (evaluated, probed, mapped):
-        name = "NETWORK" if function is mapped else "MODEL"
-        model = copy.deepcopy(globals()[name])
-        monkeypatch.setitem(globals(), name, model.train() if function is mapped else marked(model))
+    for function in (evaluated, probed):
+        model = copy.deepcopy(MODEL)
+        monkeypatch.setitem(globals(), "MODEL", marked(model))
         before = state_of(model)
         function(torch.zeros(()))
         assert_same(model, before, function.__name__)
@@ -89,9 +73,9 @@ def test_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same(model, before, f"{function.__name__}, which fails")
 
 
-@pytest.mark.parametrize("function", [explained, evaluated, probed, captured, traced, mapped])
+@pytest.mark.parametrize("function", [explained, evaluated, probed, captured, traced])
 def test_the_same_as_elsewhere(function: Callable[[Tensor], Any], graphs: list[torch.fx.GraphModule]) -> None:
-    """explain and evaluate failed within Dynamo, and prompt_maps added some calls twice."""
+    """explain and evaluate failed within Dynamo."""
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         graphs.append(graph)

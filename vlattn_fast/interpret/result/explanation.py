@@ -59,7 +59,7 @@ class Explanation(Explained):
         words: the tokens of `token_ids` as strings, see `with_tokens`.
         scores: (B,), the explained scores; None for methods without scores.
         target: the text, class or token index of each score; None for a callable.
-        answer: the token ids of a decoder's explained answer, a list per sample, or of the prompt of `prompt_maps`; else None.
+        answer: the token ids of a decoder's explained answer, a list per sample, or of a prompt with maps; else None.
         method: the name of the method of `explain`, with those of its options that differ from the defaults. `start_layer`: one
             of these, 0 = all layers.
         of: what the scores are, "logit", "log_probability" or "margin": known for every answer, and for a target if the method's

@@ -22,8 +22,6 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from tests.helpers.interpret.stored_maps import with_floats
-
 HEIGHT, WIDTH, LENGTH = 8, 12, 9  # of the latents, and of the text: 7 x 11 tokens nowhere, 96 and 24 for the picture
 HALF = (HEIGHT // 2, WIDTH // 2)
 Cut = tuple[Tensor, tuple[int, int]]
@@ -51,6 +49,11 @@ class Case:
     @property
     def size(self) -> tuple[int, int]:
         return max(self.grids)
+
+
+def with_floats(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The inputs, their floats in `dtype`."""
+    return {name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def lively(model: nn.Module) -> Any:

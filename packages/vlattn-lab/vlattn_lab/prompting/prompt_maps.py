@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_callable, check_choice, describe
 from vlattn_fast.attach.session import uncompiled, unwrapped
 from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
-from vlattn_fast.interpret.prompting.diffusion_trace import Grid, TextAttention
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.words import join_tokens
+from vlattn_lab.prompting.diffusion_trace import Grid, TextAttention
 
 GUIDANCE = (None, "none", "batch", "calls")
 MODES = ("bicubic", "bilinear")

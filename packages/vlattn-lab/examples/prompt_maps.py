@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-import vlattn_fast as va
+import vlattn_lab as lab
 
 # A small Stable Diffusion: tokenizer of whole words, text encoder, UNet with cross-attention on two grids, decoder.
 torch.manual_seed(0)
@@ -57,7 +57,7 @@ pipe.set_progress_bar_config(disable=True)
 
 # Two prompts, four steps with classifier-free guidance, pictures that are not square.
 prompts = ["a cat on a red mat", "two dog and a cat"]
-with va.prompt_maps(pipe) as maps:
+with lab.prompt_maps(pipe) as maps:
     pictures = pipe(prompts, height=64, width=96, num_inference_steps=4).images
 
 print("Stable Diffusion, random weights")

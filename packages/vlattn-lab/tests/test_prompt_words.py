@@ -1,6 +1,6 @@
 """`prompt_maps` of pipelines, the words of their prompts, pictures of them, and bad input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
-from tests.helpers.interpret.diffusion_cases import CASES, HEIGHT, LENGTH, WIDTH, Words, stable_diffusion
-from tests.helpers.interpret.stored_prompts import traced
+import vlattn_lab as lab
+from tests.helpers.diffusion_cases import CASES, HEIGHT, LENGTH, WIDTH, Words, stable_diffusion
+from tests.helpers.stored_prompts import traced
 
 
 def test_a_pipeline():
@@ -24,16 +25,16 @@ def test_a_pipeline():
     plain = run(5.0)
     passes = []
     handle = pipeline.unet.register_forward_pre_hook(lambda _, args, kwargs: passes.append((args, kwargs)), with_kwargs=True)
-    with va.prompt_maps(pipeline) as maps:
+    with lab.prompt_maps(pipeline) as maps:
         torch.testing.assert_close(run(5.0), plain, rtol=0, atol=0)
     handle.remove()
     assert [args[0].shape[0] for args, _ in passes] == [8] * maps.steps and maps.steps == 2
     assert maps.token_maps().shape == (4, LENGTH, HEIGHT, WIDTH)
-    with torch.no_grad(), va.prompt_maps(pipeline.unet, guidance="none") as conditional:
+    with torch.no_grad(), lab.prompt_maps(pipeline.unet, guidance="none") as conditional:
         for args, kwargs in passes:
             pipeline.unet(args[0][4:], args[1], **{**kwargs, "encoder_hidden_states": kwargs["encoder_hidden_states"][4:]})
     torch.testing.assert_close(maps.token_maps(), conditional.token_maps())
-    with va.prompt_maps(pipeline) as unguided:
+    with lab.prompt_maps(pipeline) as unguided:
         run(1.0)
     assert unguided.token_maps().shape[0] == 4
 
@@ -81,13 +82,17 @@ def test_pictures_and_pages(tmp_path):
 
 
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: va.prompt_maps(object()), TypeError, "model must be a torch.nn.Module, or a pipeline .*got object"),
-    (lambda: va.prompt_maps(nn.Linear(1, 1)), ValueError, "guidance must be 'none'.*got None and Linear"),
-    (lambda: va.prompt_maps(nn.Linear(1, 1), guidance="both"), ValueError, "guidance must be one of .*got 'both'"),
-    (lambda: va.prompt_maps(nn.Linear(1, 1), guidance="none", text_first=1), TypeError, "text_first must be True, .*got 1"),
-    (lambda: va.prompt_maps(nn.Linear(1, 1), guidance="none", layers="mid"), TypeError, "layers must be a callable or None; got"),
+    (lambda: lab.prompt_maps(object()), TypeError, "model must be a torch.nn.Module, or a pipeline .*got object"),
+    (lambda: lab.prompt_maps(nn.Linear(1, 1)), ValueError, "guidance must be 'none'.*got None and Linear"),
+    (lambda: lab.prompt_maps(nn.Linear(1, 1), guidance="both"), ValueError, "guidance must be one of .*got 'both'"),
+    (lambda: lab.prompt_maps(nn.Linear(1, 1), guidance="none", text_first=1), TypeError, "text_first must be True, .*got 1"),
     (
-        lambda: va.prompt_maps(nn.Linear(1, 1), guidance="none", patches=va.PatchGrid(0, 3)),
+        lambda: lab.prompt_maps(nn.Linear(1, 1), guidance="none", layers="mid"),
+        TypeError,
+        "layers must be a callable or None; got",
+    ),
+    (
+        lambda: lab.prompt_maps(nn.Linear(1, 1), guidance="none", patches=va.PatchGrid(0, 3)),
         ValueError,
         "rows must be at least 1; got 0",
     ),
@@ -102,7 +107,7 @@ def test_bad_arguments(call, error, message):
 
 def test_bad_reading():
     case = CASES["unet"]()
-    with va.prompt_maps(case.model, guidance="none") as maps:
+    with lab.prompt_maps(case.model, guidance="none") as maps:
         with pytest.raises(ValueError, match="prompt_maps needs a forward pass; got none. Run the pipeline"):
             maps.token_maps()
         case.model(**case.inputs(batch=2))
@@ -129,12 +134,12 @@ def test_an_unknown_guided_pipeline_must_be_told():
 
     pipeline, inputs = Pipeline(), CASES["unet"]().inputs(batch=2)
     with pytest.raises(ValueError, match="guidance must be 'none', 'batch' or 'calls' .*got None and Pipeline"):
-        with va.prompt_maps(pipeline):
+        with lab.prompt_maps(pipeline):
             pipeline.unet(**inputs)
-    with va.prompt_maps(pipeline, guidance="batch") as guided:
+    with lab.prompt_maps(pipeline, guidance="batch") as guided:
         pipeline.unet(**inputs)
     pipeline.do_classifier_free_guidance = False
-    with va.prompt_maps(pipeline) as unguided:
+    with lab.prompt_maps(pipeline) as unguided:
         pipeline.unet(**inputs)
     assert (guided.token_maps().shape[0], unguided.token_maps().shape[0]) == (1, 2)
 
@@ -149,3 +154,34 @@ def test_texts_of_one_length():
     case = CASES["unet"]()
     with pytest.raises(ValueError, match="texts of one length .*got 5 tokens and a batch of 1 after 9 and 1"):
         traced(case, [case.inputs(batch=1), case.inputs(batch=1, length=5)])
+
+
+class Attends(nn.Module):
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        query, key = hidden_states.flatten(2).mT[:, None], encoder_hidden_states[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(query, key, key)
+
+
+@pytest.fixture
+def compiling() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_a_compiled_caller(compiling: None) -> None:
+    """It added some calls twice. Also after a call that fails, the network is as it was."""
+    network, latents, words = Attends().train(), torch.randn(1, 8, 4, 6), torch.randn(1, 5, 8)
+    before = {name: repr(value) for name, value in vars(network).items()}
+
+    def mapped(x: Tensor) -> Any:
+        with lab.prompt_maps(network, guidance="none") as maps:
+            for _ in range(3):
+                network(latents, words)
+        return maps.steps, maps.token_maps() * (x + 1)
+
+    compiled = torch.compile(mapped, backend=lambda graph, _: graph.forward)
+    torch.testing.assert_close(compiled(torch.zeros(())), mapped(torch.zeros(())))
+    with network.register_forward_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+        mapped(torch.zeros(()))
+    assert {name: repr(value) for name, value in vars(network).items()} == before

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-import vlattn_fast as va
-from tests.helpers.interpret.diffusion_cases import HEIGHT, WIDTH, Case
+import vlattn_lab as lab
+from tests.helpers.diffusion_cases import HEIGHT, WIDTH, Case
 
 
 def stored(case: Case, passes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, int]]:
@@ -48,8 +48,8 @@ def published(case: Case, kept: list[tuple[Tensor, int]], rows: slice, size=(HEI
     return torch.stack(maps).mean(0)
 
 
-def traced(case: Case, passes: list[dict[str, Any]], **options: Any) -> va.PromptMaps:
-    with torch.no_grad(), va.prompt_maps(case.model, **{"guidance": "none", **options}) as maps:
+def traced(case: Case, passes: list[dict[str, Any]], **options: Any) -> lab.PromptMaps:
+    with torch.no_grad(), lab.prompt_maps(case.model, **{"guidance": "none", **options}) as maps:
         for inputs in passes:
             case.model(**inputs)
     return maps

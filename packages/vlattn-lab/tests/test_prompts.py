@@ -10,9 +10,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlattn_fast as va
-from tests.helpers.interpret.diffusion_cases import CASES, HEIGHT, LENGTH, WIDTH, Case
-from tests.helpers.interpret.stored_prompts import published, stored, traced
-from vlattn_fast.interpret.prompting import diffusion_trace
+import vlattn_lab as lab
+from tests.helpers.diffusion_cases import CASES, HEIGHT, LENGTH, WIDTH, Case
+from tests.helpers.stored_prompts import published, stored, traced
+from vlattn_lab.prompting import diffusion_trace
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -139,7 +140,7 @@ def test_no_map_per_head_is_made():
     inputs = case.inputs(batch=1, length=600)
     with torch.no_grad(), Largest() as plain:
         case.model(**inputs)
-    with torch.no_grad(), Largest() as largest, va.prompt_maps(case.model, guidance="none") as maps:
+    with torch.no_grad(), Largest() as largest, lab.prompt_maps(case.model, guidance="none") as maps:
         case.model(**inputs)
     assert plain.elements < largest.elements == HEIGHT * WIDTH * 600
     assert plain.maps == 0 and largest.maps == sum(path.endswith("attn2") for path, _ in case.model.named_modules())
@@ -152,7 +153,7 @@ def test_the_network_runs_as_it_was(case):
     inputs, processors = case.inputs(batch=2), dict(case.model.attn_processors)
     with torch.no_grad():
         plain = case.model(**inputs)[0]
-        with va.prompt_maps(case.model, guidance="none"):
+        with lab.prompt_maps(case.model, guidance="none"):
             seen = case.model(**inputs)[0]
             assert all(case.model.attn_processors[path] is each for path, each in processors.items())
     torch.testing.assert_close(seen, plain, rtol=0, atol=0)
@@ -164,7 +165,7 @@ def test_gradients_pass():
     case.model(**inputs).sample.sum().backward()
     expected = [parameter.grad.clone() for parameter in case.model.parameters() if parameter.grad is not None]
     case.model.zero_grad()
-    with va.prompt_maps(case.model, guidance="none") as maps:
+    with lab.prompt_maps(case.model, guidance="none") as maps:
         case.model(**inputs).sample.sum().backward()
     assert not maps.token_maps().requires_grad
     torch.testing.assert_close([p.grad for p in case.model.parameters() if p.grad is not None], expected)
@@ -173,7 +174,7 @@ def test_gradients_pass():
 def test_inference_mode_and_plain_runs_add_up():
     case = CASES["unet"]()
     passes = [case.inputs(batch=1) for _ in range(2)]
-    with va.prompt_maps(case.model, guidance="none") as maps:
+    with lab.prompt_maps(case.model, guidance="none") as maps:
         with torch.inference_mode():
             case.model(**passes[0])
         case.model(**passes[1])
@@ -214,7 +215,7 @@ def test_a_network_without_text_is_refused():
 
     network = Denoiser()
     with pytest.raises(ValueError, match=r"Denoiser with no text tokens and attention of queries x keys: 24 x 24; pass patches="):
-        with va.prompt_maps(network, guidance="none"):
+        with lab.prompt_maps(network, guidance="none"):
             network(torch.randn(1, 8, 4, 6))
 
 
@@ -225,9 +226,9 @@ def test_tokens_whose_grid_is_said():
 
     network, inputs = Denoiser(), (torch.randn(1, 24, 8), torch.randn(1, 5, 8))
     with pytest.raises(ValueError, match=r"5 text tokens and .* keys: 24 x 5; pass patches=va.PatchGrid\(rows, columns\)"):
-        with va.prompt_maps(network, guidance="none"):
+        with lab.prompt_maps(network, guidance="none"):
             network(*inputs)
-    with va.prompt_maps(network, guidance="none", patches=va.PatchGrid(4, 6)) as maps:
+    with lab.prompt_maps(network, guidance="none", patches=va.PatchGrid(4, 6)) as maps:
         network(*inputs)
     expected = (inputs[0] @ inputs[1].mT / 8**0.5).softmax(-1).mT.unflatten(-1, (4, 6))
     torch.testing.assert_close(maps.token_maps(), expected)
