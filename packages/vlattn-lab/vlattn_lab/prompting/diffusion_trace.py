@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast import attention_map
 from vlattn_fast.attach.events import Attend, AttentionEvent, ModuleRun, Subscriber
 from vlattn_fast.attach.observer import Observer
-from vlattn_fast.ops.attention_map import attention_map
 
 Grid = tuple[int, int]
 Layers = Callable[[str], bool]

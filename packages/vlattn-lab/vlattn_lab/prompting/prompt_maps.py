@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_callable, check_choice, describe
 from vlattn_fast.attach.session import uncompiled, unwrapped
-from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
-from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret import Explanation, PatchGrid
 from vlattn_fast.interpret.result.numbers.words import join_tokens
 from vlattn_lab.prompting.diffusion_trace import Grid, TextAttention
 
