@@ -39,7 +39,10 @@ PACKAGES = {
     "ptx": [f"--ignore=tests/test_{name}.py" for name in "run cuda descriptors driver plugin installed sanitizers".split()],
     "vlattn-native": ["tests/test_hub.py", "tests/test_packaging.py", "-k", "not formulas and not launches"],
     "vlattn-vllm": [],
-    "vlattn-lab": [f"tests/test_{name}.py" for name in "scenes questions winoground core_on_scenes measures pointing".split()],
+    "vlattn-lab": [
+        f"tests/test_{name}.py"
+        for name in "scenes questions winoground core_on_scenes measures pointing prompt_words prompts_published".split()
+    ],
 }
 START, LAST = 20, 60  # seconds: without the former a part does not begin; the latter a test or a build has at the end
 NO_TESTS = 5  # pytest's status if none was selected

@@ -6,7 +6,7 @@ transformers is imported when it is first used.
 
 In: seeds and counts.
 Out: scenes, samples, trained models.
-Imports: vlattn_lab.prompting, vlattn_lab.winoground.
+Imports: vlattn_lab.prompting, vlattn_lab.timed, vlattn_lab.winoground.
 """
 
 from vlattn_lab import winoground

@@ -16,7 +16,6 @@ from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.probing.gathered import Gathered
 from vlattn_fast.interpret.probing.labels import read_item
 from vlattn_fast.interpret.probing.layout import Layouts, Parts
-from vlattn_fast.interpret.probing.patterns import Drawn
 from vlattn_fast.interpret.probing.report import ProbeReport
 from vlattn_fast.interpret.probing.streams import OneStream, TwoStreams
 
@@ -40,9 +39,9 @@ def probe(
 ) -> ProbeReport:
     """Probes what a model's heads attend to and which information its states hold, over a data set (VALUE, ECCV 2020).
 
-    Returns a `ProbeReport`: a table with an entry per test, layer and head, and `plot_patterns`, which draws the attention of the
-    best heads. Each sample takes one forward pass, and "word_order" and each variant of the texts one more. Memory holds
-    `attention_statistics`, layer by layer, and no map. scikit-learn fits the linear probes on the CPU.
+    Returns a `ProbeReport`: a table with an entry per test, layer and head. Each sample takes one forward pass, and "word_order"
+    and each variant of the texts one more. Memory holds `attention_statistics`, layer by layer, and no map. scikit-learn fits the
+    linear probes on the CPU.
 
     `probe` supports models with one stream of words and image tokens (UNITER, VisualBERT, ViLT, decoders that see images), and
     text models for the linguistic tests. Models with a stream of each (LXMERT) support the tests of coreference and "fusion" in
@@ -122,11 +121,9 @@ def probe(
     layouts = Layouts(inner, find_adapter(inner), parts)
     stream = (OneStream if layouts.pair is None else TwoStreams)(inner, layouts, modality, special)
     gathered = Gathered(names, special, position, seed)
-    first: Drawn | None = None
     with torch.no_grad(), at_rest(inner):
         for item in with_progress(dataset, "probing"):
             inputs, labels = read_item(item, layouts.adapter)
-            first = Drawn(stream, inputs, labels) if first is None else first
             gathered.add(stream, inputs, labels)
     if not gathered.count:
         raise ValueError("dataset must hold at least one sample; got none")
@@ -136,6 +133,4 @@ def probe(
             test, note = entry["test"], entry["note"]
             raise ValueError(f"Test {test!r} is impossible with this model and data set: {note}. Leave it out of tests=")
     facts = {"model": type(inner).__name__, "tests": list(names), "special": special, "position": position, "seed": seed}
-    report = ProbeReport(table, {**facts, "inputs": gathered.count})
-    object.__setattr__(report, "_drawn", first)
-    return report
+    return ProbeReport(table, {**facts, "inputs": gathered.count})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,7 +11,6 @@ import numpy as np
 from vlattn_fast._ground.checks import check_writable
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.probing.gathered import COLUMNS
-from vlattn_fast.interpret.probing.patterns import Drawn, choose_heads, draw_patterns
 from vlattn_fast.interpret.result.figures.page import data_uri, fill_template
 from vlattn_fast.interpret.result.figures.report import Report, panels
 
@@ -25,8 +23,8 @@ _VALUES = {"modality": "attention", "cross_modal": "share of inputs", "fusion": 
 
 @dataclass(frozen=True, eq=False)
 class ProbeReport(Report):
-    """The results of `probe`: `print` shows the table, `plot` draws it, `plot_patterns` draws the attention of single heads,
-    `save_html` writes a page, `value` gives one number.
+    """The results of `probe`: `print` shows the table, `plot` draws it, `save_html` writes a page, `value` gives one
+    number.
 
     Args:
         table: an entry for each test, kind, layer and head. "test"; "kind": the group of tokens for "modality", the task for
@@ -91,58 +89,6 @@ class ProbeReport(Report):
             axis.set_xlabel("layer")
             axis.legend(fontsize=9)
         return figure
-
-    def plot_patterns(
-        self,
-        head: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
-        *,
-        test: str = "coreference",
-        best: int = 3,
-        random: int = 3,
-        sample: int = 0,
-        image: Any = None,
-        boxes: Any = None,
-        processor: Any = None,
-        seed: int = 0,
-    ) -> Figure:
-        """Draws the attention of single heads over the image and the text of one sample, next to that of heads drawn at random.
-
-        Each arrow is one attention weight: the heavier, the thicker and the less transparent. Orange arrows go from the tokens of
-        the first part of a label (a phrase, a region) to all tokens of the kind of its second part, blue ones back. Weights below
-        2 % are left out. The parts of the labels have thick frames. A panel's title has the layer, the head, and its accuracy in
-        `test`.
-
-        The model runs once more, on the first item of the data set: the report keeps both, but `save` does not store them.
-
-        Examples:
-            >>> import vlattn_fast as va, vlattn_lab as lab  # doctest: +SKIP
-            >>> report = va.probe(lab.load_uniter()[0], lab.probe_samples(100), tests=["coreference"])  # doctest: +SKIP
-            >>> report.plot_patterns(best=2, processor=lab.DigitProcessor()).savefig("patterns.png")  # doctest: +SKIP
-
-        Args:
-            head: (layer, head), or several. None = the `best` heads, those with the largest accuracy in `test`.
-            test: "coreference", "coreference_class", "relation", "relation_detection" or "word_relation".
-            best: how many heads are chosen if `head` is None.
-            random: how many other heads are drawn by chance, with `seed`.
-            sample: a sample of the first item, which has labels for `test`.
-            image: the photo under the arrows, as for `Explanation.plot`.
-            boxes: (R, 4), x1, y1, x2, y2 of the image tokens relative to the image, for models whose inputs do not tell them.
-            processor: shows words in place of ids, by its `convert_ids_to_tokens`.
-            seed: for the random heads.
-
-        Returns:
-            A matplotlib Figure (without pyplot: nothing is shown or kept open).
-
-        Raises:
-            TypeError, ValueError: an argument is wrong (it is named), the sample has no label for the test, or the report was
-                loaded from a file.
-        """
-        drawn: Drawn | None = getattr(self, "_drawn", None)
-        if drawn is None:
-            raise ValueError("plot_patterns needs the model and its inputs, which no file holds; got a loaded report. Call probe")
-        heads = choose_heads(self.table, test, head, best, random, seed)
-        with extra("viz"):
-            return draw_patterns(drawn, test, heads, sample, image, boxes, processor)
 
     def save_html(self, path: str | Path) -> Path:
         """Writes the heat maps and the table to `path` as one page that needs no network."""
