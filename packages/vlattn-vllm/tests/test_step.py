@@ -217,10 +217,10 @@ def test_entropy_over_image_tokens(order: Any, seen: int) -> None:
     """In a layer that sees all keys and in one with a window, which is 0 where it sees no image; with an edit, too."""
     batch = Batch(order, [13, 11, 12, 6], [13, 1, 2, 1])
     batch.with_values(order)
-    pictures = ((2, 4), (8, 11)), ((0, 3),), ((1, 9),)
+    pictures = ((2, 4), (8, 10)), ((0, 3),), ((1, 9),)
     more = [edit(keys=[2, 8], weight=3.0)]
-    one, two = (asking(10, pictures=spans, statistics=some) for spans, some in zip(
-        pictures, (["image_entropy"], ["entropy", "image_entropy"]), strict=False))  # fmt: skip
+    one = asking(10, pictures=pictures[0], statistics=["image_entropy", "received"])  # all its queries go to the operator
+    two = asking(10, pictures=pictures[1], statistics=["entropy", "image_entropy"])
     three = asking(10, pictures=pictures[2], statistics=["image_entropy"], steer=more)
     step = begun(batch, {"one": one, "two": two, "three": three, "plain": asking(5, statistics=["entropy"])})
     batch.see(step, impl=SimpleNamespace(**{**vars(IMPL), "sliding_window": -1 if seen == 99 else seen}))

@@ -53,16 +53,14 @@ class Ask(NamedTuple):
 
     @staticmethod
     def read(value: Mapping[str, Any]) -> Ask:
-        groups = tuple((name, _pairs(spans)) for name, spans in value["groups"])
-        edits = tuple(
-            Edit(tuple(one["layers"]), tuple(one["heads"]), _pairs(one["queries"]), _pairs(one["keys"]), one["weight"])
-            for one in value["steer"]
-        )
-        return Ask(tuple(value["layers"]), tuple(value["statistics"]), groups, value["top"], edits, _pairs(value["images"]))
+        fields = {**_tuples(value), "steer": tuple(Edit(**_tuples(edit)) for edit in value["steer"])}
+        return Ask(**fields)
 
 
-def _pairs(spans: Sequence[Sequence[Any]]) -> tuple[Span, ...]:
-    return tuple((start, end) for start, end in spans)
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _tuples(each) for name, each in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def check_ask(value: Any, layers: int, heads: int, prompt: int, pictures: Sequence[Span], most: int) -> Ask:

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from tests.helpers.tiny import Maps, engine, everything, prompts, sampling, saved
 from vlattn_vllm import collect, load
 
@@ -26,10 +28,8 @@ def main() -> None:
         return generate(asked, *args, **kwargs)
 
     llm.generate = counted
-    try:
+    with pytest.raises(KeyboardInterrupt):
         collect(llm, some, out, everything(), params=sampling(4), shard_size=2)
-    except KeyboardInterrupt:
-        pass
     assert load(out).ids == ["0", "1", "2", "3"]
     llm.generate = generate
     answers = collect(llm, some, out, everything(), params=sampling(4), shard_size=2)
@@ -39,12 +39,8 @@ def main() -> None:
         maps.check(SimpleNamespace(token_ids=answer.tokens, attention=answer.attention), prompt["prompt_token_ids"])
     assert len(answers[1:3]) == 2 and answers[1:3][0].id == "1"
     for changed in ({"attention": everything(layers=[1])}, {"prompts": some[:5]}):
-        try:
+        with pytest.raises(ValueError, match="earlier runs"):
             collect(llm, changed.get("prompts", some), out, changed.get("attention", everything()), params=sampling(4))
-        except ValueError as error:
-            assert "earlier runs" in str(error), error
-        else:
-            raise AssertionError(changed)
     several(llm, maps, out.with_name("several"))
     a_thousand(llm, maps, out.with_name("thousand"))
 

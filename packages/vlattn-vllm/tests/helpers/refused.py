@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 import sys
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
+
+import pytest
 
 from tests.helpers.tiny import engine, prompts, sampling, saved
 from vlattn_vllm import front, worker
@@ -41,12 +44,8 @@ def main(kind: str) -> None:
 def refused(llm: Any, words: str) -> None:
     """A request that asks; one that does not ask goes on."""
     (prompt,) = prompts(12)
-    try:
+    with pytest.raises(ValueError, match=re.escape(words)):
         llm.generate(prompt, sampling(2, {}), use_tqdm=False)
-    except ValueError as error:
-        assert words in str(error), error
-    else:
-        raise AssertionError(words)
     assert len(llm.generate(prompt, sampling(2), use_tqdm=False)[0].outputs[0].token_ids) == 2
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 import vlattn_fast as va
@@ -211,12 +212,8 @@ def collected(maps: Maps) -> None:
     cut = everything(steer=[va.Knockout(keys=(3, 5))], compact=True)
     (edited,) = collect(URL, [WORDS], out.with_name("edited"), cut, params={"max_tokens": 5, "temperature": 0})
     assert edited.attention.received[:, :, 3:5].abs().max() == 0 and edited.attention.received[:, :, :3].min() > 0
-    try:
+    with pytest.raises(ValueError, match="earlier runs"):
         collect(URL, some, out, {}, params=params)
-    except ValueError as error:
-        assert "earlier runs" in str(error), error
-    else:
-        raise AssertionError("another ask")
 
 
 def many_edits() -> None:
@@ -324,13 +321,10 @@ def alibi() -> None:
 
 def refused(path: str, words: str, status: int = 400, **body: Any) -> None:
     """This status, with these words in the message."""
-    try:
-        text = posted(path, **body).read().decode()
-    except urllib.error.HTTPError as error:
-        message = json.loads(error.read())["error"]["message"]
-        assert error.code == status and words in message, (path, body, error.code, message)
-    else:
-        raise AssertionError(f"{path} answers {body}: {text:.200}")
+    with pytest.raises(urllib.error.HTTPError) as error:
+        posted(path, **body).read()
+    message = json.loads(error.value.read())["error"]["message"]
+    assert error.value.code == status and words in message, (path, body, error.value.code, message)
 
 
 def every_endpoint(words: str, answered: tuple[str, ...]) -> None:
