@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -136,7 +136,7 @@ class Step:
         self._rows: dict[tuple[str, ...], Rows | None] = {}
         self._seen: dict[str, dict[int, dict[str, Tensor]]] = {}
 
-    @property
+    @cached_property
     def _running(self) -> list[str]:
         return [name for name in self.batch.req_ids if name in self.asking]
 
@@ -156,7 +156,7 @@ class Step:
         """The fields of `Layer`. impl: None for latent attention."""
         begin = time.perf_counter()
         if metadata is not None and (impl is None or impl.attn_type == "decoder"):
-            self._tried(self._running, self._see, Layer(impl, layer, query, kv_cache, metadata, out))
+            self._tried(self._running, self._see, impl, layer, query, kv_cache, metadata, out)
         self._spent(begin)
 
     def _tried(self, names: Iterable[str], compute: Callable[..., Any], *args: Any) -> Any:
@@ -175,24 +175,24 @@ class Step:
         for name in running:
             self.asking[name].seconds += (time.perf_counter() - begin) / len(running)
 
-    def _see(self, layer: Layer) -> None:
-        places, number = self._places, layer.number
-        if layer.impl is None:
-            impl, query, metadata = as_attention(layer.module, layer.query, layer.metadata, self._lengths)
-            layer = layer._replace(impl=impl, query=query, metadata=metadata)
-        self._layers.setdefault(number, layer.name)
+    def _see(self, impl: Any, module: Any, query: Tensor, kv_cache: Tensor, metadata: Any, out: Tensor) -> None:
+        number = layer_number(module.layer_name)
         asks = {
             name: number in one.edited
-            for name in places
+            for name in self._places
             if not (one := self.asking[name]).refused and (number in one.ask.layers or number in one.edited)
         }
-        if not asks:
+        if not asks:  # as of most layers
             return
+        self._layers.setdefault(number, module.layer_name)
+        if impl is None:
+            impl, query, metadata = as_attention(module, query, metadata, self._lengths)
+        layer = Layer(impl, module, query, kv_cache, metadata, out)
         if refused := self._refusal(layer):
             self._refuse(asks, refused)
             return
         for name in (name for name, edited in asks.items() if edited):
-            self._tried([name], self._steer, layer, places[name])
+            self._tried([name], self._steer, layer, self._places[name])
         names = tuple(name for name, edited in asks.items() if not edited)
         self._tried(names, self._read, layer, names)
 
@@ -439,6 +439,7 @@ def window(impl: Any) -> int | None:
     return size if size > 0 else None
 
 
+@cache
 def layer_number(name: str) -> int:
     """The number in a layer's name, such as model.layers.3.self_attn.attn."""
     return next(int(part) for part in name.split(".") if part.isdigit())
