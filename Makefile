@@ -79,7 +79,7 @@ lists: $(READY) $(TESTED)
 bench: $(READY) $(TESTED)
 	@$(PY) -m vlattn_fast.benchmarks $(ARGS)
 
-hub: $(READY) $(TESTED)
+hub: $(TESTED)
 	@$(PY) -m tools.environments hub
 	@PYTHONPATH=$(VENV)/hub $(PY) -m vlattn_native.hub.build
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tools import versions
+from tools import environments, versions
 from tools.requirements import requirements
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +38,14 @@ def test_rows_hold_what_the_pages_say() -> None:
     lowest, highest = re.findall(r"\d+\.\d+", versions.supported()["transformers"])
     assert any(row["transformers"].startswith(f"{lowest}.") for row in whole)
     assert any(row["transformers"].startswith(f"{highest}.") for row in whole)
+
+
+def test_the_hubs_page_installs_what_make_hub_tries() -> None:
+    """Else transformers, which reads the folder, has two versions."""
+    page = ROOT / "packages" / "vlattn-native" / "README.md"
+    if page.exists():  # the package can be deleted
+        installs = re.findall(r'^pip install "(kernels.+)" "(transformers.+)"$', page.read_text(encoding="utf-8"), re.M)
+        assert installs and {*installs[0]} == {*environments.HUB[:2]}
 
 
 def test_a_run_that_failed_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,11 +128,16 @@ def write(out: Path) -> Path:
     return kernel
 
 
-def write_cpu(out: Path, kernels: Path = ROOT / "vlattn_fast" / "backends" / "cpu", *, portable: bool = False) -> Path:
-    """Adds the CPU's variant to the folder `out`, for this machine's architecture, with the library of the CPU's kernels in the
-    folder `kernels`, and returns its folder.
+def write_portable(out: Path) -> Path:
+    """`write_cpu` with kernels for every instruction set, not only for that of this processor, and operators that run on systems
+    with older C and C++ libraries than this machine's, as manylinux_2_28 asks."""
+    zig = _zig()  # an error before minutes of compiling
+    return write_cpu(out, building.build("hub-cpu", "-DVLATTN_CPU=ON", source=ROOT), zig)
 
-    `portable`: the operators' library runs on systems with older C and C++ libraries than this machine's, as manylinux_2_28 asks.
+
+def write_cpu(out: Path, kernels: Path = ROOT / "vlattn_fast" / "backends" / "cpu", options: tuple[str, ...] = ()) -> Path:
+    """Adds the CPU's variant to the folder `out`, for this machine's architecture, with the library of the CPU's kernels in the
+    folder `kernels`, and returns its folder. `options`: of CMake, for the operators' library.
 
     Raises:
         building.Missing: a compiler, torch or the library of the CPU's kernels is not there.
@@ -144,8 +149,7 @@ def write_cpu(out: Path, kernels: Path = ROOT / "vlattn_fast" / "backends" / "cp
     sources = [path for folder in folders for path in folder.glob("*.*")]
     texts = modules("cpu")
     facts = _facts("cpu", b"".join([json.dumps(texts).encode(), *[path.read_bytes() for path in sorted(sources)]]))
-    options = f"-DVLATTN_NAMESPACE={facts['id']}", *(_zig() if portable else ())
-    operators = building.operators(f"hub-torch{'-zig' * portable}", *options)
+    operators = building.operators("hub-torch-zig" if options else "hub-torch", f"-DVLATTN_NAMESPACE={facts['id']}", *options)
     kernel = out / "build" / CPU_VARIANT
     if kernel.exists():
         shutil.rmtree(kernel)
@@ -191,8 +195,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "hub")
     out = parser.parse_args().out
-    # the installed library may have the instruction sets of this processor alone
-    every_set = building.build("hub-cpu", "-DVLATTN_CPU=ON", source=ROOT)
-    for kernel in (write(out), write_cpu(out, every_set, portable=True)):  # `make hub` has what that needs
+    for kernel in (write(out), write_portable(out)):  # `make hub` has what that needs
         files = [path for path in kernel.rglob("*") if path.is_file()]
         print(f"{kernel}: {len(files)} files, {sum(path.stat().st_size for path in files) // 1024} KiB, version {VERSION}")
