@@ -8,13 +8,15 @@ import html
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "benchmarks" / "results" / "cpu.json"
+ROWS_OF_GPU = ROOT / "benchmarks" / "results" / "h100-80gb-hbm3.json"
 FUZZED, EMULATED = ROOT / "tests" / "fuzz" / "results.json", ROOT / "tests" / "fuzz" / "emulated.json"
-COST = re.compile(r"<!-- cost: (.+?) -->")
+COST = re.compile(r"<!-- cost( on an H100)?: (.+?) -->")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
 
@@ -41,7 +43,7 @@ def makeExtension(**_: Any) -> Any:  # the name that Python-Markdown calls
 
 def with_stored(markdown: str) -> str:
     """A page's text with tables in place of its comments."""
-    with_costs = COST.sub(lambda match: cost(match[1].split()), markdown)
+    with_costs = COST.sub(lambda match: (cost_on_gpu if match[1] else cost)(match[2].split()), markdown)
     return with_costs.replace("<!-- fuzz -->", fuzz()).replace("<!-- fuzz, emulated -->", fuzz_emulated())
 
 
@@ -54,33 +56,48 @@ def cost(stems: list[str]) -> str:
     Raises:
         ValueError: no stored row belongs to these benchmarks.
     """
-    newest: dict[str, dict[str, dict[str, Any]]] = {}
     stored = json.loads(ROWS.read_text(encoding="utf-8"))
     counts = Counter(map(_setting, stored))
     shown = _setting(max(stored, key=lambda row: (counts[_setting(row)], row["time"])))
     chosen = [row for row in stored if row["benchmark"].split("/")[0] in stems]
     if chosen and all(_setting(row) != shown for row in chosen):  # measured later, on another machine
         shown = _setting(max(chosen, key=lambda row: row["time"]))
+    lines, first = _table([row for row in chosen if _setting(row) == shown], ROWS, stems, _cell)
+    where = f"{', '.join(map(str, _setting(first)))} threads, torch {first['versions']['torch']}"
+    dtype = "float32 unless a row says bfloat16"
+    return "\n".join([*lines, "", f"Median ms / peak MiB of one call; {where}, {dtype}. The bound is in italics."])
+
+
+def cost_on_gpu(stems: list[str]) -> str:
+    """The same table of the rows of a GPU, with the time over that of the bound in place of memory."""
+    stored = json.loads(ROWS_OF_GPU.read_text(encoding="utf-8"))
+    chosen = [row for row in stored if row["benchmark"].split("/")[0] in stems and not row["variant"].endswith(", graph")]
+    shown = [row for row in chosen if not row["variant"].startswith("SDPA ")]  # one of torch's kernels, and not the fastest
+    lines, first = _table(shown, ROWS_OF_GPU, stems, _cell_of_gpu)
+    where = f"{first['device']}, torch {first['versions']['torch']}, Triton {first['versions']['triton']}, {first['dtype']}"
+    return "\n".join([*lines, "", f"Median ms of one call, in brackets over that of SDPA; {where}."])
+
+
+def _table(
+    chosen: list[dict[str, Any]], file: Path, stems: list[str], cell: Callable[[dict[str, Any] | None], str]
+) -> tuple[list[str], dict[str, Any]]:
+    """The lines of a table, and one of its rows."""
+    if not chosen:
+        raise ValueError(f"a cost comment must name benchmarks with rows in {file}; got {stems}")
+    newest: dict[str, dict[str, dict[str, Any]]] = {}
     for row in chosen:
-        if _setting(row) == shown:
-            newest.setdefault(row["benchmark"], {})[row["variant"]] = row
-    if not newest:
-        raise ValueError(f"a cost comment must name benchmarks with rows in {ROWS}; got {stems}")
+        newest.setdefault(row["benchmark"], {})[row["variant"]] = row
     rows = [row for variants in newest.values() for row in variants.values()]
     bounds = {row["variant"] for row in rows if row["is_bound"]}
     names = sorted(dict.fromkeys(row["variant"] for row in rows), key=lambda name: name in bounds)
-    first = rows[0]
     lines = [
-        f"| row in `benchmarks/results/cpu.json` | {' | '.join(f'*{name}*' if name in bounds else name for name in names)} |",
+        f"| row in `benchmarks/results/{file.name}` | {' | '.join(f'*{name}*' if name in bounds else name for name in names)} |",
         f"| --- |{' ---: |' * len(names)}",
     ]
     for benchmark, variants in newest.items():
         sizes = ", ".join(f"{name} {size}" for name, size in next(iter(variants.values()))["sizes"].items())
-        cells = [_cell(variants.get(name)) for name in names]
-        lines.append(f"| {benchmark} ({sizes}) | {' | '.join(cells)} |")
-    where = f"{', '.join(map(str, _setting(first)))} threads, torch {first['versions']['torch']}"
-    dtype = "float32 unless a row says bfloat16"
-    return "\n".join([*lines, "", f"Median ms / peak MiB of one call; {where}, {dtype}. The bound is in italics."])
+        lines.append(f"| {benchmark} ({sizes}) | {' | '.join(cell(variants.get(name)) for name in names)} |")
+    return lines, rows[0]
 
 
 def _setting(row: dict[str, Any]) -> tuple[str, str, int]:
@@ -91,6 +108,12 @@ def _cell(row: dict[str, Any] | None) -> str:
     if row is None or row.get("p50_us") is None:
         return "not run" if row else ""
     return f"{row['p50_us'] / 1e3:.1f} / {row['peak_bytes'] / 2**20:.1f}"
+
+
+def _cell_of_gpu(row: dict[str, Any] | None) -> str:
+    if row is None or row.get("p50_us") is None:
+        return "not run" if row else ""
+    return f"{row['p50_us'] / 1e3:.2f} ({row['ratio_to_bound']:.2f})"
 
 
 def fuzz() -> str:

@@ -121,34 +121,25 @@ def test_a_sentence_stands_under_the_rows_that_it_is_of(tmp_path):
 
 
 def test_the_times_of_an_h100_are_stored():
-    """Milliseconds on the device and on the host; the call of a plain product by "auto" takes SDPA."""
     stored = report.newest(json.loads((ROOT / "benchmarks/results/h100-80gb-hbm3.json").read_text()))
     rows = {(row["benchmark"], row["variant"]): row for row in stored}
-    costs = (ROOT / "docs" / "costs.md").read_text(encoding="utf-8")
-    calls = {
-        'attention, `backend="triton"`': "score_attention/scaled dot, forward+backward/clip",
-        "attention with relevancy": "relevancy_attention/gradient, forward+backward/clip",
-        "attention with tanh of a bilinear product": "score_attention/general tanh, forward+backward/clip",
-    }
-
-    def times(benchmark, variant):
-        return [f"{rows[benchmark, variant][name] / 1e3:.2f}" for name in ("p50_us", "host_p50_us")]
-
-    plain = calls['attention, `backend="triton"`']
-    for call, benchmark in calls.items():
-        assert f"| {call} | {' | '.join(times(benchmark, 'triton'))} | " in costs
-    assert "SDPA (cuDNN) {}, host {};".format(*times(plain, "SDPA")) in costs
-    assert "torch's SDPA alone {}, host {};".format(*times(calls["attention with relevancy"], "SDPA")) in costs
-    llava = "score_attention/scaled dot, forward+backward/llava"
-    said = "takes {} ms on the device and {} of the host, SDPA {} and {}.".format(*times(llava, "triton"), *times(llava, "SDPA"))
-    assert said in " ".join(costs.split())
-    assert f"SDPA for plain attention, {times(plain, 'sdpa')[0]} ms" in costs
-
     layers = [f"relevancy_attention/gradient, forward+backward/{name}" for name in ("llava", "clip")]
     low, high = (rows[layer, "triton"]["p50_us"] / rows[layer, "SDPA"]["p50_us"] for layer in layers)
     for page in ("README.md", "docs/costs.md"):
         said = " ".join((ROOT / page).read_text(encoding="utf-8").split())
         assert f"takes {low:.2f} to {high:.2f} times as long as" in said, page
+
+
+def test_operators_have_medians_and_worst_ratios(tmp_path):
+    """Worked by hand: a bound of 10 ms, two benchmarks, and the faster of two baselines."""
+    times = {"a": {"cpu": 5, "published": 20, "reference": 40}, "b": {"cpu": 15, "streaming": 30, "published": 30}}
+    rows = [
+        made_up(benchmark=f"maxsim/{name}", device="CPU: one", variant=variant, p50_us=ms * 1e3, ratio_to_bound=ms / 10)
+        for name, variants in times.items()
+        for variant, ms in {**variants, "SDPA": 10}.items()
+    ]
+    (tmp_path / "cpu.json").write_text(json.dumps(rows))
+    assert "| `maxsim` | 1.00 (1.50) | 3.00 (2.00) |" in report.operators(tmp_path)
 
 
 @pytest.mark.slow

@@ -90,6 +90,26 @@ def test_pages_are_those_of_the_navigation(built: tuple[Path, Path]) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "sentence, missing",
+    [
+        ("Half of it, 0.91.", []),  # of the page's own table, rounded
+        ("Half of it, 0.92.", ["0.92"]),
+        ("Half of it, 0.25, says [a page](../costs.md).", []),
+        ("Half of it, 0.25, says [a section](../costs.md#of-an-h100).", ["0.25"]),
+        ("Half of it, 0.75, says [a section](../costs.md#of-an-h100).", []),
+        ("[One](../costs.md#of-an-h100) and 0.914.\n\n```\n0.9136\n```\n", []),
+        ("With transformers before 5.18 (arXiv 2602.08241), `x==0.3` and $0.4 y$ too.", []),
+        ("With others before 5.18.", ["5.18"]),
+    ],
+)
+def test_a_decimal_of_a_sentence_stands_in_a_table(sentence: str, missing: list[str]) -> None:
+    page = f"# One\n\n{sentence}\n\n| a |\n| --- |\n| 0.912 |\n"
+    costs = "# Costs\n\n| b |\n| --- |\n| 0.25 |\n\n## Of an H100\n\nThis is 0.5.\n\n| c |\n| --- |\n| 0.75 |\n"
+    problems = [*check.unmeasured("guides/one.md", page, {"guides/one.md": page, "costs.md": costs})]
+    assert problems == [f"guides/one.md: {number} must stand in a table or a block of code" for number in missing]
+
+
 def test_the_search_index_is_there(built: tuple[Path, Path]) -> None:
     (built[0] / "search.json").unlink()
     assert list(check.problems(*built, NAVIGATION)) == ["the search index does not have other.md"]

@@ -3,10 +3,14 @@
 `zensical build --strict` reports links and names that lead nowhere. It passes over a plug-in that it does not know, an image that
 does not exist, a page outside the navigation, and what griffe says about a docstring. So this counts what each page of Markdown
 has, headings, tables, formulas and documented names, and looks for as many in the page of the site.
+
+A number in a sentence goes stale when its row changes. So each decimal number that docs/ has in a sentence must stand in a table
+or a block of code of its page, or of a page or section that it links to, perhaps with more digits, unless it is a version.
 """
 
 from __future__ import annotations
 
+import posixpath
 import re
 import runpy
 import sys
@@ -16,11 +20,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from tools.navigation import pages_of
-from tools.pages.site import ROOT
+from tools.pages.site import DOCS, HOME, README, REPORT, ROOT, home
 
 EXPECTED = re.compile(r"Build started|Build finished in .+|No issues found|\s*")  # lines of a build without a warning
 HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 VOID = ("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr")
+BLOCKS = re.compile(r"^ *(```+).*?^ *\1 *$|^ *\|.*?$", re.M | re.S)  # code, and lines of tables
+LINKS = re.compile(r"\]\(([\w./-]*?)(?:#([\w-]+))?\)")
+PACKAGES = "CUDA|cuDNN|glibc|[Nn]um[Pp]y|nvcc|Python|torch|transformers|Triton"
+ARXIV = r"\b\d{4}\.\d{5}\b"
+VERSION = rf"\b(?:{PACKAGES})(?:'s)?(?: before| below)? [\d.]+(?: and [\d.]+)?"
+NO_SENTENCE = re.compile(rf"`[^`]*`|\$[^$]*\$|\]\([^)]*\)|<!--.*?-->|{ARXIV}|{VERSION}", re.S)
+DECIMAL = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.]*\w)")
 COUNTED = ("headings", "tables", "formulas")
 
 
@@ -34,16 +45,38 @@ class Counts:
     names: set[str] = field(default_factory=set)  # documented by mkdocstrings
 
 
+def with_stored(markdown: str) -> str:
+    """A page with its tables of costs."""
+    return str(runpy.run_path(str(ROOT / "docs" / "extension.py"))["with_stored"](markdown))
+
+
 def counts_of(markdown: str) -> Counts:
-    """Counts a page's source, after docs/extension.py has written its tables of costs."""
-    text = runpy.run_path(str(ROOT / "docs" / "extension.py"))["with_stored"](markdown)
-    text = re.sub(r"^ *(```+).*?^ *\1 *$", "", text, flags=re.M | re.S)
+    """Counts a page's source, with its tables of costs."""
+    text = re.sub(r"^ *(```+).*?^ *\1 *$", "", with_stored(markdown), flags=re.M | re.S)
     names = {*re.findall(r"^::: (\S+)$", text, re.M)}
     headings = len(re.findall(r"^#{1,6} ", text, re.M))
     tables = len(re.findall(r"^ *\|(?: *:?-+:? *\|)+ *$", text, re.M))
     text = re.sub(r"(`+).+?\1", "", text, flags=re.S)
     text, blocks = re.subn(r"\$\$.+?\$\$", "", text, flags=re.S)
     return Counts(headings, tables, blocks + len(re.findall(r"(?<![\\$\w])\$(?![\s$])[^$\n]*[^$\s\\]\$", text)), names)
+
+
+def unmeasured(name: str, written: str, filled: dict[str, str]) -> Iterator[str]:
+    """The decimal numbers in the sentences of a page as `written` that no table and no code has, of all pages as `filled`."""
+    blocks = [filled[name]]
+    for path, anchor in LINKS.findall(written):
+        page = filled.get(posixpath.normpath(posixpath.join(posixpath.dirname(name), path)) if path else name, "")
+        blocks += [part for part in re.split(r"^(?=#+ )", page, flags=re.M) if not anchor or slug(part) == anchor]
+    exact = {number for block in BLOCKS.finditer("\n".join(blocks)) for number in DECIMAL.findall(block[0])}
+    known = exact | {f"{float(number):.{digits}f}" for number in exact for digits in (1, 2, 3)}
+    for number in DECIMAL.findall(NO_SENTENCE.sub("", BLOCKS.sub("", written))):
+        if number not in known:
+            yield f"{name}: {number} must stand in a table or a block of code"
+
+
+def slug(section: str) -> str:
+    """The anchor of the heading with which a section begins, up to punctuation."""
+    return re.sub(r"[^\w -]", "", section.partition("\n")[0].strip("# ").lower()).replace(" ", "-")
 
 
 class Page(HTMLParser):
@@ -148,6 +181,12 @@ def warnings(log: str) -> list[str]:
 
 def main(site: str, docs: str, log: str) -> None:
     found = warnings(Path(log).read_text(encoding="utf-8"))
+    paths = {str(path.relative_to(docs)): path for path in sorted(Path(docs).rglob("*.md"))}
+    del paths[REPORT]  # among its thousands of numbers is almost any
+    filled = {name: with_stored(path.read_text(encoding="utf-8")) for name, path in paths.items()}
+    for name in paths:
+        text = (DOCS / name if name != HOME else ROOT / README).read_text(encoding="utf-8")
+        found += unmeasured(name, home(text) if name == HOME else text, filled)
     found += problems(Path(site), Path(docs), pages_of((ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
     sys.exit("\n".join([*found, f"the site has {len(found)} problems"]) if found else 0)
 

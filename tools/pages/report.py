@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -169,6 +170,25 @@ def _settings(settings: Mapping[str, Sequence[Record]]) -> str:
         if all(cells):
             lines.append((key[0], *cells))
     return "\n".join([SETTINGS, markdown(("benchmark", *tables), lines), ""])
+
+
+def operators(results: Path = Path(__file__).parents[2] / "benchmarks" / "results") -> str:
+    """A line for each operator in the setting that opens the CPU's report: medians over its benchmarks, and its worst one."""
+    stored = json.loads((results / "cpu.json").read_text(encoding="utf-8"))
+    setting, records = next(iter(_by_setting(newest(stored), stored).items()))
+    ranges: dict[str, tuple[list[float], list[float]]] = {}
+    for (_, benchmark, *_), variants in _by_benchmark(records).items():
+        ours, baseline = (_fastest(variants, names) for names in (OURS, BASELINES))
+        if ours and "SDPA" in variants and not benchmark.startswith("task_"):
+            of_bound, of_ours = ranges.setdefault(benchmark.split("/")[0], ([], []))
+            of_bound.append(ours["ratio_to_bound"])
+            of_ours += [baseline["p50_us"] / ours["p50_us"]] if baseline else []
+    lines = []
+    for name, (of_bound, of_ours) in ranges.items():
+        medians = statistics.median(of_bound), statistics.median(of_ours)
+        lines.append((f"`{name}`", f"{medians[0]:.2f} ({max(of_bound):.2f})", f"{medians[1]:.2f} ({min(of_ours):.2f})"))
+    table = markdown(("operator", "its time over SDPA's", "the fastest baseline's over its"), lines)
+    return f"{table}\n\nMedians over the benchmarks, in brackets the worst one; {setting}."
 
 
 def _host(records: Sequence[Record]) -> list[str]:

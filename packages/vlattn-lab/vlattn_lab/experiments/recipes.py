@@ -192,16 +192,20 @@ def effects(records: Sequence[Record]) -> list[Effect]:
 
 def figure(records: Sequence[Record]) -> Figure:
     """Digits that are there and that are not, and true answers, over the weight of the image."""
-    drawn, (axes,) = panels(1, 4, (11, 3.2))
+    drawn, lines = panels(2, 2, (7.4, 5.0), sharex=True)
     names = {1.0: NONE, **{weight: f"image × {weight:g}" for weight in WEIGHTS}}
-    for axis, (kind, shade) in zip(axes, ((kind, shade) for kind in KINDS for shade in SHADES), strict=True):
+    for axis, (kind, shade) in zip(lines.flat, ((kind, shade) for kind in KINDS for shade in SHADES), strict=True):
         for number, label in (("right", "right digits"), ("absent", "absent digits"), ("true", "true answers")):
             columns = [_values(records, kind, shade, names[weight], number) for weight in sorted(names)]
             axis.plot(sorted(names), [sum(values) / len(values) for values in columns], ".-", label=label)
-        axis.set(title=f"{kind}, {shade}", xlabel="weight of the image", xscale="log")
+        axis.set(title=f"{kind}, {shade}", ylim=(0, None))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted(names), [f"{weight:g}" for weight in sorted(names)])
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("per answer")
-    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    for axis in lines[-1]:
+        axis.set_xlabel("weight of the image")
+    drawn.supylabel("per answer", fontsize="medium")
+    drawn.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return drawn
 
 

@@ -192,7 +192,6 @@ def sinks(stored: Stored) -> str:
         layers=mean([float(sum(row["named"])) for row in sizes["class token"]]),
         all=count,
         patches=sum(row["patches"] for row in named),
-        largest=max(max(row["largest"]) for rows in sizes.values() for row in rows),
         sizes=markdown(["layer", *head], [[str(layer), *cells(layer)] for layer in range(count)], ()),
         maps=_sink_maps(stored),
         **_sentence_sinks(stored),
@@ -228,6 +227,25 @@ def _sentence_sinks(stored: Stored) -> Row:
     methods = [shown(row["method"]) for row in stored.of("sink words", sinks="keep")]
     table = markdown(["sentence", "sinks", *dict.fromkeys(methods)], lines, (0, 1))
     return {"sentences": table, **{name: [min(values), max(values)] for name, values in ends.items()}}
+
+
+def heads(stored: Stored) -> str:
+    """How well heads agree, and the head without which the saliency changes most."""
+    changes, overlaps = stored.without_heads("change"), stored.without_heads("overlap")
+    most, heads_a_layer = max(range(len(changes)), key=changes.__getitem__), len(stored.of("heads")[0]["change"][0])
+    layer, head = divmod(most, heads_a_layer)
+    mean_of_photos, each = stored.heads()
+    values = {
+        "relevancy and fall, rank correlation of means over the photos": mean_of_photos,
+        "the same, of the photo in which it is smallest": min(each),
+        "the same, of the first six layers": stored.heads(slice(6))[0],
+        "the same, of the last six": stored.heads(slice(6, None))[0],
+        "change of the saliency and fall, rank correlation": spearman(changes, stored.without_heads("fall")),
+        "change of the saliency and relevancy, rank correlation": spearman(changes, stored.without_heads("relevancy")),
+        f"overlap of the pixels above ½ without head {head} of layer {layer}": overlaps[most],
+        "the smallest overlap without another head": min(overlaps[:most] + overlaps[most + 1 :]),
+    }
+    return markdown(["of 72 heads", "value"], [[name, f"{value:.2f}"] for name, value in values.items()])
 
 
 def words(stored: Stored, sentence: str) -> str:
@@ -300,9 +318,6 @@ def effects(stored: Stored) -> list[Effect]:
 
 def page() -> str:
     stored = Stored(json.loads(ROWS.read_text(encoding="utf-8")))
-    heads, each = stored.heads()
-    changes, overlaps = stored.without_heads("change"), stored.without_heads("overlap")
-    most, heads_a_layer = max(range(len(changes)), key=changes.__getitem__), len(stored.of("heads")[0]["change"][0])
     score = "saliency in a box"  # its section stands where the part has been measured
     (conversion,) = stored.of("conversion")
     area = {row["photo"]: row["area"] for row in stored.of("photo")}
@@ -313,27 +328,15 @@ def page() -> str:
         versions=stored.facts["versions"],
         rows=ROWS.relative_to(ROOT),
         error=conversion["error"],
-        photo=conversion["photo"],
         photos=photos(stored),
         covered=max(area, key=area.__getitem__),
         share=f"{max(area.values()):.0%}".replace("%", " %"),
         token=evaluation(stored, "class token"),
         box=BOX.format(box=evaluation(stored, score)) if stored.of("evaluation", score=score) else "",
         compared=compared(pairs(stored)),
-        sanity=[stored.value("class token", method, "sanity") for method in COMPARED],
-        files=" and ".join(f"`{file}`" for file in DIGITSCENES.values()),
-        heads=heads,
-        most=divmod(most, heads_a_layer),
-        least=overlaps[most],
-        other=min(overlaps[:most] + overlaps[most + 1 :]),
-        saliency_fall=spearman(changes, stored.without_heads("fall")),
-        saliency_relevancy=spearman(changes, stored.without_heads("relevancy")),
+        heads=heads(stored),
         outliers=outliers(stored) if stored.of("outliers") else "",
         sinks=sinks(stored) if stored.of("sinks") else "",
-        early=stored.heads(slice(6))[0],
-        late=stored.heads(slice(6, None))[0],
-        low=min(each),
-        high=max(each),
         formulas=section(stored.rows, stored.facts["versions"]) + sections(stored.rows, stored.facts["versions"]),
         words="\n\n".join(words(stored, sentence) for sentence in sentences),
     )

@@ -241,7 +241,7 @@ def _means_of_seeds(records: Sequence[Record], task: str, names: Sequence[str], 
 def of_conditions(records: Sequence[Record]) -> Figure:
     """Accuracy, pointing and agreement for the values of each factor."""
     names = ("accuracy", "pointing", "agreement")
-    figure, grid = panels(len(names), len(FACTORS), (2.9 * len(FACTORS), 6.6), sharex="col", sharey="row")
+    figure, grid = panels(len(names), len(FACTORS), (2.1 * len(FACTORS), 6.2), sharex="col", sharey="row")
     for line, name in zip(grid, names, strict=True):
         for axes, ((score, factor), steps) in zip(line, FACTORS.items(), strict=True):
             measured = [values(records, "conditions", arm_of(score, factor, value), name) for value in steps]
@@ -249,7 +249,7 @@ def of_conditions(records: Sequence[Record]) -> Figure:
             if (name, factor) == ("pointing", "heads"):
                 each = [values(records, "conditions", arm_of(score, factor, value), "pointing_head") for value in steps]
                 band(axes, steps, each, color="C1", marker="s", label="each head")
-                axes.legend(frameon=False, fontsize=8)
+                figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
             axes.set_xscale("log", base=2)
             axes.set_xticks(steps, [f"{value:g}" for value in steps])
             if name == names[0]:
