@@ -76,14 +76,14 @@ def _with_given(names: Iterable[str], options: dict[str, Any]) -> list[Any]:
     an option that no method has."""
     given = {name: _read(value) for name, value in options.items() if value is not None}
     kinds = {**METHODS, **ABLATIONS}
-    known = {name: kinds[name].option_names() if name in kinds else [] for name in names}
+    options_of = {name: kinds[name].option_names() if name in kinds else [] for name in names}
     for option in given:
-        if not any(option in has for has in known.values()):
-            have = "; ".join(f"{name} has {', '.join(has) or 'none'}" for name, has in known.items())
+        if not any(option in has for has in options_of.values()):
+            have = "; ".join(f"{name} has {', '.join(has) or 'none'}" for name, has in options_of.items())
             raise ValueError(f"{option} must be an option of a chosen method: {have}; got {options[option]!r}")
     return [
         kinds[name](**{option: value for option, value in given.items() if option in has}) if name in kinds else name
-        for name, has in known.items()
+        for name, has in options_of.items()
     ]
 
 

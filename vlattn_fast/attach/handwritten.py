@@ -145,7 +145,9 @@ def _keys_and_values(
 # --- transformers ---
 
 
-def _plain(module: Any, queries: Tensor, keys: Tensor, values: Tensor, *masks: Tensor | None, core: Core | None = None) -> Tensor:
+def _projected(
+    module: Any, queries: Tensor, keys: Tensor, values: Tensor, *masks: Tensor | None, core: Core | None = None
+) -> Tensor:
     """The attention (B, N, H * D) of a module with query, key and value projections."""
     size = module.attention_head_size
     query, key, value = heads(module.query(queries), size), heads(module.key(keys), size), heads(module.value(values), size)
@@ -163,19 +165,19 @@ def _bert(
     core: Core | None = None,
 ) -> tuple[Tensor]:
     context = hidden_states if context is None else context
-    return (_plain(module, hidden_states, context, context, attention_mask, core=core),)
+    return (_projected(module, hidden_states, context, context, attention_mask, core=core),)
 
 
 def _grounding(module: Any, queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor]:
-    return (module.out_proj(_plain(module, queries, keys, values, attention_mask)),)
+    return (module.out_proj(_projected(module, queries, keys, values, attention_mask)),)
 
 
 def _mobilevit(module: Any, hidden_states: Tensor) -> Tensor:
-    return _plain(module, hidden_states, hidden_states, hidden_states)
+    return _projected(module, hidden_states, hidden_states, hidden_states)
 
 
 def _tvp(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor]:
-    output = module.dense(_plain(module, hidden_states, hidden_states, hidden_states, attention_mask))
+    output = module.dense(_projected(module, hidden_states, hidden_states, hidden_states, attention_mask))
     return (module.layer_norm(output + hidden_states),)
 
 
@@ -191,7 +193,7 @@ def _layoutlm(
     if module.has_relative_attention_bias:  # else the module leaves out the spatial bias, too
         total = rel_pos + rel_2d_pos if module.has_spatial_attention_bias else rel_pos
         bias = total * module.attention_head_size**-0.5
-    return _plain(module, hidden_states, hidden_states, hidden_states, bias, attention_mask), None
+    return _projected(module, hidden_states, hidden_states, hidden_states, bias, attention_mask), None
 
 
 def _swin(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor]:
@@ -202,7 +204,7 @@ def _swin(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = No
     if attention_mask is not None:
         images = hidden_states.shape[0] // attention_mask.shape[0]
         attention_mask = attention_mask[:, None].repeat(images, 1, 1, 1)
-    return (_plain(module, hidden_states, hidden_states, hidden_states, bias, attention_mask),)
+    return (_projected(module, hidden_states, hidden_states, hidden_states, bias, attention_mask),)
 
 
 def _mpnet(

@@ -204,13 +204,13 @@ def _drop_doubtful_overflow(got: Tensors, exact: Tensors, in_float32: Callable[[
 
 def _cotangents(seed: str, gap: float) -> Callable[[list[Tensor]], list[Tensor]]:
     """The same random gradients for every backend and dtype, each in a random layout; made once per dtype of the outputs."""
-    made: dict[tuple[torch.dtype, ...], list[Tensor]] = {}
+    by_dtypes: dict[tuple[torch.dtype, ...], list[Tensor]] = {}
 
     def cotangents(outputs: list[Tensor]) -> list[Tensor]:
         dtypes = tuple(x.dtype for x in outputs)
-        if dtypes not in made:
+        if dtypes not in by_dtypes:
             dice = Dice(seed)
-            made[dtypes] = []
+            by_dtypes[dtypes] = []
             for x in outputs:
                 numbers = dice.randn(*x.shape).bfloat16().to(x.dtype)  # rounded once, so that every dtype gets the same
                 if dice.chance(0.2):
@@ -218,8 +218,8 @@ def _cotangents(seed: str, gap: float) -> Callable[[list[Tensor]], list[Tensor]]
                 else:
                     layout = dice.choice.choice(LAYOUTS)
                     numbers = lay_out(numbers, layout, gap) if x.dim() >= 2 else numbers
-                made[dtypes].append(numbers)
-        return made[dtypes]
+                by_dtypes[dtypes].append(numbers)
+        return by_dtypes[dtypes]
 
     return cotangents
 
@@ -247,8 +247,8 @@ def _results(
         return cotangents(outputs) if backend else [x.contiguous() for x in cotangents(outputs)]
 
     results = outputs_and_gradients(run, tensors, gradients, example.differentiable)
-    made = _tangents if forward_mode else _tangents_in_reverse
-    return results | made(run, tensors, gradients if "gradients" in tangents else None) if tangents else results
+    tangents_of = _tangents if forward_mode else _tangents_in_reverse
+    return results | tangents_of(run, tensors, gradients if "gradients" in tangents else None) if tangents else results
 
 
 def _tangents(

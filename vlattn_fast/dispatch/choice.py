@@ -97,13 +97,13 @@ def planned(plan: Callable[[*Arguments], Plan], *arguments: *Arguments) -> Plan:
     key = None if torch.compiler.is_compiling() else _key(plan, arguments)
     if key is None:
         return plan(*arguments)
-    made: Plan | None = _PLANS.get(key)
-    if made is None:
-        made = plan(*arguments)
+    chosen_plan: Plan | None = _PLANS.get(key)
+    if chosen_plan is None:
+        chosen_plan = plan(*arguments)
         if len(_PLANS) >= 4096:
             _PLANS.clear()
-        _PLANS[key] = made
-    return made
+        _PLANS[key] = chosen_plan
+    return chosen_plan
 
 
 def selecting(backends: Table, describe: Callable[[*Arguments], CallShape]) -> Callable[[str, *Arguments], str]:
@@ -193,8 +193,8 @@ def _sort(kinds: tuple[type, ...]) -> _Sorts:
     has_all = len(plain) + len(tensors) + len(with_parts) == len(kinds)
     if len(_SORTS) >= 4096:
         _SORTS.clear()
-    made = _SORTS[kinds] = _Sorts(_picking(plain), _picking(tensors), with_parts, has_all)
-    return made  # another thread may clear them meanwhile
+    sorts = _SORTS[kinds] = _Sorts(_picking(plain), _picking(tensors), with_parts, has_all)
+    return sorts  # another thread may clear them meanwhile
 
 
 def _picking(numbers: list[int]) -> Pick:

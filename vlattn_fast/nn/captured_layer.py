@@ -73,13 +73,13 @@ class QueryKey(tuple[Tensor, Tensor]):
         """
         if self._options is None or self._score != "dot":
             raise ValueError("token_scores needs a softmax of products of queries and keys; this layer's attention does more")
-        known = {name: x for name, x in self._options.items() if name in ("attn_mask", "scale", "softcap", "sink")}
+        call_options = {name: x for name, x in self._options.items() if name in ("attn_mask", "scale", "softcap", "sink")}
         if self._options["is_causal"]:
-            known["is_causal"] = True
-        causal = options.get("is_causal", known.get("is_causal", rule != "visionzip"))
+            call_options["is_causal"] = True
+        causal = options.get("is_causal", call_options.get("is_causal", rule != "visionzip"))
         if causal or self[0].shape[2] == self[1].shape[2]:  # other queries are not tokens; the mask hides padding from them
-            known["key_mask"] = self.real_keys(known["attn_mask"])
-        return token_scores(*self, rule, **{**known, **options})
+            call_options["key_mask"] = self.real_keys(call_options["attn_mask"])
+        return token_scores(*self, rule, **{**call_options, **options})
 
     def real_keys(self, mask: Tensor | None) -> Tensor | None:
         """Returns bool (B, M), False = a key that no query attends to under the mask."""

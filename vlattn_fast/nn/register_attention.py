@@ -70,21 +70,21 @@ def register_attention(
         raise ValueError(f"name must be a Python identifier without {', '.join(_RESERVED)}; got {name!r}")
     check_bool(per_head=per_head)
     check_choice("backend", backend, BACKEND_NAMES)
-    made = RegisteredAttention(name, name if score is None else score, per_head, score_options, backend)
-    if isinstance(made.score, Score):
+    registered = RegisteredAttention(name, name if score is None else score, per_head, score_options, backend)
+    if isinstance(registered.score, Score):
         if per_head or score_options is not None:
             raise ValueError(
                 f"per_head and score_options must be left out if score is an object; got {per_head}, {score_options!r}"
             )
     else:
-        make_score(made.score, 1, 8, per_head, score_options)  # raises for what no layer can make
-    SCORES_BY_NAME[name] = made
+        make_score(registered.score, 1, 8, per_head, score_options)  # raises for what no layer can make
+    SCORES_BY_NAME[name] = registered
 
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(name, made._attend)
+    AttentionInterface.register(name, registered._attend)
     AttentionMaskInterface.register(name, masks_by_name)
-    return made
+    return registered
 
 
 class RegisteredAttention(NamedTuple):

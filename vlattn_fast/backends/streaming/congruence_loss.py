@@ -170,9 +170,9 @@ class _Block:
         assert self.sums is not None
         for h in self._heads(i):
             (part,), pull = self._pass(h, i, log_sum is not None, graph=True)
-            made = pull([grad / self.num_heads if log_sum is None else grad * torch.exp(part - log_sum)])
-            self.sums[0][:, h, i] += made["query"]
-            self.sums[1][:, h] += made["key"]
+            grads = pull([grad / self.num_heads if log_sum is None else grad * torch.exp(part - log_sum)])
+            self.sums[0][:, h, i] += grads["query"]
+            self.sums[1][:, h] += grads["key"]
 
     def _heads(self, i: slice) -> list[slice]:
         """Slices of the heads, of which one tile holds rows i."""
@@ -186,17 +186,17 @@ class _Block:
         x = {"query": self.query[:, h, i].to(self.dtype), "key": self.key[:, h].to(self.dtype)}
 
         def part(leaves: Named) -> list[Tensor]:
-            made = x | leaves
-            score = (self.scale * made["query"]) @ made["key"].mT
+            inputs = x | leaves
+            score = (self.scale * inputs["query"]) @ inputs["key"].mT
             score = _fill(score, None if self.padding is None else self.padding[:, None], -torch.inf)
             if log:
                 return [log_sum_of_heads(torch.log_softmax(score, dim=-1))[:, 0]]
             return [torch.softmax(score, dim=-1).sum(1)]
 
-        made = vjp(part, x if self.sums is not None and (is_whole or graph) else {})
+        heads_pass = vjp(part, x if self.sums is not None and (is_whole or graph) else {})
         if is_whole:
-            self._passes[log] = made
-        return made
+            self._passes[log] = heads_pass
+        return heads_pass
 
 
 def _constant(grad: Tensor | None, ll: _Block, vv: _Block, lv: _Block, vl: _Block, as_they_are: bool, singular: bool) -> Tensor:
@@ -220,11 +220,11 @@ def _constant(grad: Tensor | None, ll: _Block, vv: _Block, lv: _Block, vl: _Bloc
             return (weight[:, i] * terms.sum(-1)).sum(-1)
 
         rows = ll.rows(i, log)
-        part, made = _with_gradients(divergence, {"rows": rows, "vv_x": vv_x}, grad)
+        part, grads = _with_gradients(divergence, {"rows": rows, "vv_x": vv_x}, grad)
         loss += part
-        if made:
-            ll.add_gradient(i, made["rows"], rows if log else None)
-            grad_vv_x += made["vv_x"]
+        if grads:
+            ll.add_gradient(i, grads["rows"], rows if log else None)
+            grad_vv_x += grads["vv_x"]
     for i in vv.tiles() if grad is not None else ():
         vv.add_gradient(i, grad_vv_x[:, i] @ x)
     return loss
@@ -255,10 +255,10 @@ def _distributed(grad: Tensor | None, ll: _Block, vv: _Block, lv: _Block, vl: _B
             loss += (weight[:, i] * terms(p, t)).sum((1, 2))
         else:  # autograd's own slopes would take 1.4 times as long
             by_p, by_t = (weight[:, i] * grad[:, None, None] * part for part in (slope(p, t), slope(t, p)))
-            made = pull([by_t])
+            grads = pull([by_t])
             ll.add_gradient(i, by_p)
-            lv.add_gradient(i, made["lv"])
-            grad_vl += made["vl"]
+            lv.add_gradient(i, grads["lv"])
+            grad_vl += grads["vl"]
     for i in vl.tiles() if grad is not None else ():
         vl.add_gradient(i, grad_vl[:, i])
     return loss
@@ -295,8 +295,8 @@ def _published_slope(p: Tensor, t: Tensor) -> Tensor:
 
 def _with_gradients(f: Callable[[Named], Tensor], x: Named, grad: Tensor | None) -> tuple[Tensor, Named]:
     """f(x), and the gradients of its product with `grad`; none without it."""
-    (y,), made = outputs_and_gradients(lambda leaves: [f(x | leaves)], {} if grad is None else x, [grad])
-    return y, made
+    (y,), grads = outputs_and_gradients(lambda leaves: [f(x | leaves)], {} if grad is None else x, [grad])
+    return y, grads
 
 
 _LOSSES: dict[str, Callable[..., Tensor]] = {

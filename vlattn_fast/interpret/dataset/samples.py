@@ -38,9 +38,9 @@ def samples(
             if isinstance(truth, str) and truth.lstrip().startswith("["):  # in a .csv
                 truth = json.loads(truth)
             inputs = on_device(build_inputs(model, processor, item.load_image(), item.texts or texts), model)
-            known: dict[str, Any] = {"target": item.target} if item.target is not None else {"answer": item.answer or answer}
-            if most is not None and known.get("answer", 0) is None:
-                known["answer"] = with_prompts(generate(model, inputs, most), inputs, find_adapter(model))
+            asked: dict[str, Any] = {"target": item.target} if item.target is not None else {"answer": item.answer or answer}
+            if most is not None and asked.get("answer", 0) is None:
+                asked["answer"] = with_prompts(generate(model, inputs, most), inputs, find_adapter(model))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{error}, in input {item.id!r} of the dataset") from error
-        yield {"inputs": inputs, "boxes": boxes, "text_truth": truth, **known}
+        yield {"inputs": inputs, "boxes": boxes, "text_truth": truth, **asked}
