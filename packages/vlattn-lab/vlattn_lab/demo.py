@@ -1,4 +1,4 @@
-"""`vlattn demo`, or python -m vlattn_lab.demo --out demo: checks every operator, explains a picture of DigitScenes, and compares
+"""`vlattn demo`, or python -m vlattn_lab.demo --out demo: explains a picture of DigitScenes, checks every operator, and compares
 the costs of one map."""
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ VARIANTS = ("plain forward+backward", BACKEND, "maps stored, one backward", "pub
 def run(out: Path, *, costs: bool = True) -> bool:
     """Prints the tables, writes the pictures into `out`, and returns whether every check passed."""
     out.mkdir(parents=True, exist_ok=True)
+    picture(out)  # first, since the checks take longer
     passed = check()
-    picture(out)
     region_pointing()
     answers()
     if costs:
