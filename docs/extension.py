@@ -71,8 +71,11 @@ def cost(stems: list[str]) -> str:
 def cost_on_gpu(stems: list[str]) -> str:
     """The same table of the rows of a GPU, with the time over that of the bound in place of memory."""
     stored = json.loads(ROWS_OF_GPU.read_text(encoding="utf-8"))
-    chosen = [row for row in stored if row["benchmark"].split("/")[0] in stems and not row["variant"].endswith(", graph")]
-    shown = [row for row in chosen if not row["variant"].startswith("SDPA ")]  # one of torch's kernels, and not the fastest
+    shown = [
+        row
+        for row in stored
+        if row["benchmark"].split("/")[0] in stems and not re.search(r", graph$|^SDPA |^reference$|^streaming$", row["variant"])
+    ]  # of SDPA's kernels the one that torch takes
     lines, first = _table(shown, ROWS_OF_GPU, stems, _cell_of_gpu)
     where = f"{first['device']}, torch {first['versions']['torch']}, Triton {first['versions']['triton']}, {first['dtype']}"
     return "\n".join([*lines, "", f"Median ms of one call, in brackets over that of SDPA; {where}."])

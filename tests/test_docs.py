@@ -274,6 +274,18 @@ def test_costs_that_another_machine_measured(tmp_path):
         cost(["old"])
 
 
+def test_costs_of_a_gpu_are_over_those_of_sdpa(tmp_path):
+    cost = extension()["cost_on_gpu"]
+    row = json.loads(text("benchmarks/results/h100-80gb-hbm3.json"))[0]
+    older, ours = ({**row, "variant": "triton", "p50_us": us, "ratio_to_bound": us / 1e3} for us in (7e3, 2e3))
+    left_out = [{**ours, "variant": variant} for variant in ("triton, graph", "SDPA flash", "reference")]
+    cost.__globals__["ROWS_OF_GPU"] = stored = tmp_path / "gpu.json"
+    stored.write_text(json.dumps([older, ours, *left_out, {**row, "variant": "SDPA", "is_bound": True, "p50_us": None}]))
+    head, _, line, _, said = cost(["score_attention"]).splitlines()
+    assert head == "| row in `benchmarks/results/gpu.json` | triton | *SDPA* |" and line.endswith(" | 2.00 (2.00) | not run |")
+    assert f"over that of SDPA; {row['device']}, torch {row['versions']['torch']}, Triton" in said
+
+
 def test_the_sites_costs_are_the_stored_rows():
     from tools.pages import report
 
