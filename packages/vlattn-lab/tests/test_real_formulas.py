@@ -447,5 +447,5 @@ def test_rules_are_compared_on_the_formulas_that_all_have():
     assert "| `gradient` | nothing | 3 | 0.500 ± 0.500 | 0.500 ± 0.000 |" in text
     assert "| `gradient` | norms | 2 | 1.000 ± 0.000 | 0.750 ± 0.000 |" in text
     assert "| lxt (external) | less the blank image | 2 | 1.000 ± 0.000 | 0.250 ± 0.000 |" in text
-    assert "`lxt` 2.1 is another package" in text and "| `gradient` | norms | +0.000 ± 0.000 | +0.500 ± 0.000 |" in text
+    assert "`lxt` 2.1, by the authors of AttnLRP" in text and "| `gradient` | norms | +0.000 ± 0.000 | +0.500 ± 0.000 |" in text
     assert "`lxt`" not in reading_page.section([row for row in rows if row.get("method") != rival.PACKAGE], {})

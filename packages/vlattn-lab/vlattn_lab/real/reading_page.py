@@ -21,27 +21,21 @@ TESTS = {"deletion": "low", "insertion": "high", "occlusion": "high"}
 
 TEXT = """## Formulas that a model reads
 
-The package `latex-ocr-junia` {version} has a model of 7.9 million parameters: the input of its encoder is an image of 16 x 64
-patches, and its decoder writes LaTeX, one character per token. Its metadata names no licence; nothing of it is in this
-repository.
+The package `latex-ocr-junia` {version} has a model of 7.9 million parameters: its encoder reads an image of 16 x 64 patches, and
+its decoder writes LaTeX, one character per token.
 
 ![The answer of the model, and the formula; a glyph is lit in the colour of its character](real-formula.jpg)
 
-*Each character of the answer has a colour, and its map by `gradient` lights the formula in it.*
+A seeded list has 200 formulas in three fonts of matplotlib's mathtext, whose parser gives the box of each glyph. Each symbol
+occurs once in a formula, so a character of the answer corresponds to one glyph. A formula counts as read right if the answer
+has each of its symbols once, and no other. Of the first {listed} formulas of the list {right} were read right: {fonts}.
 
-Here the ground truth is exact. A seeded list has 200 formulas: powers, fractions, sums, roots and Greek letters, in three fonts
-of matplotlib's mathtext, whose parser gives the box of each glyph. Each symbol occurs once in a formula, so a character of the
-answer corresponds to one glyph. Boxes are those of glyphs; bars and roots have none. A formula counts as read right if the
-answer has each of its symbols once, and no other. Of the first {listed} formulas of the list {right} were read right: {fonts}.
-
-Three glyphs of each formula are explained, the first, the middle and the last one of its source: {count} glyphs of {measured}
-formulas. The decoder's input is the characters before the explained one. The box of a glyph covers {area} of the image.
-*Pointing* is the share of the maps whose largest entry lies in the box or at most one patch next to it, and *mass* the share of
-the positive part inside the box. *Held fixed* is the option `freeze`, and each score the option `of`; [Methods](../methods.md)
-explains both. Values are means ± standard errors over formulas: over the {common} that all
-rules of the table have, with the number of formulas in brackets if a score has fewer of these. *Formulas* is the number of
-formulas that a rule was measured on with the logit. These measurements took {minutes:.0f} minutes on a machine with other work;
-{missing}.
+The first, the middle and the last glyph of each source are explained, after the characters before: {count} glyphs of {measured}
+formulas. The box of a glyph covers {area} of the image. *Pointing* is the share of the maps whose largest entry lies in the box
+or at most one patch next to it, and *mass* the share of the positive part inside the box. *Held fixed* is the option `freeze`,
+and each score the option `of` ([Methods](../methods.md)). Values are means ± standard errors over the {common} formulas that
+all rules have, with the number of formulas in brackets if a score has fewer. *Formulas* counts those of a rule with the logit.
+These measurements took {minutes:.0f} minutes on a machine with other work; {missing}.
 
 {maps}
 
@@ -59,13 +53,11 @@ counts, and ink, which is 0, does not.
 """
 
 RIVAL_TEXT = """\
-`lxt` {version} is another package, by the authors of AttnLRP (ICML 2024): layer-wise relevance propagation, the best baseline
-known. Its licence (Clear BSD) grants no patents, and its authors say that the technique is patented; so it is measured here,
-and is not a method of this package. The rules are its own: constant denominators of LayerNorm, the identity rule for GELU, and
-gradients of queries and keys divided by four, of values by two. Its file of rules is loaded without the package's `__init__`,
-which does not import with transformers 5. Its rules for attention are for transformers' functions; here they are put around
-torch's `scaled_dot_product_attention`. The map is the image times its gradient, as its README computes relevancy. The gamma
-rule, which needs another package, was not measured.
+`lxt` {version}, by the authors of AttnLRP (ICML 2024), is layer-wise relevance propagation. The rules are its own: constant
+denominators of LayerNorm, the identity rule for GELU, and gradients of queries and keys divided by four, of values by two. Its
+file of rules is loaded without the package's `__init__`, which does not import with transformers 5, and its rules for attention
+are put around torch's `scaled_dot_product_attention`. The map is the image times its gradient, as its README computes
+relevancy.
 {most}
 Differences from `lxt`, less the blank image, glyph by glyph:
 
