@@ -210,6 +210,9 @@ def test_it_is_saved_and_read_back(tmp_path):
     assert titles == ["positive of the image", "positive of the text", "mass of the image"]
     assert len(figure.axes[0].lines) == 2 and len(figure.axes[2].patches) == 2
     assert figure.get_size_inches()[0] < 8  # legible on a page
+    (row,) = [row for row in again.table if (row["method"], row["test"]) == ("random", "mass")]
+    ((_, low), (_, high)) = figure.axes[2].containers[2].get_children()[-1].get_segments()[0]
+    assert (high - low) / 2 == pytest.approx(row["sd"] / 6**0.5) and row["sd"] > 0  # the standard error of six samples
     with pytest.raises(ValueError, match="method, test and part must name an entry"):
         again.value("truth", "iou")
     (tmp_path / "other.json").write_text("{}")

@@ -52,7 +52,7 @@ class Evaluation(Report):
         raise ValueError(f"method, test and part must name an entry of the table; got {method!r}, {test!r}, {part!r}")
 
     def plot(self) -> Figure:
-        """Draws a curve for each test with steps, and bars with standard deviations for the others.
+        """Draws a curve for each test with steps, and bars with standard errors for the others.
 
         Returns:
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
@@ -75,7 +75,8 @@ class Evaluation(Report):
                     axis.plot(curve["steps"], curve["mean"], f"C{index % 10}.-", label=label)
                 elif method in entries:
                     entry = entries[method]
-                    axis.bar(index, entry["value"], yerr=entry["sd"] or 0, color=f"C{index % 10}", capsize=3)
+                    error = (entry["sd"] or 0) / entry["samples"] ** 0.5
+                    axis.bar(index, entry["value"], yerr=error, color=f"C{index % 10}", capsize=3)
             if drawn:
                 axis.set_xlabel(_AXES[test[0]])
                 axis.legend(fontsize=9)
