@@ -22,7 +22,10 @@ void copy(Warp& w, const Instruction& i, u32 lanes) {
     addresses_of(w, o + 4, sources);
     const u32* counts = lanes_of<u32>(w, o[7]);
     AsyncCopies& copies = *w.scheduling->copies;
-    u32 reading = 0;
+    u32 reading = 0, whole = 0;
+    for (int l = 0; l < LANES; ++l) whole |= (u32)(counts[l] == ALL || counts[l] == (u32)size) << l;
+    u64 base = 0;
+    const u32 quick = whole & lanes && read_global(w, sources, size, whole & lanes, base) ? whole & lanes : 0;
     for (int l = 0; l < LANES; ++l) {
         if (!(lanes >> l & 1)) continue;
         const u32 count = counts[l] == ALL ? (u32)size : counts[l];
@@ -34,7 +37,10 @@ void copy(Warp& w, const Instruction& i, u32 lanes) {
                         hex(sources[l]) + " to " + hex(destinations[l]));
         AsyncCopy copy{(u32)destinations[l], (u8)size, (u8)l, copies.committed[l], {}};
         if (count) {
-            memcpy(copy.data, access(w, GLOBAL, sources[l], (int)count, l, Access::READ, nullptr, Proxy::GENERIC, 1), count);
+            const u8* from = quick >> l & 1
+                                 ? reinterpret_cast<u8*>(sources[l])
+                                 : access(w, GLOBAL, sources[l], (int)count, l, Access::READ, nullptr, Proxy::GENERIC, 1);
+            memcpy(copy.data, from, count);
             reading |= 1u << l;
         }
         begin_copy(w, copy.destination, size, l, Proxy::GENERIC);

@@ -4,6 +4,11 @@
 // from the first to the second, and the write changes the byte: warps that write the same value, as Triton's replicated layouts
 // do, are no race. Accesses that are both strong (atomic, volatile, relaxed, acquire, release) are none either.
 // The shadow keeps two readers for 4 bytes, and one writer: a third one may hide a race, and never makes one up.
+#include <array>
+#include <bit>
+#include <cstdlib>
+#include <deque>
+
 #include "memory.h"
 
 namespace ptx {
@@ -20,25 +25,57 @@ struct GlobalWord {
     GlobalStamp writer, readers[2];  // the last two readers, of two blocks if there were any
 };
 
-constexpr u64 PAGE = 4096;
+constexpr u64 PAGE = 4096, PART = 32;
+
+// A part of 32 bytes has one record while all its words have the same, as lanes side by side leave them; then each has its own.
+struct GlobalPage {
+    GlobalWord whole[PAGE / PART];
+    GlobalWord* words[PAGE / PART];
+};
 
 }  // namespace
 
-struct GlobalShadow {
-    std::unordered_map<u64, std::unique_ptr<GlobalWord[]>> pages;
-    u64 last = ~0ull;
-    GlobalWord* last_page = nullptr;
-    // What was released at an address: to all, or [block, address] to one block alone.
-    std::map<std::pair<u64, u64>, std::shared_ptr<const Orders>> released;
+struct Place {
+    u64 block, address;
+    bool operator==(const Place& b) const = default;
+    struct Hash {
+        size_t operator()(const Place& place) const { return (place.address ^ place.block << 40) * 0x9e3779b97f4a7c15ull; }
+    };
+};
 
-    GlobalWord& word(u64 address) {
+struct GlobalShadow {
+    struct Free {
+        void operator()(GlobalPage* page) const { free(page); }
+    };
+    std::unordered_map<u64, std::unique_ptr<GlobalPage, Free>> pages;
+    std::deque<std::array<GlobalWord, PART / 4>> divided;
+    u64 last = ~0ull;
+    GlobalPage* last_page = nullptr;
+    // What was released at an address: to all, or [block, address] to one block alone.
+    std::unordered_map<Place, std::shared_ptr<const Orders>, Place::Hash> released;
+
+    GlobalPage& page(u64 address) {
         if (address / PAGE != last) {
             last = address / PAGE;
             auto& page = pages[last];
-            if (!page) page.reset(new GlobalWord[PAGE / 4]());
+            if (!page) page.reset(static_cast<GlobalPage*>(calloc(1, sizeof(GlobalPage))));
             last_page = page.get();
         }
-        return last_page[address % PAGE / 4];
+        return *last_page;
+    }
+    // The record of a part, or null where its words have their own.
+    GlobalWord* whole(u64 address) {
+        GlobalPage& here = page(address);
+        return here.words[address % PAGE / PART] ? nullptr : &here.whole[address % PAGE / PART];
+    }
+    GlobalWord& word(u64 address) {
+        GlobalPage& here = page(address);
+        const u64 part = address % PAGE / PART;
+        if (!here.words[part]) {
+            divided.emplace_back().fill(here.whole[part]);
+            here.words[part] = divided.back().data();
+        }
+        return here.words[part][address % PART / 4];
     }
 };
 
@@ -52,8 +89,8 @@ bool ordered(const Warp& w, const GlobalStamp& earlier) {
     const Knowledge& knowledge = w.scheduling->knowledge;
     if (earlier.block == w.block->number) return earlier.clock <= knowledge.known[earlier.warp];
     if (!knowledge.orders) return false;
-    auto place = knowledge.orders->blocks.find(earlier.block);
-    return place != knowledge.orders->blocks.end() && earlier.clock <= place->second[earlier.warp];
+    const u32* clocks = knowledge.orders->of(earlier.block);
+    return clocks && earlier.clock <= clocks[earlier.warp];
 }
 
 std::string who(const Warp& w, const GlobalStamp& stamp) {
@@ -180,7 +217,134 @@ const Range& range_of(Warp& w, u64 a, int size, int lane, bool writes) {
     outside(w, a, size, lane, writes);
 }
 
+// ---- all lanes of a plain access
+
+// The argument that has the bytes of all lanes, if they are aligned and one has.
+const Range* range_of_all(Warp& w, const u64 addresses[LANES], int size, u32 lanes, bool writes) {
+    const Extent extent(addresses, lanes);
+    if (extent.bits & (size - 1)) return nullptr;
+    const auto& ranges = w.block->machine->ranges;
+    int& last = w.scheduling->last_range;
+    auto fits = [&](const Range& r) { return extent.low >= r.begin && extent.high + size <= r.end && (!writes || r.writable); };
+    if (last < (int)ranges.size() && fits(ranges[last])) return &ranges[last];
+    auto first = std::partition_point(ranges.begin(), ranges.end(), [&](const Range& r) { return r.end <= extent.low; });
+    first = std::find_if(first, ranges.end(), fits);
+    if (first == ranges.end()) return nullptr;
+    last = (int)(first - ranges.begin());
+    return &*first;
+}
+
+const u64 WHO = std::bit_cast<u64>(GlobalStamp{0, 1, 0, 0, 63, ~0u}), WHEN = std::bit_cast<u64>(GlobalStamp{0, 0, 0, ~0u, 0, 0});
+
+// A word that no warp of another block touched, nor one of this block at the same time. False: check_word shall look.
+struct QuickWords {
+    const u32 block;
+    const u32* known;
+    const GlobalStamp now;
+
+    explicit QuickWords(const Warp& w)
+        : block(w.block->number),
+          known(w.scheduling->knowledge.known.data()),
+          now{0, 0, 0, known[w.number], (u64)w.number, block} {}
+
+    bool ordered(const GlobalStamp& earlier, u32 mask) const {
+        return !(earlier.mask & mask) || (earlier.block == block && earlier.clock <= known[earlier.warp]);
+    }
+    bool read(GlobalWord& word, u32 mask) const {
+        if (!ordered(word.writer, mask)) return false;
+        const u64 last = std::bit_cast<u64>(word.readers[0]), here = std::bit_cast<u64>(now);
+        if (word.readers[0].mask && ((last ^ here) & WHO)) return false;
+        word.readers[0] = now;
+        word.readers[0].mask = mask | ((last ^ here) & WHEN ? 0 : last & 15);
+        return true;
+    }
+    bool write(const GlobalWord& word, u32 mask) const {
+        return ordered(word.writer, mask) && ordered(word.readers[0], mask) && ordered(word.readers[1], mask);
+    }
+};
+
+// Calls part(at, first lane, last lane) for each part of 32 bytes that lanes side by side have whole; where it is false, and for
+// all other lanes, rest(lane).
+template <class Part, class Rest> void each_part(const u64 addresses[LANES], int size, u32 lanes, Part part, Rest rest) {
+    const int together = (int)PART / size;  // a part never ends within an access: both are aligned
+    const u32 all = (u32)((1ull << together) - 1);
+    auto side_by_side = [&](int l) {
+        if (l + together > LANES || (~lanes >> l & all) || addresses[l] % PART) return false;
+        for (int k = 1; k < together; ++k)
+            if (addresses[l + k] != addresses[l] + (u64)(k * size)) return false;
+        return true;
+    };
+    for (int l = 0; l < LANES;)
+        if (side_by_side(l) && part(addresses[l], l, l + together - 1)) l += together;
+        else {
+            if (lanes >> l & 1) rest(l);
+            ++l;
+        }
+}
+
 }  // namespace
+
+bool read_global(Warp& w, const u64 addresses[LANES], int size, u32 lanes, u64& base) {
+    const Range* range = range_of_all(w, addresses, size, lanes, false);
+    if (!range || range->initialised) return false;
+    base = 0;
+    if (!checks_races(w)) return true;
+    const QuickWords quick(w);
+    GlobalShadow& shadow = *w.block->machine->shadow;
+    each_part(
+        addresses, size, lanes,
+        [&](u64 at, int, int) {
+            GlobalWord* whole = shadow.whole(at);
+            return whole && quick.read(*whole, 15);
+        },
+        [&](int lane) {
+            const u64 address = addresses[lane];
+            for (u64 at = address & ~3ull; at < address + size; at += 4) {
+                const u32 mask = size >= 4 ? 15 : mask_of(at, address, size);
+                GlobalWord& word = shadow.word(at);
+                if (!quick.read(word, mask))
+                    GlobalAccess{w, *range, address, size, lane, false, false, nullptr}.check_word(word, mask, quick.now);
+            }
+        });
+    return true;
+}
+
+bool write_global(Warp& w, const u64 addresses[LANES], int size, u32 lanes, const u8 data[LANES][LARGEST]) {
+    const Range* range = range_of_all(w, addresses, size, lanes, true);
+    if (!range) return false;
+    const bool races = checks_races(w);
+    const QuickWords quick(w);
+    GlobalShadow& shadow = *w.block->machine->shadow;
+    auto write = [&](int lane) {
+        if (range->initialised) memset(range->initialised + (addresses[lane] - range->begin), 1, size);
+        memcpy(reinterpret_cast<u8*>(addresses[lane]), data[lane], size);
+    };
+    each_part(
+        addresses, size, lanes,
+        [&](u64 at, int first, int last) {
+            if (races) {
+                GlobalWord* whole = shadow.whole(at);
+                if (!whole || !quick.write(*whole, 15)) return false;
+                for (int lane = first; lane <= last; ++lane)
+                    if (!GlobalAccess{w, *range, addresses[lane], size, lane, true, false, data[lane]}.changes()) return false;
+                GlobalAccess{w, *range, at, (int)PART, first, true, false, nullptr}.remember_write(*whole, 15, quick.now, false);
+            }
+            for (int lane = first; lane <= last; ++lane) write(lane);
+            return true;
+        },
+        [&](int lane) {
+            const u64 address = addresses[lane];
+            GlobalAccess access{w, *range, address, size, lane, true, false, data[lane]};
+            for (u64 at = address & ~3ull; races && at < address + size; at += 4) {
+                const u32 mask = size >= 4 ? 15 : mask_of(at, address, size);
+                GlobalWord& word = shadow.word(at);
+                if (quick.write(word, mask)) access.remember_write(word, mask, quick.now, false);
+                else access.check_word(word, mask, quick.now);
+            }
+            write(lane);
+        });
+    return true;
+}
 
 u8* access_global(Warp& w, u64 a, int size, int lane, bool reads, bool writes, bool strong, const u8* data) {
     const Range& range = range_of(w, a, size, lane, writes);
@@ -203,18 +367,20 @@ namespace {
 std::shared_ptr<const Orders> releasable(Warp& w, bool block_only) {
     const Knowledge& knowledge = w.scheduling->knowledge;
     auto orders = !block_only && knowledge.orders ? std::make_shared<Orders>(*knowledge.orders) : std::make_shared<Orders>();
-    orders->blocks[w.block->number] = knowledge.known;
+    orders->width = knowledge.known.size();
+    orders->add(w.block->number, knowledge.known.data());
     advance(w);
     return orders;
 }
 
 void acquire(Warp& w, const std::shared_ptr<const Orders>& orders) {
     if (!orders) return;
-    Knowledge knowledge;
-    auto here = orders->blocks.find(w.block->number);
-    if (here != orders->blocks.end()) knowledge.known = here->second;
-    knowledge.orders = orders;
-    acquire_from(w, knowledge);
+    Warp::Scheduling& s = *w.scheduling;
+    if (const u32* here = orders->of(w.block->number)) {
+        for (size_t v = 0; v < orders->width; ++v) s.knowledge.known[v] = std::max(s.knowledge.known[v], here[v]);
+        s.lanes_known = std::max(s.lanes_known, here[w.number]);
+    }
+    join(s.knowledge.orders, orders);
 }
 
 }  // namespace
@@ -227,12 +393,16 @@ void synchronise(Warp& w, Space space, u64 address, Order order, bool reads, boo
     if (space != GLOBAL && space != SHARED) return;
     const u64 mine = w.block->number + 1ull;
     for (int block_only = space == SHARED; block_only < 2; ++block_only) {
-        auto& at = released[{block_only ? mine : 0, space == SHARED ? SHARED_WINDOW + address : address}];
-        if (reads && (order & ACQUIRE)) acquire(w, at);
-        else if (reads) join(s.to_acquire[block_only], at);
+        const Place place{block_only ? mine : 0, space == SHARED ? SHARED_WINDOW + address : address};
+        const auto found = released.find(place);
+        if (reads && found != released.end()) {
+            const auto at = found->second;
+            if (order & ACQUIRE) acquire(w, at);
+            else join(s.to_acquire[block_only], at);
+        }
         const bool full = block_only == (space == SHARED);
-        if (writes && (order & RELEASE) && full) join(at, releasable(w, block_only));
-        else if (writes) join(at, s.to_release[block_only]);
+        if (writes && (order & RELEASE) && full) join(released[place], releasable(w, block_only));
+        else if (writes && s.to_release[block_only]) join(released[place], s.to_release[block_only]);
     }
 }
 

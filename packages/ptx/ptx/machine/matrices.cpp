@@ -3,6 +3,8 @@
 // Operands in PTX's order: mma D, A, B, C; ldmatrix registers, address; stmatrix address, registers; movmatrix destination, source.
 #include "matrices.h"
 
+#include "memory.h"
+
 namespace ptx {
 
 void require_all_lanes(Warp& w, u32 lanes) {
@@ -86,11 +88,16 @@ template <bool transposed> void ldmatrix(Warp& w, const Instruction& i, u32 lane
     const s32* registers = i.operands;
     u64 addresses[LANES];
     addresses_of(w, registers + tiles, addresses);
+    u64 base;
+    const bool quick = read_shared(w, addresses, 16, (u32)((1ull << 8 * tiles) - 1), base);
     for (int q = 0; q < tiles; ++q) {
         Tile tile;
         for (int r = 0; r < 8; ++r) {
             int lane = 8 * q + r;
-            memcpy(tile.rows[r], access(w, SHARED, addresses[lane], 16, lane, Access::READ), 16);
+            memcpy(tile.rows[r],
+                   quick ? reinterpret_cast<u8*>(base + addresses[lane])
+                         : access(w, SHARED, addresses[lane], 16, lane, Access::READ),
+                   16);
         }
         tile.to_lanes(lanes_of<u32>(w, registers[q]), transposed);
     }

@@ -10,6 +10,9 @@ template <class T, class Bits> struct Element {
     using Stored = Bits;
     static constexpr int PER_REGISTER = 4 / sizeof(Bits);
     static float value(u32 bits, int element) { return T::widened(static_cast<Bits>(bits >> 16 * element)); }
+    template <int count, class Number> static void widen(Number* to, const Bits* from) {
+        for (int n = 0; n < count; ++n) to[n] = T::widened(from[n]);
+    }
 };
 struct BFloat16 : Element<BFloat16, u16> {
     static float widened(u16 bits) {
@@ -24,6 +27,14 @@ struct Float16 : Element<Float16, u16> {
         _Float16 x;
         memcpy(&x, &bits, 2);
         return static_cast<float>(x);
+    }
+    template <int count> static void widen(float* to, const u16* from) {  // compilers do not find the instruction by themselves
+        static_assert(count == 8);
+        _Float16 __attribute__((vector_size(16))) halves;
+        memcpy(&halves, from, 16);
+        typedef float Row __attribute__((vector_size(32)));
+        const auto wide = __builtin_convertvector(halves, Row);
+        memcpy(to, &wide, 32);
     }
     static u16 narrowed(float x) {
         _Float16 half = static_cast<_Float16>(x);
@@ -47,6 +58,9 @@ template <class Bits> struct Byte {
     using Stored = Bits;
     static constexpr int PER_REGISTER = 4;
     static u32 widened(Bits bits) { return static_cast<u32>(bits); }
+    template <int count> static void widen(u32* to, const Bits* from) {
+        for (int n = 0; n < count; ++n) to[n] = widened(from[n]);
+    }
 };
 
 // Products are computed in tiles of 16 rows and 8 columns, whose sums stay in the processor's registers.
@@ -76,8 +90,7 @@ template <class T, int depth, class Number> void unpack_left(Warp& w, const s32*
     for (int q = 0; q < 2 * depth / NEIGHBOURS; ++q) {
         const auto* stored = lanes_of<typename T::Stored>(w, operands[q]);
         Number* corner = a + q % 2 * 8 * depth + q / 2 * NEIGHBOURS;
-        for (int row = 0; row < 8; ++row)
-            for (int n = 0; n < NEIGHBOURS; ++n) corner[row * depth + n] = T::widened(stored[row * NEIGHBOURS + n]);
+        for (int row = 0; row < 8; ++row) T::template widen<NEIGHBOURS>(corner + row * depth, stored + row * NEIGHBOURS);
     }
 }
 

@@ -50,14 +50,6 @@ u8* access(Warp& w, Space space, u64 a, int size, int lane, Access kind, const u
         w, space, a, size, lane, kind != Access::WRITE, kind != Access::READ, kind == Access::ATOMIC, data, proxy, alignment);
 }
 
-Space resolve(const Warp&, Space space, u64& address) {
-    if (space != GENERIC) return space;
-    if (address >= SHARED_WINDOW && address < SHARED_WINDOW + WINDOW_SIZE) return address -= SHARED_WINDOW, SHARED;
-    if (address >= LOCAL_WINDOW && address < LOCAL_WINDOW + WINDOW_SIZE) return address -= LOCAL_WINDOW, LOCAL;
-    if (address >= PARAMETER_WINDOW && address < PARAMETER_WINDOW + WINDOW_SIZE) return address -= PARAMETER_WINDOW, PARAMETER;
-    return GLOBAL;
-}
-
 void fence_proxy(Warp& w) {
     Knowledge& knowledge = w.scheduling->knowledge;
     for (size_t v = 0; v < knowledge.known.size(); ++v) knowledge.fenced[v] = std::max(knowledge.fenced[v], knowledge.known[v]);
@@ -77,8 +69,6 @@ void addresses_of(Warp& w, const s32* operands, u64 addresses[LANES]) {
 // ---- ld, st
 
 namespace {
-
-constexpr int LARGEST = 32;  // bytes of one access
 
 // The element at `offset` of each lane's data, extended to the register.
 template <class Memory, class Register>
@@ -134,12 +124,56 @@ void from_registers(Warp& w, u8 data[LANES][LARGEST], int offset, int size, s32 
     }
 }
 
+// The element of each lane, zero-extended to the register.
+template <class Memory, class Register> void gather(Warp& w, u64 base, const u64 addresses[LANES], s32 slot, u32 lanes) {
+    Register values[LANES];
+    if (lanes == ALL)
+        for (int l = 0; l < LANES; ++l) values[l] = *reinterpret_cast<const Memory*>(base + addresses[l]);
+    else
+        for (u32 rest = lanes; rest; rest &= rest - 1) {
+            const int l = __builtin_ctz(rest);
+            values[l] = *reinterpret_cast<const Memory*>(base + addresses[l]);
+        }
+    write_lanes(lanes_of<Register>(w, slot), values, lanes);
+}
+
+bool read_parameters(const Warp& w, const u64 addresses[LANES], int size, u32 lanes, u64& base) {
+    const Extent extent(addresses, lanes);
+    base = reinterpret_cast<u64>(w.block->machine->parameters);
+    return !(extent.bits & (size - 1)) && extent.high + size <= w.block->machine->parameter_bytes;
+}
+
+// The usual load: all lanes in one loop, from where the bytes lie to the registers. False: nothing happened.
+template <Space space> bool quick_load(Warp& w, const s32* o, const u64 addresses[LANES], u32 lanes) {
+    const int size = o[0], count = o[2], bytes = size * count, width = std::max(size, 4);
+    for (int k = 0; k < count; ++k)
+        if (o[1] || std::max(o[7 + 2 * k], 4) != width) return false;
+    u64 base = 0;
+    if (space == GLOBAL && !read_global(w, addresses, bytes, lanes, base)) return false;
+    if (space == SHARED && !read_shared(w, addresses, bytes, lanes, base)) return false;
+    if (space == PARAMETER && !read_parameters(w, addresses, bytes, lanes, base)) return false;
+    for (int k = 0; k < count; ++k, base += size) {
+        const s32 slot = o[6 + 2 * k];
+        if (size == 1) gather<u8, u32>(w, base, addresses, slot, lanes);
+        else if (size == 2) gather<u16, u32>(w, base, addresses, slot, lanes);
+        else if (size == 4) gather<u32, u32>(w, base, addresses, slot, lanes);
+        else if (size == 8) gather<u64, u64>(w, base, addresses, slot, lanes);
+        else gather<Wide, Wide>(w, base, addresses, slot, lanes);
+    }
+    return true;
+}
+
 template <Space space, int order>  // order: -1 for plain accesses
 void load(Warp& w, const Instruction& i, u32 lanes) {
     const s32* o = i.operands;
     const int size = o[0], count = o[2], bytes = size * count;
     u64 addresses[LANES];
     addresses_of(w, o + 3, addresses);
+    if constexpr (order < 0 && (space == GLOBAL || space == SHARED || space == PARAMETER))
+        if (quick_load<space>(w, o, addresses, lanes)) {
+            if (space <= SHARED) count_access(w, space, addresses, bytes, lanes);
+            return;
+        }
     u8 data[LANES][LARGEST];
     if (lanes != ALL) memset(data, 0, sizeof data);
     for (int l = 0; l < LANES; ++l) {
@@ -164,7 +198,11 @@ template <Space space, int order> void store(Warp& w, const Instruction& i, u32 
     addresses_of(w, o + 2, addresses);
     u8 all[LANES][LARGEST];
     for (int k = 0; k < count; ++k) from_registers(w, all, k * size, size, o[5 + 2 * k], o[6 + 2 * k] <= 4 ? 4 : o[6 + 2 * k]);
-    for (int l = 0; l < LANES; ++l) {
+    const bool done = order >= 0        ? false
+                      : space == GLOBAL ? write_global(w, addresses, bytes, lanes, all)
+                      : space == SHARED ? write_shared(w, addresses, bytes, lanes, all)
+                                        : false;
+    for (int l = 0; l < LANES && !done; ++l) {
         if (!(lanes >> l & 1)) continue;
         const u8* data = all[l];
         if (order >= 0) synchronise(w, space, addresses[l], (Order)order, false, true);

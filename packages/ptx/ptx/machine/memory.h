@@ -48,13 +48,19 @@ struct SharedWord {
 };
 
 struct SharedShadow {
-    u32 words;
+    size_t readers;  // warps, and bulk copies
     std::vector<SharedWord> word;
     std::vector<Stamp> byte_writers;  // (word, 4)
     std::vector<u32> also;            // warps that wrote the same as the writer
-    std::vector<Reads> reads;  // (warp, word)
+    std::vector<Reads> reads;         // (word, reader)
+    size_t used = 0;                  // words that may have been touched
+    // Each barrier of all warps begins an epoch: all know what was done in earlier ones, but for bulk copies (~0).
+    std::vector<u32> touched;  // the epoch of a word's last access
+    u32 epoch = 1;
+    void touch(u32 k, u32 when) { touched[k] = std::max(touched[k], when); }
     SharedShadow(u32 bytes, int warps);
     void clear();
+    Reads* reads_of(u32 k) { return reads.data() + k * readers; }
 };
 
 // Which of the 4 bytes from `word` on are accessed.
@@ -67,6 +73,28 @@ inline u32 mask_of(u64 word, u64 address, int size) {
 
 u8* access_global(Warp&, u64 address, int size, int lane, bool reads, bool writes, bool strong, const u8* data);
 u8* access_shared(Warp&, u64 address, int size, int lane, bool reads, bool writes, bool strong, const u8* data, Proxy);
+
+// The same for all lanes of a plain access, in the usual case: aligned, within one argument whose bytes are all initialised, or
+// within shared memory. A read says where the bytes of address 0 would lie; a write copies. False: nothing was checked, nothing
+// was written, and `access` shall look at each lane.
+bool read_global(Warp&, const u64 addresses[LANES], int size, u32 lanes, u64& base);
+bool read_shared(Warp&, const u64 addresses[LANES], int size, u32 lanes, u64& base);
+constexpr int LARGEST = 32;  // bytes of one access
+bool write_global(Warp&, const u64 addresses[LANES], int size, u32 lanes, const u8 data[LANES][LARGEST]);
+bool write_shared(Warp&, const u64 addresses[LANES], int size, u32 lanes, const u8 data[LANES][LARGEST]);
+
+// The first and the last address of some lanes, and the bits that any of them has.
+struct Extent {
+    u64 low = ~0ull, high = 0, bits = 0;
+    Extent(const u64 addresses[LANES], u32 lanes) {
+        for (int l = 0; l < LANES; ++l) {
+            const bool here = lanes >> l & 1;
+            low = here && addresses[l] < low ? addresses[l] : low;
+            high = here && addresses[l] > high ? addresses[l] : high;
+            bits |= here ? addresses[l] : 0;
+        }
+    }
+};
 
 // ---- asynchronous accesses of shared memory, for copies and matrix products
 
@@ -95,6 +123,12 @@ void fence(Warp&, bool block_only);
 void fence_proxy(Warp&);
 
 // The space that a generic address means, and its address there.
-Space resolve(const Warp&, Space, u64& address);
+inline Space resolve(const Warp&, Space space, u64& address) {
+    if (space != GENERIC) return space;
+    if (address >= SHARED_WINDOW && address < SHARED_WINDOW + WINDOW_SIZE) return address -= SHARED_WINDOW, SHARED;
+    if (address >= LOCAL_WINDOW && address < LOCAL_WINDOW + WINDOW_SIZE) return address -= LOCAL_WINDOW, LOCAL;
+    if (address >= PARAMETER_WINDOW && address < PARAMETER_WINDOW + WINDOW_SIZE) return address -= PARAMETER_WINDOW, PARAMETER;
+    return GLOBAL;
+}
 
 }  // namespace ptx

@@ -16,6 +16,12 @@ template <class T> void move(Warp& w, const Instruction& i, u32 lanes) {
 template <class T, int BYTES> void pack(Warp& w, const Instruction& i, u32 lanes) {
     const int parts = i.count - 1, bytes = BYTES / parts;
     T results[LANES] = {};
+    if (BYTES == 4 && parts == 2) {  // two halves, the usual case
+        const u32 *low = lanes_of<u32>(w, i.operands[1]), *high = lanes_of<u32>(w, i.operands[2]);
+        u32 both[LANES];
+        for (int l = 0; l < LANES; ++l) both[l] = (low[l] & 0xffff) | high[l] << 16;
+        return write_lanes(lanes_of<u32>(w, i.operands[0]), both, lanes);
+    }
     for (int part = 0; part < parts; ++part)
         for (int l = 0; l < LANES; ++l) {
             const u64 value = bytes == 8 ? lanes_of<u64>(w, i.operands[1 + part])[l] : lanes_of<u32>(w, i.operands[1 + part])[l];
@@ -25,6 +31,14 @@ template <class T, int BYTES> void pack(Warp& w, const Instruction& i, u32 lanes
 }
 template <class T, int BYTES> void unpack(Warp& w, const Instruction& i, u32 lanes) {
     const int parts = i.count - 1, bytes = BYTES / parts;
+    if constexpr (BYTES == 4 && sizeof(T) == 4)
+        if (parts == 2) {  // two halves, the usual case
+            u32 halves[2][LANES];
+            const u32* from = lanes_of<u32>(w, i.operands[0]);
+            for (int l = 0; l < LANES; ++l) halves[0][l] = from[l] & 0xffff, halves[1][l] = from[l] >> 16;
+            for (int part = 0; part < 2; ++part) write_lanes(lanes_of<u32>(w, i.operands[1 + part]), halves[part], lanes);
+            return;
+        }
     T whole[LANES];  // a copy: a part may go to the same register
     memcpy(whole, place(w, i.operands[0]), sizeof whole);
     for (int part = 0; part < parts; ++part) {

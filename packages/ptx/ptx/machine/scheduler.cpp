@@ -228,7 +228,7 @@ class Turn {
             const u32* masks = lanes_of<u32>(w, i.operands[i.count - 1]);
             for (int l = 0; l < LANES; ++l)
                 if (m >> l & 1) {
-                    if (!(masks[l] >> l & 1))
+                    if (!(masks[l] >> l & 1)) [[unlikely]]
                         fail(w, "lane " + std::to_string(l) + " is not in its member mask " + hex(masks[l]));
                     needed |= masks[l] & s.running;
                 }
@@ -242,6 +242,12 @@ class Turn {
         if (needed & s.groups[index].lanes & ~m)
             fail(w, "lanes " + hex(needed & s.groups[index].lanes & ~m) +
                         " must execute this instruction, too, and their predicate is false");
+        if (i.control == WAITS && !(needed & ~m)) {
+            count(i, m);
+            ++s.groups[index].pc;
+            i.handler(w, i, m);
+            return true;
+        }
         std::vector<int> meeting{index};
         u32 lanes = m;
         if (needed & ~m) {
@@ -343,6 +349,7 @@ class Turn {
     }
 
     void release(u32 id, Barrier& barrier) {
+        if (!barrier.needed && block.shadow && block.alive == (int)block.warps.size()) ++block.shadow->epoch;
         for (Warp& warp : block.warps)
             for (Group& group : warp.scheduling->groups) {
                 if (group.state != State::AT_BARRIER || group.barrier != (int)id) continue;
@@ -475,7 +482,7 @@ void start(Block& block, u32 number) {
         w.at = nullptr;
     }
     const u32 junk = 0x7fc00000u | (u32)(machine.draw() & 0xffff);  // NaN in most formats: numbers that nobody wrote show
-    for (size_t k = 0; k + 4 <= block.shared.size(); k += 4) memcpy(&block.shared[k], &junk, 4);
+    std::fill_n(reinterpret_cast<u32*>(block.shared.data()), block.shared.size() / 4, junk);
     if (block.shadow) block.shadow->clear();
     set_specials(block);
 }
@@ -583,12 +590,13 @@ static void join(Clocks& into, const Clocks& from) {
 
 void join(std::shared_ptr<const Orders>& into, const std::shared_ptr<const Orders>& from) {
     if (!from || into == from) return;
-    if (!into) {
+    if (!into || from->covers(*into)) {
         into = from;
         return;
     }
+    if (into->covers(*from)) return;
     auto both = std::make_shared<Orders>(*into);
-    for (auto& [block, clocks] : from->blocks) join(both->blocks[block], clocks);
+    for (size_t n = 0; n < from->blocks.size(); ++n) both->add(from->blocks[n], &from->clocks[n * from->width]);
     into = both;
 }
 

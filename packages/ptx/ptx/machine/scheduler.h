@@ -1,6 +1,7 @@
 // Blocks, warps and groups of lanes: what the scheduler keeps of them, and what handlers ask of it.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <memory>
@@ -15,9 +16,33 @@ namespace ptx {
 using Clocks =
     std::vector<u32>;  // how much of the work of each warp of a block is known; the last number is for copies in flight
 
-// What is known of other blocks: clocks by the block's number.
+// What is known of other blocks: the clocks of each, `width` of them, in the order of their numbers.
 struct Orders {
-    std::map<u32, Clocks> blocks;
+    size_t width = 0;
+    std::vector<u32> blocks, clocks;
+
+    const u32* of(u32 block) const {
+        const auto place = std::lower_bound(blocks.begin(), blocks.end(), block);
+        return place != blocks.end() && *place == block ? &clocks[(place - blocks.begin()) * width] : nullptr;
+    }
+    // At least these clocks are known of a block.
+    void add(u32 block, const u32* more) {
+        const size_t at = std::lower_bound(blocks.begin(), blocks.end(), block) - blocks.begin();
+        if (at == blocks.size() || blocks[at] != block) {
+            blocks.insert(blocks.begin() + at, block);
+            clocks.insert(clocks.begin() + at * width, more, more + width);
+        } else
+            for (size_t v = 0; v < width; ++v) clocks[at * width + v] = std::max(clocks[at * width + v], more[v]);
+    }
+    bool covers(const Orders& b) const {
+        for (size_t n = 0; n < b.blocks.size(); ++n) {
+            const u32* here = of(b.blocks[n]);
+            if (!here) return false;
+            for (size_t v = 0; v < width; ++v)
+                if (here[v] < b.clocks[n * width + v]) return false;
+        }
+        return true;
+    }
 };
 
 // What a warp knows of the accesses of others, and what of that a proxy fence followed. Barriers hand it on.

@@ -2,6 +2,8 @@
 //
 // A race is what it is in global memory, between the warps of a block; and between the lanes of a warp, which bar.warp.sync and
 // barriers order, shuffles and votes do not.
+#include <bit>
+
 #include "memory.h"
 
 namespace ptx {
@@ -17,7 +19,6 @@ struct SharedAccess {
     Proxy proxy;
 
     SharedShadow& shadow = *w.block->shadow;
-    Reads* const own_reads = shadow.reads.data() + (size_t)w.number * shadow.words;
     const Knowledge& knowledge = w.scheduling->knowledge;
     const u32 clock = knowledge.known[w.number];
     int changed = -1;  // not known yet
@@ -32,7 +33,14 @@ struct SharedAccess {
         return lane < 0 || lane_there == Reads::WHOLE_WARP || lanes_ordered(w, lane, (int)lane_there, when);
     }
 
-    bool changes() const { return !data || memcmp(data, shared_memory(*w.block) + address, size) != 0 || !all_written(); }
+    bool changes() const {
+        if (!data) return true;
+        const u8* there = w.block->shared.data() + address;
+        const bool same = size == 4    ? !memcmp(data, there, 4)
+                          : size == 16 ? !memcmp(data, there, 16)
+                                       : !memcmp(data, there, size);
+        return !same || !all_written();
+    }
     bool all_written() const {
         for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k)
             if (const u32 mask = mask_of(4 * k, address, size); (shadow.word[k].written & mask) != mask) return false;
@@ -41,12 +49,53 @@ struct SharedAccess {
 
     void check() {
         const u32 first = address >> 2, last = (address + size - 1) >> 2;
+        const bool aligned = !((address | (u32)size) & 3);
+        shadow.used = std::max<size_t>(shadow.used, last + 1);
         for (u32 k = first; k <= last; ++k) {
-            const bool whole = 4 * k >= address && 4 * k + 4 <= address + size;
+            const bool whole = aligned || (4 * k >= address && 4 * k + 4 <= address + size);
+            if (whole && !strong && (writes ? quick_write(k) : proxy == Proxy::ASYNC && quick_async_read(k))) continue;
             const u32 mask = whole ? 15 : mask_of(4 * (u64)k, address, size);
+            shadow.touch(k, shadow.epoch);
             if (writes) check_write(k, mask);
             else check_read(k, mask);
         }
+    }
+
+    // The usual write of a whole word: nothing is in flight, nothing reads it, and all earlier accesses are known.
+    bool quick_write(u32 k) {
+        SharedWord& word = shadow.word[k];
+        if (word.in_flight || word.mixed || word.reading || proxy == Proxy::ASYNC || (word.written & 15) % 15) return false;
+        if (shadow.touched[k] >= shadow.epoch && !all_earlier(word, k)) return false;
+        shadow.touch(k, shadow.epoch);
+        if (!changes()) return true;
+        word.writer = Stamp{(u32)std::max(lane, 0), (u32)w.number, 0, clock};
+        word.replicated = 0;
+        word.written = 15;
+        return true;
+    }
+
+    bool all_earlier(const SharedWord& word, u32 k) const {
+        const u32 number = (u32)w.number, lanes_known = lane < 0 ? ~0u : w.scheduling->lanes_known;
+        const u32* known = knowledge.known.data();
+        auto earlier = [&](u32 warp, u32 lane_there, u32 when) {
+            return warp == number ? when <= lanes_known || (int)lane_there == lane : when <= known[warp];
+        };
+        if (word.written && !earlier(word.writer.warp, word.writer.lane, word.writer.clock)) return false;
+        const Reads* reads = shadow.reads_of(k);
+        for (u32 v = 0; v < shadow.readers; ++v)
+            if (reads[v].mask && !earlier(v, reads[v].lane, reads[v].clock)) return false;
+        return true;
+    }
+
+    // The usual word that a matrix product reads: written whole before a proxy fence.
+    [[gnu::always_inline]] bool quick_async_read(u32 k) const {
+        const SharedWord& word = shadow.word[k];
+        const Stamp writer = word.writer;
+        if (word.written != 15 || word.in_flight || word.mixed || lane >= 0) return false;
+        return writer.warp == (u32)w.number
+                   ? writer.clock <= knowledge.fenced[writer.warp]
+                   : writer.clock <= knowledge.known[writer.warp] &&
+                         (writer.warp >= w.block->warps.size() || writer.clock <= knowledge.fenced[writer.warp]);
     }
 
     // Nothing is in flight, all bytes were written by one warp, and that is known: the usual case.
@@ -117,7 +166,7 @@ struct SharedAccess {
     void check_readers(u32 k, u32 mask) {
         const u32 warps = (u32)w.block->warps.size();
         for (u32 v = 0; v <= warps; ++v) {
-            const Reads& read = shadow.reads[(size_t)v * shadow.words + k];
+            const Reads& read = shadow.reads_of(k)[v];
             if (!(read.mask & mask) || (strong && read.atomic) || known(v, read.lane, read.clock) || !changes()) continue;
             finding("race in shared memory: write after read", by(v, read.lane));
             return;
@@ -125,7 +174,7 @@ struct SharedAccess {
     }
 
     void remember_read(u32 k, u32 mask) {
-        Reads& read = own_reads[k];
+        Reads& read = shadow.reads_of(k)[w.number];
         const u32 reader = lane < 0 ? (u32)Reads::WHOLE_WARP : (u32)lane;
         if (read.clock == clock && read.mask) {
             read.mask |= mask;
@@ -160,24 +209,65 @@ void check_shared_bounds(Warp& w, u64 a, int size, int lane, bool writes) {
                 " to " + std::to_string(end));
 }
 
-// The usual read: whole words, which one warp wrote, and this lane knows of. It takes half the time of an access, so it has no
-// branch for anything else. False: SharedAccess shall look.
-inline bool quick_read(const Warp& w, SharedShadow& shadow, u32 address, int size, int lane) {
-    if ((address | size) & 3 || lane < 0) return false;
-    const Warp::Scheduling& s = *w.scheduling;
-    const u32* known = s.knowledge.known.data();
-    const u32 clock = known[w.number], number = (u32)w.number, lanes_known = s.lanes_known;
-    const SharedWord* word = &shadow.word[address >> 2];
-    Reads* read = &shadow.reads[(size_t)number * shadow.words + (address >> 2)];
-    for (int n = 0; n < size / 4; ++n) {
-        const SharedWord here = word[n];
-        if (here.written != 15 || here.in_flight || here.mixed) return false;
-        if (here.writer.clock > (here.writer.warp == number ? lanes_known : known[here.writer.warp])) return false;
-        const Reads before = read[n];
-        const bool again = before.clock == clock && before.mask && before.lane != (u32)lane;
-        read[n] = Reads{15, again ? (u32)Reads::SEVERAL : (u32)lane, 0, clock};
+// The usual read: whole words, which one warp wrote, and this lane knows of. It has no branch for anything else. False:
+// SharedAccess shall look.
+struct QuickReads {
+    const SharedWord* const words;
+    SharedShadow& shadow;
+    const u32* known;
+    const u32 number, clock, lanes_known;
+
+    QuickReads(Warp& w, SharedShadow& shadow)
+        : words(shadow.word.data()),
+          shadow(shadow),
+          known(w.scheduling->knowledge.known.data()),
+          number((u32)w.number),
+          clock(known[number]),
+          lanes_known(w.scheduling->lanes_known) {}
+
+    bool operator()(u32 address, int size, int lane) const {
+        if ((address | size) & 3 || lane < 0) return false;
+        const Reads now{15, (u32)lane, 0, clock};
+        if (size == 16) {  // four words, which one warp wrote at one time
+            const SharedWord* four = words + (address >> 2);
+            const u64 first = std::bit_cast<u64>(four[0]);
+            const u64 differs = (first ^ std::bit_cast<u64>(four[1])) | (first ^ std::bit_cast<u64>(four[2])) |
+                                (first ^ std::bit_cast<u64>(four[3]));
+            const Stamp writer = four[0].writer;
+            if (!differs && (first & USUAL_MASK) == USUAL &&
+                writer.clock <= (writer.warp == number ? lanes_known : known[writer.warp])) {
+                const u32 k = address >> 2;
+                Reads* read = shadow.reads_of(k) + number;
+                for (int n = 0; n < 4; ++n, read += shadow.readers) {
+                    const bool again = read->clock == clock && read->mask && read->lane != (u32)lane;
+                    *read = again ? Reads{15, Reads::SEVERAL, 0, clock} : now;
+                    shadow.touch(k + n, shadow.epoch);
+                }
+                return true;
+            }
+        }
+        for (u32 k = address >> 2; k < (address + size) >> 2; ++k) {
+            const u64 here = std::bit_cast<u64>(words[k]);
+            if ((here & USUAL_MASK) != USUAL) return false;
+            const Stamp writer = words[k].writer;
+            if (writer.clock > (writer.warp == number ? lanes_known : known[writer.warp])) return false;
+            Reads& read = shadow.reads_of(k)[number];
+            const Reads before = read;
+            const bool again = before.clock == clock && before.mask && before.lane != (u32)lane;
+            shadow.touch(k, shadow.epoch);
+            read = again ? Reads{15, Reads::SEVERAL, 0, clock} : now;
+        }
+        return true;
     }
-    return true;
+    // written whole, not mixed, nothing in flight
+    inline static const u64 USUAL = std::bit_cast<u64>(SharedWord{{}, 15, 0, 0, 0, 0, 0}),
+                            USUAL_MASK = std::bit_cast<u64>(SharedWord{{}, 15, 15, 1, 0, 0, 0});
+};
+
+// Whether all lanes are within shared memory, and aligned.
+bool all_inside(const Warp& w, const u64 addresses[LANES], int size, u32 lanes) {
+    const Extent extent(addresses, lanes);
+    return !(extent.bits & (size - 1)) && extent.low >= SHARED_BASE && extent.high + size <= w.block->machine->shared;
 }
 
 }  // namespace
@@ -186,20 +276,55 @@ u8* access_shared(Warp& w, u64 a, int size, int lane, bool reads, bool writes, b
     check_shared_bounds(w, a, size, lane, writes);
     SharedShadow* shadow = w.block->shadow.get();
     const bool plain = !writes && !strong && proxy == Proxy::GENERIC;
-    if (shadow && !(plain && quick_read(w, *shadow, (u32)a, size, lane)))
+    if (shadow && !(plain && QuickReads(w, *shadow)((u32)a, size, lane)))
         SharedAccess{w, (u32)a, size, lane, reads, writes, strong, data, proxy}.check();
     return shared_memory(*w.block) + a;
+}
+
+bool read_shared(Warp& w, const u64 addresses[LANES], int size, u32 lanes, u64& base) {
+    if (!all_inside(w, addresses, size, lanes)) return false;
+    base = reinterpret_cast<u64>(shared_memory(*w.block));
+    SharedShadow* shadow = w.block->shadow.get();
+    if (!shadow) return true;
+    const QuickReads quick(w, *shadow);
+    for (u32 rest = lanes; rest; rest &= rest - 1) {
+        const int lane = __builtin_ctz(rest);
+        const u32 address = (u32)addresses[lane];
+        if (!quick(address, size, lane))
+            SharedAccess{w, address, size, lane, true, false, false, nullptr, Proxy::GENERIC}.check();
+    }
+    return true;
+}
+
+bool write_shared(Warp& w, const u64 addresses[LANES], int size, u32 lanes, const u8 data[LANES][LARGEST]) {
+    if (!all_inside(w, addresses, size, lanes)) return false;
+    u8* memory = shared_memory(*w.block);
+    for (u32 rest = lanes; rest; rest &= rest - 1) {
+        const int lane = __builtin_ctz(rest);
+        const u32 address = (u32)addresses[lane];
+        if (w.block->shadow) SharedAccess{w, address, size, lane, false, true, false, data[lane], Proxy::GENERIC}.check();
+        memcpy(memory + address, data[lane], size);
+    }
+    return true;
 }
 
 u8* shared_memory(Block& block) { return block.shared.data(); }
 u32 shared_size(const Block& block) { return block.machine->shared; }
 
 SharedShadow::SharedShadow(u32 bytes, int warps)
-    : words(bytes / 4 + 8), word(words), byte_writers(4 * (size_t)words), also(words), reads((size_t)words * (warps + 1)) {}
+    : readers((size_t)warps + 1),
+      word(bytes / 4 + 8),
+      byte_writers(4 * word.size()),
+      also(word.size()),
+      reads(word.size() * readers),
+      touched(word.size()) {}
 
 void SharedShadow::clear() {
-    std::fill(word.begin(), word.end(), SharedWord{});
-    std::fill(reads.begin(), reads.end(), Reads{});
+    std::fill(word.begin(), word.begin() + used, SharedWord{});
+    std::fill(reads.begin(), reads.begin() + used * readers, Reads{});
+    std::fill(touched.begin(), touched.begin() + used, 0);
+    used = 0;
+    epoch = 1;
 }
 
 // ---- asynchronous accesses
@@ -214,12 +339,17 @@ void begin_copy(Warp& w, u32 address, int size, int lane, Proxy proxy) {
 static void land(Block& block, u32 address, int size, const Stamp& stamp, const u8* data) {
     memcpy(shared_memory(block) + address, data, size);
     if (!block.shadow) return;
+    SharedAccess access{block.warps[0], address, size, -1, false, true, false, nullptr, Proxy::GENERIC};
     for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k) {
         SharedWord& word = block.shadow->word[k];
         const u32 mask = mask_of(4 * (u64)k, address, size);
+        block.shadow->touch(k, stamp.warp == block.warps.size() ? ~0u : block.shadow->epoch);
         word.in_flight &= ~mask;
-        SharedAccess{block.warps[0], address, size, -1, false, true, false, nullptr, Proxy::GENERIC}.remember_write(
-            word, k, mask, stamp);
+        if (mask == 15 && !word.mixed && !stamp.atomic) {
+            word.replicated = 0;
+            word.writer = stamp;
+            word.written = 15;
+        } else access.remember_write(word, k, mask, stamp);
     }
 }
 
@@ -237,16 +367,21 @@ u32 next_copy(Block& block) {
 }
 
 void begin_reading(Warp& w, u32 address, int size) {
-    access_shared(w, address, size, -1, true, false, false, nullptr, Proxy::ASYNC);
-    if (SharedShadow* shadow = w.block->shadow.get())
-        for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k) ++shadow->word[k].reading;
+    check_shared_bounds(w, address, size, -1, false);
+    SharedShadow* shadow = w.block->shadow.get();
+    if (!shadow) return;
+    SharedAccess{w, address, size, -1, true, false, false, nullptr, Proxy::ASYNC}.check();
+    for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k) ++shadow->word[k].reading;
 }
 
 static void end_reading(Block& block, u32 warp, u32 clock, u32 address, int size) {
-    for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k) {
-        --block.shadow->word[k].reading;
-        block.shadow->reads[(size_t)warp * block.shadow->words + k] =
-            Reads{mask_of(4 * (u64)k, address, size), Reads::WHOLE_WARP, 0, clock};
+    SharedShadow& shadow = *block.shadow;
+    const bool whole = !((address | (u32)size) & 3), bulk = warp == block.warps.size();
+    Reads* reads = shadow.reads_of(address >> 2) + warp;
+    for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k, reads += shadow.readers) {
+        --shadow.word[k].reading;
+        shadow.touch(k, bulk ? ~0u : shadow.epoch);
+        *reads = Reads{whole ? 15 : mask_of(4 * (u64)k, address, size), Reads::WHOLE_WARP, 0, clock};
     }
 }
 

@@ -32,7 +32,7 @@ def _folder() -> Path:
 
 BUILD = _folder()
 # Sums stay as they are written (no fma of our own making), memory is read by any type.
-FLAGS = "-std=c++20 -O2 -ftree-vectorize -march=native -ffp-contract=off -fno-strict-aliasing -fPIC -Wall -Wextra".split()
+FLAGS = "-std=c++20 -O3 -march=native -ffp-contract=off -fno-strict-aliasing -fPIC -Wall -Wextra".split()
 
 
 def _compiler() -> str:
