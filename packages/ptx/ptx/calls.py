@@ -29,7 +29,8 @@ def run(
 
     `kernel`: a function of @triton.jit, autotuned or not (the first configuration that fits is taken), with `named` as in
     kernel[grid](...). Or PTX text: then `named` are `block`, the threads of a block in up to three dimensions, `shared`, bytes
-    of dynamic shared memory, and `name`, that of the kernel where the text has several.
+    of dynamic shared memory, `name`, that of the kernel where the text has several, and `cluster`, blocks of a cluster (three
+    dimensions at most) where the text does not say how many.
     Findings raise FindingsError, unless not `strict`. An access outside of the tensors, a deadlock or a trap raises
     EmulationError in any case. To have reads of what was never written reported, allocate within `emulated`.
     """
@@ -82,11 +83,12 @@ def _run_text(
     block: int | tuple[int, ...] = 0,
     shared: int = 0,
     name: str = "",
+    cluster: int | tuple[int, ...] = (),
 ) -> Launch:
     program, memory = Program(text, name), Memory()
-    threads = (block,) if isinstance(block, int) else block
-    if not all(isinstance(n, int) and n > 0 for n in (*grid, *threads)):
-        raise ValueError(f"grid and block must be positive numbers, three at most; got grid={grid}, block={block}")
+    threads, blocks = ((size,) if isinstance(size, int) else size for size in (block, cluster))
+    if not all(isinstance(n, int) and n > 0 for n in (*grid, *threads, *blocks)):
+        raise ValueError(f"grid, block and cluster must be positive numbers, three at most; got {grid=}, {block=}, {cluster=}")
     if len(arguments) != len(program.parameters):
         raise TypeError(f"{program.name} takes {len(program.parameters)} arguments; got {len(arguments)}")
     values = [
@@ -97,7 +99,7 @@ def _run_text(
         else argument
         for n, argument in enumerate(arguments)
     ]
-    done = launch(program, values, grid, threads, shared, memory, options)
+    done = launch(program, values, grid, threads, shared, memory, options, blocks)
     memory.back()
     if strict:
         done.check()

@@ -194,16 +194,12 @@ class Launcher:
     """What Triton calls in place of a launch, made once for a compiled kernel."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
-        if metadata.num_ctas != 1:
-            raise NotImplementedError(
-                f"{metadata.name}: the emulator has no clusters: num_ctas must be 1; got {metadata.num_ctas}"
-            )
         self.signature, self.metadata = source.signature, metadata
         self.name = f"{source.fn.__module__.rpartition('.')[2]}.{source.fn.__name__}"
 
     def __call__(self, x: int, y: int, z: int, stream: int, program: Program, *more: Any) -> None:
         """more: packed metadata, the launch's metadata, two hooks, and the kernel's arguments."""
-        memory, grid = Memory(), (x, y, z)
+        memory, grid = Memory(), (x * self.metadata.num_ctas, y, z)  # a program is a cluster of blocks
         layouts = iter(getattr(self.metadata, "tensordesc_meta", None) or repeat(None))
         flat = _flat(zip(self.signature, self.signature.values(), more[4:], strict=True))
         arguments = [one for argument in flat for one in _without_descriptors(*argument, layouts)]

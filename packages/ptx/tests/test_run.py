@@ -81,7 +81,6 @@ def test_errors_name_what_is_there_and_what_to_do() -> None:
     assert raised["never written"][0] == "FindingsError" and "never written" in raised["never written"][1]
     assert raised["opcode"][0] == "PtxError" and "opcode nul.b32 is not in the table: PTX line" in raised["opcode"][1]
     assert "kernels.py:" in raised["opcode"][1]
-    assert raised["cluster"] == ("NotImplementedError", "add: the emulator has no clusters: num_ctas must be 1; got 2")
     assert raised["device"] == ("ValueError", "x must lie on the CPU, where launches are emulated; it lies on meta: pass x.cpu()")
     words = "an architecture that is emulated is one of 80, 90, 100 (sm_90 is 90); got 75"
     assert raised["architecture"] == ("ValueError", words)

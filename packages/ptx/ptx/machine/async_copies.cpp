@@ -91,6 +91,14 @@ u32 shared_address(Warp& w, u64 address) {
     return (u32)address;
 }
 
+// The block whose mbarrier an address names, and its address there.
+Block& owner_of(Warp& w, u32& at) {
+    u64 address = at;
+    Block& block = owner_of(w, address);
+    at = (u32)address;
+    return block;
+}
+
 // The address of a lane's mbarrier, after the checks of an access to it.
 u32 checked(Warp& w, u64 address, int lane) {
     const u32 at = shared_address(w, address);
@@ -147,10 +155,11 @@ void invalidate(Warp& w, const Instruction& i, u32 lanes) {
     });
 }
 
-void arrive(Warp& w, Mbarrier& barrier, u32 count) {
+void arrive(Warp& w, const Block* owner, Mbarrier& barrier, u32 count) {
     if (!count || count > barrier.pending)
         fail(w, std::to_string(count) + " arrivals at an mbarrier that expects " + std::to_string(barrier.pending) + " more");
-    join(barrier.arriving, w.scheduling->knowledge);
+    if (owner == w.block) join(barrier.arriving, w.scheduling->knowledge);
+    else if (checks_races(w)) join(barrier.arriving.orders, released_by(w));
     barrier.pending -= count;
 }
 
@@ -164,9 +173,10 @@ template <bool bytes, bool drops> void arrive(Warp& w, const Instruction& i, u32
         const u32 number = lanes_of<u32>(w, i.operands[3])[l];
         if (i.count > 4) lanes_of<u64>(w, i.operands[4])[l] = token(barrier);
         if (bytes) expect_transaction(w, barrier, number);
-        arrive(w, barrier, bytes ? 1 : number);
+        Block& owner = owner_of(w, at);
+        arrive(w, &owner, barrier, bytes ? 1 : number);
         if (drops) barrier.expected -= bytes ? 1 : number;
-        complete_phase(*w.block, barrier);
+        complete_phase(owner, barrier);
     });
     advance(w);
 }
@@ -260,8 +270,10 @@ const int registered = [] {
 }  // namespace
 
 Mbarrier& mbarrier_at(Warp& w, u64 address) {
-    auto place = w.block->mbarriers.find((u32)address);
-    if (place == w.block->mbarriers.end()) fail(w, "no mbarrier was made at shared address " + std::to_string(address));
+    u32 at = (u32)address;
+    auto& all = owner_of(w, at).mbarriers;
+    auto place = all.find(at);
+    if (place == all.end()) fail(w, "no mbarrier was made at shared address " + std::to_string(address));
     return place->second;
 }
 

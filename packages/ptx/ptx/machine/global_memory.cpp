@@ -113,16 +113,24 @@ struct GlobalAccess {
     bool writes, strong;
     const u8* data;
 
+    const char* space = "global memory";
+    const u8* there = reinterpret_cast<const u8*>(address);
+    bool own = false;  // the block's own shared memory: the order of its own accesses is checked elsewhere
     int changed = -1;  // not known yet
 
     bool changes() {
-        if (changed < 0) changed = !data || memcmp(data, reinterpret_cast<const u8*>(address), size) != 0 || !all_initialised();
+        if (changed < 0) changed = !data || memcmp(data, there, size) != 0 || !all_initialised();
         return changed;
     }
     bool all_initialised() const { return !range.initialised || !memchr(range.initialised + (address - range.begin), 0, size); }
 
+    bool known(const GlobalStamp& earlier) const { return (own && earlier.block == w.block->number) || ordered(w, earlier); }
+
     void race(const char* kind, const char* before, const GlobalStamp& stamp) {
-        if (std::string* text = first_finding(w, kind))
+        finding("race in " + std::string(space) + ": " + kind, before, stamp);
+    }
+    void finding(const std::string& kind, const char* before, const GlobalStamp& stamp) {
+        if (std::string* text = first_finding(w, kind.c_str()))
             *text += "lane " + std::to_string(lane) + ", " + place_in(range, address) + ", " + before + " by " + who(w, stamp);
     }
 
@@ -142,15 +150,14 @@ struct GlobalAccess {
 
     void check_word(GlobalWord& word, u32 mask, const GlobalStamp& now) {
         if ((word.writer.mask & mask) && unfenced(word.writer))
-            race("asynchronous access to global memory after a write without fence.proxy.async", "written", word.writer);
-        const bool written = (word.writer.mask & mask) && !(strong && word.writer.atomic) && !ordered(w, word.writer);
+            finding("asynchronous access to global memory after a write without fence.proxy.async", "written", word.writer);
+        const bool written = (word.writer.mask & mask) && !(strong && word.writer.atomic) && !known(word.writer);
         if (written && (writes ? changes() : !word.writer.same))
-            race(writes ? "race in global memory: write after write" : "race in global memory: read after write", "written",
-                 word.writer);
+            race(writes ? "write after write" : "read after write", "written", word.writer);
         if (!writes) return remember_read(word, mask, now);
         for (const GlobalStamp& reader : word.readers)
-            if ((reader.mask & mask) && !(strong && reader.atomic) && !ordered(w, reader) && changes())
-                race("race in global memory: write after read", "read", reader);
+            if ((reader.mask & mask) && !(strong && reader.atomic) && !known(reader) && changes())
+                race("write after read", "read", reader);
         remember_write(word, mask, now, written);
     }
 
@@ -359,12 +366,34 @@ u8* access_global(Warp& w, u64 a, int size, int lane, bool reads, bool writes, b
     return reinterpret_cast<u8*>(a);
 }
 
+void check_cluster(Warp& w, Block& owner, u32 address, int size, int lane, bool writes, bool strong, const u8* data) {
+    const u32* place = owner.place;
+    const u64 begin = SHARED_WINDOW + ((u64)owner.number << RANK_SHIFT);
+    const Range range{begin, begin + w.block->machine->shared, true,
+                      "the shared memory of block " + std::to_string(place[0]) + "," + std::to_string(place[1]) + "," +
+                          std::to_string(place[2]),
+                      nullptr};
+    GlobalAccess{w,
+                 range,
+                 begin + address,
+                 size,
+                 lane,
+                 writes,
+                 strong,
+                 data,
+                 "a cluster's shared memory",
+                 shared_memory(owner) + address,
+                 &owner == w.block}
+        .check();
+}
+
 // ---- order through memory
 
 namespace {
 
 // What the warp could release now: what it knows of other blocks, and its own block's clocks.
 std::shared_ptr<const Orders> releasable(Warp& w, bool block_only) {
+    block_only &= w.block->cluster->blocks.size() == 1;
     const Knowledge& knowledge = w.scheduling->knowledge;
     auto orders = !block_only && knowledge.orders ? std::make_shared<Orders>(*knowledge.orders) : std::make_shared<Orders>();
     orders->width = knowledge.known.size();
@@ -372,6 +401,8 @@ std::shared_ptr<const Orders> releasable(Warp& w, bool block_only) {
     advance(w);
     return orders;
 }
+
+}  // namespace
 
 void acquire(Warp& w, const std::shared_ptr<const Orders>& orders) {
     if (!orders) return;
@@ -383,7 +414,7 @@ void acquire(Warp& w, const std::shared_ptr<const Orders>& orders) {
     join(s.knowledge.orders, orders);
 }
 
-}  // namespace
+std::shared_ptr<const Orders> released_by(Warp& w) { return releasable(w, false); }
 
 void synchronise(Warp& w, Space space, u64 address, Order order, bool reads, bool writes) {
     if (!checks_races(w)) return;
@@ -391,7 +422,7 @@ void synchronise(Warp& w, Space space, u64 address, Order order, bool reads, boo
     auto& released = w.block->machine->shadow->released;
     space = resolve(w, space, address);
     if (space != GLOBAL && space != SHARED) return;
-    const u64 mine = w.block->number + 1ull;
+    const u64 mine = (space == SHARED ? owner_of(w, address) : *w.block).number + 1ull;
     for (int block_only = space == SHARED; block_only < 2; ++block_only) {
         const Place place{block_only ? mine : 0, space == SHARED ? SHARED_WINDOW + address : address};
         const auto found = released.find(place);

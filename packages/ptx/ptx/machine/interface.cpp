@@ -23,7 +23,8 @@ std::unordered_map<std::string, Handler>& handlers() {
 // A launch. Python lists the members again, by name (ptx/running/launch.py), and compares their places at the first call.
 struct Call {
     const u8* parameters;
-    s64 parameter_bytes, grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, dynamic_shared, local;
+    s64 parameter_bytes, grid_x, grid_y, grid_z, block_x, block_y, block_z, cluster_x, cluster_y, cluster_z, shared,
+        dynamic_shared, local;
     s64 ranges;  // how many; then a number each
     const u64 *begins, *ends;
     const s64* writable;
@@ -39,12 +40,15 @@ struct Call {
 
 #define MEMBER(name) {#name, offsetof(Call, name)}
 const std::pair<const char*, size_t> MEMBERS[] = {
-    MEMBER(parameters),  MEMBER(parameter_bytes), MEMBER(grid_x),   MEMBER(grid_y), MEMBER(grid_z),
-    MEMBER(block_x),     MEMBER(block_y),         MEMBER(block_z),  MEMBER(shared), MEMBER(dynamic_shared),
-    MEMBER(local),       MEMBER(ranges),          MEMBER(begins),   MEMBER(ends),   MEMBER(writable),
-    MEMBER(initialised), MEMBER(names),           MEMBER(seed),     MEMBER(races),  MEMBER(noise),
-    MEMBER(counts),      MEMBER(resident),        MEMBER(in_order), MEMBER(limit),  MEMBER(sample),
-    MEMBER(text),        MEMBER(text_bytes),      MEMBER(by_kind),  MEMBER(total),  MEMBER(by_instruction)};
+    MEMBER(parameters),     MEMBER(parameter_bytes), MEMBER(grid_x),      MEMBER(grid_y),
+    MEMBER(grid_z),         MEMBER(block_x),         MEMBER(block_y),     MEMBER(block_z),
+    MEMBER(cluster_x),      MEMBER(cluster_y),       MEMBER(cluster_z),   MEMBER(shared),
+    MEMBER(dynamic_shared), MEMBER(local),           MEMBER(ranges),      MEMBER(begins),
+    MEMBER(ends),           MEMBER(writable),        MEMBER(initialised), MEMBER(names),
+    MEMBER(seed),           MEMBER(races),           MEMBER(noise),       MEMBER(counts),
+    MEMBER(resident),       MEMBER(in_order),        MEMBER(limit),       MEMBER(sample),
+    MEMBER(text),           MEMBER(text_bytes),      MEMBER(by_kind),     MEMBER(total),
+    MEMBER(by_instruction)};
 #undef MEMBER
 
 void read_instruction(Program& program, const std::string& line, std::vector<size_t>& starts,
@@ -107,11 +111,13 @@ void read_ranges(Machine& machine, const Call& call) {
 void read_call(Machine& machine, const Call& call) {
     machine.parameters = call.parameters;
     machine.parameter_bytes = call.parameter_bytes;
-    const s64 sizes[] = {call.grid_x, call.grid_y, call.grid_z, call.block_x, call.block_y, call.block_z};
-    for (int n = 0; n < 6; ++n) {
+    const s64 sizes[] = {call.grid_x,  call.grid_y,    call.grid_z,    call.block_x,  call.block_y,
+                         call.block_z, call.cluster_x, call.cluster_y, call.cluster_z};
+    u32* const kept[] = {machine.grid, machine.block, machine.cluster};
+    for (int n = 0; n < 9; ++n) {
         if (sizes[n] < 1 || sizes[n] > 0x7fffffff)
-            throw std::runtime_error("@-1 a grid or block has size " + std::to_string(sizes[n]));
-        (n < 3 ? machine.grid : machine.block)[n % 3] = (u32)sizes[n];
+            throw std::runtime_error("@-1 a grid, block or cluster has size " + std::to_string(sizes[n]));
+        kept[n / 3][n % 3] = (u32)sizes[n];
     }
     if (call.block_x * call.block_y * call.block_z > 1024) throw std::runtime_error("@-1 a block has more than 1024 threads");
     machine.shared = (u32)std::max<s64>(call.shared, SHARED_BASE);

@@ -14,7 +14,8 @@ namespace ptx {
 constexpr u64 LOCAL_WINDOW = 1ull << 60, SHARED_WINDOW = 1ull << 61, PARAMETER_WINDOW = 1ull << 62;  // of generic addresses
 constexpr u64 WINDOW_SIZE = 1ull << 32;
 constexpr u32 SHARED_BASE = 1024;  // shared memory begins here, so that address 0 is invalid
-constexpr int CLOCK_BITS = 20;     // of a warp's clock in shadows
+constexpr u32 RANK_SHIFT = 24, RANKS = 255;  // the bits of a shared address that have the block's rank in its cluster, plus one
+constexpr int CLOCK_BITS = 20;  // of a warp's clock in shadows
 
 // Global memory that a program may touch: an argument. Ranges may overlap (views of one storage).
 struct Range {
@@ -39,21 +40,21 @@ struct Reads {
 // Who wrote 4 bytes of shared memory. It is small, so that it stays in the cache.
 struct SharedWord {
     Stamp writer;
-    u8 written : 4;     // a bit for each byte that a warp wrote,
-    u8 in_flight : 4;   // that a copy in flight will write
-    u8 mixed : 1;       // the bytes have several writers: SharedShadow::byte_writers
+    u8 written : 4;  // a bit for each byte that a warp wrote,
+    u8 in_flight : 4;  // that a copy in flight will write
+    u8 mixed : 1;  // the bytes have several writers: SharedShadow::byte_writers
     u8 replicated : 1;  // several warps wrote the same at the same time: SharedShadow::also
-    u8 stored : 1;      // a bulk copy in flight reads it
-    u16 reading;        // matrix products and bulk copies in flight that read it
+    u8 stored : 1;  // a bulk copy in flight reads it
+    u16 reading;  // matrix products and bulk copies in flight that read it
 };
 
 struct SharedShadow {
     size_t readers;  // warps, and bulk copies
     std::vector<SharedWord> word;
     std::vector<Stamp> byte_writers;  // (word, 4)
-    std::vector<u32> also;            // warps that wrote the same as the writer
-    std::vector<Reads> reads;         // (word, reader)
-    size_t used = 0;                  // words that may have been touched
+    std::vector<u32> also;  // warps that wrote the same as the writer
+    std::vector<Reads> reads;  // (word, reader)
+    size_t used = 0;  // words that may have been touched
     // Each barrier of all warps begins an epoch: all know what was done in earlier ones, but for bulk copies (~0).
     std::vector<u32> touched;  // the epoch of a word's last access
     u32 epoch = 1;
@@ -121,6 +122,17 @@ void synchronise(Warp&, Space, u64 address, Order, bool reads, bool writes);
 void fence(Warp&, bool block_only);
 // What the warp knows now is visible to asynchronous accesses.
 void fence_proxy(Warp&);
+
+std::shared_ptr<const Orders> released_by(Warp&);  // what the warp knows now, for other blocks
+void acquire(Warp&, const std::shared_ptr<const Orders>&);  // the warp knows what was released
+
+// ---- clusters
+
+// The block whose shared memory has an address, which becomes that within the block.
+Block& other_block(Warp&, u64& address);
+inline Block& owner_of(Warp& w, u64& address) { return address >> RANK_SHIFT ? other_block(w, address) : *w.block; }
+// Whether other blocks access the same shared memory at the same time.
+void check_cluster(Warp&, Block& owner, u32 address, int size, int lane, bool writes, bool strong, const u8* data);
 
 // The space that a generic address means, and its address there.
 inline Space resolve(const Warp&, Space space, u64& address) {

@@ -210,6 +210,7 @@ class Turn {
         for (Group& waiting : s.groups)  // fewer lanes may be needed now
             if (waiting.state == State::FOR_LANES) waiting.state = State::RUNS;
         if (!s.running) end_warp();
+        check_cluster_barrier(block);
         for (auto& [id, barrier] : block.barriers)
             if (barrier.lanes && !barrier.needed && complete(barrier)) release(id, barrier);
         return goes_on && s.groups.size() == 1;
@@ -384,10 +385,20 @@ class Turn {
 u64 special(const Machine& m, const Block& b, int warp, int lane, const std::string& name) {
     const u32 thread = (u32)(LANES * warp + lane), bit = 1u << lane;
     const u32 tid[3] = {thread % m.block[0], thread / m.block[0] % m.block[1], thread / m.block[0] / m.block[1]};
-    const u32 ones[3] = {1, 1, 1}, zeros[3] = {0, 0, 0};
-    const std::pair<const char*, const u32*> vectors[] = {
-        {"%tid.", tid},           {"%ntid.", m.block},      {"%ctaid.", b.place},       {"%nctaid.", m.grid},
-        {"%clusterid.", b.place}, {"%nclusterid.", m.grid}, {"%cluster_ctaid.", zeros}, {"%cluster_nctaid.", ones}};
+    u32 clusters[3], cluster[3], in_cluster[3];
+    for (int d = 0; d < 3; ++d) {
+        clusters[d] = m.grid[d] / m.cluster[d];
+        cluster[d] = b.place[d] / m.cluster[d];
+        in_cluster[d] = b.place[d] % m.cluster[d];
+    }
+    const std::pair<const char*, const u32*> vectors[] = {{"%tid.", tid},
+                                                          {"%ntid.", m.block},
+                                                          {"%ctaid.", b.place},
+                                                          {"%nctaid.", m.grid},
+                                                          {"%clusterid.", cluster},
+                                                          {"%nclusterid.", clusters},
+                                                          {"%cluster_ctaid.", in_cluster},
+                                                          {"%cluster_nctaid.", m.cluster}};
     for (auto& [start, values] : vectors)
         if (name.size() == strlen(start) + 1 && name.compare(0, strlen(start), start) == 0 && name.back() >= 'x' &&
             name.back() <= 'z')
@@ -403,9 +414,9 @@ u64 special(const Machine& m, const Block& b, int warp, int lane, const std::str
                                                    {"%smid", 0},
                                                    {"%nsmid", 1},
                                                    {"%gridid", 0},
-                                                   {"%cluster_ctarank", 0},
-                                                   {"%cluster_nctarank", 1},
-                                                   {"%is_explicit_cluster", 0},
+                                                   {"%cluster_ctarank", b.rank},
+                                                   {"%cluster_nctarank", m.cluster_size()},
+                                                   {"%is_explicit_cluster", m.cluster_size() > 1},
                                                    {"%dynamic_smem_size", m.dynamic_shared},
                                                    {"%total_smem_size", m.shared - SHARED_BASE},
                                                    {"WARP_SZ", LANES}};
@@ -455,12 +466,8 @@ std::unique_ptr<Block> make_block(Machine& machine) {
     return block;
 }
 
-void start(Block& block, u32 number) {
+void start(Block& block) {
     Machine& machine = *block.machine;
-    block.number = number;
-    block.place[0] = number % machine.grid[0];
-    block.place[1] = number / machine.grid[0] % machine.grid[1];
-    block.place[2] = number / machine.grid[0] / machine.grid[1];
     block.barriers.clear();
     block.mbarriers.clear();
     block.tensor_memory.reset();
@@ -485,6 +492,33 @@ void start(Block& block, u32 number) {
     std::fill_n(reinterpret_cast<u32*>(block.shared.data()), block.shared.size() / 4, junk);
     if (block.shadow) block.shadow->clear();
     set_specials(block);
+}
+
+std::unique_ptr<Cluster> make_cluster(Machine& machine) {
+    auto cluster = std::make_unique<Cluster>();
+    for (u32 rank = 0; rank < machine.cluster_size(); ++rank) {
+        cluster->blocks.push_back(make_block(machine));
+        cluster->blocks.back()->cluster = cluster.get();
+        cluster->blocks.back()->rank = rank;
+    }
+    return cluster;
+}
+
+void start(Cluster& cluster, u32 number) {
+    cluster.arrived = cluster.phase = 0;
+    cluster.arriving = cluster.complete = nullptr;
+    for (auto& block : cluster.blocks) {
+        const Machine& m = *block->machine;
+        u32 clusters = number, rank = block->rank;
+        for (int d = 0; d < 3; ++d) {
+            const u32 along = m.grid[d] / m.cluster[d];
+            block->place[d] = clusters % along * m.cluster[d] + rank % m.cluster[d];
+            clusters /= along;
+            rank /= m.cluster[d];
+        }
+        block->number = block->place[0] + m.grid[0] * (block->place[1] + m.grid[1] * block->place[2]);
+        start(*block);
+    }
 }
 
 bool run_background(Block& block) {
@@ -515,6 +549,21 @@ std::string lanes_text(const Warp& w, u32 lanes) { return lanes == w.scheduling-
     fail(*waiting, text);  // a block with warps that run has groups
 }
 
+void end(Block& block) {
+    while (run_background(block)) {
+    }
+    u64 bytes = 0;
+    for (auto& [sector, touched] : block.sectors) bytes += __builtin_popcount(touched);
+    block.machine->sectors_once += block.sectors.size();
+    block.machine->least_once += (bytes + 31) / 32;
+    block.sectors.clear();
+}
+
+// Whether a block can do something by itself.
+bool goes_on(const std::unique_ptr<Block>& block) {
+    return !block->background.empty() || std::any_of(block->warps.begin(), block->warps.end(), Turn::can_run);
+}
+
 // Runs some instructions of one warp of the block.
 void take_turn(Block& block) {
     Machine& machine = *block.machine;
@@ -523,7 +572,8 @@ void take_turn(Block& block) {
     for (Warp& w : block.warps)
         if (Turn::can_run(w)) runnable[count++] = w.number;
     if (!count) {
-        if (!run_background(block)) deadlock(block);
+        if (!run_background(block) && std::none_of(block.cluster->blocks.begin(), block.cluster->blocks.end(), goes_on))
+            deadlock(block);
         return;
     }
     const bool in_order = machine.options.in_order;
@@ -537,34 +587,46 @@ void take_turn(Block& block) {
 }  // namespace
 
 void run_grid(Machine& machine) {
-    const u64 total = (u64)machine.grid[0] * machine.grid[1] * machine.grid[2];
-    std::vector<u32> order(total);
+    const u32 size = machine.cluster_size();
+    for (int d = 0; d < 3; ++d)
+        if (machine.grid[d] % machine.cluster[d]) throw std::runtime_error("@-1 the grid is not a multiple of the cluster");
+    if (size > 16) throw std::runtime_error("@-1 a cluster has more than 16 blocks");
+    const u64 total = (u64)machine.grid[0] * machine.grid[1] * machine.grid[2] / size;
+    std::vector<u32> order(total);  // of the clusters
     std::iota(order.begin(), order.end(), 0);
     if (!machine.options.in_order)
         for (u64 n = total; n > 1; --n) std::swap(order[n - 1], order[machine.below(n)]);
-    if (machine.options.sample && machine.options.sample < total) order.resize(machine.options.sample);
-    std::vector<std::unique_ptr<Block>> resident;
+    if (machine.options.sample && machine.options.sample < total * size) order.resize((machine.options.sample + size - 1) / size);
+    std::vector<std::unique_ptr<Cluster>> resident;
     size_t next = 0;
     const size_t places = std::min<size_t>(std::max(machine.options.resident, 1), order.size());
     for (; next < places; ++next) {
-        resident.push_back(make_block(machine));
+        resident.push_back(make_cluster(machine));
         start(*resident.back(), order[next]);
     }
     while (!resident.empty()) {
         const size_t n = machine.below(resident.size());
-        Block& block = *resident[n];
-        take_turn(block);
-        if (block.alive) continue;
-        while (run_background(block)) {
-        }
-        u64 bytes = 0;
-        for (auto& [sector, touched] : block.sectors) bytes += __builtin_popcount(touched);
-        machine.sectors_once += block.sectors.size();
-        machine.least_once += (bytes + 31) / 32;
-        block.sectors.clear();
-        if (next < order.size()) start(block, order[next++]);
+        auto& blocks = resident[n]->blocks;
+        Block& block = *blocks[size == 1 ? 0 : machine.below(size)];
+        if (block.alive) take_turn(block);
+        if (std::any_of(blocks.begin(), blocks.end(), [](auto& one) { return one->alive; })) continue;
+        for (auto& one : blocks) end(*one);
+        if (next < order.size()) start(*resident[n], order[next++]);
         else resident.erase(resident.begin() + n);
     }
+}
+
+void check_cluster_barrier(Block& block) {
+    Cluster& cluster = *block.cluster;
+    if (!cluster.arrived) return;
+    u32 running = 0;
+    for (auto& one : cluster.blocks)
+        for (const Warp::Scheduling& scheduling : one->schedulings) running += __builtin_popcount(scheduling.running);
+    if (cluster.arrived < running) return;
+    cluster.arrived = 0;
+    ++cluster.phase;
+    cluster.complete = cluster.arriving;
+    for (auto& one : cluster.blocks) tell(*one);
 }
 
 // ---- what handlers ask

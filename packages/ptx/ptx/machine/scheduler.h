@@ -94,6 +94,7 @@ struct Warp::Scheduling {
     int last_range = 0;
     std::unique_ptr<AsyncCopies> copies;
     std::shared_ptr<void> products;  // matrix products in flight (wgmma.cpp)
+    u32 at_cluster = 0, cluster_phase[LANES] = {};  // lanes that arrived at barrier.cluster, and in which phase
     // A fence before relaxed accesses releases, one after them acquires: for all blocks, or [1] for the block alone.
     std::shared_ptr<const Orders> to_release[2], to_acquire[2];
 
@@ -111,21 +112,33 @@ struct Barrier {
     u32 ones = 0, voters = 0;  // of BARRIER_REDUCE
 };
 
+struct Block;
+
+// Blocks that reach each other's shared memory. Outside of clusters each block is one by itself.
+struct Cluster {
+    std::vector<std::unique_ptr<Block>> blocks;  // by rank
+    // barrier.cluster: lanes that arrived, how many phases are complete, what the arriving ones released and the complete phase did
+    u32 arrived = 0, phase = 0;
+    std::shared_ptr<const Orders> arriving, complete;
+};
+
 struct Block {
     Machine* machine;
+    Cluster* cluster;
+    u32 rank = 0;  // in its cluster
     std::vector<Warp> warps;
     std::vector<Warp::Scheduling> schedulings;
     std::vector<u8> register_file, shared;
     std::unique_ptr<SharedShadow> shadow;
     std::map<u32, Barrier> barriers;
-    std::map<u32, struct Mbarrier> mbarriers;            // by shared address (async_copies.h)
-    std::vector<std::function<void()>> background;       // what happens at some later time
-    std::shared_ptr<void> tensor_memory;                 // of tcgen05
-    u64 events = 0;                                      // counts what lanes may wait for
-    u32 copy_clock = 0;                                  // of copies that no warp's lane makes (bulk copies)
+    std::map<u32, struct Mbarrier> mbarriers;  // by shared address (async_copies.h)
+    std::vector<std::function<void()>> background;  // what happens at some later time
+    std::shared_ptr<void> tensor_memory;  // of tcgen05
+    u64 events = 0;  // counts what lanes may wait for
+    u32 copy_clock = 0;  // of copies that no warp's lane makes (bulk copies)
     u32 place[3];
     u32 number = 0;  // place[0] + grid[0] * (place[1] + grid[1] * place[2])
-    int alive = 0;   // warps that run
+    int alive = 0;  // warps that run
     std::unordered_map<u64, u32> sectors;  // of global memory that it touched: the bytes, one a bit
 };
 
@@ -167,7 +180,8 @@ struct Machine {
     Options options;
     const u8* parameters;
     u64 parameter_bytes;
-    u32 grid[3], block[3];
+    u32 grid[3], block[3], cluster[3] = {1, 1, 1};
+    u32 cluster_size() const { return cluster[0] * cluster[1] * cluster[2]; }
     u32 shared = 0, dynamic_shared = 0, local = 0;
     std::vector<Range> ranges;
     std::unique_ptr<GlobalShadow> shadow;
@@ -192,6 +206,7 @@ Handler handler_by_name(const std::string& name);  // or null
 std::string all_handlers();
 
 void run_grid(Machine&);
+void check_cluster_barrier(Block&);  // completes the phase if all lanes of the cluster that run have arrived
 
 // ---- what handlers ask of the scheduler
 
@@ -207,11 +222,11 @@ void add_at_exit(void (*check)(Warp&));
 // Happens-before within a block.
 void join(Knowledge&, const Knowledge&);
 void join(std::shared_ptr<const Orders>&, const std::shared_ptr<const Orders>&);
-void advance(Warp&);                             // what the warp does from now on is later than what it released
-void release_to(Warp&, Knowledge&);              // what the warp did until now is known to whoever acquires it
-void acquire_from(Warp&, const Knowledge&);      // the warp knows what was released there
-void meet_lanes(Warp&, u32 lanes);                                    // these lanes know each other's accesses until now
-bool lanes_ordered(const Warp&, int lane, int earlier, u32 clock);    // does `lane` know what `earlier` did at this clock?
+void advance(Warp&);  // what the warp does from now on is later than what it released
+void release_to(Warp&, Knowledge&);  // what the warp did until now is known to whoever acquires it
+void acquire_from(Warp&, const Knowledge&);  // the warp knows what was released there
+void meet_lanes(Warp&, u32 lanes);  // these lanes know each other's accesses until now
+bool lanes_ordered(const Warp&, int lane, int earlier, u32 clock);  // does `lane` know what `earlier` did at this clock?
 
 // The finding's text may still be written if it is the first of its kind at this instruction; else null.
 std::string* first_finding(Warp&, const char* kind);

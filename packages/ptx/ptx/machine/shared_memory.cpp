@@ -267,18 +267,40 @@ struct QuickReads {
 // Whether all lanes are within shared memory, and aligned.
 bool all_inside(const Warp& w, const u64 addresses[LANES], int size, u32 lanes) {
     const Extent extent(addresses, lanes);
-    return !(extent.bits & (size - 1)) && extent.low >= SHARED_BASE && extent.high + size <= w.block->machine->shared;
+    return w.block->cluster->blocks.size() == 1 && !(extent.bits & (size - 1)) && extent.low >= SHARED_BASE &&
+           extent.high + size <= w.block->machine->shared;
 }
 
 }  // namespace
 
+// What the shadow of another block's memory says and hears; the order of the accesses is check_cluster's.
+static void access_other(Warp& w, SharedShadow& shadow, u32 address, int size, int lane, bool reads, bool writes) {
+    for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k) {
+        SharedWord& word = shadow.word[k];
+        const u32 mask = mask_of(4 * (u64)k, address, size);
+        const char* kind = word.in_flight & mask                    ? "access to shared memory that a copy in flight will write"
+                           : reads && (word.written & mask) != mask ? "read of shared memory that was never written"
+                                                                    : nullptr;
+        if (kind)
+            report(w, kind, "lane " + std::to_string(lane) + ", shared address " + std::to_string(address) + " of another block");
+        if (!writes) continue;
+        if (!word.written) word.writer = Stamp{};
+        word.written |= mask;
+        shadow.used = std::max<size_t>(shadow.used, k + 1);
+    }
+}
+
 u8* access_shared(Warp& w, u64 a, int size, int lane, bool reads, bool writes, bool strong, const u8* data, Proxy proxy) {
+    Block& owner = owner_of(w, a);
     check_shared_bounds(w, a, size, lane, writes);
-    SharedShadow* shadow = w.block->shadow.get();
+    SharedShadow* shadow = owner.shadow.get();
+    if (shadow && w.block->cluster->blocks.size() > 1)
+        check_cluster(w, owner, (u32)a, size, std::max(lane, 0), writes, strong, data);
     const bool plain = !writes && !strong && proxy == Proxy::GENERIC;
-    if (shadow && !(plain && QuickReads(w, *shadow)((u32)a, size, lane)))
+    if (shadow && &owner != w.block) access_other(w, *shadow, (u32)a, size, lane, reads, writes);
+    else if (shadow && !(plain && QuickReads(w, *shadow)((u32)a, size, lane)))
         SharedAccess{w, (u32)a, size, lane, reads, writes, strong, data, proxy}.check();
-    return shared_memory(*w.block) + a;
+    return shared_memory(owner) + a;
 }
 
 bool read_shared(Warp& w, const u64 addresses[LANES], int size, u32 lanes, u64& base) {
@@ -367,10 +389,9 @@ u32 next_copy(Block& block) {
 }
 
 void begin_reading(Warp& w, u32 address, int size) {
-    check_shared_bounds(w, address, size, -1, false);
+    access_shared(w, address, size, -1, true, false, false, nullptr, Proxy::ASYNC);
     SharedShadow* shadow = w.block->shadow.get();
     if (!shadow) return;
-    SharedAccess{w, address, size, -1, true, false, false, nullptr, Proxy::ASYNC}.check();
     for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k) ++shadow->word[k].reading;
 }
 

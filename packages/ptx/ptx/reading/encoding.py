@@ -42,6 +42,7 @@ class Encoded:
     name: str
     parameters: list[Parameter]
     max_threads: int | None
+    cluster: tuple[int, ...]  # blocks of a cluster, () if the text does not say
     shared: int  # bytes of static shared memory
     extern_shared: bool
     local: int  # bytes of a thread
@@ -96,6 +97,7 @@ class Encoder:
             kernel.name,
             kernel.parameters,
             kernel.max_threads,
+            kernel.cluster,
             kernel.shared,
             kernel.extern_shared,
             kernel.local,

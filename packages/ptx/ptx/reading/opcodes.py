@@ -40,6 +40,14 @@ CONTROLS = "PLAIN BRANCH INDIRECT EXIT TRAP BARRIER ARRIVE BARRIER_REDUCE WARP_B
 # Triton's order of an atomic's modifiers; the PTX ISA, and the table, have them the other way round
 _ORDER, _SCOPE = "relaxed|acquire|release|acq_rel", "cta|cluster|gpu|sys"
 SPACE_FIRST = re.compile(rf"^(atom|red)\.(global|shared)\.(?:({_SCOPE})\.({_ORDER})|({_ORDER})\.({_SCOPE}))\b")
+ANY_BLOCK = (
+    "ld",
+    "st",
+    "atom",
+    "red",
+    "mbarrier",
+    "isspacep",
+)  # their shared addresses may be those of another block of a cluster
 TABLE = Path(__file__).with_name("opcodes.txt")
 
 
@@ -192,7 +200,10 @@ def _space_last(found: re.Match[str]) -> str:
 @cache
 def matching(opcode: str) -> tuple[Opcode, ...]:
     """The rows that an opcode of PTX fits, with names and numbers. Rows that differ by their operands alone all come."""
-    plain = SPACE_FIRST.sub(_space_last, opcode.replace("shared::cta", "shared"))
+    opcode = opcode.replace("shared::cta", "shared")
+    if opcode.partition(".")[0] in ANY_BLOCK:
+        opcode = opcode.replace("shared::cluster", "shared")
+    plain = SPACE_FIRST.sub(_space_last, opcode)
     fitting = []
     for expression, row in _expressions().get(plain.split(".")[0], []):
         match = expression.fullmatch(plain)

@@ -14,6 +14,7 @@ from ptx.reading.opcodes import SIZES, Opcode
 SHARED_BASE = 1024  # a block's shared memory starts here, so that address 0 is invalid
 SPECIALS = {f"%{name}.{axis}": 4 for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"}
 SPECIALS |= {f"%cluster_{name}.{axis}": 4 for name in ("ctaid", "nctaid") for axis in "xyz"}
+SPECIALS |= {f"%{name}.{axis}": 4 for name in ("clusterid", "nclusterid") for axis in "xyz"} | {"%is_explicit_cluster": 0}
 SPECIALS |= {f"%lanemask_{which}": 4 for which in ("eq", "le", "lt", "ge", "gt")} | {"%globaltimer": 8, "%gridid": 8}
 SPECIALS |= dict.fromkeys("%laneid %warpid %nwarpid %smid %nsmid %cluster_ctarank %cluster_nctarank".split(), 4)
 SPECIALS |= dict.fromkeys("%dynamic_smem_size %total_smem_size".split(), 4)
@@ -121,6 +122,7 @@ class Kernel:
     parameters: list[Parameter] = field(default_factory=list)
     threads: int | None = None  # of a block, where .reqntid says so
     max_threads: int | None = None
+    cluster: tuple[int, ...] = ()  # its blocks, where .reqnctapercluster says so
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     registers: dict[str, int] = field(default_factory=dict)  # bytes of each that occurs

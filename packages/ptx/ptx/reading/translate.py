@@ -6,6 +6,7 @@ becomes local memory. A name that is declared in a nested scope (inline assembly
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -91,6 +92,7 @@ class Translation:
             offset += size
         kernel.parameters = list(self.parameters.values())
         kernel.threads, kernel.max_threads = (_threads(routine.header, word) for word in (".reqntid", ".maxntid"))
+        kernel.cluster = _sizes(routine.header, ".reqnctapercluster")
         self._body(routine, Scope())
         self._emit("exit", [])  # behind the end of a body
         self._check_labels()
@@ -401,8 +403,14 @@ class Translation:
 
 
 def _threads(header: str, word: str) -> int | None:
+    sizes = _sizes(header, word)
+    return math.prod(sizes) if sizes else None
+
+
+def _sizes(header: str, word: str) -> tuple[int, ...]:
+    """Sizes in one to three dimensions that a kernel's header has after a word; () without it."""
     match = re.search(re.escape(word) + r"\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", header)
-    return int(match[1]) * int(match[2] or 1) * int(match[3] or 1) if match else None
+    return tuple(int(size) for size in match.groups() if size) if match else ()
 
 
 def _aligned(opcode: Opcode, tokens: list[str]) -> list[str | None] | None:

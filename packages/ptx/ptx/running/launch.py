@@ -24,6 +24,7 @@ class Call(ctypes.Structure):
     _fields_ = [
         ("parameters", ctypes.c_char_p),
         *((name, ctypes.c_int64) for name in ("parameter_bytes", "grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z")),
+        *((f"cluster_{axis}", ctypes.c_int64) for axis in "xyz"),
         *((name, ctypes.c_int64) for name in ("shared", "dynamic_shared", "local", "ranges")),
         *((name, ctypes.c_void_p) for name in ("begins", "ends", "writable", "initialised")),
         ("names", ctypes.c_char_p),
@@ -108,8 +109,10 @@ def launch(
     shared: int,
     memory: Memory,
     options: Options,
+    cluster: tuple[int, ...] = (),
 ) -> Launch:
-    """Runs a program. `values`: a number or bytes for each parameter; `shared`: bytes of dynamic shared memory."""
+    """Runs a program. `values`: a number or bytes for each parameter; `shared`: bytes of dynamic shared memory;
+    `cluster`: blocks of a cluster, if the program does not say."""
     kinds, parameters = _kinds(), _parameters(program, values)
     ranges = [*memory.ranges, *(Range(address, address + size, True, name) for address, size, name in program.buffers)]
     by_kind, total = np.zeros((len(kinds), 2), dtype=np.uint64), np.zeros(7, dtype=np.uint64)
@@ -117,7 +120,7 @@ def launch(
     columns = [np.array([r[n] for r in ranges], dtype=np.uint64) for n in (0, 1, 2, 4)]
     sizes = {
         f"{what}_{axis}": n
-        for what, size in (("grid", grid), ("block", block))
+        for what, size in (("grid", grid), ("block", block), ("cluster", cluster or program.kernel.cluster or (1,)))
         for axis, n in zip("xyz", (*size, 1, 1), strict=False)
     }
     numbers = {option: int(getattr(options, option)) for option in OPTIONS}

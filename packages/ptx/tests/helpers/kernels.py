@@ -136,16 +136,18 @@ def _error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).abs().max() / exact.abs().max())
 
 
-def call_matmul(arch: int) -> Outcome:
+def call_matmul(arch: int, num_ctas: int = 1) -> Outcome:
     m, n, k = 100, 72, 200
     a, b, c = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16(), torch.empty(m, n)
-    launch = ptx.run(matmul, (2 * 2,), a, b, c, m, n, k, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_stages=3, arch=arch)
+    launch = ptx.run(
+        matmul, (2 * 2,), a, b, c, m, n, k, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_stages=3, num_ctas=num_ctas, arch=arch
+    )
     return _error(c, a.double() @ b.double()), [launch]
 
 
-def call_softmax(arch: int) -> Outcome:
+def call_softmax(arch: int, num_ctas: int = 1) -> Outcome:
     x, y = torch.randn(5, 781), torch.empty(5, 781)
-    launch = ptx.run(softmax, (5,), x, y, 781, BLOCK=1024, arch=arch)
+    launch = ptx.run(softmax, (5,), x, y, 781, BLOCK=1024, num_ctas=num_ctas, arch=arch)
     return _error(y, x.double().softmax(-1)), [launch]
 
 
@@ -201,6 +203,17 @@ def outcome(name: str, arch: int) -> tuple[float, list[str], int]:
     return error / allowed, [str(one) for launch in launches for one in launch.findings], sum(one.executed for one in launches)
 
 
+def of_two_blocks(arch: int) -> list[tuple[float, list[str], bool]]:
+    """Of a matrix product and a softmax whose programs are clusters: as `outcome`, and whether blocks read each other's memory."""
+    torch.manual_seed(0)
+    results = []
+    for call in (call_matmul, call_softmax):
+        error, (launch,) = call(arch, num_ctas=2)
+        assert launch.grid[0] % 2 == 0 and launch.program
+        results.append((error / 1e-6, [str(one) for one in launch.findings], "mapa" in launch.program.text))
+    return results
+
+
 def kept_in(folder: str) -> tuple[list[str], bool]:
     """Where a launch leaves what Triton compiles, and whether Triton's cache is this folder again."""
     with triton.knobs.cache.scope():
@@ -249,7 +262,6 @@ def refusals() -> dict[str, tuple[str, str]]:
         "outside": _attempt(lambda: run(n=330)),
         "never written": _attempt(read_uninitialised),
         "opcode": _attempt(lambda: ptx.run(unknown_opcode, 1, x)),
-        "cluster": _attempt(lambda: run(num_ctas=2)),
         "device": _attempt(lambda: run(first=x.to("meta"))),
         "architecture": _attempt(lambda: run(arch=75)),
         "no kernel": _attempt(lambda: run(kernel=len)),
