@@ -1,7 +1,7 @@
 """A plugin of pytest: Triton's launches in a test run emulated, and findings fail the test.
 
     @pytest.mark.ptx(arch=90)          this test; further names are those of ptx.Options: seed=1, noise=1
-    pytest --ptx-arch 90               all tests, and what modules launch at their import
+    pytest --ptx-arch 90               all tests, and what modules launch at their import; tensors of "cuda" lie on the CPU
     def test(ptx_launches): ...        the test's launches so far, with counts
 
 A conftest.py that has more to tell of the GPU that is not there implements `pytest_ptx_emulated` (see Hooks).
@@ -56,6 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.ptx_arch is not None:
         stack = ExitStack()
         config.add_cleanup(stack.close)
+        from ptx.cuda_tensors import on_cpu
+
+        stack.enter_context(on_cpu(config.option.ptx_arch))
         config.stash[LAUNCHES] = stack.enter_context(_emulated(config))
 
 

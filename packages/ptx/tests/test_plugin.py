@@ -72,6 +72,27 @@ def test_alone(ptx_launches):
 def test_race():
     everyone_writes_the_first[(3,)](torch.zeros(1, dtype=torch.int32))  # seed 7, as in a process of its own
 """
+ON_CUDA = """
+import pytest, torch, triton
+from tests.helpers.kernels import add, everyone_writes_the_first
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+ACTIVE = triton.runtime.driver.active.get_active_torch_device()
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda", 0), ACTIVE])
+def test_right(device):
+    x, y = torch.ones(300, device=device), torch.ones(300).to(device=device)
+    out = torch.empty_like(x).cuda()
+    assert x.is_cuda and out.is_cuda and torch.cuda.get_device_capability() == (10, 0)
+    with torch.cuda.device(0):
+        add[(3,)](x, y, out, 300, BLOCK=128)
+    torch.cuda.synchronize()
+    assert (out.cpu() == 2).all() and torch.nn.Linear(2, 2).cuda().to(device).weight.is_cuda
+
+def test_race():
+    everyone_writes_the_first[(3,)](torch.zeros(1, dtype=torch.int32, device="cuda"))
+"""
 CONFTEST = """
 import contextlib, ptx
 
@@ -93,7 +114,7 @@ def outcomes(folder: Path, suite: str, *options: str) -> tuple[dict[str, str], s
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "--strict-markers", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "test_suite.py"], cwd=folder, env=environment, capture_output=True, text=True)
-    ended = re.findall(r"^test_suite\.py::(?:test_)?(\w+) (PASSED|FAILED|ERROR)", done.stdout, re.M)
+    ended = re.findall(r"^test_suite\.py::(?:test_)?(\w+)(?:\[.*\])? (PASSED|FAILED|ERROR)", done.stdout, re.M)
     assert ended, done.stdout + done.stderr
     return dict(ended), done.stdout
 
@@ -121,3 +142,9 @@ def test_the_option_takes_all_tests_and_a_conftest_may_add_to_it(tmp_path: Path)
     assert ended == {"right": "PASSED", "alone": "PASSED", "race": "FAILED"}, said
     assert "ptx: Triton's launches are emulated, as on sm_80" in said
     assert said.count("conftest: sm 80 seed 7 fences False") == 1 and "sm_80, seed 7" in said
+
+
+def test_what_asks_for_cuda_lies_on_the_cpu(tmp_path: Path) -> None:
+    ended, said = outcomes(tmp_path, ON_CUDA, "--ptx-arch", "100")
+    assert ended == {"right": "PASSED", "race": "FAILED"} and said.count("PASSED") == 4, said
+    assert "race in global memory: write after write" in said

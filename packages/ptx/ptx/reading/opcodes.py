@@ -40,14 +40,7 @@ CONTROLS = "PLAIN BRANCH INDIRECT EXIT TRAP BARRIER ARRIVE BARRIER_REDUCE WARP_B
 # Triton's order of an atomic's modifiers; the PTX ISA, and the table, have them the other way round
 _ORDER, _SCOPE = "relaxed|acquire|release|acq_rel", "cta|cluster|gpu|sys"
 SPACE_FIRST = re.compile(rf"^(atom|red)\.(global|shared)\.(?:({_SCOPE})\.({_ORDER})|({_ORDER})\.({_SCOPE}))\b")
-ANY_BLOCK = (
-    "ld",
-    "st",
-    "atom",
-    "red",
-    "mbarrier",
-    "isspacep",
-)  # their shared addresses may be those of another block of a cluster
+ANY_BLOCK = ("ld", "st", "atom", "red", "mbarrier", "isspacep")  # take addresses in other blocks of a cluster
 TABLE = Path(__file__).with_name("opcodes.txt")
 
 

@@ -139,9 +139,8 @@ def _error(got: Tensor, exact: Tensor) -> float:
 def call_matmul(arch: int, num_ctas: int = 1) -> Outcome:
     m, n, k = 100, 72, 200
     a, b, c = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16(), torch.empty(m, n)
-    launch = ptx.run(
-        matmul, (2 * 2,), a, b, c, m, n, k, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_stages=3, num_ctas=num_ctas, arch=arch
-    )
+    options = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_stages=3, num_ctas=num_ctas, arch=arch)
+    launch = ptx.run(matmul, (2 * 2,), a, b, c, m, n, k, **options)
     return _error(c, a.double() @ b.double()), [launch]
 
 
@@ -204,7 +203,7 @@ def outcome(name: str, arch: int) -> tuple[float, list[str], int]:
 
 
 def of_two_blocks(arch: int) -> list[tuple[float, list[str], bool]]:
-    """Of a matrix product and a softmax whose programs are clusters: as `outcome`, and whether blocks read each other's memory."""
+    """As `outcome`, of programs of two blocks, and whether these read each other's memory."""
     torch.manual_seed(0)
     results = []
     for call in (call_matmul, call_softmax):
