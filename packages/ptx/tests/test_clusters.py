@@ -124,6 +124,44 @@ def test_a_barrier_waits_for_the_lanes_that_run() -> None:
         ptx.run(DEADLOCK.replace("LOOP", "barrier.cluster.wait.aligned;"), 2, block=32)
 
 
+PLACES = """
+.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry places(.param .u64 p0) .explicitcluster .reqnctapercluster 2, 2, 1
+{
+    .reg .pred %p<2>; .reg .b32 %r<30>; .reg .b64 %rd<9>;
+    .shared .align 4 .b8 mine[4];
+    mov.u32 %r0, %ctaid.x; mov.u32 %r1, %ctaid.y; mov.u32 %r2, %nctaid.x; mad.lo.u32 %r3, %r1, %r2, %r0;
+    ld.param.u64 %rd0, [p0]; mad.wide.u32 %rd0, %r3, 32, %rd0;
+    mov.u32 %r4, %cluster_ctarank; mov.u32 %r5, %clusterid.x; mov.u32 %r6, %clusterid.y; mov.u32 %r7, %cluster_ctaid.x;
+    mov.u32 %r8, %nclusterid.x; mov.pred %p0, %is_explicit_cluster; selp.u32 %r9, 1, 0, %p0;
+    st.shared.u32 [mine], %r3;
+    barrier.cluster.arrive.release; barrier.cluster.wait.acquire;
+    xor.b32 %r10, %r4, 3;                               // the block across
+    mov.u32 %r11, mine; mapa.shared::cluster.u32 %r12, %r11, %r10; ld.shared::cluster.u32 %r13, [%r12];
+    cvt.u64.u32 %rd1, %r11; cvta.shared.u64 %rd1, %rd1; mapa.u64 %rd2, %rd1, %r10; ld.u32 %r14, [%rd2];
+    isspacep.shared::cluster %p1, %rd2; selp.u32 %r19, %r14, 99, %p1;
+    getctarank.shared::cluster.u32 %r15, %r12; getctarank.u64 %r16, %rd2; getctarank.u64 %r17, %rd1;
+    shl.b32 %r16, %r16, 4; shl.b32 %r17, %r17, 8; or.b32 %r18, %r15, %r16; or.b32 %r18, %r18, %r17;
+    st.global.v4.u32 [%rd0], {%r4, %r5, %r6, %r7};
+    st.global.v4.u32 [%rd0 + 16], {%r8, %r13, %r19, %r18};
+    barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;
+    ret;
+}
+"""
+
+
+def test_where_a_block_is_in_its_cluster() -> None:
+    """A grid of 4 x 2 blocks, in clusters of 2 x 2; each reads the number of the block across, by both kinds of addresses."""
+    out = torch.zeros(8, 8, dtype=torch.int32)
+    assert ptx.run(PLACES, (4, 2), out, block=1).findings == []
+    for number, row in enumerate(out.tolist()):
+        x, y = number % 4, number // 4
+        rank, across = x % 2 + 2 * y, (x // 2 * 2 + 1 - x % 2) + 4 * (1 - y)
+        assert row == [rank, x // 2, 0, x % 2, 2, across, across, (rank ^ 3) * 17 + 256 * rank]
+
+
 @pytest.mark.parametrize("arch", [90, 100])
 def test_programs_of_two_blocks_in_triton(arch: int) -> None:
     """A softmax whose row lies in two blocks, which exchange their parts of its sum, and a product of matrices."""
