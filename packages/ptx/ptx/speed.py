@@ -3,6 +3,7 @@
 Seconds are the processor's, of one core, the least of three launches, without Triton's compilation.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import sys
