@@ -68,6 +68,7 @@ def on_cpu(architecture: int) -> Iterator[None]:
         current_stream=lambda device=None: STREAM,
         device=lambda device=None: nullcontext(),
         stream=lambda stream=None: nullcontext(),
+        is_current_stream_capturing=lambda: False,
         manual_seed=torch.manual_seed,
         manual_seed_all=torch.manual_seed,
     )

@@ -148,3 +148,9 @@ def test_what_asks_for_cuda_lies_on_the_cpu(tmp_path: Path) -> None:
     ended, said = outcomes(tmp_path, ON_CUDA, "--ptx-arch", "100")
     assert ended == {"right": "PASSED", "race": "FAILED"} and said.count("PASSED") == 4, said
     assert "race in global memory: write after write" in said
+
+
+def test_a_conftest_that_emulates_tells_of_the_gpu_itself(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    suite = "import torch\n\ndef test_plain():\n    assert not torch.ones(2).is_cuda and not torch.cuda.is_available()\n"
+    assert outcomes(tmp_path, suite, "--ptx-arch", "100")[0] == {"plain": "PASSED"}
