@@ -107,7 +107,9 @@ def test_a_decimal_of_a_sentence_stands_in_a_table(sentence: str, missing: list[
     page = f"# One\n\n{sentence}\n\n| a |\n| --- |\n| 0.912 |\n"
     costs = "# Costs\n\n| b |\n| --- |\n| 0.25 |\n\n## Of an H100\n\nThis is 0.5.\n\n| c |\n| --- |\n| 0.75 |\n"
     problems = [*check.unmeasured("guides/one.md", page, {"guides/one.md": page, "costs.md": costs})]
-    assert problems == [f"guides/one.md: {number} must stand in a table or a block of code" for number in missing]
+    assert problems == [
+        f"guides/one.md: {number} must stand in a table or code of its page, or of one that it links to" for number in missing
+    ]
 
 
 def test_the_search_index_is_there(built: tuple[Path, Path]) -> None:

@@ -71,7 +71,7 @@ def unmeasured(name: str, written: str, filled: dict[str, str]) -> Iterator[str]
     known = exact | {f"{float(number):.{digits}f}" for number in exact for digits in (1, 2, 3)}
     for number in DECIMAL.findall(NO_SENTENCE.sub("", BLOCKS.sub("", written))):
         if number not in known:
-            yield f"{name}: {number} must stand in a table or a block of code"
+            yield f"{name}: {number} must stand in a table or code of its page, or of one that it links to"
 
 
 def slug(section: str) -> str:
