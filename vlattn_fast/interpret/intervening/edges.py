@@ -50,8 +50,10 @@ class EdgeTable(Sequence[Edge]):
         groups: the tokens of each name, as for `Knockout`; no token is in two. A name without the tokens of another is written
             "question - last".
         asked: the arguments of the call that define the score, such as target, answer, processor and tower.
-        first_order: True = the effects are gradients; False = the edges were cut.
+        first_order: True = the effects are gradients, or means of these; False = the edges were cut.
         without_edges: the layers without a softmax, such as recurrences, which have no edges.
+        gaps: (F, F), [from, to] as in `by_layer`, for integrated effects: their sum over layers and heads, less the effect of all
+            these cuts at once, in the score's unit, the mean over the samples. NaN without such edges. Otherwise None.
     """
 
     edges: tuple[Edge, ...]
@@ -61,6 +63,7 @@ class EdgeTable(Sequence[Edge]):
     asked: Mapping[str, Any] = field(repr=False)
     first_order: bool = True
     without_edges: tuple[int, ...] = ()
+    gaps: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.edges)
@@ -80,11 +83,17 @@ class EdgeTable(Sequence[Edge]):
             f"layer {e.layer:>3}  head {'all' if e.head is None else e.head:>3}  {e.from_} -> {e.to}  {e.effect:+.4g}"
             for e in self
         ]
-        kind = "first-order effects" if self.first_order else "effects"
         lines = [*lines[:10], *(["..."] if len(lines) > 10 else [])]
         if self.without_edges:
             lines.append(f"no edges in layers {', '.join(map(str, self.without_edges))}, which take no softmax")
-        return "\n".join([f"{len(self)} edges, {kind}:", *lines])
+        if self.gaps is not None:
+            lines.append(f"sums differ from all cuts at once by {float(self.gaps.nan_to_num().abs().max()):.2g} or less")
+        return "\n".join([f"{len(self)} edges, {self._kind}:", *lines])
+
+    @property
+    def _kind(self) -> str:
+        first = "first-order effects" if self.gaps is None else "integrated effects"
+        return first if self.first_order else "effects"
 
     def _chosen(self, numbers: Sequence[int]) -> EdgeTable:
         return replace(self, edges=tuple(self.edges[i] for i in numbers), effects=self.effects[list(numbers)])
@@ -161,8 +170,7 @@ class EdgeTable(Sequence[Edge]):
             sides = [(layer + way).tolist(), (middle - half).tolist(), (middle + half).tolist()]
             axes.fill_between(*sides, color="#b2182b" if effect > 0 else "#2166ac", alpha=0.6, linewidth=0)
         axes.set(xlim=(0, max(len(effects), 1)), ylim=(len(names) - 0.5, -0.5), xlabel="layer")
-        kind = "first-order effects" if self.first_order else "effects"
-        axes.set_title(f"{kind}, the widest {largest:.3g}\nred adds to the score, blue subtracts", fontsize=10)
+        axes.set_title(f"{self._kind}, the widest {largest:.3g}\nred adds to the score, blue subtracts", fontsize=10)
         axes.set_yticks(range(len(names)), names)
         step = -(-len(effects) // 16)  # so that the numbers are legible
         numbers = list(range(0, len(effects), step or 1))

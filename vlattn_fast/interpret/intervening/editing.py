@@ -13,17 +13,28 @@ from torch import Tensor, nn
 from vlattn_fast._ground.attachments import add_hook, add_pre_hook
 from vlattn_fast._ground.groups import mask_of_groups
 from vlattn_fast._ground.tensors import joined
-from vlattn_fast.attach.events import RUNNING, SOFTMAX, Attend, AttentionEvent, ModuleRun, Subscriber, edits_of, first_argument
+from vlattn_fast.attach.events import (
+    RUNNING,
+    SCORE_ATTENTION,
+    SOFTMAX,
+    Attend,
+    AttentionEvent,
+    ModuleRun,
+    Subscriber,
+    edits_of,
+    first_argument,
+)
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import Steps, uncompiled
 from vlattn_fast.attach.written import is_masked_score
-from vlattn_fast.backends.inputs import ScoreAttentionInputs
+from vlattn_fast.backends.inputs import ScoreAttentionInputs, schema_of
 from vlattn_fast.interpret.intervening.edits import Edit
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans
 from vlattn_fast.interpret.intervening.state_places import StatePlace
 from vlattn_fast.interpret.intervening.state_plans import StatePlan
 from vlattn_fast.interpret.intervening.traced_model import TracedTower
 from vlattn_fast.ops._groups import gated, group_bias_inputs
+from vlattn_fast.ops._sinks import with_sink
 
 
 @dataclass(eq=False)
@@ -213,9 +224,18 @@ class EditedCalls(Subscriber):
         if plan.meets is not None:
             plan.meets(event)
         start, total = self.rows(plan, event.query.shape[2], event.key.shape[2])
+        if plan.kept is not None:
+            return _between(plan, self._edited(plan, event, attend, start, total), attend(event))
         if plan.terms and event.inputs is None:
             event = self._with_groups(plan, event, start, total)
         return with_heads(plan, attend(event), start)
+
+    def _edited(self, plan: CallPlan, event: AttentionEvent, attend: Attend, start: int, total: int) -> Tensor:
+        """The output of a call with its edited edges, if the event, and what it began with, are without them."""
+        if event.inputs is None:
+            return attend(self._with_groups(plan, event, start, total))
+        output, lse = SCORE_ATTENTION(*schema_of(ScoreAttentionInputs).flat(self._with_row_bias(plan, event.inputs)))
+        return output if event.sink is None else with_sink(output, lse, event.sink)
 
     def _begun(self) -> CallPlan | None:
         """The plan of the call that has begun, and ends now."""
@@ -239,8 +259,9 @@ class EditedCalls(Subscriber):
         if plan is None:
             return inputs
         self._attending[-1].begun = plan
-        if not plan.terms:
-            return inputs
+        return self._with_row_bias(plan, inputs) if plan.terms and plan.kept is None else inputs
+
+    def _with_row_bias(self, plan: CallPlan, inputs: ScoreAttentionInputs) -> ScoreAttentionInputs:
         x = inputs.attention
         if x.row_bias is not None:
             raise ValueError(f"model must not have a group_bias if edges are edited; got one in '{plan.call.path}'")
@@ -291,7 +312,10 @@ class EditedCalls(Subscriber):
             edited = edited.masked_fill(empty, 0.0).reshape(taken.shape)
         result: Tensor = func(edited, *args[1:], **{name: value for name, value in kwargs.items() if name != "input"})
         with torch._C.DisableTorchFunction():
-            return result.view(scores.shape).masked_fill(empty, 0.0).view(taken.shape)
+            result = result.view(scores.shape).masked_fill(empty, 0.0)
+            if plan.kept is not None:
+                result = _between(plan, result, func(*args, **kwargs).view(scores.shape))
+            return result.view(taken.shape)
 
     def masks(self, plan: CallPlan, event: AttentionEvent) -> dict[str, Any]:
         """The options of a call with edited edges."""
@@ -423,6 +447,12 @@ def _groups(plan: CallPlan, queries: Tensor, keys: int, start: int, total: int) 
 def _is_by_head(scores: Tensor, heads: int) -> bool:
     """Whether scores may be (B, H, N, M), or (B * H, N, M)."""
     return scores.ndim == 4 or (scores.ndim == 3 and len(scores) % heads == 0)
+
+
+def _between(plan: CallPlan, edited: Tensor, output: Tensor) -> Tensor:
+    """The share `plan.kept` of the way from the edited output, or map, to the one that is not edited."""
+    assert plan.kept is not None
+    return edited + plan.call.share.part(plan.kept, 1).to(output)[:, :, None, None] * (output - edited)
 
 
 def with_heads(plan: CallPlan, output: Tensor, start: int) -> Tensor:

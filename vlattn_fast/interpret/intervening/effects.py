@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ def attribute_edges(
     of: str | None = None,
     tower: str | tuple[str, str] | None = None,
     processor: Any = None,
+    n_steps: int | None = None,
 ) -> EdgeTable:
     """Computes the first-order effect of every edge of attention on a score: for each layer, head and pair of token groups.
 
@@ -53,6 +55,12 @@ def attribute_edges(
     tokens: to first order, the drop of the score if the edge is cut. This is attribution patching (Nanda, 2023; Syed et al.,
     2023) for edges of attention.
 
+    With `n_steps`, the edges between two groups are cut gradually in all layers and heads: each head's output is s times the
+    unedited one plus 1 - s times the one with a cut. The effect of an edge is the mean of the derivatives by its s at the
+    `n_steps` midpoints between 0 and 1, as in integrated gradients (Sundararajan et al., ICML 2017). For each two groups, these
+    effects sum to what all cuts together take from the score, up to the table's `gaps`. So they say more about edges that are
+    cut together, and less about one edge, which others may replace. It takes `n_steps` + 1 passes for each two groups.
+
     Args:
         model: a model that `explain` supports.
         inputs: the model's keyword arguments.
@@ -67,6 +75,7 @@ def attribute_edges(
             log-probability of an answer, the logit of a target.
         tower: the tower of the edges: a name, or (queries', keys') for cross-attention, each with the groups that it has. None =
             the only one that has all groups.
+        n_steps: of integrated effects; None = first-order effects.
 
     Layers without a softmax, such as recurrences, have no edges: the table's `without_edges` names them.
 
@@ -76,16 +85,22 @@ def attribute_edges(
     """
     named = None if groups is None else checked_groups(groups)
     check_tower(tower)
+    if n_steps is not None:
+        check_integer("n_steps", n_steps, low=1)
     question = {"target": target, "answer": answer, "of": of, "tower": tower, "processor": processor}
     with torch.inference_mode(False), torch.enable_grad():
-        notes = KeepsCalls()
+        notes = KeepsCalls() if n_steps is None else None
         asked = Asked.check(model, inputs, **question, notes=notes)
         plans = Plans(asked.traced)
         pair, named, queries, keys = plans.with_groups(plans.named_groups(tower) if named is None else named, tower)
         chosen = plans.layers([pair], None)
         for plan in chosen:
             check_edges(plan)
-        if notes.takes_all:
+        gaps = None
+        if notes is None:
+            assert n_steps is not None
+            scores, call_effects, gaps = _integrated(asked, chosen, queries, keys, n_steps)
+        elif notes.takes_all:
             scores, _ = asked.scores(asked.outputs)
             calls = notes.for_plans(plans, chosen, queries, keys)
             _gradients(scores, [call.leaf for call in calls])
@@ -103,7 +118,9 @@ def attribute_edges(
         names = [(head, f, t) for head in range(effect.shape[1]) for f in keys for t in queries]
         means = rows.double().mean(1).tolist()
         edges += [Edge(layer, *name, mean) for name, mean in zip(names, means, strict=True)]
-    table = EdgeTable(tuple(edges), torch.cat(effects), scores.detach(), named, question)
+    if gaps is not None:
+        gaps = torch.stack([torch.stack([gaps.get((f, t), torch.tensor(torch.nan)) for t in named]) for f in named])
+    table = EdgeTable(tuple(edges), torch.cat(effects), scores.detach(), named, question, gaps=gaps)
     return replace(table, without_edges=tuple(plans.without_edges([pair])))
 
 
@@ -120,6 +137,40 @@ def _by_edits(asked: Asked, plans: Plans, chosen: Sequence[CallPlan], queries: S
     scores, _ = asked.scores(asked.run(plans))
     gradients = zip(leaves, _gradients(scores, leaves), strict=True)
     return scores, [torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in gradients]
+
+
+def _integrated(
+    asked: Asked, chosen: Sequence[CallPlan], queries: Sets, keys: Sets, n_steps: int
+) -> tuple[Tensor, list[Tensor], dict[tuple[str, str], Tensor]]:
+    """The scores; the mean gradients (B, H, F, T) of each call by how much of its edges is kept; by the names of two groups, how
+    much these sum to beyond the effect of all cuts together, the mean over the samples."""
+    with torch.no_grad():
+        scores, target = asked.scores(asked.run(Plans(asked.traced)))
+    asked, device, dtype = asked.repeated(1, target), scores.device, torch.promote_types(scores.dtype, torch.float32)
+    called = {call: number for number, call in enumerate(asked.traced.calls)}
+
+    def cut(queries: TokenSet, keys: TokenSet, share: float) -> tuple[Tensor, list[Tensor]]:
+        plans, leaves = Plans(asked.traced), list[Tensor]()
+        for call in (plan.call for plan in chosen):
+            plan = plans.calls[called[call]]
+            plans.add_term(plan, Term(queries, keys, torch.full((call.heads,), -torch.inf)))
+            plan.kept = torch.full((call.tower.shape[0], call.heads), share, dtype=dtype, device=device, requires_grad=True)
+            leaves.append(plan.kept)
+        return asked.scores(asked.run(plans))[0], leaves
+
+    sizes = [(plan.call.tower.shape[0], plan.call.heads, len(keys), len(queries)) for plan in chosen]
+    effects = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]
+    gaps = {}
+    for (f, from_), (t, to) in product(enumerate(keys), enumerate(queries)):
+        sets = queries[to], keys[from_]
+        for step in range(n_steps):
+            for effect, gradient in zip(effects, _gradients(*cut(*sets, (step + 0.5) / n_steps)), strict=True):
+                if gradient is not None:
+                    effect[:, :, f, t] += gradient / n_steps
+        with torch.no_grad():
+            drop = scores - cut(*sets, 0.0)[0]
+        gaps[from_, to] = (sum(effect[:, :, f, t].sum().double() for effect in effects) - drop.sum().double()) / len(drop)
+    return scores, effects, gaps
 
 
 def _gradients(scores: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -58,6 +58,7 @@ class CallPlan:
 
     call: ModelCall
     terms: list[Term] = field(default_factory=list)
+    kept: Tensor | None = None  # (B, H), the share of the way from outputs with the terms to those without; None = 0
     gate: Tensor | None = None  # (H,), a factor of the outputs
     shift: Tensor | None = None  # (H, Dv), added to them
     patched: list[Patched] = field(default_factory=list)
