@@ -36,7 +36,10 @@ SUITE = ("-m", "tests.helpers.process", "-q", "--tb=short", "--dist", "worksteal
 PACKAGE = ("-m", "pytest", "-q", "--tb=short", "-p", "tools.part")
 # of each package the tests that neither compile kernels nor train
 PACKAGES = {
-    "ptx": [f"--ignore=tests/test_{name}.py" for name in "run cuda descriptors driver plugin installed sanitizers".split()],
+    "ptx": [
+        f"--ignore=tests/test_{name}.py"
+        for name in "run cuda descriptors driver plugin installed sanitizers clusters corpus readme".split()
+    ],
     "vlattn-native": ["tests/test_hub.py", "tests/test_packaging.py", "-k", "not formulas and not launches"],
     "vlattn-vllm": [],
     "vlattn-lab": [

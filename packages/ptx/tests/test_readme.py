@@ -27,7 +27,7 @@ def test_the_first_ten_lines_of_code_find_a_race(tmp_path: Path) -> None:
     (tmp_path / "reverse.py").write_text(code[1])
     done = python(tmp_path, "reverse.py")
     assert done.returncode == 1 and "FindingsError" in done.stderr
-    assert "race in global memory: read after write" in done.stderr and "reverse.py:" in done.stderr
+    assert "race in global memory: read after write" in done.stderr and "reverse.py:7: ld" in done.stderr
     (tmp_path / "reverse.py").write_text(code[1].replace("tl.store(x + n", "tl.store(x + n + n"))  # behind what is read
     assert "x has 2048 bytes" in python(tmp_path, "reverse.py").stderr
 

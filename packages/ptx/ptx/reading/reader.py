@@ -149,6 +149,7 @@ VARIABLE = re.compile(
     r"(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?([\w$]+)((?:\s*\[\w*\])*)\s*(?:=\s*(.*))?",
     re.S,
 )
+INLINE = re.compile(r"// begin inline asm\b.*?// end inline asm\b", re.S)
 STATEMENT = re.compile(r"\s*(?:([{}])|([$%\w]+)\s*:(?!:)|(\.(?:loc|file)\b[^\n]*)|([^;]+);)")
 INTEGER = re.compile(r"(-?)(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?")
 FLOAT32, FLOAT64 = re.compile(r"0[fF]([0-9a-fA-F]{8})"), re.compile(r"0[dD]([0-9a-fA-F]{16})")
@@ -222,6 +223,8 @@ class Module:
 
     def __init__(self, text: str) -> None:
         self.lines = text.splitlines()
+        # LLVM counts the lines of an inline assembly's text as lines of the source
+        text = INLINE.sub(lambda match: re.sub(r"(?m)^[ \t]*\.loc\b.*", "", match[0]), text)
         text = re.sub(r"//[^\n]*", "", text)
         text = re.sub(r"/\*.*?\*/", lambda match: "\n" * match[0].count("\n"), text, flags=re.S)
         self.files = {number: name.rsplit("/", 1)[-1] for number, name in re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', text)}
