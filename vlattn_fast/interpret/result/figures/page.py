@@ -7,7 +7,6 @@ import html
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,17 @@ import numpy as np
 from vlattn_fast.interpret.result.figures.panel_names import panel_names
 from vlattn_fast.interpret.result.figures.photos import read_boxes, read_images
 from vlattn_fast.interpret.result.figures.scale import check_scale, colors, for_scale, limits, scale_of, shares
-from vlattn_fast.interpret.result.numbers.choices import Array, Box, Patch, Sample, image_number, panels, read_samples, score_text
+from vlattn_fast.interpret.result.numbers.choices import (
+    Array,
+    Box,
+    Choice,
+    Patch,
+    Sample,
+    image_number,
+    panels,
+    read_samples,
+    score_text,
+)
 from vlattn_fast.interpret.result.numbers.explained import Explained
 from vlattn_fast.interpret.result.numbers.sink_tokens import sinks_line
 
@@ -54,15 +63,32 @@ def render(
     scale: str,
 ) -> Page:
     """See `Explanation.to_html`."""
+    from matplotlib.colors import to_hex
+
     check_scale(scale)
     first = explanations[0]
     images = read_images(first, image)
-    drawn = Drawn(first, labels, images, read_boxes(first, images, crop, processor), read_samples(first, labels))
+    crops, photos = read_boxes(first, images, crop, processor), images or []
+    listed, each = read_samples(first, labels), first.per_token
     methods = []
     for explanation in explanations:
-        methods.append({"name": explanation.method, "choices": drawn.choices("others", explanation)})
-    each, listed = first.per_token, drawn.samples
-    data = {**drawn.shared(cmap), "towers": list(first.relevancy), "methods": methods}
+        samples = listed if explanation is first else read_samples(explanation, labels)
+        if _kinds(samples) != _kinds(listed):
+            raise ValueError(f"others must explain the same samples, words, maps and towers; got {explanation!r} and {first!r}")
+        shown = [_choice(choice, crops, images, explanation.photos) for sample in samples for choice in sample.choices]
+        methods.append({"name": explanation.method, "choices": shown})
+    data = {
+        "colors": [to_hex(color) for color in colors(cmap)(np.arange(256))],
+        # of a scale that begins below 0
+        "signed": [to_hex(color) for color in for_scale(colors(cmap), -1.0)(np.arange(256))],
+        "steps": _STEPS,
+        # of maps of one photo, only the first has it
+        "images": [_photo(one) if all(one is not before for before in photos[:i]) else None for i, one in enumerate(photos)],
+        # without words of an answer that are choices: these are buttons
+        "texts": [[{"text": w.text, "space": w.space} for w in (one.prompt if each else one.words)] for one in listed],
+        "towers": list(first.relevancy),
+        "methods": methods,
+    }
     kind = "Samples" if not each else "Answer" if first.text is not None else "Prompt"
     numbers = count()
     groups = [[{"index": next(numbers), "choice": choice} for choice in sample.choices] for sample in listed]
@@ -76,56 +102,17 @@ def render(
     return Page(fill_template(TEMPLATES / "explanation.html", title=title, **values))
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """The parts that several explanations of one input share on a page, as drawing.js and the pages' scripts read it."""
-
-    first: Explained
-    labels: Sequence[Any] | None
-    images: list[Array] | None
-    crops: list[Box]
-    samples: list[Sample]  # of `first`
-
-    def shared(self, cmap: str) -> dict[str, Any]:
-        """Colours, photos and words."""
-        from matplotlib.colors import to_hex
-
-        each, photos = self.first.per_token, self.images or []
-        return {
-            "colors": [to_hex(color) for color in colors(cmap)(np.arange(256))],
-            # of a scale that begins below 0
-            "signed": [to_hex(color) for color in for_scale(colors(cmap), -1.0)(np.arange(256))],
-            "steps": _STEPS,
-            # of maps of one photo, only the first has it
-            "images": [_photo(one) if all(one is not before for before in photos[:i]) else None for i, one in enumerate(photos)],
-            # without words of an answer that are choices: these are buttons
-            "texts": [[{"text": w.text, "space": w.space} for w in (one.prompt if each else one.words)] for one in self.samples],
-        }
-
-    def choices(self, name: str, explanation: Explained) -> list[dict[str, Any]]:
-        """The choices of an explanation. ValueError, naming the argument, if they cannot replace those of `first`."""
-        samples = self.samples if explanation is self.first else read_samples(explanation, self.labels)
-        if _kinds(samples) != _kinds(self.samples):
-            raise ValueError(
-                f"{name} must explain the same samples, words, maps and towers; got {explanation!r} and {self.first!r}"
-            )
-        return [
-            {
-                "sample": choice.sample,
-                "label": choice.label,
-                "score": finite(choice.score),
-                "scored": score_text(choice.score, choice.of).replace(" -", " \u2212"),
-                "words": [finite(value) for value in choice.values.tolist()],
-                "views": {
-                    name: _view(patches, self.crops, self.images, explanation.photos)
-                    for name, patches in {"": choice.patches, **choice.towers}.items()
-                },
-                "rows": {name: _values(values) for name, values in choice.relevancy.items()},
-                "at_position": {name: finite(value) for name, value in choice.at_position.items()},
-            }
-            for sample in samples
-            for choice in sample.choices
-        ]
+def _choice(choice: Choice, crops: list[Box], images: list[Array] | None, photos: Sequence[int] | None) -> dict[str, Any]:
+    return {
+        "sample": choice.sample,
+        "label": choice.label,
+        "score": _finite(choice.score),
+        "scored": score_text(choice.score, choice.of).replace(" -", " \u2212"),
+        "words": [_finite(value) for value in choice.values.tolist()],
+        "views": {name: _view(patches, crops, images, photos) for name, patches in {"": choice.patches, **choice.towers}.items()},
+        "rows": {name: _values(values) for name, values in choice.relevancy.items()},
+        "at_position": {name: _finite(value) for name, value in choice.at_position.items()},
+    }
 
 
 def _kinds(samples: Sequence[Sample]) -> list[tuple[Any, ...]]:
@@ -145,10 +132,10 @@ def _view(patches: list[Patch], crops: list[Box], images: list[Array] | None, ph
         for patch in panel:
             box = crops[patch.index] if patch.box is None else patch.box
             maps.append({"box": [round(x, 5) for x in box], "size": list(patch.values.shape), **_values(patch.values)})
-            maps[-1] |= {} if patch.seconds is None else {"seconds": finite(patch.seconds)}
+            maps[-1] |= {} if patch.seconds is None else {"seconds": _finite(patch.seconds)}
         image = None if images is None else image_number(panel[0], images)
         figures.append({"image": image, "name": name, "maps": maps})
-    ends = {"low": finite(low), "high": finite(high), "clip": finite(clip), "range": [finite(end) for end in range_]}
+    ends = {"low": _finite(low), "high": _finite(high), "clip": _finite(clip), "range": [_finite(end) for end in range_]}
     return {**ends, "figures": figures}
 
 
@@ -158,10 +145,10 @@ def _values(values: Array) -> dict[str, Any]:
     cells = np.rint(np.nan_to_num(shares(flat, low, high)).clip(0, 1) * _STEPS).astype(int).tolist()
     for i in np.flatnonzero(np.isnan(flat)).tolist():
         cells[i] = None
-    return {"low": finite(low), "high": finite(high), "cells": cells}
+    return {"low": _finite(low), "high": _finite(high), "cells": cells}
 
 
-def finite(value: float | None) -> float | None:
+def _finite(value: float | None) -> float | None:
     """Four digits; JSON has no NaN."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
 
