@@ -182,16 +182,6 @@ def test_an_explanation_without_maps_says_what_to_do() -> None:
                 draw(PHOTO)
 
 
-def test_an_explanation_with_its_photo_shows_it_in_a_notebook() -> None:
-    plain = explained((2, 2))
-    shown = plain.with_photo(PHOTO, crop=(0.25, 0, 0.75, 1))
-    assert "data:image/jpeg" in shown._repr_html_() and "0.25" in shown._repr_html_()
-    assert "data:image/jpeg" not in plain._repr_html_() and torch.equal(shown.image[0], plain.image[0])
-    for photo, crop, argument in (("none.png", None, "image"), (PHOTO, (0, 0, 0, 0), "crop"), ([PHOTO] * 2, None, "image")):
-        with pytest.raises(ValueError, match=f"{argument} must be"):
-            plain.with_photo(photo, crop=crop)
-
-
 def test_a_part_of_a_batch_counts_its_photos_anew() -> None:
     crops = [None, (0, 0, 1, 1), (0, 0, 1, 2)]
     explanation = Explanation({"vision": torch.rand(3, 5)}, image=torch.rand(3, 2, 2), photos=[0, 1, 1], crops=crops)

@@ -19,7 +19,7 @@ from vlattn_fast.interpret.intervening.part_table import PartTable, bars
 from vlattn_fast.interpret.intervening.plans import Plans, heads_of
 from vlattn_fast.interpret.intervening.stream_leaves import PARTS, Leaves, constant_options, run_with_leaves
 from vlattn_fast.interpret.intervening.token_sets import TokenGroup, TokenSet, check_group, disjoint, token_set
-from vlattn_fast.interpret.intervening.traced_model import TracedModel, trace_model
+from vlattn_fast.interpret.intervening.traced_model import trace_model
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.score_attention import score_attention
 
@@ -133,22 +133,7 @@ def score_parts(
     check_group("queries", queries)
     chosen = check_numbers("heads", heads)
     check_choice("parts", parts, PARTS)
-    return split_scores(
-        trace_model(model, inputs, [tower]), layer, chosen, parts=parts, groups=named, queries=queries, tower=tower
-    )
-
-
-def split_scores(
-    traced: TracedModel,
-    layer: int,
-    heads: Sequence[int] | None,
-    *,
-    parts: str,
-    groups: Mapping[str, TokenGroup],
-    queries: TokenGroup | None,
-    tower: str | None,
-) -> ScoreParts:
-    """`score_parts` of a model whose calls and tokens are known."""
+    traced = trace_model(model, inputs, [tower])
     plans = Plans(traced)
     pair = plans.self_pair("score_parts", tower)
     (plan, *more) = plans.layers([pair], check_numbers("layer", layer), "layer")
@@ -156,10 +141,10 @@ def split_scores(
         raise ValueError(f"layer must be a number of a layer that attends once; got {layer!r}")
     if plan.call.problem:
         raise ValueError(f"model must attend over whole inputs if scores are split; got {plan.call.problem}")
-    numbers = heads_of(plan.call, heads)
+    numbers = heads_of(plan.call, chosen)
     tower_of = pair[0]
     weights = _query_weights(queries, tower_of)
-    sets = {name: _set_of(f"groups[{name!r}]", group, tower_of) for name, group in disjoint(groups, [tower_of]).items()}
+    sets = {name: _set_of(f"groups[{name!r}]", group, tower_of) for name, group in disjoint(named, [tower_of]).items()}
     with at_rest(traced.model):
         leaves = run_with_leaves(plans, tower_of, "score_parts", plan.call)
         return _split(leaves, leaves.events[plan.call], parts, plan.call.layer, numbers.tolist(), weights, sets)

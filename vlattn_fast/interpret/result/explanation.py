@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,7 +15,6 @@ from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.result.figures.figure import draw
 from vlattn_fast.interpret.result.figures.overlay import overlay
 from vlattn_fast.interpret.result.figures.page import Page, render
-from vlattn_fast.interpret.result.figures.photos import read_boxes, read_images
 from vlattn_fast.interpret.result.figures.scale import RELEVANCY
 from vlattn_fast.interpret.result.numbers import table
 from vlattn_fast.interpret.result.numbers.explained import Explained
@@ -113,22 +111,6 @@ class Explanation(Explained):
             raise ValueError("with_tokens needs an explanation with text; got one without token_ids. Leave with_tokens out")
         convert = getattr(processor, "tokenizer", processor).convert_ids_to_tokens
         return replace(self, words=[[str(word) for word in convert(row)] for row in self.token_ids])
-
-    def with_photo(self, image: Any, *, crop: Any = None, processor: Any = None) -> Explanation:
-        """Returns a copy that a notebook shows over its photo, or photos. The arguments are those of `plot`. Neither saved files
-        nor copies of the copy hold the photos.
-
-        Examples:
-            >>> explanation = Explanation({"vision": torch.rand(1, 4)}, image=torch.rand(1, 2, 2))
-            >>> "data:image/jpeg" in explanation.with_photo(torch.rand(3, 20, 20))._repr_html_()
-            True
-        """
-        with extra("viz"):
-            images = read_images(self, image)
-            read_boxes(self, images, crop, processor)
-        shown = copy(self)
-        object.__setattr__(shown, "_photo", {"image": images, "crop": crop, "processor": processor})
-        return shown
 
     def to_numpy(self) -> dict[str, Any]:
         """Returns every tensor as a NumPy array by the name of its field; dicts stay dicts, tuples of maps become lists."""
@@ -361,9 +343,9 @@ class Explanation(Explained):
         return Path(path)
 
     def _repr_html_(self) -> str | None:
-        """The page for a notebook, with the photo of `with_photo`; None, i.e. plain text, if a package for pages is missing."""
+        """The page for a notebook; None, i.e. plain text, if a package for pages is missing."""
         try:
-            return self.to_html(**getattr(self, "_photo", {}))._repr_html_()
+            return self.to_html()._repr_html_()
         except ModuleNotFoundError:
             return None
 
