@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlattn_fast.backends.streaming import indexer_divergence as streaming
 from vlattn_fast.backends.streaming.attention_divergence import AttentionDivergenceBackwardInputs
 from vlattn_fast.backends.streaming.indexer_divergence import IndexerDivergenceBackwardInputs, IndexerDivergenceInputs
 from vlattn_fast.kernels._configurations import configuration
@@ -60,24 +61,23 @@ def forward(inputs: IndexerDivergenceInputs) -> Tensor:
     if 0 in (*rows, inputs.key.shape[2]):
         return query.new_zeros(rows, dtype=torch.float32)
     of_means = _of_means(inputs)
-    return divergences(of_means, *_sides(of_means, inputs.index_weights), "kl")[:, 0]
+    return divergences(of_means, *_sides(of_means, inputs.index_weights, inputs.teacher_lse), "kl")[:, 0]
 
 
 @on_device
 def backward(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, index_query, index_key and index_weights; None for a side that needs none."""
+    """Gradients of streaming's FIELDS; None for a side that needs none. Those of an attention with a given log-sum-exp are
+    streaming's."""
     query, num_k = inputs.query, inputs.key.shape[2]
-    made: list[Tensor | None] = [None] * 5
-    if 0 in (query.shape[0], query.shape[2], num_k):
-        needs = [inputs.need_attention] * 2 + [inputs.need_index] * 3
-        given = query, inputs.key, inputs.index_query, inputs.index_key, inputs.index_weights
-        return tuple([torch.zeros_like(x) if need else None for x, need in zip(given, needs, strict=True)])
+    if (inputs.need_attention and inputs.teacher_lse is not None) or 0 in (query.shape[0], query.shape[2], num_k):
+        return streaming.backward(inputs)
+    made: list[Tensor | None] = [None] * 6
     of_means = _of_means(inputs, inputs.grad)
-    attention, indexer = _sides(of_means, inputs.index_weights)
+    attention, indexer = _sides(of_means, inputs.index_weights, inputs.teacher_lse)
     if inputs.need_attention:
         made[:2] = gradients(of_means, attention, indexer, "kl", 0.5, inputs.scale, None)[:2]
     if inputs.need_index:
-        made[2:] = _of_indexer(of_means, attention, indexer)
+        made[3:] = _of_indexer(of_means, attention, indexer)
     return tuple(made)
 
 
@@ -106,11 +106,11 @@ def _of_means(
     )
 
 
-def _sides(inputs: AttentionDivergenceBackwardInputs, weights: Tensor) -> tuple[Side, Side]:
+def _sides(inputs: AttentionDivergenceBackwardInputs, weights: Tensor, lse: Tensor | None) -> tuple[Side, Side]:
     """The attention, and the indexer with each row's largest logit and weight."""
     query, key = inputs.other_query, inputs.other_key
     batch, heads, num_q, _ = query.shape
-    attention = side_of(inputs, inputs.query, inputs.key, inputs.scale)
+    attention = side_of(inputs, inputs.query, inputs.key, inputs.scale, lse)
     largest, weight = query.new_empty((2, batch, num_q), dtype=torch.float32)
     indexer = Side(heads_of(query), heads_of(key), largest, weight, heads, 1, LOG2_E, weights.contiguous())
     call, config = _call(inputs, attention, indexer, "rows")

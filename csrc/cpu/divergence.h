@@ -2,6 +2,7 @@
 //
 // Query row i, key j; ' marks the other side. In brackets: the names below.
 //     L_ij = ln A_ij = (S_ij - max_j S_ij) - ln sum_j e^(S_ij - max_j S_ij)                [take_logs: S]
+//          = S_ij - lse_i, if it is given
 //     ln Abar_ij = ln (1/H sum_h A_hij), a log-sum-exp over the heads                     [take_up_head: mean, weights]
 //     f(e^L, e^L'), and with r = df/dA the products A r, A' r'                            [Terms; divergence_of_tile]
 //     dS_ij = (A r - A sum_j A r) dD_i; of a mean A_h r = (A_h / Abar) Abar r, over H     [logit_gradients]
@@ -79,6 +80,7 @@ struct AttentionSide {
     float *S, *mean;  // ln A of a head, later the gradients of its logits; ln Abar, or null
     float* weights;  // A r, and before of the heads' mean the sum of their weights relative to e^mean; null if neither is needed
     float *grad_query, *scratch;  // (D, LANES)
+    const float* lse = nullptr;  // (B, H, N), if it is given
     void plan(const Divergence& c, int side, Size size, bool pairs, Memory& memory) {
         const Attention& a = c.sides[side];
         const bool is_mean = c.heads(side) > 1;
@@ -88,6 +90,15 @@ struct AttentionSide {
         mean = is_mean ? memory.take(size) : nullptr;
         weights = is_mean || c.needs(side) ? memory.take(size) : nullptr;
         grad_query = memory.take(c.needs(side) ? logits.stride * LANES : 0);
+    }
+    // the log-sum-exp of a head's rows in `to` (LANES), 0 where there is none; null unless it is given
+    const float* load_lse(const Attention& a, const Tile& t, float* to) const {
+        if (!lse) return nullptr;
+        for (Size i = 0; i < LANES; ++i) {
+            const float x = i < t.rows ? lse[(t.b * a.H + t.h) * a.N + t.first + i] : 0;
+            to[i] = x == -INFINITY ? 0 : x;
+        }
+        return to;
     }
     const float* compared() const { return mean ? mean : S; }
 };
@@ -115,12 +126,15 @@ static void attention_logits(const Attention& a, AttentionSide& x, const Tile& t
         for (Size i = 0; i < w; i += VL) store(largest + i, maximum(load(largest + i), load(x.logits.top + i)));
     });
 }
-// make(largest) makes logits S (keys, w); take(at, ln A) takes a vector of their logarithms of weights at each place.
-template <class Make, class Take> static void take_logs(float* S, Size keys, Size w, const Make& make, const Take& take) {
+// make(largest) makes logits S (keys, w); take(at, ln A) takes a vector of their logarithms of weights at each place. lse (w) is
+// the rows' log-sum-exp, or null.
+template <class Make, class Take>
+static void take_logs(float* S, Size keys, Size w, const float* lse, const Make& make, const Take& take) {
     const Vector nothing = splat(-INFINITY);
     float largest[LANES];
     make(largest);
-    for (Size i = 0; i < w; i += VL) {
+    for (Size at = 0; lse && at < keys * w; at += VL) take(at, load(S + at) - load(lse + at % w));
+    for (Size i = 0; !lse && i < w; i += VL) {
         const Vector top = load(largest + i), shift = top == nothing ? Vector{} : top;
         double total[VL];
         float log_total[VL];
@@ -132,8 +146,9 @@ template <class Make, class Take> static void take_logs(float* S, Size keys, Siz
             take(at, (load(S + at) - shift) - rest);
     }
 }
-template <class Make> static void load_logs(float* S, Size keys, Size w, const Make& make) {  // in the place of the logits
-    take_logs(S, keys, w, make, [S](Size at, Vector log_p) { store(S + at, log_p); });
+template <class Make>
+static void load_logs(float* S, Size keys, Size w, const float* lse, const Make& make) {  // in the place of the logits
+    take_logs(S, keys, w, lse, make, [S](Size at, Vector log_p) { store(S + at, log_p); });
 }
 // The sum of the heads' weights so far is weights e^mean, where mean is the largest logarithm among them.
 INLINE void take_up_head(const AttentionSide& x, Size at, Vector log_p) {
@@ -146,11 +161,13 @@ INLINE void take_up_head(const AttentionSide& x, Size at, Vector log_p) {
 template <class Make>
 static void load_side(const Divergence& c, const AttentionSide& x, int side, Tile t, Size keys, const Make& make) {
     const Size w = t.width;
-    const auto logits = [&](float* largest) { make(t, largest); };
-    if (!x.mean) return load_logs(x.S, keys, w, logits);
-    take_logs(x.S, keys, w, logits, [&](Size at, Vector log_p) { store(x.mean + at, log_p), store(x.weights + at, splat(1.f)); });
     const Attention& a = c.sides[side];
-    for (t.h = 1; t.h < a.H; ++t.h) take_logs(x.S, keys, w, logits, [&](Size at, Vector log_p) { take_up_head(x, at, log_p); });
+    float of_rows[LANES];
+    const auto logits = [&](float* largest) { make(t, largest); };
+    const auto take = [&](const auto& f) { take_logs(x.S, keys, w, x.load_lse(a, t, of_rows), logits, f); };
+    if (!x.mean) return take([&](Size at, Vector log_p) { store(x.S + at, log_p); });
+    take([&](Size at, Vector log_p) { store(x.mean + at, log_p), store(x.weights + at, splat(1.f)); });
+    for (t.h = 1; t.h < a.H; ++t.h) take([&](Size at, Vector log_p) { take_up_head(x, at, log_p); });
     const Vector heads = splat((float)a.H);
     for (Size at = 0; at < keys * w; at += VL) store(x.mean + at, load(x.mean + at) + log_all(load(x.weights + at) / heads));
 }
@@ -230,7 +247,7 @@ static void side_gradients(const Divergence& c, const AttentionSide& x, int side
                            const Add& add) {
     const Size heads = c.heads(side), last = t.h + heads;
     for (; t.h < last; ++t.h) {
-        if (x.mean) load_logs(x.S, keys, t.width, [&](float* largest) { make(t, largest); });
+        if (x.mean) load_logs(x.S, keys, t.width, nullptr, [&](float* largest) { make(t, largest); });
         if (x.mean) logit_gradients<true>(c, t, keys, heads, x.weights, x.mean, x.S);
         else logit_gradients<false>(c, t, keys, heads, x.weights, nullptr, x.S);
         add(t);

@@ -21,7 +21,8 @@ struct IndexerDivergence : Divergence {  // sides: the attention, and q' and k' 
     StridedTensor weights, grad_weights;  // (B, Hi, N, 1)
     const int64_t* topk_indices;  // (B, N, chosen)
     Size chosen;  // -1 for all keys
-    FIELDS(sides, head_mean, divergence, grad, grad_queries, grad_keys, weights, grad_weights, topk_indices, chosen)
+    const float* lse;  // (B, H, N) of the attention, which then has no gradients; or null
+    FIELDS(sides, head_mean, divergence, grad, grad_queries, grad_keys, weights, grad_weights, topk_indices, chosen, lse)
     bool chooses() const { return chosen >= 0; }
     Size slots() const { return chooses() ? least(chosen, any().M) : any().M; }
 };
@@ -295,6 +296,7 @@ struct IndexerTiles {
         const IndexerDivergence& c = call.c;
         const Size size = c.slots() * call.lanes;
         attention.plan(c, 0, size, !c.chooses(), memory), indexer.plan(c, size, memory);
+        attention.lse = c.lse;
         if (c.chooses()) chosen.plan(c, call.lanes, memory);
     }
 };
@@ -316,7 +318,8 @@ static void add_item(const IndexerCall& call, IndexerTiles& x, Size item, float*
         find_top(own.S, count, t.width, largest);
     };
     load_side(c, own, 0, tile, count, logits);
-    load_logs(x.indexer.S, count, tile.width, [&](float* largest) { indexer_logits(c, x.indexer, tile, index_keys, largest); });
+    load_logs(x.indexer.S, count, tile.width, nullptr,
+              [&](float* largest) { indexer_logits(c, x.indexer, tile, index_keys, largest); });
     float *own_weights = c.needs(0) ? own.weights : nullptr, *index_weights = c.needs(1) ? x.indexer.weights : nullptr;
     divergence_of_tile(c, tile, count, own.compared(), x.indexer.S, own_weights, index_weights, KlTerms{});
     if (c.needs(0))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_grads
-from tests.helpers.ops.backends import F64, each, finest, on
+from tests.helpers.ops.backends import F64, assert_refused, each, finest, on
 
 FAST = ("streaming", "cpu", "triton")
 CHOOSING = FAST[:2]  # these take topk_indices
@@ -106,6 +106,122 @@ def test_options(backend: str, name: str) -> None:
     assert got["out0"].any() == (name != "no keys chosen")
 
 
+GIVEN: dict[str, dict[str, Any]] = {
+    "all keys": {},
+    "masks": {"is_causal": True, "key_mask": torch.rand(2, 9) < 0.7, "attn_mask": torch.randn(1, 1, 7, 9)},
+    "chosen keys": {"topk_indices": chosen(), "enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("detached", [True, False])
+@each("name", streaming=GIVEN, cpu=GIVEN, triton=[*GIVEN][:2], reference=GIVEN)
+def test_a_given_lse_is_the_sum_of_a_softmax(backend: str, name: str, detached: bool) -> None:
+    """Through it go the gradients that the softmax would have; without it, those of the indexer are the same."""
+    options = GIVEN[name]
+    x = as_dtype(tensors(shared=1 + ("enable_gqa" in options)), finest(backend))
+
+    def run(call: Any, gives: bool, **x: Tensor) -> Tensor:
+        if detached:
+            x |= {side: x[side].detach() for side in ("query", "key")}
+        lse = {"teacher_lse": lse_of(x["query"], x["key"], **options)} if gives else {}
+        result: Tensor = call(**x, **lse, **options)
+        return result
+
+    ours = partial(run, partial(va.indexer_divergence, backend=backend), True)
+    got = assert_all_close_to(ours, partial(run, va.reference.indexer_divergence, False), x, [torch.randn(2, 7)])
+    assert got["grad index_key"].any() and bool(got["grad key"].any()) != detached
+
+
+def test_second_derivatives_with_a_given_lse() -> None:
+    x = tensors(n=3, m=4)
+
+    def run(*given: Tensor) -> Tensor:
+        result: Tensor = va.indexer_divergence(*given, teacher_lse=lse_of(*given[:2], is_causal=True), is_causal=True)
+        return result
+
+    assert torch.autograd.gradgradcheck(run, [y.requires_grad_() for y in x.values()], fast_mode=True)
+
+
+def lse_of(query: Tensor, key: Tensor, topk_indices: Tensor | None = None, **options: Any) -> Tensor:
+    """Of each head's rows, in the dtype of sums; -inf without a key."""
+    query, key = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (query, key))
+    logits = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT * query.shape[-1] ** -0.5
+    hidden = torch.zeros(len(query), 1, *logits.shape[2:], dtype=torch.bool)
+    if options.get("is_causal"):
+        hidden = hidden | torch.ones_like(hidden).triu(1)
+    if "key_mask" in options:
+        hidden = hidden | ~options["key_mask"][:, None, None]
+    if topk_indices is not None:
+        hidden = hidden | ~(topk_indices[..., None] == torch.arange(logits.shape[-1])).any(2)[:, None]
+    return (logits + options.get("attn_mask", 0.0)).masked_fill(hidden, -torch.inf).logsumexp(-1)
+
+
+def in_blocks(
+    query: Tensor,
+    key: Tensor,
+    index_query: Tensor,
+    index_key: Tensor,
+    index_weights: Tensor,
+    *,
+    topk_indices: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """The last block of four keys has one."""
+    seen = torch.ones(len(query), 1, query.shape[2], 9, dtype=torch.bool) if attn_mask is None else attn_mask
+    seen = seen & torch.ones(query.shape[2], 9, dtype=torch.bool).tril() if is_causal else seen
+    blocks = torch.arange(9) // 4 == torch.arange(3)[:, None]  # (3, 9)
+    if topk_indices is not None:
+        kept = (topk_indices[..., None] == torch.arange(3)).any(2)[:, None]
+        seen = seen & (kept.double() @ blocks.double() > 0)
+
+    def softmax(logits: Tensor, seen: Tensor) -> Tensor:
+        e = logits.exp() * seen
+        return e / e.sum(-1, keepdim=True).clamp(min=1e-300)
+
+    p = softmax(query @ key.mT * query.shape[-1] ** -0.5, seen).mean(1) @ blocks.to(query.dtype).mT
+    visible = (seen[:, 0].double() @ blocks.double().mT) > 0
+    q = softmax((index_weights[..., None] * (index_query @ index_key[:, None].mT).relu()).sum(1), visible)
+    p, q = (torch.where(visible, each, 1.0) for each in (p, q))
+    return torch.where(visible, p * (p / q).log(), 0.0).sum(-1)
+
+
+BLOCKS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "masked": {"is_causal": True, "attn_mask": mask()},
+    "chosen": {"topk_indices": torch.tensor([[2, 0, -1, 0], [1, 1, 3, 9]])[:, None].repeat(1, 7, 1), "is_causal": True},
+}
+
+
+@each("name", reference=BLOCKS, streaming=BLOCKS)
+def test_blocks_of_keys(backend: str, name: str) -> None:
+    x, options = tensors() | {"index_key": torch.randn(2, 3, 5, dtype=F64)}, BLOCKS[name]
+    ours = partial(va.indexer_divergence, key_block=4, **options, backend=backend)
+    sent = [torch.randn(2, 7)]
+    got, want = (outputs_and_grads(call, x, sent) for call in (ours, partial(in_blocks, **options)))
+    for each_name, y in want.items():
+        torch.testing.assert_close(got[each_name], y, rtol=1e-10, atol=1e-12)
+    if backend == "streaming":
+        leaves = [y.detach().requires_grad_() for y in x.values()]
+        assert torch.autograd.gradgradcheck(lambda *given: ours(**dict(zip(x, given, strict=True))), leaves, fast_mode=True)
+
+
+def test_a_padded_block_may_hold_nan() -> None:
+    x = tensors() | {"index_key": torch.randn(2, 3, 5, dtype=F64)}
+    key_mask = torch.arange(9).expand(2, -1) < 5
+    want = va.indexer_divergence(**x, key_block=4, key_mask=key_mask)
+    x["index_key"][:, 2:], x["key"][:, :, 5:] = torch.nan, torch.nan
+    for backend in ("reference", "streaming"):
+        got = va.indexer_divergence(**x, key_block=4, key_mask=key_mask, backend=backend)
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend, words", [("cpu", "a key_block of 1"), ("triton", "a key_block of 1")])
+def test_blocks_are_refused_by_kernels(backend: str, words: str) -> None:
+    x = as_dtype(tensors() | {"index_key": torch.randn(2, 3, 5)}, torch.float32)
+    assert_refused(backend, words, lambda: va.indexer_divergence(**x, key_block=4, backend=backend))
+
+
 @on(*FAST)
 def test_weights_below_the_least_float(backend: str) -> None:
     x = {name: 60 * value.float() for name, value in tensors().items()}
@@ -165,7 +281,11 @@ X = {name: value.float() for name, value in tensors().items()}
     ("change", "error", "message"),
     [
         ({"query": X["query"][:, :0], "key": X["key"][:, :0]}, ValueError, "query must have at least one head to reduce"),
-        ({"index_key": X["index_key"][:, :5]}, ValueError, r"index_key must have shape \(B, M, Di\) = \(2, 9, 5\)"),
+        ({"index_key": X["index_key"][:, :5]}, ValueError, r"index_key must have shape .* = \(2, 9, 5\)"),
+        ({"key_block": 4}, ValueError, r"index_key must have shape \(B, ceil\(M / key_block\), Di\) = \(2, 3, 5\)"),
+        ({"key_block": 0}, ValueError, "key_block must be"),
+        ({"key_block": 4, "document_ids": (torch.zeros(7).long(), torch.zeros(9).long())}, ValueError, "key_block must be 1"),
+        ({"teacher_lse": torch.zeros(2, 4, 9)}, ValueError, "teacher_lse must be float32 or float64 of shape"),
         ({"index_weights": X["index_weights"].double()}, TypeError, "index_weights must have"),
         ({"attn_mask": torch.ones(2, 4, 7, 9, dtype=torch.bool)}, ValueError, "attn_mask must broadcast"),
     ],

@@ -349,15 +349,15 @@ def check_head_dim(query: Tensor, key: Tensor) -> None:
         raise ValueError(f"key must have query's head_dim {query.shape[-1]}; got {describe(key)}")
 
 
-def check_lse(lse: Any, query: Tensor) -> None:
+def check_lse(lse: Any, query: Tensor, name: str = "lse") -> None:
     """Raises unless lse (B, H, N) may be a log-sum-exp for each query, or is None."""
     if lse is None:
         return
-    check_tensor("lse", lse, rank=3, shape="(B, H, N)")
-    check_device("lse", lse, "query", query)
+    check_tensor(name, lse, rank=3, shape="(B, H, N)")
+    check_device(name, lse, "query", query)
     # rounded to 16 bits it would move each probability by up to some percent
     if lse.shape != query.shape[:3] or lse.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"lse must be float32 or float64 of shape (B, H, N) = {tuple(query.shape[:3])}; got {describe(lse)}")
+        raise ValueError(f"{name} must be float32 or float64 of shape (B, H, N) = {tuple(query.shape[:3])}; got {describe(lse)}")
 
 
 def check_softcap(softcap: Any) -> None:

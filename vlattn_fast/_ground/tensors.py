@@ -234,6 +234,12 @@ def mask_padding(key_mask: Tensor | None, *tensors: Tensor | None, fill: float =
     return tuple(None if x is None else torch.where(visible, x, fill) for x in tensors)
 
 
+def blocks_of_keys(x: Tensor, size: int, fill: float) -> Tensor:
+    """(..., M) in blocks of `size`, (..., M', size); `fill` behind the last key."""
+    count = -(-x.shape[-1] // size)
+    return F.pad(x, (0, count * size - x.shape[-1]), value=fill).unflatten(-1, (count, size))
+
+
 def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     """Returns (B, L, D) with zeros if mask (B, L) is False, so that NaN there reaches no output and no gradient."""
     return x if mask is None else torch.where(mask[..., None], x, 0.0)

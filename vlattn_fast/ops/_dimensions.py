@@ -27,6 +27,7 @@ DIMENSIONS = {
     "queries": "bq",
     "other_query": "bhqd",
     "other_key": "bhkd",
+    "teacher_lse": "bhq",
     "index_query": "bhqd",
     "index_key": "bkd",
     "index_weights": "bhq",

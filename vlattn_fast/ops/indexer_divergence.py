@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 
 from vlattn_fast import kernels
-from vlattn_fast._ground.checks import check_bool, check_device, check_floating, check_masks, check_tensor, describe
-from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_padding, without_autocast
+from vlattn_fast._ground.checks import (
+    check_bool,
+    check_device,
+    check_floating,
+    check_integer,
+    check_lse,
+    check_masks,
+    check_tensor,
+    describe,
+)
+from vlattn_fast._ground.tensors import blocks_of_keys, cast_by_autocast, compute_dtype, mask_padding, without_autocast
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.cpu import indexer_divergence as cpu
 from vlattn_fast.backends.streaming import indexer_divergence as streaming
@@ -30,12 +39,27 @@ from vlattn_fast.ops.attention_divergence import check_key
 def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
     return [
         ("Triton kernels take no topk_indices", call.flags["topk"]),
+        ("Triton kernels take a key_block of 1", call.sizes["key_block"] > 1),
         ("Triton kernels take a head_dim of index_query of at most 256", call.sizes["index_dim"] > 256),
     ]
 
 
-BACKENDS = table(streaming, cpu=cpu, triton=lambda: kernels.indexer_divergence, limits={"triton": _triton_limits})
-_SHAPES = dict(zip(FIELDS, ("(B, H, N, D)", "(B, Hkv, M, D)", "(B, Hi, N, Di)", "(B, M, Di)", "(B, Hi, N)"), strict=True))
+def _cpu_limits(call: CallShape) -> list[tuple[str, bool]]:
+    return [
+        ("C++ kernels take a key_block of 1", call.sizes["key_block"] > 1),
+        ("C++ kernels take no attn_mask in float64 with teacher_lse", call.flags["lse_of_float64"]),
+    ]
+
+
+_LIMITS = {"cpu": _cpu_limits, "triton": _triton_limits}
+BACKENDS = table(streaming, cpu=cpu, triton=lambda: kernels.indexer_divergence, limits=_LIMITS)
+_SHAPES = {
+    "query": "(B, H, N, D)",
+    "key": "(B, Hkv, M, D)",
+    "index_query": "(B, Hi, N, Di)",
+    "index_key": "(B, ceil(M / key_block), Di)",
+    "index_weights": "(B, Hi, N)",
+}
 
 
 def indexer_divergence(
@@ -46,6 +70,8 @@ def indexer_divergence(
     index_weights: Tensor,
     *,
     topk_indices: Tensor | None = None,
+    teacher_lse: Tensor | None = None,
+    key_block: int = 1,
     attn_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     is_causal: bool = False,
@@ -68,7 +94,8 @@ def indexer_divergence(
         >>> va.indexer_divergence(query, key, index_query, index_key, index_weights, is_causal=True).shape
         torch.Size([2, 7])
 
-    A_h = softmax(scale q_h k_h^T + mask) of each head, and A'_ij = softmax_j(sum_h w_ih relu(q'_ih . k'_j) + mask).
+    A_h = softmax(scale q_h k_h^T + mask) of each head, and A'_ij = softmax_j(sum_h w_ih relu(q'_ih . k'_j) + mask). With
+    key_block > 1 both are maps of blocks of keys: A_h is summed over the keys of each, and A' has one score for it.
 
     Args:
         query, key: (B, H, N, D) and (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa; float16, bfloat16, float32,
@@ -76,9 +103,15 @@ def indexer_divergence(
         index_query, index_key, index_weights: q' (B, Hi, N, Di), k' (B, M, Di) and w (B, Hi, N), of the same dtype. Factors, such
             as 1/sqrt(Di), belong to the weights.
         topk_indices: int64 or int32 (B, N, K), the keys of each query over which both softmaxes run, such as those that sparse
-            attention took; a key counts once. Indices outside [0, M), e.g. -1, mean no key. Default: all keys.
+            attention took; a key counts once. Indices outside [0, M), e.g. -1, mean no key. Default: all keys. With key_block > 1
+            they are the indices of blocks.
+        teacher_lse: (B, H, N), float32 or float64, each row's log-sum-exp of the scaled and masked scores of
+            query and key, as the model's attention returns it: A_h is then exp(score - teacher_lse), without a second softmax.
+            It must be over the same keys: of sparse attention if there are topk_indices. Rows without keys have -inf.
+        key_block: how many keys in a row share an index key, as where keys are compressed; index_key is (B, ceil(M / key_block),
+            Di). A block without a visible key is masked. Of a mask of numbers A' has the largest in a block.
         attn_mask, key_mask, is_causal, enable_gqa: of both sides, as in score_attention; attn_mask broadcasts to (B, 1, N, M).
-        document_ids, cu_seqlens: see score_attention.
+        document_ids, cu_seqlens: see score_attention. key_block must be 1.
         scale: multiplies the scores of query and key. Default: 1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
@@ -90,28 +123,42 @@ def indexer_divergence(
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
     if document_ids is not None or cu_seqlens is not None or getattr(query, "is_nested", False):
+        if key_block != 1:
+            raise ValueError(f"key_block must be 1 for packed documents, whose blocks would have keys of two; got {key_block!r}")
         return over_documents(indexer_divergence, locals(), ["bq"])
     x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, backend=backend)
-    plan = planned(_plan, x, index_query, index_key, index_weights, topk_indices)
+    plan = planned(_plan, x, index_query, index_key, index_weights, topk_indices, teacher_lse, key_block)
     query, key, index_query, index_key, index_weights = cast_by_autocast(query, key, index_query, index_key, index_weights)
     if plan.backend == "reference":
         masks: dict[str, Any] = {"topk_indices": topk_indices, "attn_mask": attn_mask, "key_mask": key_mask}
         masks |= {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        masks |= {"teacher_lse": teacher_lse, "key_block": key_block}
         with without_autocast(query):
             return reference.indexer_divergence(query, key, index_query, index_key, index_weights, **masks)
-    key, index_key = mask_padding(key_mask, key, index_key[:, None])
-    tensors = query, key, index_query, index_key[:, 0], index_weights, topk_indices, attn_mask, key_mask
-    divergence: Tensor = _derivatives.forward(IndexerDivergenceInputs(*tensors, is_causal, plan.scale, plan.backend))
+    (key,), blocks = mask_padding(key_mask, key), key_mask
+    if key_mask is not None and key_block > 1:
+        blocks = blocks_of_keys(key_mask, key_block, False).any(-1)
+    (index_key,) = mask_padding(blocks, index_key[:, None])
+    lse = None if teacher_lse is None else teacher_lse.to(compute_dtype(query))
+    tensors = query, key, lse, index_query, index_key[:, 0], index_weights, topk_indices, attn_mask, key_mask
+    divergence: Tensor = _derivatives.forward(IndexerDivergenceInputs(*tensors, is_causal, plan.scale, key_block, plan.backend))
     return divergence
 
 
 def _describe(
-    x: AttentionArguments, index_query: Tensor, index_key: Tensor, index_weights: Tensor, topk_indices: Tensor | None
+    x: AttentionArguments,
+    index_query: Tensor,
+    index_key: Tensor,
+    index_weights: Tensor,
+    topk_indices: Tensor | None,
+    teacher_lse: Tensor | None,
+    key_block: int,
 ) -> CallShape:
     """Checks a call except for its scale, and returns its metadata."""
     check_bool(enable_gqa=x.enable_gqa)
+    check_integer("key_block", key_block, low=1)
     query, key = x.query, x.key
-    tensors = dict(zip(FIELDS, (query, key, index_query, index_key, index_weights), strict=True))
+    tensors = dict(zip(_SHAPES, (query, key, index_query, index_key, index_weights), strict=True))
     for name, tensor in tensors.items():
         legend = _SHAPES[name]
         check_tensor(name, tensor, rank=legend.count(",") + 1, shape=legend)
@@ -120,17 +167,27 @@ def _describe(
     if query.shape[1] == 0:
         raise ValueError(f"query must have at least one head to reduce; got {describe(query)}")
     (batch, _, queries, _), keys, (_, heads, _, dim) = query.shape, key.shape[2], index_query.shape
-    shapes = (batch, heads, queries, dim), (batch, keys, dim), (batch, heads, queries)
-    for name, shape in zip(FIELDS[2:], shapes, strict=True):
+    shapes = (batch, heads, queries, dim), (batch, -(-keys // key_block), dim), (batch, heads, queries)
+    for name, shape in zip(FIELDS[3:], shapes, strict=True):
         index = tensors[name]
         check_device(name, index, "query", query)
         if index.shape != shape:
             raise ValueError(f"{name} must have shape {_SHAPES[name]} = {shape}; got {describe(index)}")
     if topk_indices is not None:
         _check_indices(topk_indices, query)
+    check_lse(teacher_lse, query, "teacher_lse")
     check_masks(query[:, :1], key, x.attn_mask, x.key_mask, x.is_causal)
-    sizes = {"queries": queries, "keys": keys, "head_dim": query.shape[3], "index_heads": heads, "index_dim": dim}
-    return call_shape("indexer_divergence", query, sizes, {"topk": topk_indices is not None})
+    sizes = {
+        "queries": queries,
+        "keys": keys,
+        "head_dim": query.shape[3],
+        "index_heads": heads,
+        "index_dim": dim,
+        "key_block": key_block,
+    }
+    is_wide = x.attn_mask is not None and x.attn_mask.dtype == torch.float64  # the kernel takes a row's largest number off
+    flags = {"topk": topk_indices is not None, "lse_of_float64": is_wide and teacher_lse is not None}
+    return call_shape("indexer_divergence", query, sizes, flags)
 
 
 _plan = planning(BACKENDS, _describe)
@@ -158,7 +215,7 @@ _derivatives = Derivatives(
     grads={"grad": "divergence"},
     passes=[launcher(BACKENDS, each) for each in (streaming.forward, streaming.backward, streaming.jvp, streaming.second)],
     fake=_forward_fake,
-    needs={"need_attention": FIELDS[:2], "need_index": FIELDS[2:]},
+    needs={"need_attention": FIELDS[:3], "need_index": FIELDS[3:]},
 )
 
 OPERATOR = Operator(indexer_divergence, _describe, BACKENDS)

@@ -30,6 +30,7 @@ def run(dtype: torch.dtype, size: int, is_causal: bool = False, mask: torch.dtyp
     inputs = IndexerDivergenceInputs(
         query=query,
         key=key,
+        teacher_lse=None,
         index_query=index_query,
         index_key=torch.empty(1, 2050, size, dtype=dtype),
         index_weights=torch.empty(1, 8, 2050, dtype=dtype),
@@ -38,6 +39,7 @@ def run(dtype: torch.dtype, size: int, is_causal: bool = False, mask: torch.dtyp
         key_mask=torch.ones(1, 2050, dtype=torch.bool) if mask == torch.bool else None,
         is_causal=is_causal,
         scale=size**-0.5,
+        key_block=1,
         backend="triton",
     )
     grad = indexer_divergence.forward(inputs)

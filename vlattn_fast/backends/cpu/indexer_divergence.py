@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlattn_fast.backends.cpu.attention_divergence import empty_gradients, side_of
 from vlattn_fast.backends.native import address, kernel, strided
+from vlattn_fast.backends.streaming import indexer_divergence as streaming
 from vlattn_fast.backends.streaming.indexer_divergence import IndexerDivergenceBackwardInputs, IndexerDivergenceInputs
 
 _run = kernel("indexer_divergence")
@@ -22,7 +23,10 @@ def forward(inputs: IndexerDivergenceInputs) -> Tensor:
 
 
 def backward(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, index_query, index_key and index_weights; None for a side that needs none."""
+    """Gradients of streaming's FIELDS; None for a side that needs none. Those of an attention with a given log-sum-exp are
+    streaming's."""
+    if inputs.need_attention and inputs.teacher_lse is not None:
+        return streaming.backward(inputs)
     grad = inputs.grad.float().contiguous()
     query, key = empty_gradients((inputs.query, inputs.key), inputs.need_attention)
     indexer = inputs.index_query, inputs.index_key, inputs.index_weights
@@ -36,7 +40,7 @@ def backward(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor | None, ..
     )
     if index_weights is not None and inputs.index_query.shape[3] == 0:  # the kernel has nothing of this side to go through
         index_weights.zero_()
-    return query, key, index_query, index_key, index_weights
+    return query, key, None, index_query, index_key, index_weights
 
 
 def _call(inputs: Any, **members: Any) -> None:
@@ -45,7 +49,8 @@ def _call(inputs: Any, **members: Any) -> None:
     other = side_of(inputs, inputs.index_query, index_key, 1.0)
     if indices is not None:
         indices = indices.long().contiguous()
-    members |= {"topk_indices": address(indices), "chosen": -1 if indices is None else indices.shape[2]}
+    lse = None if inputs.teacher_lse is None else inputs.teacher_lse.contiguous()
+    members |= {"topk_indices": address(indices), "chosen": -1 if indices is None else indices.shape[2], "lse": address(lse)}
     _run(sides=(own[0], other[0]), head_mean=True, weights=strided(weights), **members)
 
 

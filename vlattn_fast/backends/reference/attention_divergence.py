@@ -52,22 +52,28 @@ def attention_divergence(
     return torch.where(visible, terms, 0.0).sum(-1).to(dtype)
 
 
-def log_attention(scores: Tensor, head_mean: bool) -> tuple[Tensor, Tensor]:
-    """log A of each head, or of their mean, and which pairs are visible; 0 for others, whose logits are -inf."""
+def log_attention(scores: Tensor, head_mean: bool, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """log A of each head, or of their mean, and which pairs are visible; 0 for others, whose logits are -inf. lse (B, H, N): the
+    rows' log-sum-exp, if it is given."""
     visible = ~torch.isneginf(scores)
     if scores.shape[-1]:
         empty = ~visible.any(-1, keepdim=True)
         scores = torch.where(empty, 0.0, scores)  # keeps the softmax and its gradient finite
         a = scores - scores.detach().amax(-1, keepdim=True)
-        a = torch.where(visible, a - _logsumexp(a, -1), 0.0)
+        a = a - _logsumexp(a, -1) if lse is None else scores - torch.where(empty, 0.0, lse[..., None])
+        a = torch.where(visible, a, 0.0)
     else:
         a = scores
     if head_mean:
-        seen = visible.any(1, keepdim=True)
-        of_head = torch.where(visible, a, torch.finfo(a.dtype).min / 4)  # a pair that no head sees: below
-        a = torch.where(seen, _logsumexp(of_head, 1) - math.log(a.shape[1]), 0.0)
-        visible = seen
+        a, visible = log_sum(a, visible, 1) - math.log(a.shape[1]), visible.any(1, keepdim=True)
+        a = torch.where(visible, a, 0.0)
     return a, visible
+
+
+def log_sum(a: Tensor, visible: Tensor, dim: int) -> Tensor:
+    """The log of the sum of e^a over the visible entries along `dim`, which is kept; 0 without any."""
+    seen = visible.any(dim, keepdim=True)
+    return torch.where(seen, _logsumexp(torch.where(visible, a, torch.finfo(a.dtype).min / 4), dim), 0.0)
 
 
 def _logsumexp(x: Tensor, dim: int) -> Tensor:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
+from vlattn_fast._ground.tensors import blocks_of_keys, compute_dtype, expand_heads, fold_heads
 from vlattn_fast.backends.streaming._forward_mode import Named, derivatives, vjp
 from vlattn_fast.backends.streaming._scores import Tile
-from vlattn_fast.backends.streaming._tiles import Tiling, log_probabilities, log_sum_of_heads, mask_tile, tile_elements
+from vlattn_fast.backends.streaming._tiles import Tiling, log_probabilities, log_sum_of_heads, logsumexp, mask_tile, tile_elements
 
 _SMALL = 1e-2  # below this |log A - log A'| the terms of KL are a series
 
@@ -70,13 +70,15 @@ FIELDS = "query", "key", "other_query", "other_key"
 class Side(NamedTuple):
     """One of the two maps that are compared. tensors: what it is made of; a key has a head for each of the query's. indexed: by
     how many of a tile's slices (b, h, i) each is cut. heads: how many maps it has, and maps: how many a tile holds at once.
-    scores: (b, h, i, M) from a tile's parts of the tensors, without masks."""
+    scores: (b, h, i, M) from a tile's parts of the tensors, without masks; or one of each block of keys, if it is `of_blocks`.
+    With a tensor "lse" (B, H, N) that is the rows' log-sum-exp."""
 
     tensors: Named
     indexed: dict[str, int]
     heads: int
     maps: int
     scores: Callable[[Named], Tensor]
+    of_blocks: bool = False
 
     def place(self, name: str, tile: Tile) -> tuple[slice, ...]:
         return tile[: self.indexed[name]]
@@ -85,11 +87,11 @@ class Side(NamedTuple):
         return {name: x[self.place(name, tile)].to(compute_dtype(x)) for name, x in self.tensors.items()}
 
 
-def products(query: Tensor, key: Tensor, scale: float) -> Side:
+def products(query: Tensor, key: Tensor, scale: float, lse: Tensor | None = None) -> Side:
     """scale q k^T."""
     heads = query.shape[1]
-    tensors = {"query": query, "key": expand_heads(key, heads)}
-    return Side(tensors, {"query": 3, "key": 2}, heads, heads, lambda x: (scale * x["query"]) @ x["key"].mT)
+    tensors = {"query": query, "key": expand_heads(key, heads)} | ({} if lse is None else {"lse": lse})
+    return Side(tensors, {"query": 3, "key": 2, "lse": 3}, heads, heads, lambda x: (scale * x["query"]) @ x["key"].mT)
 
 
 def forward(inputs: AttentionDivergenceInputs) -> Tensor:
@@ -113,13 +115,21 @@ def _divergence(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardI
 
 
 class Divergence:
-    """The divergence of two sides, tile by tile; with all heads of both in a tile if their means are compared. chosen: indices
-    (B, N, K) of the keys that each query keeps; others than 0 to M - 1 are none."""
+    """The divergence of two sides, tile by tile; with all heads of both in a tile if their means are compared. block: that of
+    their sums over so many keys each. chosen: indices (B, N, K) of the blocks that each query keeps; others are none."""
 
     def __init__(
-        self, inputs: Any, sides: tuple[Side, Side], kind: str, beta: float, head_mean: bool, chosen: Tensor | None = None
+        self,
+        inputs: Any,
+        sides: tuple[Side, Side],
+        kind: str,
+        beta: float,
+        head_mean: bool,
+        chosen: Tensor | None = None,
+        block: int = 1,
     ) -> None:
         self.query, self.num_keys, self.sides, self.chosen = inputs.query, inputs.key.shape[2], sides, chosen
+        self.block = block
         self.inputs, self.terms, self.head_mean = inputs, partial(_terms, kind, beta), head_mean
 
     def forward(self) -> Tensor:
@@ -168,12 +178,25 @@ class Divergence:
 
     def _map(self, side: Side, tile: Tile, x: Named) -> Tensor:
         """log A of a side, (b, h, i, M), or that of the mean over heads; -inf for masked pairs."""
-        (b, _, i), (batch, _, queries, _) = tile, self.query.shape
-        logits = mask_tile(self.inputs, side.scores(x), (batch, side.heads, queries, self.num_keys), *tile)
+        (b, _, i), (batch, _, queries, _), score, of_blocks = tile, self.query.shape, side.scores(x), side.of_blocks
+        pairs = score.new_zeros(*score.shape[:-1], self.num_keys) if of_blocks else score
+        logits = mask_tile(self.inputs, pairs, (batch, side.heads, queries, self.num_keys), *tile)
+        if of_blocks:
+            masks = self._blocks(logits).amax(-1)  # a block has the largest of its keys
+            logits = (score + masks).masked_fill(torch.isneginf(masks), -torch.inf)
         if self.chosen is not None:
-            logits = logits.masked_fill(~_kept(self.chosen[b, i], self.num_keys)[:, None], -torch.inf)
-        log_p = log_probabilities(logits)
-        return log_sum_of_heads(log_p) - math.log(side.heads) if self.head_mean else log_p
+            kept = _kept(self.chosen[b, i], -(-self.num_keys // self.block))[:, None]
+            kept = kept if of_blocks else kept.repeat_interleave(self.block, -1)[..., : self.num_keys]
+            logits = logits.masked_fill(~kept, -torch.inf)
+        if "lse" in x:
+            log_p = logits - x["lse"].masked_fill(torch.isneginf(x["lse"]), 0.0)[..., None]
+        else:
+            log_p = log_probabilities(logits)
+        log_p = log_sum_of_heads(log_p) - math.log(side.heads) if self.head_mean else log_p
+        return log_p if of_blocks or self.block == 1 else logsumexp(self._blocks(log_p))
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        return blocks_of_keys(x, self.block, -torch.inf)
 
 
 def _kept(chosen: Tensor, keys: int) -> Tensor:

@@ -11,11 +11,13 @@ from vlattn_fast.backends.streaming.attention_divergence import Divergence, Side
 
 
 class IndexerDivergenceInputs(NamedTuple):
-    """query (B, H, N, D), key (B, Hkv, M, D), index_query (B, Hi, N, Di), index_key (B, M, Di), index_weights (B, Hi, N),
-    topk_indices int (B, N, K), attn_mask broadcastable to (B, 1, N, M), key_mask (B, M)."""
+    """query (B, H, N, D), key (B, Hkv, M, D), teacher_lse (B, H, N), index_query (B, Hi, N, Di), index_key (B, M', Di),
+    index_weights (B, Hi, N), topk_indices int (B, N, K), attn_mask broadcastable to (B, 1, N, M), key_mask (B, M); M' blocks of
+    key_block keys."""
 
     query: Tensor
     key: Tensor
+    teacher_lse: Tensor | None
     index_query: Tensor
     index_key: Tensor
     index_weights: Tensor
@@ -24,6 +26,7 @@ class IndexerDivergenceInputs(NamedTuple):
     key_mask: Tensor | None
     is_causal: bool
     scale: float
+    key_block: int
     backend: str
 
 
@@ -33,6 +36,7 @@ class IndexerDivergenceBackwardInputs(NamedTuple):
     grad: Tensor
     query: Tensor
     key: Tensor
+    teacher_lse: Tensor | None
     index_query: Tensor
     index_key: Tensor
     index_weights: Tensor
@@ -41,12 +45,13 @@ class IndexerDivergenceBackwardInputs(NamedTuple):
     key_mask: Tensor | None
     is_causal: bool
     scale: float
+    key_block: int
     need_attention: bool
     need_index: bool
     backend: str
 
 
-FIELDS = "query", "key", "index_query", "index_key", "index_weights"
+FIELDS = "query", "key", "teacher_lse", "index_query", "index_key", "index_weights"
 _Inputs = IndexerDivergenceInputs | IndexerDivergenceBackwardInputs
 
 
@@ -56,20 +61,24 @@ def forward(inputs: IndexerDivergenceInputs) -> Tensor:
 
 
 def backward(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, index_query, index_key and index_weights; None for a side that needs none."""
-    tensors = [getattr(inputs, field) for field in FIELDS]
-    return _divergence(inputs).gradients(inputs.grad[:, None], tensors, (inputs.need_attention, inputs.need_index))
+    """Gradients of `FIELDS`; None for a side that needs none."""
+    tensors = {field: x for field in FIELDS if (x := getattr(inputs, field)) is not None}
+    needs = inputs.need_attention, inputs.need_index
+    made = _divergence(inputs).gradients(inputs.grad[:, None], [*tensors.values()], needs)
+    by_field = dict(zip(tensors, made, strict=True))
+    return tuple(map(by_field.get, FIELDS))
 
 
 jvp, second = derivatives(forward, backward, (IndexerDivergenceInputs, IndexerDivergenceBackwardInputs), FIELDS)
 
 
 def _divergence(inputs: _Inputs) -> Divergence:
-    sides = products(inputs.query, inputs.key, inputs.scale), _indexer(inputs.index_query, inputs.index_key, inputs.index_weights)
-    return Divergence(inputs, sides, "kl", 0.5, head_mean=True, chosen=inputs.topk_indices)
+    own = products(inputs.query, inputs.key, inputs.scale, inputs.teacher_lse)
+    other = _indexer(inputs.index_query, inputs.index_key, inputs.index_weights, inputs.key_block > 1)
+    return Divergence(inputs, (own, other), "kl", 0.5, head_mean=True, chosen=inputs.topk_indices, block=inputs.key_block)
 
 
-def _indexer(query: Tensor, key: Tensor, weights: Tensor) -> Side:
+def _indexer(query: Tensor, key: Tensor, weights: Tensor, of_blocks: bool) -> Side:
     """One map of several heads, which share a key: sum_h w_ih relu(q_h . k_j)."""
 
     def scores(x: Named) -> Tensor:
@@ -77,4 +86,4 @@ def _indexer(query: Tensor, key: Tensor, weights: Tensor) -> Side:
         return (x["index_weights"][..., None] * products.relu()).sum(1, keepdim=True)
 
     tensors = {"index_query": query, "index_key": key, "index_weights": weights}
-    return Side(tensors, {"index_query": 3, "index_key": 1, "index_weights": 3}, 1, 1 + query.shape[1], scores)
+    return Side(tensors, {"index_query": 3, "index_key": 1, "index_weights": 3}, 1, 1 + query.shape[1], scores, of_blocks)

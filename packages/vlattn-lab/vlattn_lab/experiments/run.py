@@ -27,7 +27,7 @@ from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings
 
 NAMES = (
     *("scores", "congruence", "value", "weighted_relevancy", "robust", "flow", "pruning", "sinks", "hybrid"),
-    *("planted_circuits", "distillation", "evidence", "recipes"),
+    *("planted_circuits", "distillation", "evidence", "recipes", "indexer"),
 )
 # Experiments that take trained models, and the trainings of these.
 MODELS = {
@@ -36,6 +36,7 @@ MODELS = {
     "sinks": "vqa and captions",
     "hybrid": "hybrid and transformer",
     "recipes": "transformer",
+    "indexer": "transformer",
 }
 RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/experiments")
 

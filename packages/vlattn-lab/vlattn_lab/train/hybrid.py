@@ -67,16 +67,19 @@ def train(kind: str, steps: int, *, seed: int = 0, log_every: int = 100) -> Llav
     tower.requires_grad_(False)
     parameters = [parameter for part in (model, heads) for parameter in part.parameters() if parameter.requires_grad]
 
-    def drawn() -> dict[str, Tensor]:
-        scenes = sample_scenes(torch.zeros(SCENES, dtype=torch.int64), "train", None, generator)
-        with torch.no_grad():
-            patches = tower(pixel_values=noisy(scenes.images, generator)).last_hidden_state[:, 1:]
-        asked, samples = ask(scenes, ("caption",), prompts=True, generator=generator)
-        states = model.model.multi_modal_projector(patches)
-        return prompt_losses(Words(model), heads, asked, states[samples])  # type: ignore[arg-type]
-
-    fit(parameters, drawn, WEIGHTS, steps, learning_rate=LR, log_every=log_every, warmup=0.1)
+    fit(parameters, lambda: losses(model, heads, generator), WEIGHTS, steps, learning_rate=LR, log_every=log_every, warmup=0.1)
     return model.eval()
+
+
+def losses(model: LlavaForConditionalGeneration, heads: TrainingHeads, generator: torch.Generator) -> dict[str, Tensor]:
+    """Those of a step, of SCENES scenes that the generator draws."""
+    scenes = sample_scenes(torch.zeros(SCENES, dtype=torch.int64), "train", None, generator)
+    with torch.no_grad():
+        tower: Any = model.model.vision_tower
+        patches = tower(pixel_values=noisy(scenes.images, generator)).last_hidden_state[:, 1:]
+    asked, samples = ask(scenes, ("caption",), prompts=True, generator=generator)
+    states = model.model.multi_modal_projector(patches)
+    return prompt_losses(Words(model), heads, asked, states[samples])  # type: ignore[arg-type]
 
 
 def evaluate(model: LlavaForConditionalGeneration, *, count: int, seed: int = 0) -> dict[str, Any]:

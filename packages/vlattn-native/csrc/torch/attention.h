@@ -532,8 +532,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_divergence_backward(Tensor 
 
 Tensor of_a_head(const Tensor& key) { return torch::stable::unsqueeze(key, 1); }  // (B, 1, M, Di)
 Tensor in_columns(const Tensor& weights) { return torch::stable::unsqueeze(weights, 3); }  // (B, Hi, N, 1)
-Divergence indexer_divergence_call(const Tensor& query, const Tensor& key, const Tensor& index_query, const Tensor& index_key,
-                                   const Tensor& index_weights, const Maybe& topk_indices, const Masks& masks, double scale) {
+Divergence indexer_divergence_call(const Tensor& query, const Tensor& key, const Maybe& lse, const Tensor& index_query,
+                                   const Tensor& index_key, const Tensor& index_weights, const Maybe& topk_indices,
+                                   const Masks& masks, double scale, int64_t key_block) {
+    STD_TORCH_CHECK(key_block == 1, "key_block must be 1 for this library");
+    check("teacher_lse", lse, {query.size(0), query.size(1), query.size(2)}, {ScalarType::Float});
     check_four(query, key), check_four(index_query, key);
     const Size batch = query.size(0), heads = index_query.size(1), queries = query.size(2);
     check("index_key", index_key, {batch, key.size(2), index_query.size(3)}, {query.scalar_type()});
@@ -543,23 +546,29 @@ Divergence indexer_divergence_call(const Tensor& query, const Tensor& key, const
     x.call.strided("weights", in_columns(index_weights));
     x.call.pointer("topk_indices", as(ScalarType::Long, topk_indices))
         .number("chosen", topk_indices ? topk_indices->size(2) : -1);
+    x.call.pointer("lse", as(ScalarType::Float, lse));
     return x;
 }
-Tensor indexer_divergence(Tensor query, Tensor key, Tensor index_query, Tensor index_key, Tensor index_weights,
-                          Maybe topk_indices, Maybe attn_mask, Maybe key_mask, bool is_causal, double scale, Word backend) {
+Tensor indexer_divergence(Tensor query, Tensor key, Maybe teacher_lse, Tensor index_query, Tensor index_key,
+                          Tensor index_weights, Maybe topk_indices, Maybe attn_mask, Maybe key_mask, bool is_causal, double scale,
+                          int64_t key_block, Word backend) {
     check_backend(backend);
     const Masks masks = {attn_mask, key_mask, std::nullopt, std::nullopt, is_causal};
-    Divergence x = indexer_divergence_call(query, key, index_query, index_key, index_weights, topk_indices, masks, scale);
+    Divergence x = indexer_divergence_call(query, key, teacher_lse, index_query, index_key, index_weights, topk_indices, masks,
+                                           scale, key_block);
     const Tensor divergence = empty(query, {query.size(0), query.size(2)}, ScalarType::Float);
     x.call.pointer("divergence", divergence).run();
     return divergence;
 }
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> indexer_divergence_backward(
-    Tensor grad, Tensor query, Tensor key, Tensor index_query, Tensor index_key, Tensor index_weights, Maybe topk_indices,
-    Maybe attn_mask, Maybe key_mask, bool is_causal, double scale, bool need_attention, bool need_index, Word backend) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexer_divergence_backward(
+    Tensor grad, Tensor query, Tensor key, Maybe teacher_lse, Tensor index_query, Tensor index_key, Tensor index_weights,
+    Maybe topk_indices, Maybe attn_mask, Maybe key_mask, bool is_causal, double scale, int64_t key_block, bool need_attention,
+    bool need_index, Word backend) {
     check_backend(backend);
+    STD_TORCH_CHECK(!need_attention || !teacher_lse, "query and key must be detached with teacher_lse for this library");
     const Masks masks = {attn_mask, key_mask, std::nullopt, std::nullopt, is_causal};
-    Divergence x = indexer_divergence_call(query, key, index_query, index_key, index_weights, topk_indices, masks, scale);
+    Divergence x = indexer_divergence_call(query, key, teacher_lse, index_query, index_key, index_weights, topk_indices, masks,
+                                           scale, key_block);
     check("grad", grad, {query.size(0), query.size(2)}, {});
     const auto own = x.gradients("0", need_attention, query, key);
     const Tensor grad_query = x.gradient(need_index, index_query), grad_key = x.gradient(need_index, index_key);
@@ -569,7 +578,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> indexer_divergence_backward(
         x.call.strided("grad_weights", in_columns(grad_weights));
     }
     x.call.pointer("grad", as(ScalarType::Float, grad)).run();
-    return {own[0], own[1], grad_query, grad_key, grad_weights};
+    return {own[0], own[1], none(), grad_query, grad_key, grad_weights};
 }
 
 // Of T packed tokens of R requests, over keys in a paged cache.

@@ -252,12 +252,14 @@ OPERATORS(VLATTN_NAMESPACE, m) {
         "Tensor? attn_mask, Tensor? key_mask, Tensor? divergence, str kind, float beta, bool head_mean, bool is_causal, "
         "float scale, float other_scale, bool need_own, bool need_other, str backend) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "indexer_divergence(Tensor query, Tensor key, Tensor index_query, Tensor index_key, Tensor index_weights, "
-        "Tensor? topk_indices, Tensor? attn_mask, Tensor? key_mask, bool is_causal, float scale, str backend) -> Tensor");
-    m.def(
-        "indexer_divergence_backward(Tensor grad, Tensor query, Tensor key, Tensor index_query, Tensor index_key, "
+        "indexer_divergence(Tensor query, Tensor key, Tensor? teacher_lse, Tensor index_query, Tensor index_key, "
         "Tensor index_weights, Tensor? topk_indices, Tensor? attn_mask, Tensor? key_mask, bool is_causal, float scale, "
-        "bool need_attention, bool need_index, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "int key_block, str backend) -> Tensor");
+    m.def(
+        "indexer_divergence_backward(Tensor grad, Tensor query, Tensor key, Tensor? teacher_lse, Tensor index_query, "
+        "Tensor index_key, Tensor index_weights, Tensor? topk_indices, Tensor? attn_mask, Tensor? key_mask, bool is_causal, "
+        "float scale, int key_block, bool need_attention, bool need_index, str backend) -> (Tensor, Tensor, Tensor, Tensor, "
+        "Tensor, Tensor)");
     m.def(
         "paged_attention_statistics(Tensor query, Tensor key_cache, Tensor block_table, Tensor lengths, Tensor query_starts, "
         "Tensor? key_groups, SymInt num_groups, str statistics, SymInt window, " SCORE
