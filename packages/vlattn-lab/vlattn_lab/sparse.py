@@ -44,10 +44,9 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, sc
     if seen is not None and chosen is not None:
         seen.scatter_(3, chosen[:, None], True)
     out, lse = va.score_attention(query, key, value, attn_mask=seen, return_lse=True, **options)
-    teacher = {"teacher_lse": lse.detach(), "topk_indices": chosen}
-    rows = va.indexer_divergence(query.detach(), key.detach(), *parts, **teacher, **options)
-    indexer.loss = rows.mean()
-    indexer.recall = recall(query, key, parts, scaling)
+    teacher = query.detach(), key.detach()
+    rows = va.indexer_divergence(*teacher, *parts, teacher_lse=lse.detach(), topk_indices=chosen, **options)
+    indexer.loss, indexer.recall = rows.mean(), recall(query, key, parts, scaling)
     return out.transpose(1, 2), None
 
 
