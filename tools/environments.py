@@ -11,7 +11,7 @@
     python -m tools.environments conda [OPTION ...]    `python -m tools.conda`
     python -m tools.environments triton [OPERATOR ...] `python -m tools.compiled.triton` with the lowest Triton
     python -m tools.environments hub [PYTEST ...]      the tests of the kernel hub's folder, with the hub's loader and checker
-    python -m tools.environments trl [PYTEST ...]      the recipe for TRL, docs/guides/trl.md
+    python -m tools.environments trl [PYTEST ...]      the recipes for TRL, docs/guides/trl.md
 
 Each is made at its first use, in .venv-NAME, and kept. `oldest` and `newest` take the disk of two CUDA builds of torch. The last
 six are .venv with a few packages more, which lie in .venv/NAME: its tests run without them.

@@ -1,5 +1,6 @@
-"""The recipe for TRL's GRPOTrainer, as its page has it, with the library itself: `python -m tools.environments trl`."""
+"""The recipes for TRL, as their page has them, with the library itself: `python -m tools.environments trl`."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,45 @@ def test_the_terms_are_those_of_stored_maps(recipe, given):
         torch.testing.assert_close(terms, float(0.3 * drawn + 1e4 * js), rtol=1e-4, atol=1e-5)
         moved += abs(float(1e4 * js)) > 1e-3
     assert len(calls) == 6 and moved
+
+
+LENGTHS = 5, 3, 7, 5  # of samples
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_packed_rows_train_as_the_padded_batch(recipe: dict[str, Any], tmp_path: Path, broken: bool) -> None:
+    """A batch of four, and a row of the same four. Broken: their tokens see one another in the frozen copy."""
+    model, before = decoder(0), decoder(1)
+    rows = [{"input_ids": torch.randint(3, 99, (length,)).tolist()} for length in LENGTHS]
+    trained = []
+    for packing, weight in ((False, 0.0), (False, 3.0), (True, 3.0)):
+        ours = copy.deepcopy(model)
+        options = {"use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no", "report_to": "none"}
+        options |= {"packing": packing, "max_length": sum(LENGTHS), "per_device_train_batch_size": 1 if packing else 4}
+        options |= {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+        trainer = recipe["AttentionSFTTrainer"](
+            ours,
+            trl.SFTConfig(str(tmp_path), **options),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=saved_models.tokenizer(),
+        )
+        trainer.weight, trainer.before = weight, copy.deepcopy(before)
+        if broken:
+            seen = trainer.before.forward
+            trainer.before.forward = lambda input_ids, use_cache, seen=seen, **_: seen(input_ids=input_ids, use_cache=use_cache)
+        trainer.train()
+        assert trainer.state.global_step == 3
+        trained.append(weights(ours))
+    without, padded, packed = trained
+    assert float((padded - without).abs().max()) > 1e-3
+    assert torch.allclose(packed, padded, rtol=0, atol=1e-6) != broken
+
+
+def decoder(seed: int) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+    marks = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **marks, initializer_range=0.2))
 
 
 @torch.no_grad()

@@ -7,14 +7,16 @@ once": the same number of steps, all sparse.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.provenance import fingerprint
-from vlattn_fast.measuring.records import having, markdown, spread
+from vlattn_fast.measuring.records import markdown, spread
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, band
 from vlattn_lab.experiments.recipes import trained
 from vlattn_lab.hybrid import caption_truth
@@ -33,28 +35,34 @@ ARMS = ("warm-up", "sparse at once")
 
 
 def cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
-    return [{"seed": seed, "arm": arm} for seed in range(settings.seeds) for arm in ARMS]
+    return [{"seed": seed} for seed in range(settings.seeds)]
 
 
 def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
     steps, every, count = (2, 1, 4) if settings.smoke else (STEPS, EVERY, SCENES)
-    model = trained(cell["seed"], settings)
-    weights, dense = fingerprint(model), caption_truth(model, count=count, seed=cell["seed"])["true"]
-    indexers, heads = seeded(cell["seed"], lambda: (with_indexers(model), TrainingHeads(model.config.text_config.hidden_size)))
-    training = Training(model, heads, indexers, cell["seed"], every)
-    training.run(steps, sparse=cell["arm"] != "warm-up")
-    training.set_keys(KEYS)
-    truth = {"dense": dense, "after the first stage": caption_truth(model, count=count, seed=cell["seed"])["true"]}
-    training.run(steps, sparse=True)
-    truth["after both"] = caption_truth(model, count=count, seed=cell["seed"])["true"]
-    return {"weights": weights, "steps": training.steps, "recall": training.recalls, "true": truth}
+    seed, whole = cell["seed"], trained(cell["seed"], settings)
+
+    def truth(model: Any) -> float:
+        return caption_truth(model, count=count, seed=seed)["true"]
+
+    found: dict[str, Any] = {"weights": fingerprint(whole), "dense": truth(whole), "arms": {}}
+    for arm in ARMS:
+        model = copy.deepcopy(whole)
+        training = Training(model, seeded(seed, partial(with_indexers, model)), seed, every)
+        training.run(steps, sparse=arm != "warm-up")
+        training.set_keys(KEYS)
+        between = truth(model)
+        training.run(steps, sparse=True)
+        found["arms"][arm] = {"steps": training.steps, "recall": training.recalls, "between": between, "after": truth(model)}
+    return found
 
 
 class Training:
     """steps, recalls: of the indexers' own keys, in the mean over the layers, in the scenes of that step, before it."""
 
-    def __init__(self, model: Any, heads: TrainingHeads, indexers: dict[str, Indexer], seed: int, every: int) -> None:
-        self.model, self.heads, self.indexers, self.every = model, heads, [*indexers.values()], every
+    def __init__(self, model: Any, indexers: dict[str, Indexer], seed: int, every: int) -> None:
+        self.model, self.indexers, self.every = model, [*indexers.values()], every
+        self.heads = seeded(seed, lambda: TrainingHeads(model.config.text_config.hidden_size))  # of losses that are left out
         self.generator = torch.Generator().manual_seed(1000 + seed)
         of_indexers = [x for indexer in self.indexers for x in indexer.parameters()]
         own = {id(x) for x in of_indexers}
@@ -85,24 +93,25 @@ class Training:
 
 
 def _recalls(records: Sequence[Record], arm: str) -> list[list[float]]:
-    return [[*values] for values in zip(*[record["recall"] for record in having(records, arm=arm)], strict=True)]
+    return [[*values] for values in zip(*[record["arms"][arm]["recall"] for record in records], strict=True)]
 
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
     lines = []
     for arm in ARMS:
-        found, mine = _recalls(records, arm), having(records, arm=arm)
+        found, mine = _recalls(records, arm), [record["arms"][arm] for record in records]
         half = len(found) // 2
-        truths = [spread([record["true"][stage] for record in mine], ".2f") for stage in mine[0]["true"]]
-        lines.append([arm, *[spread(found[place], ".2f") for place in (0, half - 1, half, -1)], *truths])
-    recall = [f"recall, {when}" for when in ("first step", "end of the first stage", "first step of the second", "end")]
-    yield markdown(["arm", *recall, *[f"true captions, {stage}" for stage in records[0]["true"]]], lines)
+        truths = [[record["dense"] for record in records], *[[record[when] for record in mine] for when in ("between", "after")]]
+        places = [spread(found[place], ".2f") for place in (0, half - 1, half, -1)]
+        lines.append([arm, *places, *[spread(values, ".2f") for values in truths]])
+    recall = [f"recall: {when}" for when in ("first step", "end of the first stage", "start of the second", "its end")]
+    yield markdown(["arm", *recall, "true captions: dense, before", "between the stages, sparse", "after both, sparse"], lines)
 
 
 def figure(records: Sequence[Record]) -> Figure:
     drawn, ((axis,),) = panels(1, 1, (6, 3.2))
     for arm, colour in zip(ARMS, ("tab:blue", "tab:orange"), strict=True):
-        band(axis, having(records, arm=arm)[0]["steps"], _recalls(records, arm), color=colour, label=arm)
+        band(axis, records[0]["arms"][arm]["steps"], _recalls(records, arm), color=colour, label=arm)
     axis.axvline(STEPS, color="grey", linewidth=0.8)
     axis.set(xlabel="steps", ylabel=f"recall of the {KEYS} keys", ylim=(0, 1))
     axis.legend(frameon=False)
