@@ -13,6 +13,7 @@ from vlattn_fast.backends.reference.attention_statistics import AttentionStatist
 from vlattn_fast.backends.reference.paged_attention_statistics import PagedAttentionStatistics
 from vlattn_fast.ops.attention_divergence import attention_divergence
 from vlattn_fast.ops.attention_map import attention_map
+from vlattn_fast.ops.attention_reduce import attention_reduce
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.congruence_loss import congruence_loss
 from vlattn_fast.ops.indexer_divergence import indexer_divergence
@@ -69,6 +70,7 @@ __all__ = [
     "TokenGrounding",
     "attention_divergence",
     "attention_map",
+    "attention_reduce",
     "attention_statistics",
     "attribute_edges",
     "compare",
