@@ -29,7 +29,7 @@ def attention_reduce(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Computes sum_j f(A_ij, i, j) v_j for each query i, or sum_i f(A_ij, i, j) v_i for each key j; A = softmax(scale q k^T + mask).
+    """Computes sum_j f(A_ij, i, j) v_j for queries i, or sum_i f(A_ij, i, j) v_i for keys j; A = softmax(scale q k^T + mask).
 
     No map is stored: memory in addition to inputs and result is that of a tile, forward and backward; second derivatives keep the
     tiles. For a statistic that `attention_statistics` has, that is faster.
@@ -44,9 +44,9 @@ def attention_reduce(
 
     Args:
         query, key: (B, H, N, D) and (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa.
-        f: takes a tile A (b, h, n, M), full rows in the dtype of sums, and the numbers i (n, 1) and j (M) of its queries and keys,
-            and returns f of each pair, such as `(a > 0.1) * a`. Masked pairs add nothing, whatever f gives. It is called again in
-            the backward pass.
+        f: takes a tile A (b, h, n, M), full rows in the dtype of sums, and the numbers i (n, 1) and j (M) of its queries and
+            keys, and returns f of each pair, such as `(a > 0.1) * a`. Masked pairs add nothing, whatever f gives. It is called
+            again in the backward pass.
         over: "keys" or "queries", what is summed over.
         value: v, (B, Hkv, M, Dv) over keys or (B, H, N, Dv) over queries. Default: 1.
         attn_mask, key_mask, is_causal, scale, enable_gqa: as in score_attention.
