@@ -549,13 +549,13 @@ Divergence indexer_divergence_call(const Tensor& query, const Tensor& key, const
     x.call.pointer("lse", as(ScalarType::Float, lse));
     return x;
 }
-Tensor indexer_divergence(Tensor query, Tensor key, Maybe teacher_lse, Tensor index_query, Tensor index_key,
-                          Tensor index_weights, Maybe topk_indices, Maybe attn_mask, Maybe key_mask, bool is_causal, double scale,
-                          int64_t key_block, Word backend) {
+Tensor indexer_divergence(Tensor query, Tensor key, Maybe teacher_lse, Tensor index_query, Tensor index_key, Tensor index_weights,
+                          Maybe topk_indices, Maybe attn_mask, Maybe key_mask, bool is_causal, double scale, int64_t key_block,
+                          Word backend) {
     check_backend(backend);
     const Masks masks = {attn_mask, key_mask, std::nullopt, std::nullopt, is_causal};
-    Divergence x = indexer_divergence_call(query, key, teacher_lse, index_query, index_key, index_weights, topk_indices, masks,
-                                           scale, key_block);
+    Divergence x = indexer_divergence_call(
+        query, key, teacher_lse, index_query, index_key, index_weights, topk_indices, masks, scale, key_block);
     const Tensor divergence = empty(query, {query.size(0), query.size(2)}, ScalarType::Float);
     x.call.pointer("divergence", divergence).run();
     return divergence;
@@ -567,8 +567,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexer_divergence_ba
     check_backend(backend);
     STD_TORCH_CHECK(!need_attention || !teacher_lse, "query and key must be detached with teacher_lse for this library");
     const Masks masks = {attn_mask, key_mask, std::nullopt, std::nullopt, is_causal};
-    Divergence x = indexer_divergence_call(query, key, teacher_lse, index_query, index_key, index_weights, topk_indices, masks,
-                                           scale, key_block);
+    Divergence x = indexer_divergence_call(
+        query, key, teacher_lse, index_query, index_key, index_weights, topk_indices, masks, scale, key_block);
     check("grad", grad, {query.size(0), query.size(2)}, {});
     const auto own = x.gradients("0", need_attention, query, key);
     const Tensor grad_query = x.gradient(need_index, index_query), grad_key = x.gradient(need_index, index_key);
@@ -578,7 +578,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexer_divergence_ba
         x.call.strided("grad_weights", in_columns(grad_weights));
     }
     x.call.pointer("grad", as(ScalarType::Float, grad)).run();
-    return {own[0], own[1], none(), grad_query, grad_key, grad_weights};
+    return {own[0], own[1], x.gradient(false, query), grad_query, grad_key, grad_weights};
 }
 
 // Of T packed tokens of R requests, over keys in a paged cache.
