@@ -254,11 +254,11 @@ OPERATORS(VLATTN_NAMESPACE, m) {
     m.def(
         "indexer_divergence(Tensor query, Tensor key, Tensor? teacher_lse, Tensor index_query, Tensor index_key, "
         "Tensor index_weights, Tensor? topk_indices, Tensor? attn_mask, Tensor? key_mask, bool is_causal, float scale, "
-        "int key_block, str backend) -> Tensor");
+        "SymInt key_block, str backend) -> Tensor");
     m.def(
         "indexer_divergence_backward(Tensor grad, Tensor query, Tensor key, Tensor? teacher_lse, Tensor index_query, "
         "Tensor index_key, Tensor index_weights, Tensor? topk_indices, Tensor? attn_mask, Tensor? key_mask, bool is_causal, "
-        "float scale, int key_block, bool need_attention, bool need_index, str backend) -> (Tensor, Tensor, Tensor, Tensor, "
+        "float scale, SymInt key_block, bool need_attention, bool need_index, str backend) -> (Tensor, Tensor, Tensor, Tensor, "
         "Tensor, Tensor)");
     m.def(
         "paged_attention_statistics(Tensor query, Tensor key_cache, Tensor block_table, Tensor lengths, Tensor query_starts, "
