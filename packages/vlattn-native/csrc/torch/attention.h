@@ -578,7 +578,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexer_divergence_ba
         x.call.strided("grad_weights", in_columns(grad_weights));
     }
     x.call.pointer("grad", as(ScalarType::Float, grad)).run();
-    return {own[0], own[1], x.gradient(false, query), grad_query, grad_key, grad_weights};
+    return {own[0], own[1], x.gradient(false, grad), grad_query, grad_key, grad_weights};
 }
 
 // Of T packed tokens of R requests, over keys in a paged cache.
