@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("sklearn")
 
-from vlattn_fast.measuring.records import having
+from vlattn_fast.measuring.provenance import fingerprint
 from vlattn_lab.checkout import ROOT
 from vlattn_lab.experiments import weighted_relevancy
-from vlattn_lab.experiments.experiment import Settings, effects_of, effects_table, holm
+from vlattn_lab.experiments.experiment import effects_of, effects_table, holm
 from vlattn_lab.experiments.run import NAMES, experiment, main
 from vlattn_lab.pages import claims
 from vlattn_lab.tasks import TASKS
+from vlattn_lab.weights import DATA
 
 STORED = {path.stem.removeprefix("experiment-"): path for path in (ROOT / "benchmarks" / "results").glob("experiment-*.json")}
 ACCURACY = {"dot": [1.0, 0.6, 0.2], "cosine": [0.5, 0.5, 0.6]}  # of three seeds
@@ -72,18 +75,24 @@ def test_the_figure_of_six_tasks_is_as_wide_as_a_page():
     assert figure.get_size_inches()[0] < 10 and sum(axes.axison for axes in figure.axes) == 6
 
 
-def test_weighted_relevancy_runs(tmp_path, capsys):
-    out = tmp_path / "rows.json"
-    main(["weighted_relevancy", "--smoke", "--seeds", "1", "--out", str(out), "--processes", "1"])
-    shares, shipped, trained = (having(json.loads(out.read_text())["rows"], stage=stage) for stage in range(3))
-    assert [{name: row[name] for name in ("task", "form", "state")} for row in shares] == weighted_relevancy.cells_of_shares(
-        Settings(1), []
-    )
-    assert [(row["task"], row["seed"]) for row in shipped] == [(task, 0) for task in TASKS]
+def test_weighted_relevancy_runs_on_trained_models(tmp_path, capsys):
+    """The models of a seed's folder, of which UNITER here has other weights than the shipped one."""
+    out, folder = tmp_path / "rows.json", tmp_path / "models" / "0"
+    shutil.copytree(DATA, folder)
+    file = folder / "uniter_digitscenes.safetensors"
+    save_file({name: 0.9 * tensor for name, tensor in load_file(file).items()}, file)
+    report = file.with_suffix(".json")
+    report.write_text(report.read_text().replace('"steps": 3000', '"steps": 1'))
+    main(["weighted_relevancy", "--smoke", "--seeds", "1", "--out", str(out), "--processes", "1", "--models", str(folder.parent)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["task"], row["seed"]) for row in rows] == [(task, 0) for task in TASKS]
+    assert [row["steps"] for row in rows] == [1, 3600, 5000, 3000]
+    assert [row["weights"] == fingerprint(TASKS[row["task"]].load()) for row in rows] == [False, True, True, True]
     rules = len(weighted_relevancy.RULES)
-    assert all(len(row["values"]) == 2 * (1 + rules) for row in shipped) and rules == 7
-    assert [row["layers"] for row in trained] == [*weighted_relevancy.LAYERS]
-    assert len({row["weights"] for row in trained}) == len(trained)
+    assert all(len(row["values"]) == 1 + 2 * (1 + rules) for row in rows) and rules == 7
+    for row in rows:
+        places = {(share["form"], share["state"]) for share in row["shares"]}
+        assert places == {(form, state) for form in weighted_relevancy.FORMS for state in ("trained", "untrained")}
     assert (tmp_path / "weighted_relevancy.png").is_file() and "| published | plain rule |" in capsys.readouterr().out
 
 

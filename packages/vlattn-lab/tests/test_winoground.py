@@ -11,11 +11,12 @@ import torch
 import transformers
 from PIL import Image
 
+import vlattn_fast as va
 import vlattn_lab as lab
 from vlattn_fast.models import UNITER, UNITERConfig
 from vlattn_lab import winoground
 from vlattn_lab.winoground import run as command
-from vlattn_lab.winoground.run import load_score, load_uniter_score
+from vlattn_lab.winoground.run import load_score, load_uniter_score, read_regions
 
 
 def test_equals_the_batched_scores() -> None:
@@ -205,6 +206,34 @@ def test_a_model_without_a_matching_score_says_so(tmp_path):
     save_model("ViltForMaskedLM", tmp_path)
     with pytest.raises(ValueError, match=r"model must score an image and a caption, in itm_score.*; got logits \(1, 3, 5\)"):
         load_score(tmp_path)(Image.new("RGB", (20, 16)), "red")
+
+
+def test_published_uniter_is_explained_and_probed_on_region_files(tmp_path):
+    """Against an attention written out on the file's numbers, of one layer and one head: relevancy by equations 5 and 6 of
+    Chefer, Gur and Wolf (ICCV 2021), and what [CLS] gives to words and regions."""
+    torch.manual_seed(0)
+    sizes = UNITERConfig(5, 64, 1, 1, 48, initializer_range=0.1, max_position_embeddings=8, region_dim=6)
+    model = UNITER.from_published(UNITER(sizes).state_dict())
+    features, boxes = torch.rand(4, 6), torch.rand(4, 6)
+    np.savez(tmp_path / "image.npz", features=features, norm_bb=boxes, conf=np.ones(4))
+    ids, maps = torch.tensor([[1, 4, 2]]), []
+
+    def written_out(module, query, key, value, attention_mask, **options):
+        maps.append((query @ key.mT / query.shape[-1] ** 0.5).softmax(-1))
+        maps[0].retain_grad()
+        return (maps[0] @ value).transpose(1, 2), None
+
+    inputs = {"input_ids": ids, **read_regions(tmp_path / "image.npz")}
+    explanation = va.explain(model, inputs, target=1, method=va.methods.Gradient(freeze=()))
+    report = va.probe(model, [(inputs, None)], tests=["modality"])
+    model.uniter.encoder.layer[0].attention.self.attention_function = written_out
+    model(ids, features[None], torch.cat([boxes, boxes[:, 4:5] * boxes[:, 5:]], -1)[None]).logits[0, 1].backward()
+    row = (maps[0] * maps[0].grad).clamp(min=0)[0, 0, 0]
+    torch.testing.assert_close(explanation.regions[0], row[3:])
+    assert explanation.regions.max() > 0.01
+    given = maps[0].detach()[0, 0, 0]
+    for kind, part in (("text", given[:3]), ("image", given[3:])):
+        assert report.value("modality", layer=0, head=0, kind=kind) == pytest.approx(part.sum().item(), abs=1e-6)
 
 
 def test_published_uniter_reads_region_files(tmp_path, capsys):

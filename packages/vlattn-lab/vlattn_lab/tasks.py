@@ -49,7 +49,7 @@ LINKED: _Methods = (*TOWERS[:2], "gradient:no_normalization", "gradient:no_self_
 class Task:
     """A task: a model, its samples, and the methods that explain it."""
 
-    load: Callable[[], nn.Module]  # gives the shipped model
+    load: Callable[..., nn.Module]  # gives the shipped model, or that of a folder
     items: Callable[[Any, int, int, int], Iterator[Item]]  # (model, samples, seed, batch) -> a dataset of `evaluate`
     methods: tuple[str | Method, ...]  # of `evaluate`; each name is measured in its published form
     frozen: Mapping[str, Method] = field(default_factory=lambda: FROZEN)  # methods with constants, by their labels
@@ -118,14 +118,14 @@ def captioning(model: Any, samples: int, seed: int, batch: int = 50) -> Iterator
 
 TASKS: Mapping[str, Task] = {
     "matching": Task(
-        lambda: load_uniter()[0],
+        lambda *folder: load_uniter(*folder)[0],
         matching,
         TOWERS,
         FROZEN_TOWERS,
         accuracy=lambda outputs: (log_odds(outputs) > 0).float(),
         probability=lambda outputs: log_odds(outputs).sigmoid(),
     ),
-    "clip": Task(lambda: load_clip()[0], retrieval, TOWERS, FROZEN_TOWERS, rivals=("CLIP", "CAPTUM"), batch=10),
-    "vqa": Task(lambda: load_vqa()[0], answering, LINKED),
-    "captions": Task(lambda: load_captioner()[0], captioning, LINKED),
+    "clip": Task(lambda *folder: load_clip(*folder)[0], retrieval, TOWERS, FROZEN_TOWERS, rivals=("CLIP", "CAPTUM"), batch=10),
+    "vqa": Task(lambda *folder: load_vqa(*folder)[0], answering, LINKED),
+    "captions": Task(lambda *folder: load_captioner(*folder)[0], captioning, LINKED),
 }

@@ -26,7 +26,7 @@ Record = dict[str, Any]  # a cell and its results
 @dataclass(frozen=True)
 class Settings:
     """seeds: 0 to seeds - 1 are run. smoke: everything runs, but too briefly for a meaning. models: directory of trained models,
-    one folder for each seed; None = the experiment trains its models."""
+    one folder for each seed; None = the experiment trains its models, or takes the shipped ones."""
 
     seeds: int
     smoke: bool = False

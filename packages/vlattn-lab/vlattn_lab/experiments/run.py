@@ -32,6 +32,7 @@ NAMES = (
 # Experiments that take trained models, and the trainings of these.
 MODELS = {
     "value": "uniter and lxmert",
+    "weighted_relevancy": "uniter, clip, vqa and captions",
     "flow": "vqa and captions",
     "sinks": "vqa and captions",
     "hybrid": "hybrid and transformer",

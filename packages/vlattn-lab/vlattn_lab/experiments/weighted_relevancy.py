@@ -1,9 +1,9 @@
 """Does weighted relevancy (Huang et al., 2023) give better maps than the plain rule?
 
-First the weights themselves: how far are they from one half? Then every weighting explains the shipped models of four tasks,
-with and without the division of rows, in the published form and with norms held fixed, and is compared with the plain rule of the
-same form on the same scenes. Last, a CLIPMapper of each kind of layers is trained, and both rules explain it. The seeds are sets
-of test scenes.
+Every weighting explains models of four tasks, with and without the division of rows, in the published form and with norms held
+fixed, and is compared with the plain rule of the same form on the same model and scenes. A seed stands for a trained model of
+each task and its test scenes; without trained models the shipped ones are explained. How much the weights differ between tokens
+is measured on these models and on the same ones with matrices drawn anew.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,14 +22,27 @@ from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS
 from vlattn_fast.interpret.relevancy.methods.registry import with_options
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.provenance import fingerprint
-from vlattn_fast.measuring.records import grouped, having, markdown, mean_and_deviation
-from vlattn_lab.checkout import ROOT
+from vlattn_fast.measuring.records import having, markdown, mean_and_deviation, spread
+from vlattn_lab.clip import caption_accuracy
 from vlattn_lab.evaluation import residual_shares, run
-from vlattn_lab.experiments.experiment import Cell, Effect, Experiment, Record, Settings, Stage, effects_of, holm, paired_test
+from vlattn_lab.experiments.experiment import (
+    Cell,
+    Effect,
+    Experiment,
+    Record,
+    Settings,
+    Stage,
+    effects_of,
+    holm,
+    less,
+    paired_test,
+)
 from vlattn_lab.mapper import prompt_accuracy, question_accuracy
 from vlattn_lab.tasks import TASKS
 from vlattn_lab.train.fit import seeded
-from vlattn_lab.train.mapper import train
+from vlattn_lab.train.run import TRAININGS
+from vlattn_lab.uniter import matching_accuracy
+from vlattn_lab.weights import DATA
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,16 +57,16 @@ DIVIDED = {"divided": "weighted", "not divided": "weighted:no_normalization"}  #
 RULES = [(name, rows) for name in WEIGHTINGS for rows in DIVIDED if (name, rows) != ("equal", "not divided")]
 STATES = ("trained", "untrained")
 PLAIN = "plain"
+RIVAL = "gradient x input"  # through fixed norms and attention
 MARGIN = "margin"  # the area under the curve of negative perturbation less that of positive perturbation
-
-LAYERS: dict[str, dict[str, Any]] = {
-    "text to itself, then to the image": {},
-    "the same, image tokens to themselves": {"image_self_attention": True},
-    "the same, text to the image first": {"image_self_attention": True, "cross_first": True},
+COUNT = 200  # test samples of each kind that tell the accuracy
+TRAINED = {"matching": "uniter", "clip": "clip", "vqa": "vqa", "captions": "captions"}  # the training of a task's model
+ACCURACY: dict[str, Callable[..., dict[str, float]]] = {
+    "matching": matching_accuracy,
+    "clip": caption_accuracy,
+    "vqa": question_accuracy,
+    "captions": lambda model, **drawn: prompt_accuracy(model, **drawn)["true"],
 }
-STEPS = {"vqa": 1200, "captions": 800}  # a quarter of the shipped models' training
-OF_LAYERS = [("contribution", "divided"), ("norm", "not divided")]  # the rules that explain them
-COUNT, FEW = 200, 50  # scenes of each kind that tell the accuracy, and those of a set that are explained
 CLAIMED = [("contribution", "divided"), ("magnitude", "not divided")]  # our reading of the paper, and our best alternative
 LEVEL = 0.05
 
@@ -60,8 +74,8 @@ Values = dict[str, dict[str, float | None]]  # by method, then by test and part
 
 
 def methods(rules: Iterable[tuple[str, str]] = RULES) -> dict[str, Any]:
-    """Rules of both forms, by their names in the records: the plain rule first, then `rules`."""
-    made = {}
+    """Rules of both forms, by their names in the records: the plain rule first, then `rules`; and the rival of all."""
+    made = {RIVAL: with_options("input_gradient", freeze=("norms", "attention"))}
     for form, freeze in FORMS.items():
         made[_name(form, PLAIN)] = with_options("gradient", freeze=freeze)
         for weighting, rows in rules:
@@ -87,22 +101,42 @@ def _measured(task: str, model: Any, samples: int, seed: int, rules: Iterable[tu
     return values
 
 
-# --- the shipped models ---
+# --- what is measured ---
 
 
-def cells_of_shares(settings: Settings, records: Sequence[Record]) -> list[Cell]:
-    return [{"task": task, "form": form, "state": state} for task in MODELS for form in FORMS for state in STATES]
+def cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
+    return [{"task": task, "seed": seed} for task in MODELS for seed in range(settings.seeds)]
 
 
-def measure_shares(cell: Cell, settings: Settings) -> dict[str, Any]:
-    """The shares of the shipped model, or of the same model with weights drawn anew, on the scenes and with the answers and
-    captions of the shipped one."""
-    task = TASKS[cell["task"]]
-    model = shipped = task.load()
-    if cell["state"] == "untrained":
-        model = seeded(0, lambda: redrawn(shipped))
-    samples = 2 if settings.smoke else 100
-    return {"shares": residual_shares(task, model, samples, FORMS[cell["form"]], asked=shipped)}
+def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
+    name, seed = cell["task"], cell["seed"]
+    samples, count = (2, 4) if settings.smoke else (SAMPLES[name], COUNT)
+    folder = DATA if settings.models is None else settings.models / str(seed)
+    model = TASKS[name].load(folder)
+    return {
+        "weights": fingerprint(model),
+        "steps": steps_of(name, folder),
+        "accuracy": ACCURACY[name](model, count=count, seed=seed),
+        "shares": shares(name, model, samples),
+        "values": _measured(name, model, samples, seed),
+    }
+
+
+def steps_of(task: str, folder: Path) -> int:
+    """Of the training of a task's model."""
+    return int(json.loads((folder / TRAININGS[TRAINED[task]].weights).with_suffix(".json").read_text())["steps"])
+
+
+def shares(task: str, model: nn.Module, samples: int) -> list[dict[str, Any]]:
+    """The shares of a model, and of the same model with weights drawn anew, on the scenes and with the answers and captions of
+    the first."""
+    states = {"trained": model, "untrained": seeded(0, lambda: redrawn(model))}
+    return [
+        {"form": form, "state": state, **record}
+        for form, freeze in FORMS.items()
+        for state, one in states.items()
+        for record in residual_shares(TASKS[task], one, samples, freeze, asked=model)
+    ]
 
 
 def redrawn(model: nn.Module) -> nn.Module:
@@ -113,33 +147,6 @@ def redrawn(model: nn.Module) -> nn.Module:
             if parameter.ndim > 1:
                 parameter.copy_(parameter.mean() + parameter.std() * torch.randn_like(parameter))
     return copied
-
-
-def cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
-    return [{"task": task, "seed": seed} for task in MODELS for seed in range(settings.seeds)]
-
-
-def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
-    model = TASKS[cell["task"]].load()
-    samples = 2 if settings.smoke else SAMPLES[cell["task"]]
-    return {"weights": fingerprint(model), "values": _measured(cell["task"], model, samples, cell["seed"])}
-
-
-# --- trained layers ---
-
-
-def cells_of_layers(settings: Settings, records: Sequence[Record]) -> list[Cell]:
-    tasks = [*STEPS][: 1 if settings.smoke else None]  # a captioner that has learned nothing names no digits
-    return [{"task": task, "layers": layers} for task in tasks for layers in LAYERS]
-
-
-def measure_layers(cell: Cell, settings: Settings) -> dict[str, Any]:
-    task = cell["task"]
-    steps, count, samples = (2, 4, 2) if settings.smoke else (STEPS[task], COUNT, FEW)
-    model = train(task, steps, log_every=0, **LAYERS[cell["layers"]])
-    accuracy = question_accuracy(model, count=count) if task == "vqa" else prompt_accuracy(model, count=count)["true"]
-    sets = [_measured(task, model, samples, seed, OF_LAYERS) for seed in range(settings.seeds)]
-    return {"weights": fingerprint(model), "steps": steps, "accuracy": accuracy, "sets": sets}
 
 
 # --- what is shown ---
@@ -170,27 +177,40 @@ def _mean(sets: Sequence[Values], name: str, test: str, form: str = ".3f") -> st
 
 
 def _sets(records: Sequence[Record], task: str) -> list[Values]:
-    return [record["values"] for record in having(records, stage=1, task=task)]
+    return [record["values"] for record in having(records, task=task)]
 
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
-    """The weights; the margin of every rule; pointing and mass; the trained layers."""
-    yield _of_shares(having(records, stage=0))
+    """How well the models do; the weights; the margin of every rule; pointing and mass."""
+    yield _of_models(records)
+    yield _of_shares(records)
     yield _of_rules(records, [(task, f"{MARGIN} {part}", f"{name}, {part}") for task, name in MODELS.items() for part in PARTS])
     boxes = ("pointing", "mass")
     yield _of_rules(records, [(task, f"{test} image", f"{name}, {test}") for task, name in MODELS.items() for test in boxes])
-    yield _of_layers(having(records, stage=2))
+
+
+def _of_models(records: Sequence[Record]) -> str:
+    lines = []
+    for task, name in MODELS.items():
+        of_task = having(records, task=task)
+        for kind in of_task[0]["accuracy"]:
+            right = [record["accuracy"][kind] for record in of_task]
+            lines.append([name, str(of_task[0]["steps"]), kind, spread(right), f"{min(right):.3f}"])
+    return markdown(["model", "steps", "kind", "accuracy", "of the worst model"], lines, words=(0, 2))
 
 
 def _of_shares(records: Sequence[Record]) -> str:
-    """The share of the residual stream: means of a layer, and how much tokens of a layer differ."""
+    """The share of the residual stream: means of a layer, and how much its tokens differ; each is a mean over the models."""
     lines = []
-    for record in records:
-        for tower, layers in grouped(record["shares"], lambda share: share["tower"]).items():
-            means, widths = [one["mean"] for one in layers], [one["p95"] - one["p5"] for one in layers]
-            ends = [f"{end(means):.3f}" for end in (min, max)]
-            place = MODELS[record["task"]], tower, record["form"], record["state"]
-            lines.append([*place, str(len(layers)), *ends, f"{max(widths):.3f}"])
+    places = [(one["task"], share["tower"], share["form"], share["state"]) for one in records for share in one["shares"]]
+    for task, tower, form, state in dict.fromkeys(places):
+        of_models = [having(record["shares"], tower=tower, form=form, state=state) for record in having(records, task=task)]
+        means = [[one["mean"] for one in layers] for layers in of_models]
+        widths = [max(one["p95"] - one["p5"] for one in layers) for layers in of_models]
+        shown = [[min(one) for one in means], [max(one) for one in means], widths]
+        lines.append(
+            [MODELS[task], tower, form, state, str(len(means[0])), *(f"{mean_and_deviation(one)[0]:.3f}" for one in shown)]
+        )
     head = ["model", "tower", "form", "weights", "attentions", "smallest mean", "largest mean", "widest 5 % to 95 % of tokens"]
     return markdown(head, lines, words=(0, 1, 2, 3))
 
@@ -212,62 +232,28 @@ def _of_rules(records: Sequence[Record], columns: Sequence[tuple[str, str, str]]
     return markdown(["form", "weights", "rows", *(shown for *_, shown in columns)], lines, words=(0, 1, 2))
 
 
-def _of_layers(records: Sequence[Record]) -> str:
-    """Bold as in `_of_rules`."""
-    tests = f"{MARGIN} image", "pointing image"
-    places = [
-        (number, form, test, rule) for number in range(len(records)) for form in FORMS for test in tests for rule in OF_LAYERS
-    ]
-    found = {place: value for place in places if (value := compared(records[place[0]]["sets"], place[1], place[3], place[2]))}
-    corrected = dict(zip(found, holm([p for *_, p in found.values()]), strict=True))
-    lines = []
-    for (number, record), form in itertools.product(enumerate(records), FORMS):
-        right = record["accuracy"].values()
-        line = [MODELS[record["task"]], record["layers"], f"{sum(right) / len(right):.1%}".replace("%", " %"), form]
-        for test in tests:
-            at = [(number, form, test, rule) for rule in OF_LAYERS]
-            line += [_mean(record["sets"], _name(form, PLAIN), test)]
-            line += [_shown(found.get(place), corrected.get(place, 1.0)) for place in at]
-        lines.append(line)
-    rules = [f"{PLAIN} rule", *(_name(*rule) for rule in OF_LAYERS)]
-    head = ["model", "layers", "right", "form", *(f"{test}, {rule}" for test in (MARGIN, "pointing") for rule in rules)]
-    return markdown(head, lines, words=(0, 1, 3))
-
-
 def effects(records: Sequence[Record]) -> list[Effect]:
-    """Of two rules, and of gradient x input through fixed norms and attention, on the plain rule's margin in the same scenes.
-    The third is of the stored rows of `vlattn_lab.evaluation`, whose scenes are the same."""
-    asked = [(task, part) for task in ("vqa", "captions") for part in PARTS]
-    by_rule: dict[str, dict[tuple[str, str], list[float]]] = {}
-    for (name, rows), form in itertools.product(CLAIMED, FORMS):
-        of_rule = by_rule.setdefault(f"`{name}`, rows {rows}, {form}", {})
-        for task, part in itertools.product(MODELS, PARTS):
-            one, two = (of_sets(_sets(records, task), _name(form, *way), f"{MARGIN} {part}") for way in ((name, rows), (PLAIN,)))
-            of_rule[task, part] = [a - b for a, b in zip(one, two, strict=True) if a is not None and b is not None]
-    by_rule["gradient × input, norms and attention held fixed"] = {
-        (task, part): _gradient_times_input(task, part) for task, part in itertools.product(MODELS, PARTS)
-    }
+    """Of two rules on the margin of the plain rule of their form, and of gradient x input on that of the plain rule with norms
+    held fixed, in the same models and scenes."""
+    ways = [
+        (f"`{name}`, rows {rows}, {form}", _name(form, name, rows), _name(form, PLAIN))
+        for (name, rows), form in itertools.product(CLAIMED, FORMS)
+    ]
+    ways.append(("gradient × input, norms and attention held fixed", RIVAL, _name("norms held fixed", PLAIN)))
     found: list[tuple[str, str, list[float]]] = []
-    for rule, of_rule in by_rule.items():
-        found += [(rule, f"{MODELS[task]}, {part}", of_rule[task, part]) for task, part in asked]
-        sets = zip(*of_rule.values(), strict=False)
-        found.append((rule, "all models, mean", [sum(one) / len(one) for one in sets]))
+    for claim, rule, plain in ways:
+        gains = {
+            (task, part): less(*(of_sets(_sets(records, task), way, f"{MARGIN} {part}") for way in (rule, plain)))
+            for task, part in itertools.product(MODELS, PARTS)
+        }
+        asked = [(task, part) for task in ("vqa", "captions") for part in PARTS]
+        found += [(claim, f"{MODELS[task]}, {part}", gains[task, part]) for task, part in asked]
+        found.append((claim, "all models, mean", [sum(one) / len(one) for one in zip(*gains.values(), strict=True)]))
     return effects_of(found)
 
 
-def _gradient_times_input(task: str, part: str) -> list[float]:
-    """By how much its margin is above that of the plain rule with norms held fixed, for each set of scenes."""
-    rows = json.loads((ROOT / "benchmarks" / "results" / f"evaluation-{task}.json").read_text(encoding="utf-8"))["rows"]
-    values = {(row["method"], row["test"]): row["values"] for row in rows if row["part"] == part}
-    margins = {
-        method: [a - b for a, b in zip(values[method, "negative"], values[method, "positive"], strict=True)]
-        for method in ("input_gradient", "gradient(freeze=norms)")
-    }
-    return [a - b for a, b in zip(*margins.values(), strict=True)]
-
-
 def figure(records: Sequence[Record]) -> Figure:
-    """The difference of the margin from the plain rule with its deviation over the sets of scenes."""
+    """The difference of the margin from the plain rule with its deviation over the models."""
     drawn, axes = panels(len(MODELS), len(FORMS), (7.4, 2.0 * len(MODELS) + 0.6), sharex="row", sharey=True)
     for (row, task), (column, form) in itertools.product(enumerate(MODELS), enumerate(FORMS)):
         axis, sets = axes[row][column], _sets(records, task)
@@ -290,9 +276,4 @@ def figure(records: Sequence[Record]) -> Figure:
     return drawn
 
 
-EXPERIMENT = Experiment(
-    (Stage(cells_of_shares, measure_shares), Stage(cells, measure), Stage(cells_of_layers, measure_layers)),
-    tables,
-    {"weighted_relevancy": figure},
-    effects,
-)
+EXPERIMENT = Experiment((Stage(cells, measure),), tables, {"weighted_relevancy": figure}, effects)

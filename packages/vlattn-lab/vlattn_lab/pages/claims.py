@@ -15,7 +15,7 @@ from vlattn_fast.measuring.records import having, markdown
 from vlattn_lab.checkout import ROOT
 from vlattn_lab.experiments.congruence.training import value_name
 from vlattn_lab.experiments.experiment import Effect, Record, effects_of, less
-from vlattn_lab.experiments.scores.page import scores_of, tasks, values
+from vlattn_lab.experiments.scores.page import compared, tasks, values
 from vlattn_lab.experiments.weighted_relevancy import PARTS
 from vlattn_lab.pages.experiment_page import report_of
 
@@ -26,13 +26,12 @@ HEAD = ["claim", "effect of", "mean, 95 % interval", "of", "p (Holm)", "detectab
 
 
 class Claim(NamedTuple):
-    """effect: or what has none. result: None = what the effect says. drawn: what its interval is over."""
+    """effect: or what has none. result: None = what the effect says."""
 
     text: str
     effect: Effect | str
     unlike: str
     result: str | None = None
-    drawn: str = "seeds"
 
 
 def line_of(claim: Claim) -> list[str]:
@@ -41,36 +40,40 @@ def line_of(claim: Claim) -> list[str]:
     said = REPRODUCED if effect.effect > 0 and effect.holm < 0.05 else NOT
     return [
         *(claim.text, f"{effect.claim}: {effect.measured}", f"{effect.effect:+.3f} ({effect.low:+.3f} to {effect.high:+.3f})"),
-        *(
-            f"{effect.seeds} {claim.drawn}",
-            "< 0.001" if effect.holm < 0.001 else f"{effect.holm:.3f}",
-            f"{effect.detectable:.3f}",
-        ),
+        *(f"{effect.seeds} seeds", "< 0.001" if effect.holm < 0.001 else f"{effect.holm:.3f}", f"{effect.detectable:.3f}"),
         *(claim.unlike, claim.result or said),
     ]
 
 
 def weighted_relevancy(rows: Sequence[Record], stated: Sequence[Effect]) -> list[Claim]:
-    shares = having(rows, stage=0, form="norms held fixed")
     trained, redrawn = (
-        [sum(one["p95"] - one["p5"] for one in row["shares"]) / len(row["shares"]) for row in having(shares, state=state)]
+        [_width(having(rows, seed=seed), state) for seed in sorted({row["seed"] for row in rows})]
         for state in ("trained", "untrained")
     )
-    what, models = "width (5 % to 95 % of tokens) of the residual stream's share", "models"
+    what = "width (5 % to 95 % of tokens) of the residual stream's share, mean of four models"
     width, learned = effects_of([("trained", what, trained), ("trained less matrices drawn anew", what, less(trained, redrawn))])
     ours = {one.measured: one for one in of_claims(stated, "`contribution`, rows divided, published")}
     rest = [one for one in of_claims(stated, "`magnitude`", "gradient") if one.measured == "all models, mean"]
-    unlike, sets = "our reading of the equations; one small model a task", "sets of scenes"
+    unlike = "our reading of the equations; small models"
     bounded = "norms held fixed: published, a LayerNorm on the sum makes each share one half. A width is never negative"
     tested = [(f"ahead in perturbation tests of {task}", f"{task}, {part}") for task in ("answers", "captions") for part in PARTS]
     return [
-        Claim("the importance of tokens differs before and after attention", width, bounded, drawn=models),
-        Claim("training makes it differ", learned, "a control of ours", UNCLAIMED, models),
-        Claim("weights distort less than equal accumulation", ours["all models, mean"], unlike, drawn=sets),
-        *(Claim(text, ours[measured], unlike, drawn=sets) for text, measured in tested),
+        Claim("the importance of tokens differs before and after attention", width, bounded),
+        Claim("training makes it differ", learned, "a control of ours", UNCLAIMED),
+        Claim("weights distort less than equal accumulation", ours["all models, mean"], unlike),
+        *(Claim(text, ours[measured], unlike) for text, measured in tested),
         Claim("CLIPMapper with self- and cross-attention", "whether a form of ours is the paper's", "no public code"),
-        *(Claim("another rule is ahead of the plain rule", one, "rules of ours", UNCLAIMED, sets) for one in rest),
+        *(Claim("another rule is ahead of the plain rule", one, "rules of ours", UNCLAIMED) for one in rest),
     ]
+
+
+def _width(rows: Sequence[Record], state: str) -> float:
+    """The mean over models, of the mean over attentions, with norms held fixed."""
+    widths = []
+    for row in rows:
+        found = having(row["shares"], form="norms held fixed", state=state)
+        widths.append(sum(one["p95"] - one["p5"] for one in found) / len(found))
+    return sum(widths) / len(widths)
 
 
 def scores(rows: Sequence[Record], stated: Sequence[Effect]) -> list[Claim]:
@@ -107,7 +110,7 @@ def scores(rows: Sequence[Record], stated: Sequence[Effect]) -> list[Claim]:
             for one in effects[-2:]
         ),
         *(
-            Claim("the more accurate score points better", one, "rank correlation over eight families", UNCLAIMED)
+            Claim("the more accurate score points better", one, "rank correlation over eight scores", UNCLAIMED)
             for one in together
         ),
         Claim("the same in the published models", "models at full size", "no weights or images here"),
@@ -117,7 +120,7 @@ def scores(rows: Sequence[Record], stated: Sequence[Effect]) -> list[Claim]:
 def chosen_by_others(rows: Sequence[Record], task: str) -> list[float]:
     """For each seed the accuracy of the best score less that of the worst, as the other seeds rank them: 0 on average if scores
     do not matter."""
-    by_arm, gains = [values(rows, task, arm, "accuracy") for arm in scores_of(rows, task)], []
+    by_arm, gains = [values(rows, task, arm, "accuracy") for arm in compared(rows, task)], []
     for seed in range(len(by_arm[0])):
         ranked = sorted(by_arm, key=lambda accuracy: sum(accuracy) - accuracy[seed])
         gains.append(ranked[-1][seed] - ranked[0][seed])
@@ -126,7 +129,7 @@ def chosen_by_others(rows: Sequence[Record], task: str) -> list[float]:
 
 def pointing(rows: Sequence[Record], task: str) -> list[float]:
     gains = [
-        less(*(values(rows, task, arm, "pointing", state) for state in ("trained", "untrained"))) for arm in scores_of(rows, task)
+        less(*(values(rows, task, arm, "pointing", state) for state in ("trained", "untrained"))) for arm in compared(rows, task)
     ]
     return [sum(one) / len(one) for one in zip(*gains, strict=True)]
 

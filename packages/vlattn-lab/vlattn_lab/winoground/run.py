@@ -119,15 +119,16 @@ def load_uniter_score(weights: str | Path, regions: str | Path, tokenizer: str |
     @torch.no_grad()
     def score(image: str, caption: str) -> Tensor:
         ids = words(caption, return_tensors="pt").input_ids
-        logits = model(ids, *read_regions(Path(regions) / f"{image}.npz")).logits[0]
+        logits = model(ids, **read_regions(Path(regions) / f"{image}.npz")).logits[0]
         return logits[1] - logits[0]
 
     return score
 
 
-def read_regions(file: Path) -> tuple[Tensor, Tensor]:
-    """region_features (1, R, region_dim) and region_positions (1, R, 7) of a region file of UNITER."""
-    if not file.is_file():
+def read_regions(file: str | Path) -> dict[str, Tensor]:
+    """UNITER's inputs of one of its region files: "region_features" (1, R, region_dim) and "region_positions" (1, R, 7).
+    `explain` and `probe` accept them together with "input_ids"."""
+    if not Path(file).is_file():
         raise ValueError(f"regions must have a file for each image; got none at {file}")
     with np.load(file) as found:
         if missing := {"features", "norm_bb"} - {*found}:
@@ -136,7 +137,8 @@ def read_regions(file: Path) -> tuple[Tensor, Tensor]:
     if boxes.ndim != 3 or features.ndim != 3 or boxes.shape[1:] != (features.shape[1], 6):
         shapes = f"{tuple(features.shape[1:])} and {tuple(boxes.shape[1:])}"
         raise ValueError(f"{file} must have features (R, region_dim) and norm_bb (R, 6); got {shapes}")
-    return features, torch.cat([boxes, boxes[..., 4:5] * boxes[..., 5:6]], -1)
+    positions = torch.cat([boxes, boxes[..., 4:5] * boxes[..., 5:6]], -1)
+    return {"region_features": features, "region_positions": positions}
 
 
 def _shown(hits: Sequence[dict[str, bool]]) -> list[str]:

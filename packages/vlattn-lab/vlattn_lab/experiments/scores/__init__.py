@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
-from vlattn_lab.experiments.scores import answering, conditions, drawing, generation, matching, reading, scan, timing
+from vlattn_lab.experiments.scores import answering, conditions, control, drawing, generation, matching, reading, scan, timing
 from vlattn_lab.experiments.scores.attend import FORMS, PLAIN, SCORES
 from vlattn_lab.experiments.scores.page import accuracy_and_gap, effects, of_conditions, pictures, tables
 
@@ -31,6 +31,7 @@ TASKS: dict[str, Any] = {
     "generation": generation,
     "drawing": drawing,
     "conditions": conditions,
+    "control": control,
 }
 REFERENCES = {"answering": "frequent", "generation": "real", "drawing": "real"}  # arms without a model
 CHOICE_SEED = 100  # of the trainings that choose the learning rates; no measured training has it

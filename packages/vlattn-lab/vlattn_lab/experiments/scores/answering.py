@@ -4,7 +4,7 @@ regions, which are combined with the memory of earlier steps."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -47,14 +47,18 @@ class Mac(nn.Module):
         hidden = torch.where(ids == PAD, -torch.inf, 0.0)
         regions = self.region(images)
         met, memory = self.met(regions), self.start.expand(len(ids), -1)
-        for ask in self.ask:
-            attention = ((words @ ask(sentence)[..., None])[..., 0] / SIZE**0.5 + hidden).softmax(-1)
-            control = (attention[:, None] @ words)[:, 0]
+        for control in self.controls(words, sentence, hidden):
             key = self.key(torch.cat([met * self.remembered(memory)[:, None], regions], dim=-1))
             read = self.attend(control[:, None], key, regions, key_mask)[:, 0]
             memory = self.write(torch.cat([read, memory, read * control], dim=-1))
         logits: Tensor = self.answer(torch.cat([memory, sentence], dim=-1))
         return logits
+
+    def controls(self, words: Tensor, sentence: Tensor, hidden: Tensor) -> Iterator[Tensor]:
+        """For each step (B, SIZE), the words that it attends to. hidden: (B, WORDS), -inf at padding and 0 elsewhere."""
+        for ask in self.ask:
+            attention = ((words @ ask(sentence)[..., None])[..., 0] / SIZE**0.5 + hidden).softmax(-1)
+            yield (attention[:, None] @ words)[:, 0]
 
 
 class Asked(NamedTuple):

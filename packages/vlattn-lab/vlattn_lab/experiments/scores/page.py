@@ -14,7 +14,8 @@ from torch import Tensor
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.records import grouped, markdown, mean_and_deviation, number, spread
 from vlattn_lab.experiments.experiment import Effect, Record, band, holm, paired_change, paired_test, spearman
-from vlattn_lab.experiments.scores.attend import GENERAL, PLAIN, SCORES, UNIFORM
+from vlattn_lab.experiments.scores import control
+from vlattn_lab.experiments.scores.attend import GENERAL, PLAIN, UNIFORM
 from vlattn_lab.experiments.scores.conditions import FACTORS, OPTIONS, arm_of
 from vlattn_lab.scenes import CANVAS
 
@@ -67,32 +68,25 @@ def scores_of(records: Sequence[Record], task: str) -> list[str]:
     return [arm for arm in arms(records, task) if arm not in CONTROLS]
 
 
-def family(arm: str) -> str:
-    """The score function without the side that it projects and without its activation."""
-    return next((name for name, score in PLAIN.items() if SCORES[arm][0] == score[0]))
+def compared(records: Sequence[Record], task: str) -> list[str]:
+    """The scores without the forms of `general`: in every task all of one commit."""
+    return [arm for arm in arms(records, task) if arm in PLAIN]
 
 
-def families_of(records: Sequence[Record], task: str) -> dict[str, list[str]]:
-    """The scores by family."""
-    return grouped((arm for arm in scores_of(records, task) if arm in SCORES), family)
-
-
-def of_families(records: Sequence[Record], task: str, name: str) -> dict[str, float]:
-    """The mean over seeds, and over a family's forms."""
-    found = families_of(records, task)
-    means = {arm: mean_and_deviation(values(records, task, arm, name))[0] for arms in found.values() for arm in arms}
-    return {title: sum(means[arm] for arm in arms) / len(arms) for title, arms in found.items()}
+def means_of(records: Sequence[Record], task: str, name: str) -> dict[str, float]:
+    """The mean over seeds of each score that is compared."""
+    return {arm: mean_and_deviation(values(records, task, arm, name))[0] for arm in compared(records, task)}
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:
-    """Rank correlations over families between accuracy and a measure of interpretability. p: of all orders of the families. The
+    """Rank correlations over scores between accuracy and a measure of interpretability. p: of all orders of the scores. The
     interval and what is detectable: Fisher's z, whose error for ranks is 1.03 / sqrt(n - 3) (Fieller et al., 1957)."""
     normal = statistics.NormalDist().inv_cdf
-    asked = [(task, name) for task in tasks(records) if len(families_of(records, task)) > 4 for name in INTERPRETABILITY]
-    asked = [(task, name) for task, name in asked if values(records, task, scores_of(records, task)[0], name)]
+    asked = [(task, name) for task in tasks(records) if len(compared(records, task)) > 4 for name in INTERPRETABILITY]
+    asked = [(task, name) for task, name in asked if values(records, task, compared(records, task)[0], name)]
     found = []
     for task, name in asked:
-        one, two = (torch.tensor([*of_families(records, task, key).values()], dtype=torch.float64) for key in ("accuracy", name))
+        one, two = (torch.tensor([*means_of(records, task, key).values()], dtype=torch.float64) for key in ("accuracy", name))
         found.append((float(spearman(one, two)), chance_of(one, two), len(one)))
     corrected = holm([p for _, p, _ in found])
     shown = []
@@ -100,7 +94,7 @@ def effects(records: Sequence[Record]) -> list[Effect]:
         error = 1.03 / (count - 3) ** 0.5
         low, high = (math.tanh(math.atanh(max(min(rho, 0.999), -0.999)) + sign * 1.96 * error) for sign in (-1, 1))
         least = math.tanh((normal(1 - 0.025 / len(asked)) + normal(0.8)) * error)
-        seeds = len(values(records, task, scores_of(records, task)[0], name))
+        seeds = len(values(records, task, compared(records, task)[0], name))
         shown.append(Effect(task, f"accuracy and {INTERPRETABILITY[name]}", rho, low, high, seeds, p, after, least))
     return shown
 
@@ -122,6 +116,7 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
     for task in ("matching", "answering"):
         yield forms_table(records, task)
     yield conditions_table(records)
+    yield control_table(records)
     yield choice_table(records)
     yield time_table(records)
 
@@ -179,6 +174,18 @@ def conditions_table(records: Sequence[Record]) -> str:
     return markdown([name.replace("_head", " of a head") for name in head], lines)
 
 
+def control_table(records: Sequence[Record]) -> str:
+    """Answering with MAC's control unit, and the paired difference in accuracy from the same score without it."""
+    names = ("accuracy", *KINDS, "pointing", "agreement", "gap")
+    lines = []
+    for arm, (score, _) in control.OPTIONS.items():
+        accuracy, *cells = (values(records, "control", arm, name) for name in names)
+        change = paired_change(accuracy, values(records, "control", score, "accuracy")) if arm != score else ("", "")
+        lines.append([arm, spread(accuracy), *change, *map(spread, cells)])
+    head = ["answering", "accuracy", "difference", "p", *(INTERPRETABILITY.get(name, name) for name in names[1:])]
+    return markdown(head, lines)
+
+
 def choice_table(records: Sequence[Record]) -> str:
     """Accuracy on validation scenes."""
     tried = grouped((record for record in records if "validation" in record), lambda record: (record["task"], record["rate"]))
@@ -204,19 +211,17 @@ def time_table(records: Sequence[Record]) -> str:
 
 
 def accuracy_and_gap(records: Sequence[Record]) -> Figure:
-    """A point for each family of scores, over which `effects` are; bars are standard deviations over seeds."""
+    """A point for each score, over which `effects` are; bars are standard deviations over seeds."""
     import matplotlib
 
-    shown = [*dict.fromkeys(name for task in tasks(records) for name in families_of(records, task)), UNIFORM]
+    shown = [*dict.fromkeys(name for task in tasks(records) for name in compared(records, task)), UNIFORM]
     colours, markers = matplotlib.colormaps["tab10"], "osD^vP*h<"
     columns = min(3, len(tasks(records)))  # as many as a page can show
     lines = -(-len(tasks(records)) // columns)
     figure, grid = panels(lines, columns, (2.5 * columns, 2.6 * lines + 0.7))
     for axes, task in zip(grid.flat, tasks(records), strict=False):
-        control = {UNIFORM: [UNIFORM]} if UNIFORM in arms(records, task) else {}
-        for name, arms_of_one in (families_of(records, task) | control).items():
-            of_seeds = (_means_of_seeds(records, task, arms_of_one, key) for key in ("accuracy", "gap"))
-            (x, dx), (y, dy) = map(mean_and_deviation, of_seeds)
+        for name in [*compared(records, task), *({UNIFORM} & arms(records, task).keys())]:
+            (x, dx), (y, dy) = (mean_and_deviation(values(records, task, name, key)) for key in ("accuracy", "gap"))
             place = shown.index(name)
             colour, marker = ("0.4", "x") if name == UNIFORM else (colours(place), markers[place])
             axes.errorbar(x, y, dy, dx, fmt=marker, color=colour, elinewidth=0.8, markersize=6, label=name)
@@ -230,12 +235,6 @@ def accuracy_and_gap(records: Sequence[Record]) -> Figure:
     handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, frameon=False)
     return figure
-
-
-def _means_of_seeds(records: Sequence[Record], task: str, names: Sequence[str], key: str) -> list[float]:
-    """The mean over some arms of each seed."""
-    by_arm = [values(records, task, arm, key) for arm in names]
-    return [sum(of_seed) / len(of_seed) for of_seed in zip(*by_arm, strict=True)]
 
 
 def of_conditions(records: Sequence[Record]) -> Figure:
