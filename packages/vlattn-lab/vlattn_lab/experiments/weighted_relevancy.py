@@ -25,18 +25,7 @@ from vlattn_fast.measuring.provenance import fingerprint
 from vlattn_fast.measuring.records import having, markdown, mean_and_deviation, spread
 from vlattn_lab.clip import caption_accuracy
 from vlattn_lab.evaluation import residual_shares, run
-from vlattn_lab.experiments.experiment import (
-    Cell,
-    Effect,
-    Experiment,
-    Record,
-    Settings,
-    Stage,
-    effects_of,
-    holm,
-    less,
-    paired_test,
-)
+from vlattn_lab.experiments.experiment import Cell, Effect, Experiment, Record, Settings, Stage, effects_of, holm, paired_test
 from vlattn_lab.mapper import prompt_accuracy, question_accuracy
 from vlattn_lab.tasks import TASKS
 from vlattn_lab.train.fit import seeded
@@ -159,10 +148,15 @@ def of_sets(sets: Sequence[Values], name: str, test: str) -> list[float | None]:
 def compared(sets: Sequence[Values], form: str, rule: tuple[str, str], test: str) -> tuple[float, float, float] | None:
     """By how much a rule is better than the plain rule of its form in the same sets: mean, deviation, and p of a paired t-test.
     None if a test has no value."""
-    pairs = zip(of_sets(sets, _name(form, *rule), test), of_sets(sets, _name(form, PLAIN), test), strict=True)
-    sign = -1 if test.startswith("positive") else 1
-    better = [sign * (one - two) for one, two in pairs if one is not None and two is not None]
+    better = _better(sets, _name(form, *rule), _name(form, PLAIN), test)
     return (*mean_and_deviation(better), paired_test(better)[1]) if len(better) > 1 else None
+
+
+def _better(sets: Sequence[Values], rule: str, plain: str, test: str) -> list[float]:
+    """By how much a rule is better than another one in the same sets; those without a value are left out."""
+    sign = -1 if test.startswith("positive") else 1
+    pairs = zip(of_sets(sets, rule, test), of_sets(sets, plain, test), strict=True)
+    return [sign * (one - two) for one, two in pairs if one is not None and two is not None]
 
 
 def _shown(found: tuple[float, float, float] | None, corrected: float) -> str:
@@ -243,7 +237,7 @@ def effects(records: Sequence[Record]) -> list[Effect]:
     found: list[tuple[str, str, list[float]]] = []
     for claim, rule, plain in ways:
         gains = {
-            (task, part): less(*(of_sets(_sets(records, task), way, f"{MARGIN} {part}") for way in (rule, plain)))
+            (task, part): _better(_sets(records, task), rule, plain, f"{MARGIN} {part}")
             for task, part in itertools.product(MODELS, PARTS)
         }
         asked = [(task, part) for task in ("vqa", "captions") for part in PARTS]
