@@ -7,7 +7,6 @@
 #include <array>
 #include <bit>
 #include <cstdlib>
-#include <deque>
 
 #include "memory.h"
 
@@ -48,7 +47,9 @@ struct GlobalShadow {
         void operator()(GlobalPage* page) const { free(page); }
     };
     std::unordered_map<u64, std::unique_ptr<GlobalPage, Free>> pages;
-    std::deque<std::array<GlobalWord, PART / 4>> divided;
+    using Words = std::array<GlobalWord, PART / 4>;
+    std::vector<std::unique_ptr<Words[]>> divided;
+    size_t unused = 0;  // of the last of them
     u64 last = ~0ull;
     GlobalPage* last_page = nullptr;
     // What was released at an address: to all, or [block, address] to one block alone.
@@ -72,8 +73,10 @@ struct GlobalShadow {
         GlobalPage& here = page(address);
         const u64 part = address % PAGE / PART;
         if (!here.words[part]) {
-            divided.emplace_back().fill(here.whole[part]);
-            here.words[part] = divided.back().data();
+            if (!unused) divided.emplace_back(new Words[unused = 128]);
+            Words& words = divided.back()[--unused];
+            words.fill(here.whole[part]);
+            here.words[part] = words.data();
         }
         return here.words[part][address % PART / 4];
     }
@@ -119,7 +122,7 @@ struct GlobalAccess {
     int changed = -1;  // not known yet
 
     bool changes() {
-        if (changed < 0) changed = !data || memcmp(data, there, size) != 0 || !all_initialised();
+        if (changed < 0) changed = !data || differ(data, there, size) || !all_initialised();
         return changed;
     }
     bool all_initialised() const { return !range.initialised || !memchr(range.initialised + (address - range.begin), 0, size); }

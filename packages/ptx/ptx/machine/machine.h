@@ -75,8 +75,10 @@ inline void set_predicate(Warp& w, s32 operand, u32 values, u32 lanes) {
     p = (p & ~lanes) | (values & lanes);
 }
 template <class T> void write_lanes(T* to, const T* from, u32 lanes) {
-    if (lanes == ALL) memcpy(to, from, LANES * sizeof(T));
-    else
+    if (lanes == ALL) {  // neither overlaps the other in part
+#pragma GCC ivdep
+        for (int l = 0; l < LANES; ++l) to[l] = from[l];
+    } else
         for (int l = 0; l < LANES; ++l) to[l] = lanes >> l & 1 ? from[l] : to[l];
 }
 

@@ -64,6 +64,16 @@ struct SharedShadow {
     Reads* reads_of(u32 k) { return reads.data() + k * readers; }
 };
 
+// memcmp, which the compiler writes out for the usual sizes.
+inline bool differ(const u8* a, const u8* b, int size) {
+    switch (size) {
+        case 4: return memcmp(a, b, 4);
+        case 8: return memcmp(a, b, 8);
+        case 16: return memcmp(a, b, 16);
+        default: return memcmp(a, b, size);
+    }
+}
+
 // Which of the 4 bytes from `word` on are accessed.
 inline u32 mask_of(u64 word, u64 address, int size) {
     const u32 from = word < address ? (u32)(address - word) : 0, to = (u32)std::min<u64>(address + size - word, 4);
@@ -88,7 +98,13 @@ bool write_shared(Warp&, const u64 addresses[LANES], int size, u32 lanes, const 
 struct Extent {
     u64 low = ~0ull, high = 0, bits = 0;
     Extent(const u64 addresses[LANES], u32 lanes) {
-        for (int l = 0; l < LANES; ++l) {
+        if (lanes == ALL)
+            for (int l = 0; l < LANES; ++l) {
+                low = std::min(low, addresses[l]);
+                high = std::max(high, addresses[l]);
+                bits |= addresses[l];
+            }
+        for (int l = 0; l < LANES && lanes != ALL; ++l) {
             const bool here = lanes >> l & 1;
             low = here && addresses[l] < low ? addresses[l] : low;
             high = here && addresses[l] > high ? addresses[l] : high;

@@ -428,13 +428,16 @@ u64 special(const Machine& m, const Block& b, int warp, int lane, const std::str
 void set_specials(Block& block) {
     Machine& machine = *block.machine;
     for (Warp& w : block.warps)
-        for (const Program::Special& register_ : machine.program->specials)
+        for (const Program::Special& register_ : machine.program->specials) {
+            const bool by_lane = register_.name.starts_with("%tid.") || register_.name.starts_with("%lane");
+            u64 value = 0;
             for (int l = 0; l < LANES; ++l) {
-                const u64 value = special(machine, block, w.number, l, register_.name);
+                if (l == 0 || by_lane) value = special(machine, block, w.number, l, register_.name);
                 if (register_.bytes == 8) lanes_of<u64>(w, register_.slot)[l] = value;
                 else if (register_.bytes == 0) set_predicate(w, register_.slot, value ? ALL : 0, ALL);
                 else lanes_of<u32>(w, register_.slot)[l] = (u32)value;
             }
+        }
 }
 
 // A clock that goes on with each instruction and each look at it.

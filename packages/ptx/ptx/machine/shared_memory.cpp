@@ -33,14 +33,7 @@ struct SharedAccess {
         return lane < 0 || lane_there == Reads::WHOLE_WARP || lanes_ordered(w, lane, (int)lane_there, when);
     }
 
-    bool changes() const {
-        if (!data) return true;
-        const u8* there = w.block->shared.data() + address;
-        const bool same = size == 4    ? !memcmp(data, there, 4)
-                          : size == 16 ? !memcmp(data, there, 16)
-                                       : !memcmp(data, there, size);
-        return !same || !all_written();
-    }
+    bool changes() const { return !data || differ(data, w.block->shared.data() + address, size) || !all_written(); }
     bool all_written() const {
         for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k)
             if (const u32 mask = mask_of(4 * k, address, size); (shadow.word[k].written & mask) != mask) return false;

@@ -36,6 +36,12 @@ template <Mode mode> void shuffle(Warp& w, const Instruction& i, u32 lanes) {
     u32 a[LANES], result[LANES], inside = 0;
     memcpy(a, place(w, o[1]), sizeof a);
     const u32 *b = lanes_of<u32>(w, o[2]), *c = lanes_of<u32>(w, o[3]);
+    if (mode == BUTTERFLY && lanes == ALL && o[2] < 0 && o[3] < 0 && *c == LANES - 1) {  // constants, one segment: the usual case
+        for (int l = 0; l < LANES; ++l) result[l] = a[l ^ (*b & 31)];
+        write_lanes(lanes_of<u32>(w, o[0]), result, lanes);
+        if (i.count == 6) set_predicate(w, o[4], ALL, lanes);
+        return;
+    }
     for (int l = 0; l < LANES; ++l) {
         bool in_segment;
         const int source = source_lane<mode>(l, b[l], c[l], in_segment);
