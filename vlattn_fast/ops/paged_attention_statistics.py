@@ -239,17 +239,18 @@ def _check_values(x: _Requests) -> None:
     """Raises unless the values of the integers fit, if they are on the CPU and available."""
     if x.query.device.type != "cpu" or not all([readable(each) for each in (x.query, x.block_table, x.lengths, x.query_starts)]):
         return
-    tokens, starts, lengths, table = x.query.shape[0], x.query_starts, x.lengths, x.block_table
+    tokens, starts, lengths, table = x.query.shape[0], x.query_starts.tolist(), x.lengths.tolist(), x.block_table
     blocks, columns, block_size = x.key_cache.shape[0], table.shape[1], x.key_cache.shape[2]
-    if starts[0] < 0 or starts[-1] > tokens or (starts[1:] < starts[:-1]).any():
-        shown = f"{starts.tolist()!r:.80}"
-        raise ValueError(f"query_starts must ascend from 0 or more to at most the {tokens} tokens of query; got {shown}")
-    if ((lengths < 0) | (lengths > columns * block_size)).any():
+    if starts[0] < 0 or starts[-1] > tokens or starts != sorted(starts):
+        raise ValueError(f"query_starts must ascend from 0 or more to at most the {tokens} tokens of query; got {starts!r:.80}")
+    if lengths and not 0 <= min(lengths) <= max(lengths) <= columns * block_size:
         raise ValueError(
             f"lengths must lie from 0 to {columns * block_size}, the keys that {columns} blocks of {block_size} hold; got values "
-            f"from {int(lengths.min())} to {int(lengths.max())}"
+            f"from {min(lengths)} to {max(lengths)}"
         )
-    used = torch.arange(columns) * block_size < lengths[:, None]
+    if table.numel() == 0 or (int(table.min()) >= 0 and int(table.max()) < blocks):
+        return
+    used = torch.arange(columns) * block_size < x.lengths[:, None]
     wrong = used & ((table < 0) | (table >= blocks))
     if wrong.any():
         r, column = (int(each) for each in wrong.nonzero()[0])

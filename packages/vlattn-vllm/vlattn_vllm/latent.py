@@ -41,7 +41,7 @@ def as_attention(layer: Any, query: Tensor, metadata: Any, lengths: list[int]) -
         "attends within a window": getattr(layer, "sliding_window", None) is not None,
         "has no projection of latents as a tensor": not isinstance(getattr(layer, "W_UK_T", None), Tensor),
     }
-    refused = next((f"{layer.layer_name} {reason}" for reason, holds in reasons.items() if holds), "")
+    refused = next((f"{layer.layer_name} {reason}" for reason, holds in reasons.items() if holds), None)
     fields = {"refused": refused, "attn_type": "decoder", "scale": impl.scale, "logits_soft_cap": None, "sliding_window": -1}
     if refused:
         return SimpleNamespace(**fields), query, metadata

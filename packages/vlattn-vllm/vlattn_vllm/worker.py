@@ -412,24 +412,30 @@ def nothing(one: Asking) -> Attention:
 
 def refusal(impl: Any, layer: Any, metadata: Any) -> str:
     """Why the attention of a layer is not what the operator computes; empty where it is."""
-    backends = ", ".join(name.upper() for on_device in LAYERS.values() for name in on_device)
-    not_causal = getattr(metadata, "causal", None) is not True or has(metadata, *_NOT_CAUSAL)
-    unknown = not hasattr(metadata, "block_table") or not hasattr(impl, "logits_soft_cap")
-    latent = getattr(impl, "refused", "")
     reasons = {
-        f"attention statistics are not computed where a layer is as this one: {latent}; name other layers": latent,
-        f"the attention backend must be one of {backends}; got {type(impl).__name__}": unknown,
+        "attention statistics are not computed where a layer is as this one: {latent}; name other layers": has(impl, "refused"),
+        "the attention backend must be one of {backends}; got {kind}": (
+            not hasattr(metadata, "block_table") or not hasattr(impl, "logits_soft_cap")
+        ),
         "attention statistics of ALiBi are not computed; choose a model without it": has(impl, "alibi_slopes"),
         "attention statistics of attention sinks are not computed; choose a model without them": has(impl, "sinks"),
-        f"attention statistics of {getattr(layer, 'layer_name', '')}, which attends within chunks, are not computed; name other "
-        f"layers": has(layer, "attention_chunk_size"),
-        "attention statistics are those of causal attention; this model's attention is not causal": not_causal,
+        "attention statistics of {layer}, which attends within chunks, are not computed; name other layers": (
+            has(layer, "attention_chunk_size")
+        ),
+        "attention statistics are those of causal attention; this model's attention is not causal": (
+            getattr(metadata, "causal", None) is not True or has(metadata, *_NOT_CAUSAL)
+        ),
     }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    for reason, holds in reasons.items():
+        if holds:
+            backends = ", ".join(name.upper() for on_device in LAYERS.values() for name in on_device)
+            names = {"latent": getattr(impl, "refused", None), "layer": getattr(layer, "layer_name", None), "backends": backends}
+            return reason.format(**names, kind=type(impl).__name__)
+    return ""
 
 
 def has(owner: Any, *names: str) -> bool:
-    return any(getattr(owner, name, None) is not None for name in names)
+    return any([getattr(owner, name, None) is not None for name in names])
 
 
 def window(impl: Any) -> int | None:
