@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast.measuring.figures import panels
-from vlattn_fast.measuring.records import grouped, having, markdown, mean_and_deviation, number, spread
+from vlattn_fast.measuring.records import grouped, markdown, mean_and_deviation, number, spread
 from vlattn_lab.experiments.experiment import Effect, Record, band, holm, paired_change, paired_test, spearman
 from vlattn_lab.experiments.scores import control
 from vlattn_lab.experiments.scores.attend import GENERAL, PLAIN, UNIFORM
@@ -116,8 +116,7 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
     for task in ("matching", "answering"):
         yield forms_table(records, task)
     yield conditions_table(records)
-    if having(records, task="control"):
-        yield control_table(records)
+    yield control_table(records)
     yield choice_table(records)
     yield time_table(records)
 
