@@ -19,10 +19,42 @@
 // GPU. The estimate is in docs/developers/kernels.md.
 #include <algorithm>
 
-#include "relevancy.h"
+#include "attention.h"
 #include "wgmma.h"
 
 namespace vlattn {
+
+// A weight of each row (B,N), strides in elements; null: 1.
+struct RowWeight {
+    const float* data;
+    int64_t stride_b, stride_n;
+    FIELDS(data, stride_b, stride_n)
+
+    __device__ float at(int64_t b, int64_t n) const { return data ? data[b * stride_b + n * stride_n] : 1.0f; }
+};
+
+struct Relevancy {
+    DType dtype;
+    int64_t B, H, key_heads, N, M, T;
+    int D, DV;
+    StridedTensor query, key, value;  // (B,H,N,D), (B,key_heads,M,D), (B,key_heads,M,DV)
+    Masks masks;
+    float scale;
+    StridedTensor out;  // (B,H,N,DV)
+    const float* lse;  // (B,H,N), natural
+    StridedTensor grad_out;  // (B,H,N,DV)
+    StridedTensor grad_query, grad_key, grad_value;
+    const float* relevancy;  // r (B,T,N), contiguous; null: only gradients are needed
+    RowWeight residual_weight, attention_weight;  // a, b
+    float* r_abar;  // (B,key_heads,T,M): the share of each key head, and the first term in that of the first
+    // for the kernels alone
+    float* rows;  // (ROW_DATA,B,H,padded N)
+    float* sums;  // of dq
+    uint32_t* turns;  // whose turn it is to add
+    FIELDS(dtype, B, H, key_heads, N, M, T, D, DV, query, key, value, masks, scale, out, lse, grad_out, grad_query, grad_key,
+           grad_value, relevancy, residual_weight, attention_weight, r_abar, rows, sums, turns)
+};
+
 namespace {
 
 constexpr int KEYS = 128, QUERIES = 64, FEATURES = 128, THREADS = 2 * WARP_GROUP;
@@ -334,7 +366,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, 1) relevancy_long_
         const float sum = row_sum(r_abar[r]);
         const int row = first + lane_row() + 8 * r;
         if (call.T == 0 || lane_column() != 0 || row >= N) continue;
-        const bool residual = call.residual && keys.key_head == 0;
+        const bool residual = keys.key_head == 0;
         call.r_abar[(keys.b * call.key_heads + keys.key_head) * call.N + row] =
             sum + (residual ? call.relevancy[keys.b * call.N + row] * call.residual_weight.at(keys.b, row) : 0.0f);
     }

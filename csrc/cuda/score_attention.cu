@@ -1,22 +1,26 @@
-// score_attention with exact additive scores: forward and backward.
+// score_attention with scores that sum over hidden units, exactly: forward and backward; and relevancy through them.
 //
 // query x (B,H,N,A), key y (B,key_heads,M,A), u (H,A), value v (B,value_heads,M,DV), out (B,H,N,DV), lse (B,H,N).
-//   s_ij = scale log2(e) sum_a u_a tanh(x_ia + y_ja) with the masks     P_ij = norm_i 2^(s_ij - shift_i)     out_i = sum_j P_ij v_j
+//   s_ij = scale log2(e) sum_a u_a f_ija with the masks     P_ij = norm_i 2^(s_ij - shift_i)     out_i = sum_j P_ij v_j
+//   additive: f = tanh(x_ia + y_ja); products: f = factor tanh(argument x_ia y_ja) + offset, tanh or the logistic function
 //   lse: shift = lse log2(e), norm = 1; where rounding it shows, max_j s_ij and 1 / sum_j 2^(s_ij - shift_i)
 //   dP_ij = dout_i . v_j     delta_i = sum_j P_ij dP_ij - dlse_i     g_ij = scale P_ij (dP_ij - delta_i)     dv_j = sum_i P_ij dout_i
-//   q_ija = tanh(x_ia + y_ja) / 2     dx_ia = 4 u_a sum_j g_ij (1/4 - q_ija^2), dy_ja the same over i     du_a = 2 sum_ij g_ij q_ija
-// The special function unit and the instructions are the bound: forward half a reciprocal and 3 instructions for each pair and unit
-// (additive_scores.h), backward a whole one and 12.5. Scores are computed in the registers that the product with the values reads.
+//   additive: q_ija = tanh(x_ia + y_ja) / 2     dx_ia = 4 u_a sum_j g_ij (1/4 - q_ija^2), dy_ja the same over i     du_a = 2 sum_ij g_ij q_ija
+//   products: t_ija = tanh(argument x_ia y_ja)     dx_ia = factor u_a sum_j g_ij (1 - t_ija^2) argument y_ja     du_a = sum_ij g_ij f_ija
+//   relevancy r (B,T,N) -> r_abar (B,H,T,M): sum_i r_ti P_ij or r_ti max(0, P_ij dP_ij)
+// The special function unit and the instructions are the bound: additive forward half a reciprocal and 3 instructions for each pair
+// and unit (hidden_units.h), backward a whole one and 12.5; products one tanh and 3, and two and 10. Scores are computed in the
+// registers that the product with the values reads.
 // Backward, a block has 64 keys at a time and loops over the queries. A tile's g goes through shared memory to lanes that each hold
 // two hidden units of the warp's 16 keys. dy is summed in registers, dx within the lane, and then in memory in float32. No two
 // blocks write the same sum: where heads are few, the keys of one are divided into ranges with sums of their own, which a last
 // small kernel adds. All orders are fixed and nothing is atomic. With several ranges the sums take 0.5 GB at most.
 // Why not Triton: there the layout of the scores cannot be chosen, and a loop over columns cannot index registers.
-// Not measured on a GPU.
+// Not measured on a GPU, but for the additive forward pass.
 #include <algorithm>
 
-#include "additive_scores.h"
 #include "attention.h"
+#include "hidden_units.h"
 
 namespace vlattn {
 
@@ -26,6 +30,8 @@ struct ScoreAttention {
     int A, DV;  // hidden units, value size
     StridedTensor query, key, value;  // x (B,H,N,A), y (B,key_heads,M,A), (B,value_heads,M,DV)
     const void* vector;  // u (H,A), contiguous
+    bool products;  // else additive
+    float argument, factor, offset;  // of products
     Masks masks;
     float scale;
     StridedTensor out;  // (B,H,N,DV)
@@ -37,12 +43,19 @@ struct ScoreAttention {
     bool wide_grad_key, wide_grad_value;  // grad_key, grad_value in float32, to be summed over heads outside
     int64_t ranges;  // into how many the keys of a head are divided
     float* grad_vector;  // (B,H,ceil(M / 16),A), to be summed over the first and third
+    // relevancy
+    bool by_gradient;
+    int T;
+    const float* relevancy;  // (B,T,N), contiguous; null: not a call of relevancy
+    float* r_abar;  // (B,H,T,M)
+    float* row_sums;  // (B,H,N), of P or max(0, P dP); null: not needed
     // for the kernels alone
     float* rows;  // (3,B,H,N): RowData of each row
     float* sums;  // (B,H,ranges,N,A), N and A made even: of the query's gradient; zeros
     float* parts;  // (B,key heads of grad_key,M,A), where query heads share a key
-    FIELDS(dtype, B, H, key_heads, value_heads, N, M, A, DV, query, key, value, vector, masks, scale, out, lse, grad_out,
-           grad_lse, grad_query, grad_key, grad_value, wide_grad_key, wide_grad_value, ranges, grad_vector, rows, sums, parts)
+    FIELDS(dtype, B, H, key_heads, value_heads, N, M, A, DV, query, key, value, vector, products, argument, factor, offset, masks,
+           scale, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, wide_grad_key, wide_grad_value, ranges,
+           grad_vector, by_gradient, T, relevancy, r_abar, row_sums, rows, sums, parts)
 };
 
 namespace {
@@ -63,10 +76,13 @@ template <class T> struct Head {
 // Tiles of 16 rows per warp in the forward pass: as many as registers allow.
 template <class T, int SIZE> constexpr int FORWARD_TILES = SIZE == 64 && !std::is_same_v<T, float> ? 2 : 1;
 
+constexpr int MAX_CARRIED = 4;  // rows of r that a block carries
+
 // From half the unscaled scores to base-2 logits.
 __device__ __forceinline__ float logit_factor(const ScoreAttention& call) { return 2.0f * call.scale * LOG2_E; }
 
-template <class T, int SIZE> __global__ void __launch_bounds__(THREADS, 3) additive_forward_kernel(ScoreAttention call) {
+template <class T, int SIZE, bool PRODUCTS>
+__global__ void __launch_bounds__(THREADS, 3) units_forward_kernel(ScoreAttention call) {
     constexpr int MT = FORWARD_TILES<T, SIZE>, ROWS = WARPS * 16 * MT;
     const int64_t num_q = divide_up(call.N, ROWS), i_bh = blockIdx.x / num_q, b = i_bh / call.H, h = i_bh % call.H;
     const int64_t first = blockIdx.x % num_q * ROWS, warp_first = first + warp_index() * 16 * MT, row = warp_first + lane_row();
@@ -76,16 +92,18 @@ template <class T, int SIZE> __global__ void __launch_bounds__(THREADS, 3) addit
     T* value_tile = static_cast<T*>(shared.rest);
     float out[MT][SIZE / 8][4] = {};
     OnlineSoftmax softmax[MT];
-    stage_rows<MT>(shared, head.query, first, head.vector, call.A);
-    stage_largest(shared, head.query, head.key, call.A, call.masks.real(b));
+    stage_rows<MT, PRODUCTS>(shared, head.query, first, head.vector, call.A, call.argument);
+    if (!PRODUCTS) stage_largest(shared, head.query, head.key, call.A, call.masks.real(b));
     const int64_t end = call.masks.causal && first + ROWS < call.M ? first + ROWS : call.M;
     for (int64_t start = 0; start < end; start += COLUMNS) {
-        stage_columns(shared, head.key, start, call.A);
+        stage_columns<PRODUCTS>(shared, head.key, start, call.A);
         stage<T, SIZE>(value_tile, head.value, call.value.stride_n, start, COLUMNS, call.M, call.DV);
         __syncthreads();
         if (warp_first < call.N && !(call.masks.causal && start >= warp_first + 16 * MT)) {
             Tile<MT> p;
-            sum_units<MT>(p, shared, largest_sum(shared), head.query, row, head.key, start + t2, head.vector, call.A);
+            const float bound = PRODUCTS ? 0.0f : largest_sum(shared);
+            sum_units<MT, PRODUCTS>(
+                p, shared, bound, call.factor, call.offset, head.query, row, head.key, start + t2, head.vector, call.A);
 #pragma unroll
             for (int m = 0; m < MT; ++m)
                 call.masks.to_logits<false>(p[m], logit_factor(call), b, h, row + 16 * m, start + t2, call.N, call.M);
@@ -129,20 +147,26 @@ __device__ __forceinline__ void write(const StridedTensor& to, bool wide, int64_
     }
 }
 
+__device__ __forceinline__ float relu(float x) { return x < 0.0f ? 0.0f : x; }  // a maximum would drop NaN
+
 // SHIFT, NORM and DELTA of each row: P = norm 2^(logit - shift), delta = sum(P dP) - grad_lse. They come from lse and out. Where the
-// rounding of these shows, in float32 and where a float mask takes lse far from 0, they come from the scores once more.
-enum RowData { SHIFT, NORM, DELTA };
-template <class T, int SIZE>
-__global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward_rows_kernel(ScoreAttention call) {
+// rounding of these shows, in float32 and where a float mask takes lse far from 0, they come from the scores once more. For
+// relevancy they do where there is no lse; and row_sums.
+enum RowData { SHIFT, NORM, DELTA, CARRIED };  // CARRIED and on: rows of r
+template <class T, int SIZE, bool PRODUCTS>
+__global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) units_rows_kernel(ScoreAttention call) {
     const int64_t blocks = divide_up(call.N, BACKWARD_ROWS), i_bh = blockIdx.x / blocks, b = i_bh / call.H, h = i_bh % call.H;
     const int64_t first = blockIdx.x % blocks * BACKWARD_ROWS, warp_first = first + warp_index() * 16,
                   row = warp_first + lane_row();
     const int t2 = lane_column() * 2;
+    const bool carries = call.relevancy, with_dp = call.grad_out.data;
     const float* lse = call.lse + i_bh * call.N;
     const auto shows = [&](int64_t q) {
-        return std::is_same_v<T, float> || (call.masks.kind == Masks::ADDED && is_coarse(lse[q], OWN_LSE));
+        if (carries && !call.lse) return true;
+        const bool coarse = call.masks.kind == Masks::ADDED && is_coarse(lse[q], carries ? CALLER_LSE : OWN_LSE);
+        return coarse || (!carries && std::is_same_v<T, float>);
     };
-    bool any = false;
+    bool any = call.row_sums;
     for (int64_t q = first; q < first + BACKWARD_ROWS && q < call.N; ++q) any = any || shows(q);
     OnlineSoftmax softmax;
     float mean[2] = {}, dot[2] = {};
@@ -150,59 +174,105 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward
         const Head<T> head(call, b, h);
         const Shared shared(call.A, ROW_STRIDE<1>);
         T* value_tile = static_cast<T*>(shared.rest);
-        stage_rows<1>(shared, head.query, first, head.vector, call.A);
-        stage_largest(shared, head.query, head.key, call.A, call.masks.real(b));
+        stage_rows<1, PRODUCTS>(shared, head.query, first, head.vector, call.A, call.argument);
+        if (!PRODUCTS) stage_largest(shared, head.query, head.key, call.A, call.masks.real(b));
         Rows16<T, SIZE> left;
-        left.load(call.grad_out.at<const T>(b, h), call.grad_out.stride_n, warp_first, call.N, call.DV);
+        left.load(call.grad_out.at<const T>(b, h), call.grad_out.stride_n, warp_first, with_dp ? call.N : 0, call.DV);
         const int64_t end = call.masks.causal && first + BACKWARD_ROWS < call.M ? first + BACKWARD_ROWS : call.M;
         for (int64_t start = 0; start < end; start += COLUMNS) {
-            stage_columns(shared, head.key, start, call.A);
-            stage<T, SIZE>(value_tile, head.value, call.value.stride_n, start, COLUMNS, call.M, call.DV);
+            stage_columns<PRODUCTS>(shared, head.key, start, call.A);
+            stage<T, SIZE>(value_tile, head.value, call.value.stride_n, start, COLUMNS, with_dp ? call.M : 0, call.DV);
             __syncthreads();
             if (warp_first < call.N && !(call.masks.causal && start >= warp_first + 16)) {
                 Tile<1> p, products;
                 float kept[2];
                 clear<1>(products);
-                sum_units<1>(p, shared, largest_sum(shared), head.query, row, head.key, start + t2, head.vector, call.A);
+                const float bound = PRODUCTS ? 0.0f : largest_sum(shared);
+                sum_units<1, PRODUCTS>(
+                    p, shared, bound, call.factor, call.offset, head.query, row, head.key, start + t2, head.vector, call.A);
                 call.masks.to_logits<false>(p[0], logit_factor(call), b, h, row, start + t2, call.N, call.M);
                 softmax.add(p[0], kept);
-                product_with_rows<T, SIZE>(products[0], left, value_tile, 0);
+                if (with_dp) product_with_rows<T, SIZE>(products[0], left, value_tile, 0);
                 for (int i = 0; i < 2; ++i) mean[i] *= kept[i];
 #pragma unroll
-                for (int e = 0; e < 16; ++e) mean[e % 4 / 2] += p[0][e / 4][e % 4] * products[0][e / 4][e % 4];
+                for (int e = 0; e < 16; ++e) {
+                    const float product = p[0][e / 4][e % 4] * products[0][e / 4][e % 4];
+                    mean[e % 4 / 2] += carries ? relu(product) : product;
+                }
             }
             __syncthreads();
         }
     }
-    if (!std::is_same_v<T, float>) dot_rows<T>(dot, call.grad_out, call.out, b, h, row, call.N, call.DV);
+    if (!carries && !std::is_same_v<T, float>) dot_rows<T>(dot, call.grad_out, call.out, b, h, row, call.N, call.DV);
     for (int i = 0; i < 2; ++i) {
         const int64_t q = row + 8 * i, size = call.B * call.H * call.N;
         const float total = row_sum(softmax.sum[i]), by_scores = row_sum(mean[i]), by_out = row_sum(dot[i]);
         if (t2 != 0 || q >= call.N) continue;
         const bool own = shows(q);
         const float norm = own && total != 0.0f ? 1.0f / total : 1.0f;  // NaN stays
+        const float shift = !own ? lse_log2(lse, q, call.N) : total == 0.0f ? INFINITY : softmax.shift(i);
         float* to = call.rows + i_bh * call.N + q;
-        to[SHIFT * size] = !own ? lse_log2(lse, q, call.N) : total == 0.0f ? INFINITY : softmax.shift(i);
-        to[NORM * size] = norm;
+        to[SHIFT * size] = shift, to[NORM * size] = norm;
+        if (call.row_sums)
+            call.row_sums[i_bh * call.N + q] =
+                (call.by_gradient ? by_scores : total) * norm * fast_exp2(softmax.shift(i) - shift);
         to[DELTA * size] = (own ? by_scores * norm : by_out) - (call.grad_lse ? call.grad_lse[i_bh * call.N + q] : 0.0f);
+    }
+}
+
+// Copies what a pass over keys reads of COLUMNS queries from `start` on, for those beyond N as of a fully masked row; of DELTA and
+// before, or of SHIFT, NORM and rows of r.
+__device__ __forceinline__ void stage_row_data(float* to, const ScoreAttention& call, int64_t b, int64_t i_bh, int64_t start) {
+    for (int i = threadIdx.x; i < (CARRIED + call.T) * COLUMNS; i += THREADS) {
+        const int what = i / COLUMNS;
+        const int64_t q = start + i % COLUMNS;
+        const float* from = what < CARRIED ? call.rows + (what * call.B * call.H + i_bh) * call.N
+                                           : call.relevancy + (b * call.T + what - CARRIED) * call.N;
+        to[i] = q < call.N ? from[q] : what == SHIFT ? INFINITY : 0.0f;
+    }
+}
+
+// P of a tile of keys as rows and queries as columns, and with_dp dP. row_data: of `stage_row_data`.
+template <bool PRODUCTS, class T, int SIZE>
+__device__ __forceinline__ void key_tile(Tile<1>& p, Tile<1>& dp, const ScoreAttention& call, const Shared& shared,
+                                         const Head<T>& head, float bound, int64_t b, int64_t h, int64_t warp_first,
+                                         int64_t start, const float* row_data, const T* grad_tile, bool with_dp) {
+    const int t2 = lane_column() * 2;
+    const int64_t row = warp_first + lane_row();
+    clear<1>(dp);
+    sum_units<1, PRODUCTS>(
+        p, shared, bound, call.factor, call.offset, head.key, row, head.query, start + t2, head.vector, call.A);
+    call.masks.to_logits<true>(p[0], logit_factor(call), b, h, opaque(row), start + t2, call.N, call.M);
+    Rows16<T, SIZE> left;  // read again in each tile: there are no registers to keep it in
+    if (with_dp) left.load(head.value, call.value.stride_n, opaque(warp_first), call.M, call.DV);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+        if (with_dp) product_with_rows<T, SIZE>(reinterpret_cast<float(&)[1][4]>(dp[0][n]), left, grad_tile, 8 * n);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const float* of_row = row_data + 8 * n + t2 + e % 2;
+            float& x = p[0][n][e];
+            x = fast_exp2(x - of_row[SHIFT * COLUMNS]) * of_row[NORM * COLUMNS];
+        }
     }
 }
 
 // The pass over the pairs. A block has every `ranges`-th 64 keys of a head, one after the other, and loops over the queries of the
 // heads that share them.
-template <class T, int SIZE>
-__global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward_kernel(ScoreAttention call) {
+template <class T, int SIZE, bool PRODUCTS>
+__global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) units_backward_kernel(ScoreAttention call) {
     constexpr int ROWS = BACKWARD_ROWS, CHUNKS = SIZE / 64;
     constexpr bool EXACT = std::is_same_v<T, float>;
     const int64_t heads = shared_heads(call), group = call.H / heads, i_range = blockIdx.x % call.ranges;
     const int64_t i_head = blockIdx.x / call.ranges % heads, b = blockIdx.x / call.ranges / heads;
     const int t2 = lane_column() * 2, stride = static_cast<int>(even(call.A));
+    const float of_keys = PRODUCTS ? call.factor * call.argument : 4.0f;
     const Shared shared(call.A, ROW_STRIDE<1>);
     float* g_tile = static_cast<float*>(shared.rest);  // (COLUMNS, GRAD_STRIDE)
     float* row_data = g_tile + COLUMNS * GRAD_STRIDE;  // (3,COLUMNS)
     T* grad_tile = reinterpret_cast<T*>(row_data + 3 * COLUMNS);
     for (int64_t first = i_range * ROWS; first < call.M; first += call.ranges * ROWS) {
-        const int64_t warp_first = first + warp_index() * 16, row = warp_first + lane_row();
+        const int64_t warp_first = first + warp_index() * 16;
         float grad_value[SIZE / 8][4] = {};
         for (int64_t h = i_head * group; h < (i_head + 1) * group; ++h) {
             const int64_t i_bh = b * call.H + h;
@@ -210,37 +280,26 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward
             const T* grad_out = call.grad_out.at<const T>(b, h);
             float* query_sums = call.sums + (i_bh * call.ranges + i_range) * even(call.N) * stride;
             UnitGrads<CHUNKS> sum = {};
-            stage_rows<1>(shared, head.key, first, head.vector, call.A);
-            stage_largest(shared, head.query, head.key, call.A, call.masks.real(b));
+            float sum_of_g = 0.0f;
+            stage_rows<1, PRODUCTS>(shared, head.key, first, head.vector, call.A, call.argument);
+            if (!PRODUCTS) stage_largest(shared, head.query, head.key, call.A, call.masks.real(b));
             for (int64_t start = call.masks.causal ? first : 0; start < call.N; start += COLUMNS) {
-                stage_columns(shared, head.query, start, call.A);
+                stage_columns<PRODUCTS>(shared, head.query, start, call.A);
                 stage<T, SIZE>(grad_tile, grad_out, call.grad_out.stride_n, start, COLUMNS, call.N, call.DV);
-                if (threadIdx.x < 3 * COLUMNS) {
-                    const int what = threadIdx.x / COLUMNS;
-                    const int64_t q = start + threadIdx.x % COLUMNS;
-                    const float beyond = what == SHIFT ? INFINITY : 0.0f;
-                    row_data[threadIdx.x] = q < call.N ? call.rows[(what * call.B * call.H + i_bh) * call.N + q] : beyond;
-                }
+                stage_row_data(row_data, call, b, i_bh, start);
                 __syncthreads();
-                const float bound = largest_sum(shared);
+                const float bound = PRODUCTS ? 0.0f : largest_sum(shared);
                 const bool visible = warp_first < call.M && !(call.masks.causal && start + COLUMNS <= warp_first);
                 if (visible) {
                     Tile<1> p, g;
-                    clear<1>(g);
-                    sum_units<1>(p, shared, bound, head.key, row, head.query, start + t2, head.vector, call.A);
-                    call.masks.to_logits<true>(p[0], logit_factor(call), b, h, opaque(row), start + t2, call.N, call.M);
-                    Rows16<T, SIZE> left;  // read again in each tile: there are no registers to keep it in
-                    left.load(head.value, call.value.stride_n, opaque(warp_first), call.M, call.DV);
+                    key_tile<PRODUCTS, T, SIZE>(
+                        p, g, call, shared, head, bound, b, h, warp_first, start, row_data, grad_tile, true);
 #pragma unroll
-                    for (int n = 0; n < 4; ++n) {
-                        product_with_rows<T, SIZE>(reinterpret_cast<float(&)[1][4]>(g[0][n]), left, grad_tile, 8 * n);
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            const float* of_row = row_data + 8 * n + t2 + e % 2;
-                            float &x = p[0][n][e], &gradient = g[0][n][e];
-                            x = fast_exp2(x - of_row[SHIFT * COLUMNS]) * of_row[NORM * COLUMNS];
-                            gradient = x * (gradient - of_row[DELTA * COLUMNS]) * call.scale;
-                        }
+                    for (int e = 0; e < 16; ++e) {
+                        float& gradient = g[0][e / 4][e % 4];
+                        gradient -= row_data[DELTA * COLUMNS + e / 4 * 8 + t2 + e % 2];
+                        gradient *= p[0][e / 4][e % 4] * call.scale;
+                        if (PRODUCTS && start + e / 4 * 8 + t2 + e % 2 < call.N) sum_of_g += gradient;
                     }
                     product_with_columns<T, SIZE>(grad_value, p[0], grad_tile, 0);
 #pragma unroll
@@ -257,7 +316,9 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward
                     through_units<decltype(way)::value, EXACT>(sum, query_sums + start * stride, stride, columns, visible, g_tile,
                                                                shared, head.key, warp_first, head.query, start, call.A);
                 };
-                if (takes_sums(bound)) {
+                if constexpr (PRODUCTS) {
+                    through(std::integral_constant<Way, Way::UNITS>());
+                } else if (takes_sums(bound)) {
                     through(std::integral_constant<Way, Way::SUM>());
                 } else if (bound <= LARGEST_SUM) {
                     through(std::integral_constant<Way, Way::PRODUCT>());
@@ -266,13 +327,15 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward
                 }
                 __syncthreads();
             }
+            if (PRODUCTS) sum_of_g = warp_sum(sum_of_g) * call.offset;
 #pragma unroll
             for (int i = 0; i < 2 * CHUNKS; ++i) {
                 const int unit = first_unit(i / 2) + i % 2;
                 if (warp_first >= call.M || unit >= call.A) continue;
                 float* grad_vector = call.grad_vector + (i_bh * divide_up(call.M, 16) + warp_first / 16) * call.A;
-                grad_vector[unit] = 2.0f * sum.vector[i / 2][i % 2];
-                const float factor = 4.0f * to_float(head.vector[unit]);
+                grad_vector[unit] =
+                    PRODUCTS ? fmaf(call.factor, sum.vector[i / 2][i % 2], sum_of_g) : 2.0f * sum.vector[i / 2][i % 2];
+                const float factor = of_keys * to_float(head.vector[unit]);
 #pragma unroll
                 for (int place = 0; place < 16; ++place) {
                     const int64_t at = warp_first + row_at(place);
@@ -296,7 +359,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward
 }
 
 // The gradient of the query: the sums of the ranges, one after the other, times the weight of the unit.
-template <class T> __global__ void __launch_bounds__(THREADS) additive_backward_query_kernel(ScoreAttention call) {
+template <class T> __global__ void __launch_bounds__(THREADS) units_query_kernel(ScoreAttention call) {
     const int64_t blocks = divide_up(call.N, BACKWARD_ROWS), i_bh = blockIdx.x / blocks, b = i_bh / call.H, h = i_bh % call.H;
     const int64_t first = blockIdx.x % blocks * BACKWARD_ROWS;
     const int rows = call.N - first < BACKWARD_ROWS ? static_cast<int>(call.N - first) : BACKWARD_ROWS;
@@ -307,39 +370,125 @@ template <class T> __global__ void __launch_bounds__(THREADS) additive_backward_
         float sum = 0.0f;
         for (int64_t range = 0; range < call.ranges; ++range) sum += sums[(range * even(call.N) + row) * stride + unit];
         const float weight = to_float(static_cast<const T*>(call.vector)[h * call.A + unit]);
-        write<T>(call.grad_query, false, b, h, first + row, unit, 4.0f * weight * sum);
+        write<T>(call.grad_query, false, b, h, first + row, unit, (call.products ? call.factor : 4.0f) * weight * sum);
     }
 }
 
-template <class T, int SIZE> cudaError_t backward(const ScoreAttention& call, cudaStream_t stream) {
-    const size_t exponentials = Shared::bytes(call.A, ROW_STRIDE<1>), tile = tile_bytes<T, SIZE>(COLUMNS);
-    const size_t gradient = sizeof(float) * COLUMNS * (GRAD_STRIDE + 3);
-    const int64_t blocks_q = divide_up(call.N, BACKWARD_ROWS) * call.B * call.H;
-    const int64_t blocks_kv = call.B * shared_heads(call) * call.ranges;
-    cudaError_t status = launch(additive_backward_rows_kernel<T, SIZE>, blocks_q, THREADS, exponentials + tile, stream, call);
-    if (status == cudaSuccess)
-        status = launch(additive_backward_kernel<T, SIZE>, blocks_kv, THREADS, exponentials + gradient + tile, stream, call);
-    if (status == cudaSuccess) status = launch(additive_backward_query_kernel<T>, blocks_q, THREADS, size_t{0}, stream, call);
-    return status;
+// The rows of r that are carried through a head's map to 64 keys, by a loop over the queries.
+template <class T, int SIZE, bool PRODUCTS> __global__ void __launch_bounds__(THREADS, 3) units_step_kernel(ScoreAttention call) {
+    const int64_t blocks = divide_up(call.M, BACKWARD_ROWS), i_bh = blockIdx.x / blocks, b = i_bh / call.H, h = i_bh % call.H;
+    const int64_t first = blockIdx.x % blocks * BACKWARD_ROWS, warp_first = first + warp_index() * 16;
+    const int t2 = lane_column() * 2;
+    const Head<T> head(call, b, h);
+    const Shared shared(call.A, ROW_STRIDE<1>);
+    float* row_data = static_cast<float*>(shared.rest);  // (CARRIED + MAX_CARRIED,COLUMNS)
+    T* grad_tile = reinterpret_cast<T*>(row_data + (CARRIED + MAX_CARRIED) * COLUMNS);
+    float sums[MAX_CARRIED][2] = {};
+    stage_rows<1, PRODUCTS>(shared, head.key, first, head.vector, call.A, call.argument);
+    if (!PRODUCTS) stage_largest(shared, head.query, head.key, call.A, call.masks.real(b));
+    for (int64_t start = call.masks.causal ? first : 0; start < call.N; start += COLUMNS) {
+        stage_columns<PRODUCTS>(shared, head.query, start, call.A);
+        if (call.by_gradient)
+            stage<T, SIZE>(grad_tile, call.grad_out.at<const T>(b, h), call.grad_out.stride_n, start, COLUMNS, call.N, call.DV);
+        stage_row_data(row_data, call, b, i_bh, start);
+        __syncthreads();
+        if (warp_first < call.M && !(call.masks.causal && start + COLUMNS <= warp_first)) {
+            Tile<1> p, dp;
+            const float bound = PRODUCTS ? 0.0f : largest_sum(shared);
+            key_tile<PRODUCTS, T, SIZE>(
+                p, dp, call, shared, head, bound, b, h, warp_first, start, row_data, grad_tile, call.by_gradient);
+#pragma unroll
+            for (int e = 0; e < 16; ++e) {
+                float& x = p[0][e / 4][e % 4];
+                if (call.by_gradient) x = relu(x * dp[0][e / 4][e % 4]);
+                if (start + e / 4 * 8 + t2 + e % 2 >= call.N) x = 0.0f;  // zeros times an infinite value are NaN
+            }
+#pragma unroll
+            for (int t = 0; t < MAX_CARRIED; ++t) {
+                if (t >= call.T) break;
+#pragma unroll
+                for (int e = 0; e < 16; ++e) {
+                    const float r = row_data[(CARRIED + t) * COLUMNS + e / 4 * 8 + t2 + e % 2];
+                    sums[t][e % 4 / 2] = fmaf(p[0][e / 4][e % 4], r, sums[t][e % 4 / 2]);
+                }
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int t = 0; t < MAX_CARRIED; ++t) {
+        for (int i = 0; i < 2; ++i) {
+            const int64_t key = warp_first + lane_row() + 8 * i;
+            const float sum = row_sum(sums[t][i]);
+            if (t < call.T && t2 == 0 && key < call.M) call.r_abar[(i_bh * call.T + t) * call.M + key] = sum;
+        }
+    }
 }
 
 bool too_large(const ScoreAttention& call) { return std::max(call.A, call.DV) > 128; }
 
+// Calls use(T(), width, products) with constants.
+template <class Use> cudaError_t with_units(const ScoreAttention& call, int64_t size, Use use) {
+    return with_shape(call.dtype, size, [&](auto type, auto width) {
+        return call.products ? use(type, width, std::true_type()) : use(type, width, std::false_type());
+    });
+}
+
+template <class T, int SIZE, bool PRODUCTS> cudaError_t rows(const ScoreAttention& call, cudaStream_t stream) {
+    const size_t shared = Shared::bytes(call.A, ROW_STRIDE<1>) + tile_bytes<T, SIZE>(COLUMNS);
+    const int64_t blocks = divide_up(call.N, BACKWARD_ROWS) * call.B * call.H;
+    return launch(units_rows_kernel<T, SIZE, PRODUCTS>, blocks, THREADS, shared, stream, call);
+}
+
+template <class T, int SIZE, bool PRODUCTS> cudaError_t backward(const ScoreAttention& call, cudaStream_t stream) {
+    const size_t shared =
+        Shared::bytes(call.A, ROW_STRIDE<1>) + tile_bytes<T, SIZE>(COLUMNS) + sizeof(float) * COLUMNS * (GRAD_STRIDE + CARRIED);
+    const int64_t blocks_q = divide_up(call.N, BACKWARD_ROWS) * call.B * call.H;
+    const int64_t blocks_kv = call.B * shared_heads(call) * call.ranges;
+    cudaError_t status = rows<T, SIZE, PRODUCTS>(call, stream);
+    if (status == cudaSuccess)
+        status = launch(units_backward_kernel<T, SIZE, PRODUCTS>, blocks_kv, THREADS, shared, stream, call);
+    if (status == cudaSuccess) status = launch(units_query_kernel<T>, blocks_q, THREADS, size_t{0}, stream, call);
+    return status;
+}
+
 cudaError_t score_attention(const ScoreAttention& call, cudaStream_t stream) {
     if (too_large(call)) return cudaErrorInvalidValue;
-    return with_shape(call.dtype, call.DV, [&](auto type, auto width) {
+    return with_units(call, call.DV, [&](auto type, auto width, auto products) {
         using T = decltype(type);
         constexpr int SIZE = decltype(width)::value, TILES = FORWARD_TILES<T, SIZE>;
         const size_t shared = Shared::bytes(call.A, ROW_STRIDE<TILES>) + tile_bytes<T, SIZE>(COLUMNS);
         const int64_t blocks = divide_up(call.N, WARPS * 16 * TILES) * call.B * call.H;
-        return launch(additive_forward_kernel<T, SIZE>, blocks, THREADS, shared, stream, call);
+        return launch(units_forward_kernel<T, SIZE, decltype(products)::value>, blocks, THREADS, shared, stream, call);
     });
 }
 
 cudaError_t score_attention_backward(const ScoreAttention& call, cudaStream_t stream) {
     if (too_large(call) || call.ranges < 1) return cudaErrorInvalidValue;
-    return with_shape(call.dtype, std::max(call.A, call.DV),
-                      [&](auto type, auto width) { return backward<decltype(type), decltype(width)::value>(call, stream); });
+    return with_units(call, std::max(call.A, call.DV), [&](auto type, auto width, auto products) {
+        return backward<decltype(type), decltype(width)::value, decltype(products)::value>(call, stream);
+    });
+}
+
+// SHIFT and NORM, and row_sums where they are asked for.
+cudaError_t score_attention_rows(const ScoreAttention& call, cudaStream_t stream) {
+    if (too_large(call)) return cudaErrorInvalidValue;
+    return with_units(call, call.DV, [&](auto type, auto width, auto products) {
+        return rows<decltype(type), decltype(width)::value, decltype(products)::value>(call, stream);
+    });
+}
+
+// r_abar from these.
+cudaError_t score_attention_step(const ScoreAttention& call, cudaStream_t stream) {
+    if (too_large(call) || call.T > MAX_CARRIED) return cudaErrorInvalidValue;
+    return with_units(call, call.DV, [&](auto type, auto width, auto products) {
+        using T = decltype(type);
+        constexpr int SIZE = decltype(width)::value;
+        const size_t shared = Shared::bytes(call.A, ROW_STRIDE<1>) + sizeof(float) * (CARRIED + MAX_CARRIED) * COLUMNS +
+                              tile_bytes<T, SIZE>(COLUMNS);
+        const int64_t blocks = divide_up(call.M, BACKWARD_ROWS) * call.B * call.H;
+        return launch(units_step_kernel<T, SIZE, decltype(products)::value>, blocks, THREADS, shared, stream, call);
+    });
 }
 
 }  // namespace
@@ -347,3 +496,5 @@ cudaError_t score_attention_backward(const ScoreAttention& call, cudaStream_t st
 
 OPERATOR(score_attention, ScoreAttention)
 OPERATOR(score_attention_backward, ScoreAttention)
+OPERATOR(score_attention_rows, ScoreAttention)
+OPERATOR(score_attention_step, ScoreAttention)

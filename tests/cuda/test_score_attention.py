@@ -118,7 +118,7 @@ def test_what_it_cannot_run_is_refused(a: int, dv: int, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "score, options, words", [("dot", {}, "exact additive scores"), (None, {"dropout_p": 0.1}, "no dropout")]
+    "score, options, words", [("dot", {}, "exact scores that sum over hidden units"), (None, {"dropout_p": 0.1}, "no dropout")]
 )
 def test_other_scores_and_dropout_are_refused(score: Any, options: dict[str, Any], words: str) -> None:
     x = torch.randn(1, 1, 3, 8)

@@ -14,7 +14,7 @@ import vlattn_fast as va
 from tests.helpers.compare import assert_all_close_to
 from tests.helpers.ops import score_cases
 from tests.helpers.ops.backends import F64, INTERPRET, assert_refused, each, finest, on
-from tests.helpers.ops.score_cases import ADDITIVE, DOT_PRODUCTS, DV, PUBLIC, SCORES, B, D, H, M, N, call, check, tensors
+from tests.helpers.ops.score_cases import DOT_PRODUCTS, DV, PUBLIC, SCORES, B, D, H, M, N, call, check, tensors
 from vlattn_fast import scores as S
 
 
@@ -24,7 +24,7 @@ from vlattn_fast import scores as S
     sdpa=DOT_PRODUCTS,
     cpu=score_cases.of_kernels("cpu", SCORES),
     triton=score_cases.of_kernels("triton", PUBLIC),
-    cuda=ADDITIVE,
+    cuda=score_cases.of_kernels("cuda", SCORES),
 )
 def test_every_score(backend: str, score: str) -> None:
     check(backend, *tensors(backend, score))
@@ -41,7 +41,7 @@ def samples(backend: str) -> dict[str, int]:
     sdpa=("hadamard-None-per_head",),
     cpu=("general-tanh-per_head", "additive-per_head"),
     triton=("general-tanh-per_head", "additive-per_head"),
-    cuda=("additive-per_head",),
+    cuda=("additive-per_head", "hadamard-tanh-per_head"),
 )
 def test_keys_with_more_heads_than_values(backend: str, score: str) -> None:
     """A weight for each query head makes a key for each; the values stay shared."""
@@ -66,7 +66,7 @@ def test_grouped_heads_map_one_to_one(backend: str) -> None:
     sdpa=("dot", "hadamard-relu-key"),
     cpu=("dot", "general-tanh-key", "additive"),
     triton=("dot", "general-tanh-key", "additive"),
-    cuda=("additive",),
+    cuda=("additive", "hadamard-tanh-key"),
 )
 def test_large_and_constant_values(backend: str, score: str) -> None:
     """Logits of +-1e3 and more (one key takes all), and constants (all keys share)."""
@@ -92,7 +92,7 @@ def test_large_and_constant_values(backend: str, score: str) -> None:
     sdpa=("scaled_dot", "hadamard-none-offset=tensor"),
     cpu=("scaled_dot", "general-tanh-key", "additive"),
     triton=("scaled_dot", "general-tanh-key", "additive"),
-    cuda=("additive",),
+    cuda=("additive", "hadamard-tanh-key"),
 )
 def test_scale(backend: str, score: str) -> None:
     """A scale of either sign: torch's fused CPU kernel multiplies its causal -inf by the scale, which gives +inf or NaN."""

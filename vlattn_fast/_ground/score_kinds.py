@@ -24,6 +24,7 @@ class Kind(NamedTuple):
     kernels: tuple[str, ...] = ("cpu", "triton")
 
 
+_EACH = ("cpu", "triton", "cuda")
 KINDS = {
     "dot": Kind("q . k", "product"),
     "dot_relu": Kind("relu(q . k)", "product"),
@@ -32,9 +33,9 @@ KINDS = {
     "dot_sigmoid": Kind("sigmoid(q . k)", "product"),
     "dot_softcap": Kind("tanh(p q . k)", "product"),
     "cosine": Kind("q . k / max(|q| |k|, p)", "norms"),
-    "additive": Kind("sum_a u_a tanh(q_a + k_a)", "units", ("cpu", "triton", "cuda")),
-    "hadamard_tanh": Kind("sum_a u_a tanh(q_a k_a)", "units"),
-    "hadamard_sigmoid": Kind("sum_a u_a sigmoid(q_a k_a)", "units"),
+    "additive": Kind("sum_a u_a tanh(q_a + k_a)", "units", _EACH),
+    "hadamard_tanh": Kind("sum_a u_a tanh(q_a k_a)", "units", _EACH),
+    "hadamard_sigmoid": Kind("sum_a u_a sigmoid(q_a k_a)", "units", _EACH),
 }
 UNIT_KINDS = tuple(name for name, kind in KINDS.items() if kind.of == "units")
 

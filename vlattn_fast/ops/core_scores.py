@@ -8,6 +8,7 @@ They run without checks and without gradients, by the kernels that take the core
 from __future__ import annotations
 
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from vlattn_fast._ground.checks import is_transformed
 from vlattn_fast._ground.score_kinds import kind_of
 from vlattn_fast._ground.tensors import mask_padding, product, without_autocast
+from vlattn_fast.backends.cuda import score_attention as hidden_units
 from vlattn_fast.backends.inputs import Attention, AttentionMapInputs, RelevancyStepInputs, ScoreAttentionInputs
 from vlattn_fast.backends.streaming._scores import score_tile
 from vlattn_fast.dispatch import choice
@@ -32,16 +34,21 @@ def _limits(call: CallShape, kernels: str) -> list[tuple[str, bool]]:
     return [
         ("the kernels do not have this kind of score", kernels not in kind_of(call.flags["score"]).kernels),
         ("no operator of torch stands for the kernels of a core score: nothing traces or transforms them", call.flags["traced"]),
+        (
+            "the CUDA C++ kernels take at most 128 hidden units and value sizes of at most 128",
+            kernels == "cuda" and max(call.sizes["head_dim"], call.sizes["value_dim"]) > 128,
+        ),
     ]
 
 
-def _table(of: Table) -> Table:
+def _table(of: Table, cuda: ModuleType | None) -> Table:
     streaming, cpu, triton = (of[name].module for name in ("streaming", "cpu", "triton"))
-    limits = {name: partial(_limits, kernels=name) for name in ("cpu", "triton")}
-    return table(streaming, cpu=cpu, triton=triton, limits=limits)
+    limits = {name: partial(_limits, kernels=name) for name in ("cpu", "triton", "cuda")}
+    return table(streaming, cpu=cpu, triton=triton, cuda=cuda, limits=limits)
 
 
-_STEP, _MAP, _LSE = (_table(of.BACKENDS) for of in (relevancy_attention, attention_map, _score_attention_backends))
+_STEP, _LSE = (_table(of.BACKENDS, hidden_units) for of in (relevancy_attention, _score_attention_backends))
+_MAP = _table(attention_map.BACKENDS, None)
 
 
 def core_logits(core: Core, scale: float) -> Tensor:
@@ -128,6 +135,7 @@ def _run(backends: Table, function: str, inputs: Any, backend: str) -> Any:
     sizes = {"queries": queries, "keys": keys, "head_dim": features}
     sizes["value_dim"] = 0 if value is None else value.shape[3]
     flags = {"score": x.score, "traced": is_transformed() or torch.compiler.is_compiling()}
+    flags["group_bias"] = x.row_bias is not None
     name = choice.select(backends, call_shape(f"{function} of a core score", x.query, sizes, flags), backend)
     name = "streaming" if name == "reference" else name  # formulas take scores, and not their features
     if not backends[name].masks_padding:

@@ -50,46 +50,31 @@ from vlattn_fast.ops.score_attention import DERIVATIVES
 
 
 def _cuda_limits(call: CallShape) -> list[tuple[str, bool]]:
-    sizes, size = call.sizes, max(call.sizes["head_dim"], call.sizes["value_dim"])
-    row = 2 * ((64 if size <= 64 else 128) * call.dtype.itemsize + 16)  # bytes of shared memory, in two tiles
-    longest = max(sizes["queries"], sizes["keys"])
-    limits = [
-        ("the CUDA C++ kernel takes a head_dim of at most 128", size > 128),
-        ("the CUDA C++ kernel takes at most 64 relevancy vectors per sample", sizes["rows"] > 64),
-        ("the CUDA C++ kernel has no softcap", call.flags["softcap"]),
-        ("the CUDA C++ kernel has no attention sinks", call.flags["sink"]),
-    ]
-    if longest <= 256:
-        fits = -(-longest // 16) * 16 * row <= 96 * 1024  # every GPU since Ampere has 99 KB
-        reason = "the CUDA C++ kernel takes no more queries and keys than fit into shared memory at this head_dim and dtype"
-        return [*limits, (reason, not fits)]
-    return [*limits, *_long_limits(call)]
-
-
-def _long_limits(call: CallShape) -> list[tuple[str, bool]]:
-    """Those of more than 256 queries and keys."""
-    sizes, flags, long = call.sizes, call.flags, "of more than 256 queries and keys, the CUDA C++ kernel"
+    sizes, flags, kernel = call.sizes, call.flags, "the CUDA C++ kernel"
     return [
-        (f"{long} has only relevancy_attention", call.operator != "relevancy_attention"),
-        (f"{long} needs a compute capability of 9.0 (Hopper)", call.capability not in ((9, 0), None)),
-        (f"{long} takes float16 and bfloat16", call.dtype.itemsize != 2),
+        (f"{kernel} takes more than 256 queries and keys", sizes["queries"] <= 256),
+        (f"{kernel} needs a compute capability of 9.0 (Hopper)", call.capability not in ((9, 0), None)),
+        (f"{kernel} takes float16 and bfloat16", call.dtype.itemsize != 2),
+        (f"{kernel} takes a head_dim of at most 128", sizes["head_dim"] > 128),
         (
-            f"{long} takes one head_dim for queries and values, a multiple of 8",
+            f"{kernel} takes one head_dim for queries and values, a multiple of 8",
             sizes["head_dim"] != sizes["value_dim"] or sizes["head_dim"] % 8 != 0,
         ),
-        (f"{long} takes one relevancy vector per sample", sizes["rows"] > 1),
-        (f"{long} takes rule='gradient' without row_normalize", flags["rule"] != "gradient" or flags["row_normalize"]),
-        (f"{long} takes no mask but the causal one", flags["masked"]),
+        (f"{kernel} takes one relevancy vector per sample", sizes["rows"] > 1),
+        (f"{kernel} takes rule='gradient' without row_normalize", flags["rule"] != "gradient" or flags["row_normalize"]),
+        (f"{kernel} takes no mask but the causal one", flags["masked"]),
+        (f"{kernel} has no softcap", flags["softcap"]),
+        (f"{kernel} has no attention sinks", flags["sink"]),
     ]
 
 
-BACKENDS = table(  # of relevancy_step, too, whose result is the relevancy
+BACKENDS = table(
     streaming,
     cpu=cpu,
     triton=lambda: kernels.relevancy_attention,
     cuda=cuda,
     limits={"cuda": _cuda_limits},
-    shared_sums={"cuda": ("relevancy", "gradient of carrier")},
+    shared_sums={"cuda": ("gradient of carrier",)},
 )
 _OUTPUTS = ["bhqd", "btq"]
 

@@ -1,7 +1,7 @@
 """relevancy @ Abar by itself: relevancy_attention's step in the backward pass, for any attention.
 
 Formula: reference/relevancy_attention.py. O(N) memory: streaming/relevancy_attention.py. The backends are those of
-relevancy_attention, in the same modules.
+relevancy_attention without CUDA C++, in the same modules.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import AttentionArguments, CallShape, call_shape
 from vlattn_fast.dispatch.choice import gradients, launcher, planned
 from vlattn_fast.dispatch.operator import Operator
-from vlattn_fast.ops import _relevancy_shards
+from vlattn_fast.ops import _relevancy_shards, relevancy_attention
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._documents import Ids, over_documents
 from vlattn_fast.ops._shards import over_shards
 from vlattn_fast.ops._stages import DotPlan, attention_of, by_formula, cast, make_plan, without_padding
-from vlattn_fast.ops.relevancy_attention import BACKENDS, check_abar, check_carried, flags_of, sizes_of
+from vlattn_fast.ops.relevancy_attention import check_abar, check_carried, flags_of, sizes_of
 from vlattn_fast.ops.score_attention import lse_for_sink
+
+BACKENDS = {name: backend for name, backend in relevancy_attention.BACKENDS.items() if name != "cuda"}
 
 
 def relevancy_step(
@@ -71,7 +73,7 @@ def relevancy_step(
             query without visible keys. Default: computed anew, which "reference" always does. A detached lse counts as computed
             from query and key in the backward pass, and is computed anew for a sink's gradient.
         rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups,
-            group_bias, document_ids, cu_seqlens, backend: see relevancy_attention. "cuda" uses the backward pass of "streaming".
+            group_bias, document_ids, cu_seqlens, backend: see relevancy_attention. There is no "cuda".
 
     Returns:
         (B, T, M) in relevancy's dtype, twice differentiable in every floating tensor except attn_mask. With the result's

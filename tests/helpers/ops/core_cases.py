@@ -41,7 +41,7 @@ def functions(
     """r Abar, and with `maps` Abar, unless rows are normalised: by the backend, and by the formula."""
     sink: Tensor | None = options.pop("sink", None)
     rule, row_normalize = options.pop("rule", "gradient"), options.pop("row_normalize", False)
-    maps = maps and not row_normalize
+    maps = maps and not row_normalize and backend != "cuda"  # which has no maps
 
     def run(relevancy: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, **params: Tensor) -> Any:
         score = S.resolve(make(params))

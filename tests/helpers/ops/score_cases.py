@@ -185,8 +185,6 @@ PUBLIC = (
 )
 # Dot products of features, whatever the data are: what SDPA takes.
 DOT_PRODUCTS = tuple(name for name, case in SCORES.items() if made(case).is_dot_product)
-# What the CUDA C++ kernel takes.
-ADDITIVE = tuple(name for name in SCORES if name.startswith(("additive", "concat")))
 
 PLAIN = {  # the score of a test that is not about scores
     "reference": "general-tanh-key",
@@ -201,7 +199,7 @@ FEW = {  # one score for each way that a call takes through a backend
     "sdpa": ("dot", "general-key-bias"),
     "cpu": ("dot", "cosine-eps=5", "general-tanh-key", "additive", "hadamard-sigmoid-key"),
     "triton": ("cosine-eps=5", "additive"),
-    "cuda": ("additive",),
+    "cuda": ("additive", "hadamard-sigmoid-key"),
 }
 
 B, H, N, M, D, DV = 2, 2, 5, 7, 6, 3

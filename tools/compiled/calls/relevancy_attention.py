@@ -10,6 +10,7 @@ import torch
 
 from vlattn_fast._ground.score_kinds import UNIT_KINDS
 from vlattn_fast.backends.cuda import relevancy_attention as in_cuda
+from vlattn_fast.backends.cuda import score_attention as hidden_units
 from vlattn_fast.backends.inputs import (
     Attention,
     RelevancyAttentionBackwardInputs,
@@ -67,12 +68,9 @@ def causal_calls() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def compared_calls() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Calls of LXMERT's 36 tokens, UNITER's 160 and the 197 of ViT-B/16, which the CUDA C++ kernels have, too."""
-    for tokens in (36, 197):
-        yield f"backward 1 rows of {tokens} bf16 64", lambda tokens=tokens: backward(BF16, 64, 1, tokens=tokens)
-    for tokens in (36, 160, 197):
-        name = f"cuda backward 1 rows of {tokens} bf16 64"
-        yield name, lambda tokens=tokens: backward(BF16, 64, 1, tokens=tokens, kernels=in_cuda)
+    """By the CUDA C++ kernels."""
+    for kind in ("additive", "hadamard_tanh"):
+        yield f"cuda step {kind} bf16 64", lambda kind=kind: step(BF16, 64, 1, "gradient", kind=kind, kernels=hidden_units)
 
 
 def backward(
@@ -132,8 +130,9 @@ def step(
     kind: str = "dot",
     masked: bool = False,
     groups: int = 0,
+    kernels: Any = relevancy_attention,
 ) -> None:
-    """Without an lse, so that the kernel that recomputes the lse runs too."""
+    """Without an lse, so that the kernel that recomputes the lse runs too. kernels: the backend's module."""
     query, key, value, grad_output = (torch.empty(1, 16, length, size, dtype=dtype) for _ in range(4))
     inputs = RelevancyStepInputs(
         relevancy=torch.empty(1, rows, length),
@@ -156,7 +155,7 @@ def step(
         row_normalize=True,
         backend="triton",
     )
-    relevancy_attention.step(inputs)
+    kernels.step(inputs)
 
 
 def step_backward(

@@ -59,7 +59,8 @@ def causal_calls() -> Iterator[tuple[str, Callable[[], None]]]:
 
 def compared_calls() -> Iterator[tuple[str, Callable[[], None]]]:
     """By the CUDA C++ kernels."""
-    yield "cuda additive bf16 64", lambda: run("additive", torch.bfloat16, 64, kernels=in_cuda)
+    for kind in ("additive", "hadamard_tanh"):
+        yield f"cuda {kind} bf16 64", lambda kind=kind: run(kind, torch.bfloat16, 64, kernels=in_cuda)
 
 
 def run(kind: str, dtype: torch.dtype, size: int, *, kernels: Any = score_attention, **options: Any) -> None:

@@ -81,7 +81,7 @@ def part(name: str, member: str) -> Callable[[], Any]:
     return functools.cache(lambda: dict(_function(library, name)[1]._fields_)[member])
 
 
-_masks = part("relevancy_attention", "masks")
+_masks = part("score_attention", "masks")
 
 
 def _versions(of: Library) -> tuple[int, int]:

@@ -1,8 +1,10 @@
-// Additive scores of a tile, sum_a u_a tanh(x_ia + y_ja), and their gradients, by one block of WARPS warps.
+// Scores of a tile that sum over hidden units, and their gradients, by one block of WARPS warps: additive, sum_a u_a tanh(x_ia + y_ja),
+// and Hadamard with PRODUCTS, sum_a u_a (factor tanh(argument x_ia y_ja) + offset): tanh, or the logistic function with halves.
 //
-// tanh(x+y) = 2/d - 1 with d = 1 + e^-2x e^-2y, whose exponentials are taken once a row and once a column of a tile and lie in
-// shared memory. Two hidden units share one reciprocal: w1/d1 + w2/d2 = (w1 d2 + w2 d1) / (d1 d2). 2/d - 1 has few digits where
+// Additive: tanh(x+y) = 2/d - 1 with d = 1 + e^-2x e^-2y, whose exponentials are taken once a row and once a column of a tile and lie
+// in shared memory. Two hidden units share one reciprocal: w1/d1 + w2/d2 = (w1 d2 + w2 d1) / (d1 d2). 2/d - 1 has few digits where
 // x + y is small: heads in which it is small throughout take tanh from sums.
+// Hadamard: shared memory holds the units themselves, those of the rows times `argument`. Of 16 bits tanh is one instruction.
 #pragma once
 
 #include "mma.h"
@@ -10,8 +12,8 @@
 namespace vlattn {
 
 constexpr int WARPS = 4, THREADS = WARPS * WARP;
-constexpr int COLUMNS = 32;                // of the other side, in a tile
-constexpr int PAIR = 2 * COLUMNS + 4;      // from a pair of units of the columns to the next, which is in other banks
+constexpr int COLUMNS = 32;  // of the other side, in a tile
+constexpr int PAIR = 2 * COLUMNS + 4;  // from a pair of units of the columns to the next, which is in other banks
 constexpr int BACKWARD_ROWS = WARPS * 16;  // of a block's own side, in the backward pass
 constexpr int GRAD_STRIDE = BACKWARD_ROWS + 4;
 template <int MT> constexpr int ROW_STRIDE = WARPS * 16 * MT + 4;  // from a unit of the rows to the next, which is in other banks
@@ -67,10 +69,10 @@ struct Reach {
 
 // What a block has in shared memory.
 struct Shared {
-    float* rows;  // (units, stride): e^-2x
-    float* columns;  // (pairs, PAIR): e^-2y of two units, COLUMNS of each
-    float2* weights;  // (pairs): those of two units, of 16-bit types 1/w1 and w2 with the largest as 1
-    float2* total;  // the largest |weight|, and the sum of those over it
+    float* rows;  // (units, stride): what is `staged`
+    float* columns;  // (pairs, PAIR): of two units, COLUMNS of each
+    float2* weights;  // (pairs): those of two units; additive of 16-bit types 1/w1 and w2 with the largest as 1
+    float2* total;  // the largest |weight|, and the sum of those over it; of products the sum of all
     Reach *query_reach, *key_reach;  // (WARPS) each, by `stage_largest`
     void* rest;
 
@@ -90,16 +92,20 @@ struct Shared {
     }
 };
 
-// e^-2x, with x held between -LARGEST and LARGEST. Of 16-bit types x is much less exact than the instruction.
-template <class T> __device__ __forceinline__ float exponential(float x) {
+// What lies in shared memory of x: its product with a factor, or e^-2x, with x held between -LARGEST and LARGEST. Of 16-bit types x
+// is much less exact than the instruction.
+template <bool PRODUCTS, class T> __device__ __forceinline__ float staged(float x, float factor) {
+    if (PRODUCTS) return x * factor;
     x = fminf(fmaxf(x, -LARGEST), LARGEST);
     return std::is_same_v<T, float> ? expf(-2.0f * x) : fast_exp2(-2.0f * LOG2_E * x);
 }
 
-// put(row, pair of units, e^-2x, e^-2x) for ROWS rows from `first` on, x = 0 outside of the matrix.
-template <int ROWS, class T, class Put>
-__device__ __forceinline__ void exponentials(const Side<T>& side, int64_t first, int A, Put put) {
+// put(row, pair of units, staged, staged) for ROWS rows from `first` on. Outside of the matrix x is 0, or 1 for products: zero times
+// infinity would be NaN.
+template <int ROWS, bool PRODUCTS, class T, class Put>
+__device__ __forceinline__ void stage_units(const Side<T>& side, int64_t first, int A, float factor, Put put) {
     constexpr int VECTOR = 16 / sizeof(T);
+    constexpr float OUTSIDE = PRODUCTS ? 1.0f : 0.0f;
     const bool aligned = A % VECTOR == 0 && side.stride % VECTOR == 0 && reinterpret_cast<uintptr_t>(side.data) % 16 == 0;
 #pragma unroll 1
     for (unsigned i = threadIdx.x; i < unsigned(ROWS * round_up(A, VECTOR) / VECTOR); i += THREADS) {
@@ -111,16 +117,19 @@ __device__ __forceinline__ void exponentials(const Side<T>& side, int64_t first,
             memcpy(static_cast<void*>(values), &bits, sizeof(bits));
             for (int e = 0; e < VECTOR; ++e) x[e] = to_float(values[e]);
         } else {
-            for (int e = 0; e < VECTOR; ++e) x[e] = unit + e < A ? side.at(first + row, unit + e) : 0.0f;
+            for (int e = 0; e < VECTOR; ++e)
+                x[e] = unit + e < A && first + row < side.count ? side.at(first + row, unit + e) : OUTSIDE;
         }
 #pragma unroll
-        for (int e = 0; e < VECTOR; e += 2) put(row, pair + e / 2, exponential<T>(x[e]), exponential<T>(x[e + 1]));
+        for (int e = 0; e < VECTOR; e += 2)
+            put(row, pair + e / 2, staged<PRODUCTS, T>(x[e], factor), staged<PRODUCTS, T>(x[e + 1], factor));
     }
 }
 
-template <int MT, class T>
-__device__ __forceinline__ void stage_rows(const Shared& shared, const Side<T>& side, int64_t first, const T* vector, int A) {
-    exponentials<WARPS * 16 * MT>(side, first, A, [&](int row, int pair, float e1, float e2) {
+template <int MT, bool PRODUCTS, class T>
+__device__ __forceinline__ void stage_rows(const Shared& shared, const Side<T>& side, int64_t first, const T* vector, int A,
+                                           float argument) {
+    stage_units<WARPS * 16 * MT, PRODUCTS>(side, first, A, argument, [&](int row, int pair, float e1, float e2) {
         float* to = shared.rows + 2 * pair * ROW_STRIDE<MT> + row_place<MT>(row);
         to[0] = e1;
         to[ROW_STRIDE<MT>] = e2;
@@ -130,21 +139,21 @@ __device__ __forceinline__ void stage_rows(const Shared& shared, const Side<T>& 
         const float w = to_float(vector[unit]);
         total = {fmaxf(total.x, fabsf(w)), total.y + w};
     }
-    const float largest = warp_max(total.x), scale = largest > 0.0f ? 1.0f / largest : 1.0f;
+    const float largest = warp_max(total.x), scale = largest > 0.0f && !PRODUCTS ? 1.0f / largest : 1.0f;
     const float sum = warp_sum(total.y) * scale;
     if (threadIdx.x == 0) *shared.total = {largest, sum};
     for (int pair = threadIdx.x; pair < round_up(A, 8) / 2; pair += THREADS) {
         const float w1 = 2 * pair < A ? to_float(vector[2 * pair]) : 0.0f;
         const float w2 = 2 * pair + 1 < A ? to_float(vector[2 * pair + 1]) : 0.0f;
         const float over = w1 * scale;
-        shared.weights[pair] =
-            std::is_same_v<T, float> ? float2{w1, w2} : float2{1.0f / (fabsf(over) < LEAST ? LEAST : over), w2 * scale};
+        const float2 both = {1.0f / (fabsf(over) < LEAST ? LEAST : over), w2 * scale};
+        shared.weights[pair] = PRODUCTS || std::is_same_v<T, float> ? float2{w1, w2} : both;
     }
 }
 
-template <class T>
+template <bool PRODUCTS, class T>
 __device__ __forceinline__ void stage_columns(const Shared& shared, const Side<T>& side, int64_t first, int A) {
-    exponentials<COLUMNS>(side, first, A, [&](int column, int pair, float e1, float e2) {
+    stage_units<COLUMNS, PRODUCTS>(side, first, A, 1.0f, [&](int column, int pair, float e1, float e2) {
         float* to = shared.columns + pair * PAIR + column_place(column);
         to[0] = e1;
         to[COLUMNS] = e2;
@@ -213,27 +222,35 @@ template <bool EXACT> __device__ __forceinline__ float reciprocal_of(float x) {
     return EXACT ? fmaf(r, fmaf(-x, r, 1.0f), r) : r;
 }
 
+// EXACT, for float32. Of 16-bit types the error of 2^-11 is a quarter of what they round.
+template <bool EXACT> __device__ __forceinline__ float tanh_by(float x) { return EXACT ? tanh_of(x) : fast_tanh(x); }
+
+// What a hidden unit of a pair is computed from: additive from products of exponentials, products that are held at CLAMP, or sums;
+// Hadamard from products of units.
+enum class Way { PRODUCT, CLAMPED, SUM, UNITS };
+
 // The denominator 1 + e^-2x e^-2y. CLAMPED: since the product of two might overflow, what is added to 1 is held at CLAMP.
 template <bool CLAMPED> __device__ __forceinline__ float denominator(float u, float v) {
     return CLAMPED ? 1.0f + fminf(u * v, CLAMP) : fmaf(u, v, 1.0f);
 }
 
-// Adds half the sums of w tanh(x + y) = w (2/d - 1) over pairs of hidden units with one reciprocal for both: w1/d1 + w2/d2 =
+// Way::UNITS: adds the sums of w tanh(x y). Else: adds half the sums of w tanh(x + y) = w (2/d - 1) over pairs of hidden units with one reciprocal for both: w1/d1 + w2/d2 =
 // (D w2 + d2) / (D d2) with D = d1/w1, which takes no more than d1. Where D d2 overflows, both terms are below 1e-11 of the largest
 // weight, and become 0. EXACT: (w1 d2 + w2 d1) / (d1 d2) with (w1+w2)/2 taken off, since the sum of all weights may be much larger
 // than the score.
-template <bool CLAMPED, bool EXACT, int MT>
+template <Way WAY, bool EXACT, int MT>
 __device__ __forceinline__ void sum_pairs(Tile<MT>& halves, const Shared& shared, int begin, int end) {
+    constexpr bool CLAMPED = WAY == Way::CLAMPED;
     constexpr int OWN = 2 * MT;
     const float* rows = shared.rows + warp_index() * 16 * MT + lane_row() * OWN;
     const float* columns = shared.columns + lane_column() * 8;
-#pragma unroll 2
+#pragma unroll(WAY == Way::UNITS ? 1 : 2)
     for (int pair = begin; pair < end; ++pair) {
         const float2 w = shared.weights[pair];
         float u1[OWN], u2[OWN];
         read(u1, rows + 2 * pair * ROW_STRIDE<MT>);
         read(u2, rows + (2 * pair + 1) * ROW_STRIDE<MT>);
-        if (!EXACT && !CLAMPED)
+        if (!EXACT && WAY == Way::PRODUCT)
             for (float& u : u1) u *= w.x;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
@@ -246,7 +263,10 @@ __device__ __forceinline__ void sum_pairs(Tile<MT>& halves, const Shared& shared
                 for (int c = 0; c < 4; ++c) {
                     float& sum = halves[i / 2][2 * k + c / 2][i % 2 * 2 + c % 2];
                     const float d2 = denominator<CLAMPED>(u2[i], v2[c]);
-                    if (EXACT) {
+                    if (WAY == Way::UNITS) {
+                        sum = fmaf(w.x, tanh_by<EXACT>(u1[i] * v1[c]), sum);
+                        sum = fmaf(w.y, tanh_by<EXACT>(u2[i] * v2[c]), sum);
+                    } else if (EXACT) {
                         const float d1 = denominator<CLAMPED>(u1[i], v1[c]), both = fmaf(w.x, d2, w.y * d1);
                         sum += fmaf(both, reciprocal_of<EXACT>(d1 * d2), -0.5f * (w.x + w.y));
                     } else {
@@ -257,7 +277,7 @@ __device__ __forceinline__ void sum_pairs(Tile<MT>& halves, const Shared& shared
             }
         }
     }
-    if (!EXACT) each<MT>(halves, [&](float& x) { x = shared.total->x * (x - 0.5f * shared.total->y); });
+    if (!EXACT && WAY != Way::UNITS) each<MT>(halves, [&](float& x) { x = shared.total->x * (x - 0.5f * shared.total->y); });
 }
 
 // The same from sums: slow, rare, and right for any.
@@ -282,21 +302,25 @@ __device__ __forceinline__ void sum_directly(Tile<MT>& halves, const Side<T>& ow
     }
 }
 
-// Half the unscaled scores of the warp's rows, whose first one here is `row`, with the tile's columns, here from `column` on.
-template <int MT, class T>
-__device__ __forceinline__ void sum_units(Tile<MT>& halves, const Shared& shared, float bound, const Side<T>& own, int64_t row,
-                                          const Side<T>& other, int64_t column, const T* vector, int A) {
+// Half the unscaled scores of the warp's rows, whose first one here is `row`, with the tile's columns, here from `column` on. bound:
+// of `largest_sum`, for sums; factor and offset for products.
+template <int MT, bool PRODUCTS, class T>
+__device__ __forceinline__ void sum_units(Tile<MT>& halves, const Shared& shared, float bound, float factor, float offset,
+                                          const Side<T>& own, int64_t row, const Side<T>& other, int64_t column, const T* vector,
+                                          int A) {
     constexpr bool EXACT = std::is_same_v<T, float>;
     const int pairs = (A + 1) / 2;
     const auto sum = [&](Tile<MT>& to, int begin, int end) {
-        if (bound <= LARGEST_SUM) {
-            sum_pairs<false, EXACT, MT>(to, shared, begin, end);
+        if constexpr (PRODUCTS) {
+            sum_pairs<Way::UNITS, EXACT, MT>(to, shared, begin, end);
+        } else if (bound <= LARGEST_SUM) {
+            sum_pairs<Way::PRODUCT, EXACT, MT>(to, shared, begin, end);
         } else {
-            sum_pairs<true, EXACT, MT>(to, shared, begin, end);
+            sum_pairs<Way::CLAMPED, EXACT, MT>(to, shared, begin, end);
         }
     };
     clear<MT>(halves);
-    if (takes_sums(bound)) {
+    if (!PRODUCTS && takes_sums(bound)) {
         sum_directly<MT>(halves, own, row, other, column, vector, A);
     } else if constexpr (!EXACT) {
         sum(halves, 0, pairs);
@@ -308,22 +332,21 @@ __device__ __forceinline__ void sum_units(Tile<MT>& halves, const Shared& shared
             for (int i = 0; i < 16; ++i) halves[0][i / 4][i % 4] += part[0][i / 4][i % 4];
         }
     }
+    if (PRODUCTS) each<MT>(halves, [&](float& x) { x = 0.5f * fmaf(factor, x, offset * shared.total->y); });
 }
 
 // What a lane has of the gradients of its warp's 16 rows: two hidden units of every 64, from first_unit on.
 template <int CHUNKS> struct UnitGrads {
-    float rows[CHUNKS][2][16];  // sum_j g_ij (1/4 - q_ij^2), q = tanh / 2; rows in the order of the exponentials
-    float vector[CHUNKS][2];  // sum_ij g_ij q_ij
+    float rows[CHUNKS][2]
+              [16];  // sum_j g_ij (1/4 - q_ij^2), q = tanh / 2, or sum_j g_ij (1 - tanh^2) y_j; in the order of `row_place`
+    float vector[CHUNKS][2];  // sum_ij g_ij q_ij, or of tanh
 };
 
 __device__ __forceinline__ int first_unit(int chunk) { return chunk * 64 + lane_index() * 2; }
 
-// From what tanh(x + y) is computed: products of exponentials, products that are held at CLAMP, or sums.
-enum class Way { PRODUCT, CLAMPED, SUM };
-
-// Adds a tile's gradient g (COLUMNS, GRAD_STRIDE), whose rows are in the order of the exponentials, by way of the hidden units: to
-// `sum` for the warp's rows, and for the `columns` first columns to column_sums (columns made even, stride) in global memory, which
-// holds sum_i g_ij (1/4 - q_ij^2). Each lane sums over its warp's rows. The warps take the columns by quarters, each another one,
+// Adds a tile's gradient g (COLUMNS, GRAD_STRIDE), whose rows are in the order of `row_place`, by way of the hidden units: to `sum`
+// for the warp's rows, and for the `columns` first columns to column_sums (columns made even, stride) in global memory, which holds
+// the same sums over i, for products of what is staged of the rows. Each lane sums over its warp's rows. The warps take the columns by quarters, each another one,
 // and meet in between: a number has one writer at a time, and its terms have one order. All threads of the block come here; a warp
 // that is not `visible` adds nothing.
 template <Way WAY, bool EXACT, int CHUNKS, class T>
@@ -347,6 +370,8 @@ __device__ __forceinline__ void through_units(UnitGrads<CHUNKS>& sum, float* col
                 } else {
                     for (int i = 0; i < 16; ++i) u[e][i] = unit + e < A ? own.at(warp_first + row_at(i), unit + e) : 0.0f;
                 }
+                if (WAY == Way::UNITS)
+                    for (float& x : u[e]) x = x == x ? x : 1.0f;  // masked pairs may have NaN; the gradients of others are NaN
             }
         }
 #pragma unroll 1
@@ -361,7 +386,7 @@ __device__ __forceinline__ void through_units(UnitGrads<CHUNKS>& sum, float* col
             float* to = column_sums + begin * stride + unit;
 #pragma unroll 1
             for (int column = begin; column < end; column += 2) {  // two columns that are neighbours also among the exponentials
-#pragma unroll(WAY == Way::SUM ? 1 : 2)
+#pragma unroll(WAY == Way::SUM || (WAY == Way::UNITS && EXACT) ? 1 : 2)
                 for (int n = 0; n < 2; ++n) {
                     float v[2], grad[16], along_rows[2] = {}, along[2] = {};
 #pragma unroll
@@ -371,6 +396,7 @@ __device__ __forceinline__ void through_units(UnitGrads<CHUNKS>& sum, float* col
                         } else {
                             v[e] = unit + e < A ? other.at(start + column + n, unit + e) : 0.0f;
                         }
+                        if (WAY == Way::UNITS) v[e] = v[e] == v[e] ? v[e] : 1.0f;
                     }
                     read(grad, gradient + n * GRAD_STRIDE);
 #pragma unroll
@@ -378,6 +404,8 @@ __device__ __forceinline__ void through_units(UnitGrads<CHUNKS>& sum, float* col
                         float q[2];
                         if constexpr (WAY == Way::SUM) {
                             for (int e = 0; e < 2; ++e) q[e] = 0.5f * tanh_of(u[e][i] + v[e]);
+                        } else if constexpr (WAY == Way::UNITS) {
+                            for (int e = 0; e < 2; ++e) q[e] = tanh_by<EXACT>(u[e][i] * v[e]);
                         } else {
                             const float d1 = denominator<CLAMPED>(u[0][i], v[0]);
                             const float d2 = denominator<CLAMPED>(u[1][i], v[1]);
@@ -386,9 +414,15 @@ __device__ __forceinline__ void through_units(UnitGrads<CHUNKS>& sum, float* col
                         }
 #pragma unroll
                         for (int e = 0; e < 2; ++e) {
-                            const float slope = fmaf(-q[e], q[e], 0.25f);
-                            sum.rows[chunk][e][i] = fmaf(grad[i], slope, sum.rows[chunk][e][i]);
-                            along_rows[e] = fmaf(grad[i], slope, along_rows[e]);
+                            if constexpr (WAY == Way::UNITS) {
+                                const float through = grad[i] * fmaf(-q[e], q[e], 1.0f);
+                                sum.rows[chunk][e][i] = fmaf(through, v[e], sum.rows[chunk][e][i]);
+                                along_rows[e] = fmaf(through, u[e][i], along_rows[e]);
+                            } else {
+                                const float slope = fmaf(-q[e], q[e], 0.25f);
+                                sum.rows[chunk][e][i] = fmaf(grad[i], slope, sum.rows[chunk][e][i]);
+                                along_rows[e] = fmaf(grad[i], slope, along_rows[e]);
+                            }
                             along[e] = fmaf(grad[i], q[e], along[e]);
                         }
                     }
