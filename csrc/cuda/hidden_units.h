@@ -244,7 +244,7 @@ __device__ __forceinline__ void sum_pairs(Tile<MT>& halves, const Shared& shared
     constexpr int OWN = 2 * MT;
     const float* rows = shared.rows + warp_index() * 16 * MT + lane_row() * OWN;
     const float* columns = shared.columns + lane_column() * 8;
-#pragma unroll(WAY == Way::UNITS ? 1 : 2)
+#pragma unroll(WAY == Way::UNITS && EXACT ? 1 : 2)
     for (int pair = begin; pair < end; ++pair) {
         const float2 w = shared.weights[pair];
         float u1[OWN], u2[OWN];

@@ -73,8 +73,8 @@ template <class T> struct Head {
     }
 };
 
-// Tiles of 16 rows per warp in the forward pass: as many as registers allow.
-template <class T, int SIZE> constexpr int FORWARD_TILES = SIZE == 64 && !std::is_same_v<T, float> ? 2 : 1;
+// Tiles of 16 rows per warp in passes that add no gradients: as many as registers allow.
+template <class T, int SIZE> constexpr int UNIT_TILES = SIZE == 64 && !std::is_same_v<T, float> ? 2 : 1;
 
 constexpr int MAX_CARRIED = 4;  // rows of r that a block carries
 
@@ -83,7 +83,7 @@ __device__ __forceinline__ float logit_factor(const ScoreAttention& call) { retu
 
 template <class T, int SIZE, bool PRODUCTS>
 __global__ void __launch_bounds__(THREADS, 3) units_forward_kernel(ScoreAttention call) {
-    constexpr int MT = FORWARD_TILES<T, SIZE>, ROWS = WARPS * 16 * MT;
+    constexpr int MT = UNIT_TILES<T, SIZE>, ROWS = WARPS * 16 * MT;
     const int64_t num_q = divide_up(call.N, ROWS), i_bh = blockIdx.x / num_q, b = i_bh / call.H, h = i_bh % call.H;
     const int64_t first = blockIdx.x % num_q * ROWS, warp_first = first + warp_index() * 16 * MT, row = warp_first + lane_row();
     const int t2 = lane_column() * 2;
@@ -155,9 +155,9 @@ __device__ __forceinline__ float relu(float x) { return x < 0.0f ? 0.0f : x; }  
 enum RowData { SHIFT, NORM, DELTA, CARRIED };  // CARRIED and on: rows of r
 template <class T, int SIZE, bool PRODUCTS>
 __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) units_rows_kernel(ScoreAttention call) {
-    const int64_t blocks = divide_up(call.N, BACKWARD_ROWS), i_bh = blockIdx.x / blocks, b = i_bh / call.H, h = i_bh % call.H;
-    const int64_t first = blockIdx.x % blocks * BACKWARD_ROWS, warp_first = first + warp_index() * 16,
-                  row = warp_first + lane_row();
+    constexpr int MT = UNIT_TILES<T, SIZE>, ROWS = WARPS * 16 * MT;
+    const int64_t blocks = divide_up(call.N, ROWS), i_bh = blockIdx.x / blocks, b = i_bh / call.H, h = i_bh % call.H;
+    const int64_t first = blockIdx.x % blocks * ROWS, warp_first = first + warp_index() * 16 * MT, row = warp_first + lane_row();
     const int t2 = lane_column() * 2;
     const bool carries = call.relevancy, with_dp = call.grad_out.data;
     const float* lse = call.lse + i_bh * call.N;
@@ -167,56 +167,64 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) units_rows_kernel
         return coarse || (!carries && std::is_same_v<T, float>);
     };
     bool any = call.row_sums;
-    for (int64_t q = first; q < first + BACKWARD_ROWS && q < call.N; ++q) any = any || shows(q);
-    OnlineSoftmax softmax;
-    float mean[2] = {}, dot[2] = {};
+    for (int64_t q = first; q < first + ROWS && q < call.N; ++q) any = any || shows(q);
+    OnlineSoftmax softmax[MT];
+    float mean[MT][2] = {};
     if (any) {
         const Head<T> head(call, b, h);
-        const Shared shared(call.A, ROW_STRIDE<1>);
+        const Shared shared(call.A, ROW_STRIDE<MT>);
         T* value_tile = static_cast<T*>(shared.rest);
-        stage_rows<1, PRODUCTS>(shared, head.query, first, head.vector, call.A, call.argument);
+        stage_rows<MT, PRODUCTS>(shared, head.query, first, head.vector, call.A, call.argument);
         if (!PRODUCTS) stage_largest(shared, head.query, head.key, call.A, call.masks.real(b));
-        Rows16<T, SIZE> left;
-        left.load(call.grad_out.at<const T>(b, h), call.grad_out.stride_n, warp_first, with_dp ? call.N : 0, call.DV);
-        const int64_t end = call.masks.causal && first + BACKWARD_ROWS < call.M ? first + BACKWARD_ROWS : call.M;
+        Rows16<T, SIZE> left[MT];
+        for (int m = 0; m < MT; ++m)
+            left[m].load(
+                call.grad_out.at<const T>(b, h), call.grad_out.stride_n, warp_first + 16 * m, with_dp ? call.N : 0, call.DV);
+        const int64_t end = call.masks.causal && first + ROWS < call.M ? first + ROWS : call.M;
         for (int64_t start = 0; start < end; start += COLUMNS) {
             stage_columns<PRODUCTS>(shared, head.key, start, call.A);
             stage<T, SIZE>(value_tile, head.value, call.value.stride_n, start, COLUMNS, with_dp ? call.M : 0, call.DV);
             __syncthreads();
-            if (warp_first < call.N && !(call.masks.causal && start >= warp_first + 16)) {
-                Tile<1> p, products;
-                float kept[2];
-                clear<1>(products);
+            if (warp_first < call.N && !(call.masks.causal && start >= warp_first + 16 * MT)) {
+                Tile<MT> p;
                 const float bound = PRODUCTS ? 0.0f : largest_sum(shared);
-                sum_units<1, PRODUCTS>(
+                sum_units<MT, PRODUCTS>(
                     p, shared, bound, call.factor, call.offset, head.query, row, head.key, start + t2, head.vector, call.A);
-                call.masks.to_logits<false>(p[0], logit_factor(call), b, h, row, start + t2, call.N, call.M);
-                softmax.add(p[0], kept);
-                if (with_dp) product_with_rows<T, SIZE>(products[0], left, value_tile, 0);
-                for (int i = 0; i < 2; ++i) mean[i] *= kept[i];
 #pragma unroll
-                for (int e = 0; e < 16; ++e) {
-                    const float product = p[0][e / 4][e % 4] * products[0][e / 4][e % 4];
-                    mean[e % 4 / 2] += carries ? relu(product) : product;
+                for (int m = 0; m < MT; ++m) {
+                    float products[4][4] = {}, kept[2];
+                    call.masks.to_logits<false>(p[m], logit_factor(call), b, h, row + 16 * m, start + t2, call.N, call.M);
+                    softmax[m].add(p[m], kept);
+                    if (with_dp) product_with_rows<T, SIZE>(products, left[m], value_tile, 0);
+                    for (int i = 0; i < 2; ++i) mean[m][i] *= kept[i];
+#pragma unroll
+                    for (int e = 0; e < 16; ++e) {
+                        const float product = p[m][e / 4][e % 4] * products[e / 4][e % 4];
+                        mean[m][e % 4 / 2] += carries ? relu(product) : product;
+                    }
                 }
             }
             __syncthreads();
         }
     }
-    if (!carries && !std::is_same_v<T, float>) dot_rows<T>(dot, call.grad_out, call.out, b, h, row, call.N, call.DV);
-    for (int i = 0; i < 2; ++i) {
-        const int64_t q = row + 8 * i, size = call.B * call.H * call.N;
-        const float total = row_sum(softmax.sum[i]), by_scores = row_sum(mean[i]), by_out = row_sum(dot[i]);
-        if (t2 != 0 || q >= call.N) continue;
-        const bool own = shows(q);
-        const float norm = own && total != 0.0f ? 1.0f / total : 1.0f;  // NaN stays
-        const float shift = !own ? lse_log2(lse, q, call.N) : total == 0.0f ? INFINITY : softmax.shift(i);
-        float* to = call.rows + i_bh * call.N + q;
-        to[SHIFT * size] = shift, to[NORM * size] = norm;
-        if (call.row_sums)
-            call.row_sums[i_bh * call.N + q] =
-                (call.by_gradient ? by_scores : total) * norm * fast_exp2(softmax.shift(i) - shift);
-        to[DELTA * size] = (own ? by_scores * norm : by_out) - (call.grad_lse ? call.grad_lse[i_bh * call.N + q] : 0.0f);
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+        float dot[2] = {};
+        if (!carries && !std::is_same_v<T, float>) dot_rows<T>(dot, call.grad_out, call.out, b, h, row + 16 * m, call.N, call.DV);
+        for (int i = 0; i < 2; ++i) {
+            const int64_t q = row + 16 * m + 8 * i, size = call.B * call.H * call.N;
+            const float total = row_sum(softmax[m].sum[i]), by_scores = row_sum(mean[m][i]), by_out = row_sum(dot[i]);
+            if (t2 != 0 || q >= call.N) continue;
+            const bool own = shows(q);
+            const float norm = own && total != 0.0f ? 1.0f / total : 1.0f;  // NaN stays
+            const float largest = softmax[m].shift(i);
+            const float shift = !own ? lse_log2(lse, q, call.N) : total == 0.0f ? INFINITY : largest;
+            float* to = call.rows + i_bh * call.N + q;
+            to[SHIFT * size] = shift, to[NORM * size] = norm;
+            if (call.row_sums)
+                call.row_sums[i_bh * call.N + q] = (call.by_gradient ? by_scores : total) * norm * fast_exp2(largest - shift);
+            to[DELTA * size] = (own ? by_scores * norm : by_out) - (call.grad_lse ? call.grad_lse[i_bh * call.N + q] : 0.0f);
+        }
     }
 }
 
@@ -233,26 +241,29 @@ __device__ __forceinline__ void stage_row_data(float* to, const ScoreAttention& 
 }
 
 // P of a tile of keys as rows and queries as columns, and with_dp dP. row_data: of `stage_row_data`.
-template <bool PRODUCTS, class T, int SIZE>
-__device__ __forceinline__ void key_tile(Tile<1>& p, Tile<1>& dp, const ScoreAttention& call, const Shared& shared,
+template <bool PRODUCTS, class T, int SIZE, int MT>
+__device__ __forceinline__ void key_tile(Tile<MT>& p, Tile<MT>& dp, const ScoreAttention& call, const Shared& shared,
                                          const Head<T>& head, float bound, int64_t b, int64_t h, int64_t warp_first,
                                          int64_t start, const float* row_data, const T* grad_tile, bool with_dp) {
     const int t2 = lane_column() * 2;
     const int64_t row = warp_first + lane_row();
-    clear<1>(dp);
-    sum_units<1, PRODUCTS>(
+    clear<MT>(dp);
+    sum_units<MT, PRODUCTS>(
         p, shared, bound, call.factor, call.offset, head.key, row, head.query, start + t2, head.vector, call.A);
-    call.masks.to_logits<true>(p[0], logit_factor(call), b, h, opaque(row), start + t2, call.N, call.M);
-    Rows16<T, SIZE> left;  // read again in each tile: there are no registers to keep it in
-    if (with_dp) left.load(head.value, call.value.stride_n, opaque(warp_first), call.M, call.DV);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-        if (with_dp) product_with_rows<T, SIZE>(reinterpret_cast<float(&)[1][4]>(dp[0][n]), left, grad_tile, 8 * n);
+    for (int m = 0; m < MT; ++m) {
+        call.masks.to_logits<true>(p[m], logit_factor(call), b, h, opaque(row) + 16 * m, start + t2, call.N, call.M);
+        Rows16<T, SIZE> left;  // read again in each tile: there are no registers to keep it in
+        if (with_dp) left.load(head.value, call.value.stride_n, opaque(warp_first) + 16 * m, call.M, call.DV);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const float* of_row = row_data + 8 * n + t2 + e % 2;
-            float& x = p[0][n][e];
-            x = fast_exp2(x - of_row[SHIFT * COLUMNS]) * of_row[NORM * COLUMNS];
+        for (int n = 0; n < 4; ++n) {
+            if (with_dp) product_with_rows<T, SIZE>(reinterpret_cast<float(&)[1][4]>(dp[m][n]), left, grad_tile, 8 * n);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const float* of_row = row_data + 8 * n + t2 + e % 2;
+                float& x = p[m][n][e];
+                x = fast_exp2(x - of_row[SHIFT * COLUMNS]) * of_row[NORM * COLUMNS];
+            }
         }
     }
 }
@@ -292,7 +303,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) units_backward_ke
                 const bool visible = warp_first < call.M && !(call.masks.causal && start + COLUMNS <= warp_first);
                 if (visible) {
                     Tile<1> p, g;
-                    key_tile<PRODUCTS, T, SIZE>(
+                    key_tile<PRODUCTS, T, SIZE, 1>(
                         p, g, call, shared, head, bound, b, h, warp_first, start, row_data, grad_tile, true);
 #pragma unroll
                     for (int e = 0; e < 16; ++e) {
@@ -374,17 +385,18 @@ template <class T> __global__ void __launch_bounds__(THREADS) units_query_kernel
     }
 }
 
-// The rows of r that are carried through a head's map to 64 keys, by a loop over the queries.
+// The rows of r that are carried through a head's map to the keys of a block, by a loop over the queries.
 template <class T, int SIZE, bool PRODUCTS> __global__ void __launch_bounds__(THREADS, 3) units_step_kernel(ScoreAttention call) {
-    const int64_t blocks = divide_up(call.M, BACKWARD_ROWS), i_bh = blockIdx.x / blocks, b = i_bh / call.H, h = i_bh % call.H;
-    const int64_t first = blockIdx.x % blocks * BACKWARD_ROWS, warp_first = first + warp_index() * 16;
+    constexpr int MT = UNIT_TILES<T, SIZE>, ROWS = WARPS * 16 * MT;
+    const int64_t blocks = divide_up(call.M, ROWS), i_bh = blockIdx.x / blocks, b = i_bh / call.H, h = i_bh % call.H;
+    const int64_t first = blockIdx.x % blocks * ROWS, warp_first = first + warp_index() * 16 * MT;
     const int t2 = lane_column() * 2;
     const Head<T> head(call, b, h);
-    const Shared shared(call.A, ROW_STRIDE<1>);
+    const Shared shared(call.A, ROW_STRIDE<MT>);
     float* row_data = static_cast<float*>(shared.rest);  // (CARRIED + MAX_CARRIED,COLUMNS)
     T* grad_tile = reinterpret_cast<T*>(row_data + (CARRIED + MAX_CARRIED) * COLUMNS);
-    float sums[MAX_CARRIED][2] = {};
-    stage_rows<1, PRODUCTS>(shared, head.key, first, head.vector, call.A, call.argument);
+    float sums[MAX_CARRIED][MT][2] = {};
+    stage_rows<MT, PRODUCTS>(shared, head.key, first, head.vector, call.A, call.argument);
     if (!PRODUCTS) stage_largest(shared, head.query, head.key, call.A, call.masks.real(b));
     for (int64_t start = call.masks.causal ? first : 0; start < call.N; start += COLUMNS) {
         stage_columns<PRODUCTS>(shared, head.query, start, call.A);
@@ -393,23 +405,24 @@ template <class T, int SIZE, bool PRODUCTS> __global__ void __launch_bounds__(TH
         stage_row_data(row_data, call, b, i_bh, start);
         __syncthreads();
         if (warp_first < call.M && !(call.masks.causal && start + COLUMNS <= warp_first)) {
-            Tile<1> p, dp;
+            Tile<MT> p, dp;
             const float bound = PRODUCTS ? 0.0f : largest_sum(shared);
-            key_tile<PRODUCTS, T, SIZE>(
+            key_tile<PRODUCTS, T, SIZE, MT>(
                 p, dp, call, shared, head, bound, b, h, warp_first, start, row_data, grad_tile, call.by_gradient);
 #pragma unroll
-            for (int e = 0; e < 16; ++e) {
-                float& x = p[0][e / 4][e % 4];
-                if (call.by_gradient) x = relu(x * dp[0][e / 4][e % 4]);
-                if (start + e / 4 * 8 + t2 + e % 2 >= call.N) x = 0.0f;  // zeros times an infinite value are NaN
+            for (int e = 0; e < 16 * MT; ++e) {
+                float& x = p[e / 16][e / 4 % 4][e % 4];
+                if (call.by_gradient) x = relu(x * dp[e / 16][e / 4 % 4][e % 4]);
+                if (start + e / 4 % 4 * 8 + t2 + e % 2 >= call.N) x = 0.0f;  // zeros times an infinite value are NaN
             }
 #pragma unroll
             for (int t = 0; t < MAX_CARRIED; ++t) {
                 if (t >= call.T) break;
 #pragma unroll
-                for (int e = 0; e < 16; ++e) {
-                    const float r = row_data[(CARRIED + t) * COLUMNS + e / 4 * 8 + t2 + e % 2];
-                    sums[t][e % 4 / 2] = fmaf(p[0][e / 4][e % 4], r, sums[t][e % 4 / 2]);
+                for (int e = 0; e < 16 * MT; ++e) {
+                    const float r = row_data[(CARRIED + t) * COLUMNS + e / 4 % 4 * 8 + t2 + e % 2];
+                    float& sum = sums[t][e / 16][e % 4 / 2];
+                    sum = fmaf(p[e / 16][e / 4 % 4][e % 4], r, sum);
                 }
             }
         }
@@ -417,9 +430,9 @@ template <class T, int SIZE, bool PRODUCTS> __global__ void __launch_bounds__(TH
     }
 #pragma unroll
     for (int t = 0; t < MAX_CARRIED; ++t) {
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < 2 * MT; ++i) {
             const int64_t key = warp_first + lane_row() + 8 * i;
-            const float sum = row_sum(sums[t][i]);
+            const float sum = row_sum(sums[t][i / 2][i % 2]);
             if (t < call.T && t2 == 0 && key < call.M) call.r_abar[(i_bh * call.T + t) * call.M + key] = sum;
         }
     }
@@ -435,8 +448,9 @@ template <class Use> cudaError_t with_units(const ScoreAttention& call, int64_t 
 }
 
 template <class T, int SIZE, bool PRODUCTS> cudaError_t rows(const ScoreAttention& call, cudaStream_t stream) {
-    const size_t shared = Shared::bytes(call.A, ROW_STRIDE<1>) + tile_bytes<T, SIZE>(COLUMNS);
-    const int64_t blocks = divide_up(call.N, BACKWARD_ROWS) * call.B * call.H;
+    constexpr int TILES = UNIT_TILES<T, SIZE>;
+    const size_t shared = Shared::bytes(call.A, ROW_STRIDE<TILES>) + tile_bytes<T, SIZE>(COLUMNS);
+    const int64_t blocks = divide_up(call.N, WARPS * 16 * TILES) * call.B * call.H;
     return launch(units_rows_kernel<T, SIZE, PRODUCTS>, blocks, THREADS, shared, stream, call);
 }
 
@@ -456,7 +470,7 @@ cudaError_t score_attention(const ScoreAttention& call, cudaStream_t stream) {
     if (too_large(call)) return cudaErrorInvalidValue;
     return with_units(call, call.DV, [&](auto type, auto width, auto products) {
         using T = decltype(type);
-        constexpr int SIZE = decltype(width)::value, TILES = FORWARD_TILES<T, SIZE>;
+        constexpr int SIZE = decltype(width)::value, TILES = UNIT_TILES<T, SIZE>;
         const size_t shared = Shared::bytes(call.A, ROW_STRIDE<TILES>) + tile_bytes<T, SIZE>(COLUMNS);
         const int64_t blocks = divide_up(call.N, WARPS * 16 * TILES) * call.B * call.H;
         return launch(units_forward_kernel<T, SIZE, decltype(products)::value>, blocks, THREADS, shared, stream, call);
@@ -483,10 +497,10 @@ cudaError_t score_attention_step(const ScoreAttention& call, cudaStream_t stream
     if (too_large(call) || call.T > MAX_CARRIED) return cudaErrorInvalidValue;
     return with_units(call, call.DV, [&](auto type, auto width, auto products) {
         using T = decltype(type);
-        constexpr int SIZE = decltype(width)::value;
-        const size_t shared = Shared::bytes(call.A, ROW_STRIDE<1>) + sizeof(float) * (CARRIED + MAX_CARRIED) * COLUMNS +
+        constexpr int SIZE = decltype(width)::value, TILES = UNIT_TILES<T, SIZE>;
+        const size_t shared = Shared::bytes(call.A, ROW_STRIDE<TILES>) + sizeof(float) * (CARRIED + MAX_CARRIED) * COLUMNS +
                               tile_bytes<T, SIZE>(COLUMNS);
-        const int64_t blocks = divide_up(call.M, BACKWARD_ROWS) * call.B * call.H;
+        const int64_t blocks = divide_up(call.M, WARPS * 16 * TILES) * call.B * call.H;
         return launch(units_step_kernel<T, SIZE, decltype(products)::value>, blocks, THREADS, shared, stream, call);
     });
 }

@@ -54,15 +54,10 @@ def nvcc() -> None:
         pytest.skip(WITHOUT_FENCES)
 
 
-# bytes of a thread; additive scores of 32 rows a warp take every register that three blocks leave, long sequences every one
-MOST_STACK = {
-    "additive_forward_kernel": 24,
-    "congruence_gradient_kernel": 128,
-    "relevancy_backward_kernel": 160,
-    "relevancy_long_kernel": 24,
-}
+# bytes of a thread; hidden units of 32 rows a warp take every register that three blocks leave, long sequences every one
+MOST_STACK = {"units_forward_kernel": 24, "congruence_gradient_kernel": 128, "relevancy_long_kernel": 24}
 
-WITHOUT_PRODUCTS = ("additive_backward_query_kernel", "relevancy_rows_kernel")
+WITHOUT_PRODUCTS = ("units_query_kernel", "relevancy_rows_kernel")
 
 
 @pytest.mark.slow  # a build by nvcc

@@ -13,26 +13,9 @@ import vlattn_fast as va
 from tests.helpers.ops import backends
 from tests.helpers.ops.backends import arguments_of
 from vlattn_fast.backends.cuda import _shared_library
-from vlattn_fast.backends.inputs import RelevancyAttentionInputs, ScoreAttentionInputs
+from vlattn_fast.backends.inputs import ScoreAttentionInputs
 
 ROOT = Path(__file__).parents[2]
-
-
-def attend(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """By the registered operator, past what the public call refuses."""
-    given = {"query": x, "key": x, "value": x, "carrier": torch.zeros(x.shape[0], 1, x.shape[2]), "scale": 0.1}
-    options = {"rule": "gradient", "row_normalize": False, "backend": "cuda"}
-    return torch.ops.vlattn.relevancy_attention(*arguments_of(RelevancyAttentionInputs, **given, **options))
-
-
-def test_a_failed_launch_names_kernel_sizes_and_device() -> None:
-    """More shared memory than there is: what the public call refuses beforehand."""
-    x = torch.zeros(2, 1, 256, 100)
-    words = f"relevancy_attention(dtype=0, B=2, H=1, key_heads=1, N=256, M=256, T=0, D=100, DV=100) on {x.device}: "
-    with pytest.raises(RuntimeError, match=re.escape(words)):
-        attend(x)
-    out, _, lse, _ = attend(x[:, :, :5])
-    assert (out == 0).all() and torch.isfinite(lse).all()  # what comes after it runs
 
 
 def score(x: Tensor, value: Tensor) -> Tensor:
@@ -44,10 +27,19 @@ def congruence(x: Tensor) -> Tensor:
     return torch.ops.vlattn.congruence_loss(*[x] * 8, None, None, "cacr", "softmax", "both", 1.0, False, "cuda")[0]
 
 
+def test_a_failed_call_names_kernel_sizes_and_device() -> None:
+    """Past what the public call refuses."""
+    x = torch.zeros(2, 1, 4, 200)
+    words = r"score_attention\(dtype=0, B=2, H=1, key_heads=1, value_heads=1, N=4, M=4, A=200, DV=200, .*\) on " + f"{x.device}: "
+    with pytest.raises(RuntimeError, match=words):
+        score(x, x)
+    assert (score(x[..., :5], x[..., :5]) == 0).all()  # what comes after it runs
+
+
 def test_what_is_too_large_is_refused_not_computed_in_part() -> None:
     """Also past the public call: no kernel takes more than 128 features."""
     small, large = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 200)
-    for run in (lambda: score(small, large), lambda: score(large, small), lambda: attend(large), lambda: congruence(large)):
+    for run in (lambda: score(small, large), lambda: score(large, small), lambda: congruence(large)):
         with pytest.raises(RuntimeError, match=r"invalid (argument|configuration)"):
             run()
     leaves = [torch.zeros(1, 1, 4, size, requires_grad=True) for size in (8, 8, 200)]
@@ -72,7 +64,7 @@ def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:
         backends.ready("cuda", file),
         pytest.raises(RuntimeError, match=r"the CUDA C\+\+ kernels cannot be loaded \(install vlattn_fast again\): "),
     ):
-        attend(torch.zeros(1, 1, 4, 8))
+        score(*[torch.zeros(1, 1, 4, 8)] * 2)
 
 
 @pytest.mark.parametrize("built, driver", [(0, 0), (13000, 13000), (13010, 13000), (12080, 13000)])
@@ -85,13 +77,13 @@ def test_a_driver_that_is_too_old_is_named(driver: int, runs: int, monkeypatch: 
     monkeypatch.setattr(_shared_library, "_versions", lambda of: (13000, driver))
     _shared_library._function.cache_clear()
     with pytest.raises(RuntimeError, match=f"are built with CUDA 13, and the driver runs CUDA {runs}: update the driver"):
-        attend(torch.zeros(1, 1, 4, 8))
+        score(*[torch.zeros(1, 1, 4, 8)] * 2)
     monkeypatch.undo()
 
 
 def test_a_scale_beyond_float32_is_infinite_to_the_kernels() -> None:
     x = torch.ones(1, 1, 3, 4)
-    out = va.relevancy_attention(x, x, x, torch.zeros(1, 1, 3), scale=1e39, backend="cuda")[0]
+    out = va.score_attention(x, x, x, score=va.scores.Additive(torch.ones(4)), scale=1e39, backend="cuda")
     assert torch.isnan(out).all()
 
 

@@ -8,7 +8,7 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_grads
-from tests.helpers.ops import tile_edges
+from tests.helpers.ops import core_cases, tile_edges
 from tests.helpers.ops.backends import LOW, arguments_of, assert_refused
 from tests.helpers.ops.score_cases import call
 from tests.helpers.ops.score_cases import check as check_backend
@@ -109,6 +109,22 @@ def test_small_gradients_of_float16_survive() -> None:
     )
     grads = outputs_and_grads(call(va.score_attention, additive, backend="cuda"), inputs, [1e-3 * torch.randn(1, 1, 160, 5)])
     assert (grads["grad key"] != 0.0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("activation, dtype", [("tanh", torch.float32), ("tanh", torch.bfloat16), ("sigmoid", torch.float32)])
+def test_hadamard_scores_of_every_size(activation: str, dtype: torch.dtype) -> None:
+    """More rows than a block has, of either side, and odd numbers of units; keys that two heads share."""
+    for n, m, a, dv in ((33, 130, 33, 72), (130, 33, 128, 5)):
+        inputs = as_dtype(tensors(n, m, a, dv, h=2), dtype)
+        check_backend("cuda", inputs, lambda p: S.Hadamard(p["vector"], activation=activation), is_causal=n < m, enable_gqa=True)
+
+
+@pytest.mark.parametrize("dtype", LOW[:2], ids=str)
+@pytest.mark.parametrize("score", ("additive", "hadamard-sigmoid-key"))
+def test_relevancy_over_several_blocks(score: str, dtype: torch.dtype) -> None:
+    for n, m, rows in ((70, 150, 1), (150, 70, 5)):
+        inputs, make = core_cases.made(score, n, m, b=1, rows=rows, dtype=dtype)
+        core_cases.check("cuda", inputs, make, is_causal=n < m, row_normalize=rows > 1)
 
 
 @pytest.mark.parametrize("a, dv, words", [(129, 8, "at most 128 hidden units"), (8, 129, "value sizes of at most 128")])

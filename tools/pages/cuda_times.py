@@ -26,25 +26,16 @@ class Pair(NamedTuple):
     cuda: Side
 
 
-LXMERT = Workload("LXMERT", 1, 16, 36, 64)
-UNITER = Workload("UNITER", 1, 16, 160, 64)
-VIT = Workload("ViT-B/16", 1, 16, 197, 64)
 WORDS = Workload("UNITER's 60 words and 100 regions", 1, 12, 60, 64)  # of whose sizes a count is scaled by heads and words
 CLIP = Workload("CLIP ViT-L/14@336", 1, 16, 577, 64)
 BATCHES = (1, 16, 256)
 
-RELEVANCY = {"_backward_kv_kernel": 8}
 MAPS = {"map_kernel": 4, "_divergence_kernel": 0}
 STEPS = ("map_kernel", "_divergence_kernel launch 2", "_target_backward_kernel", "_target_backward_kernel launch 2")
 GRADIENTS = dict.fromkeys(STEPS, 0) | {"gradient_kernel": 8}
 
 
 def _pairs() -> Iterator[Pair]:
-    for workload in (LXMERT, UNITER, VIT):
-        call = f"backward 1 rows of {workload.tokens} bf16 64"
-        triton = Side(f"relevancy_attention {call}", RELEVANCY, 3)  # the sum over heads, a copy, the first term
-        cuda = Side(f"relevancy_attention cuda {call}", {"relevancy_backward_kernel": 8}, 1)  # the sum over heads
-        yield Pair("relevancy_attention, backward", workload, triton, cuda)
     call = "cacr masked bf16 64"
     maps, again = {"congruence_map_kernel": 4, "congruence_divergence_kernel": 0}, ("map_kernel", "divergence_kernel")
     steps = dict.fromkeys((*(f"congruence_{kernel} launch 2" for kernel in again), "congruence_target_kernel"), 0)
@@ -55,14 +46,20 @@ def _pairs() -> Iterator[Pair]:
         triton = Side(f"congruence_loss {call}", triton_kernels, further)
         yield Pair(f"congruence_loss, cacr, {what}", WORDS, triton, Side(f"congruence_loss cuda {call}", cuda_kernels, further))
     forward, backward = {"_prepare_kernel": 4, "_forward_kernel": 8}, {"_units_rows_kernel": 2, "_units_backward_kernel": 11}
-    rows = {"additive_backward_rows_kernel": 2, "additive_backward_kernel": 9, "additive_backward_query_kernel": 3}
-    for what, triton_kernels, cuda_kernels, further in (
-        ("forward", forward, {"additive_forward_kernel": 4}, 0),
-        ("backward", backward, rows, 2),  # a fill or a copy, and the sum of the vector's gradient
+    rows = {"units_rows_kernel": 2, "units_backward_kernel": 9, "units_query_kernel": 3}
+    steps = {"_prepare_kernel": 4, "_rows_kernel": 4, "_units_step_kernel": 4}
+    for score, call, what, triton_kernels, cuda_kernels, further in (
+        (score, *each)
+        for score in ("additive", "hadamard_tanh")
+        for each in (
+            ("score_attention", "forward", forward, {"units_forward_kernel": 4}, 0),
+            ("score_attention", "backward", backward, rows, 2),  # a fill or a copy, and the sum of the vector's gradient
+            ("relevancy_attention", "step", steps, {"units_rows_kernel": 4, "units_step_kernel": 4}, 3),
+        )
     ):
-        triton = Side("score_attention additive bf16 64", triton_kernels, further)
-        cuda = Side("score_attention cuda additive bf16 64", cuda_kernels, further)
-        yield Pair(f"score_attention, additive, {what}", CLIP, triton, cuda)
+        name = f"{'step ' if what == 'step' else ''}{score} bf16 64"
+        sides = Side(f"{call} {name}", triton_kernels, further), Side(f"{call} cuda {name}", cuda_kernels, further)
+        yield Pair(f"{call}, {score}, {what}", CLIP, *sides)
 
 
 PAIRS = tuple(_pairs())
@@ -83,11 +80,11 @@ them, as in a CUDA graph. Times of torch's kernels are left out of both.
 
 {table}
 
-- Relevancy: the CUDA C++ kernel wins two launches of four, and pads keys to 16. It takes more instructions for each pair:
-  `mma.sync` has a warp's 16 rows where `wgmma` has 64. Its estimate is shorter {relevancy}
 - Congruence: the CUDA C++ kernels pad rows and columns to 16, and copy a head while they work on another. Their estimate is
   shorter {congruence}
-- Additive scores: the CUDA C++ kernels choose the layout of the scores in registers. Their estimate is shorter {additive}
+- Hidden units: the CUDA C++ kernels choose the layout of the scores in registers. Their estimate of additive scores is shorter
+  {additive}
+  Of Hadamard scores it is shorter {hadamard_tanh}
 """
 
 
@@ -120,5 +117,7 @@ def section(rows: Rows) -> str:
                 numbers = (f"{x:,.1f}" if x < 100 else f"{x:,.0f}" for x in estimates(pair, side, batch, rows))
                 cells += [f"{len(side.kernels) + side.further}", *numbers]
             table.append(f"| {' | '.join(cells)} |")
-    wins = {name: _wins([pair for pair in PAIRS if name in pair.what], rows) for name in ("relevancy", "congruence", "additive")}
+    wins = {
+        name: _wins([pair for pair in PAIRS if name in pair.what], rows) for name in ("congruence", "additive", "hadamard_tanh")
+    }
     return TEXT.format(launch=LAUNCH * 1e6, table="\n".join(table), **wins)

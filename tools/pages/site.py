@@ -23,6 +23,7 @@ DOCS, ROWS = ROOT / "docs", ROOT / "benchmarks" / "results"
 TABLES = {  # by name the function that makes it, of this package or of vlattn_lab, which need not be installed for the others
     "measured kernels": "tools.pages.kernel_measured.measured_kernels",
     "operators": "tools.pages.report.operators",
+    "GPU kernels": "tools.pages.card.card",
     "tiles": "tools.pages.kernel_measured.changes_of_tiles",
     "tile times": "tools.compiled.tile_times.table",
     "commands": "tools.pages.commands.commands",

@@ -34,21 +34,22 @@ def _limits(call: CallShape, kernels: str) -> list[tuple[str, bool]]:
     return [
         ("the kernels do not have this kind of score", kernels not in kind_of(call.flags["score"]).kernels),
         ("no operator of torch stands for the kernels of a core score: nothing traces or transforms them", call.flags["traced"]),
-        (
-            "the CUDA C++ kernels take at most 128 hidden units and value sizes of at most 128",
-            kernels == "cuda" and max(call.sizes["head_dim"], call.sizes["value_dim"]) > 128,
-        ),
     ]
+
+
+def _cuda_limits(call: CallShape) -> list[tuple[str, bool]]:
+    sizes = max(call.sizes["head_dim"], call.sizes["value_dim"])
+    return [*_limits(call, "cuda"), ("the CUDA C++ kernel takes at most 128 hidden units and values of at most 128", sizes > 128)]
 
 
 def _table(of: Table, cuda: ModuleType | None) -> Table:
     streaming, cpu, triton = (of[name].module for name in ("streaming", "cpu", "triton"))
-    limits = {name: partial(_limits, kernels=name) for name in ("cpu", "triton", "cuda")}
+    limits = {name: partial(_limits, kernels=name) for name in ("cpu", "triton")} | {"cuda": _cuda_limits}
     return table(streaming, cpu=cpu, triton=triton, cuda=cuda, limits=limits)
 
 
-_STEP, _LSE = (_table(of.BACKENDS, hidden_units) for of in (relevancy_attention, _score_attention_backends))
-_MAP = _table(attention_map.BACKENDS, None)
+STEP, _LSE = (_table(of.BACKENDS, hidden_units) for of in (relevancy_attention, _score_attention_backends))
+MAP = _table(attention_map.BACKENDS, None)
 
 
 def core_logits(core: Core, scale: float) -> Tensor:
@@ -76,7 +77,7 @@ def core_map(
     with without_autocast(core.query):
         lse = _lse_for(core, sink, lse, backend, masks)
         inputs = AttentionMapInputs(_attention(core, masks), value, grad_output, lse, rule, "mean", False, "auto")
-        return _run(_MAP, "forward", inputs, backend)
+        return _run(MAP, "forward", inputs, backend)
 
 
 def core_step(
@@ -96,7 +97,7 @@ def core_step(
     with without_autocast(core.query):
         lse = _lse_for(core, sink, lse, backend, masks)
         inputs = RelevancyStepInputs(relevancy, _attention(core, masks), value, grad_output, lse, rule, row_normalize, "auto")
-        return _run(_STEP, "step", inputs, backend)
+        return _run(STEP, "step", inputs, backend)
 
 
 def _lse_for(core: Core, sink: Tensor | None, lse: Tensor | None, backend: str, masks: dict[str, Any]) -> Tensor | None:

@@ -25,11 +25,9 @@ CPU_COPIED = (100, 800)  # tiles, and blocks, of keys that are copied: halves, p
 TRITON: Pairs = [(1, 1), (31, 33), (32, 32), (33, 64), (65, 31)]
 TRITON_16_BIT: Pairs = [(64, 64), (63, 65), (65, 128), (129, 130), (65, 256), (33, 257), (20, 577)]
 
-# csrc/cuda/: score_attention has tiles of 16 and of 32 queries and keys. In relevancy_attention a warp has 16 rows and a block 8
-# warps: beyond 128 rows a warp takes two slabs.
+# csrc/cuda/: score_attention has tiles of 16 and of 32 queries and keys.
 CUDA_FEW: Pairs = [(1, 1), (15, 17), (16, 31), (17, 32), (31, 33), (32, 63), (33, 64)]
 CUDA: Pairs = [*CUDA_FEW, (63, 65), (64, 16), (65, 1), (100, 15), (160, 40), (40, 160)]
-CUDA_SQUARES = (1, 15, 16, 17, 33, 129, 256)
 
 
 def in_turn(first: Sequence[Any], second: Sequence[Any], each: int = 2) -> list[tuple[Any, Any]]:
