@@ -96,10 +96,10 @@ def attribute_edges(
         chosen = plans.layers([pair], None)
         for plan in chosen:
             check_edges(plan)
-        gaps = None
+        by_pair: dict[tuple[str, str], Tensor] = {}
         if notes is None:
             assert n_steps is not None
-            scores, call_effects, gaps = _integrated(asked, chosen, queries, keys, n_steps)
+            scores, call_effects, by_pair = _integrated(asked, chosen, queries, keys, n_steps)
         elif notes.takes_all:
             scores, _ = asked.scores(asked.outputs)
             calls = notes.for_plans(plans, chosen, queries, keys)
@@ -118,8 +118,8 @@ def attribute_edges(
         names = [(head, f, t) for head in range(effect.shape[1]) for f in keys for t in queries]
         means = rows.double().mean(1).tolist()
         edges += [Edge(layer, *name, mean) for name, mean in zip(names, means, strict=True)]
-    if gaps is not None:
-        gaps = torch.stack([torch.stack([gaps.get((f, t), torch.tensor(torch.nan)) for t in named]) for f in named])
+    none = torch.tensor(torch.nan, dtype=torch.float64, device=scores.device)
+    gaps = torch.stack([torch.stack([by_pair.get((f, t), none) for t in named]) for f in named]) if by_pair else None
     table = EdgeTable(tuple(edges), torch.cat(effects), scores.detach(), named, question, gaps=gaps)
     return replace(table, without_edges=tuple(plans.without_edges([pair])))
 
