@@ -170,7 +170,7 @@ def test_a_circuit_is_the_model_with_all_other_edges_cut():
 
 def test_impossible_edges_of_a_decoder_are_left_out():
     samples = models.planted("induction", 0.8, seed=0).draw(4, 0)
-    seen = {(a, b): mib._is_causal(samples.groups, va.Edge(0, 0, a, b)) for a in samples.groups for b in samples.groups}
+    seen = {(a, b): mib.is_causal(samples.groups, va.Edge(0, 0, a, b)) for a in samples.groups for b in samples.groups}
     assert {pair for pair, is_seen in seen.items() if not is_seen} == {
         *(("last", name) for name in ("matched", "copied", "others")),
         ("copied", "matched"),

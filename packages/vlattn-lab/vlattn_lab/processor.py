@@ -33,6 +33,18 @@ def word_ids(
     return {"input_ids": input_ids, "attention_mask": input_ids != 0}
 
 
+def box_positions(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """boxes (B, R, 4) in pixels of an image of this width and height -> (B, R, POSITION_DIM): UNITER's seven box features and
+    sines of the centre."""
+    x1, y1, x2, y2 = (boxes / torch.tensor([*size, *size], device=boxes.device)).unbind(-1)
+    features = [x1, y1, x2, y2, x2 - x1, y2 - y1, (x2 - x1) * (y2 - y1)]
+    for centre in ((x1 + x2) / 2, (y1 + y2) / 2):
+        for frequency in range(1, FREQUENCIES + 1):
+            angle = math.pi * frequency * centre
+            features += [angle.sin(), angle.cos()]
+    return torch.stack(features, dim=-1)
+
+
 class DigitProcessor:
     """Words to ids and boxes to region features, without parameters.
 
@@ -66,16 +78,9 @@ class DigitProcessor:
         x, y = (corners[..., axis, None] + span for axis in (0, 1))
         samples = torch.arange(len(images), device=boxes.device)[:, None, None, None]
         features = images[samples, y[..., :, None], x[..., None, :]].flatten(2)
-
-        x1, y1, x2, y2 = (boxes / torch.cat([limit, limit])).unbind(-1)
-        box_features = [x1, y1, x2, y2, x2 - x1, y2 - y1, (x2 - x1) * (y2 - y1)]
-        for centre in ((x1 + x2) / 2, (y1 + y2) / 2):
-            for frequency in range(1, FREQUENCIES + 1):
-                angle = math.pi * frequency * centre
-                box_features += [angle.sin(), angle.cos()]
         return {
             "region_features": features,
-            "region_positions": torch.stack(box_features, dim=-1),
+            "region_positions": box_positions(boxes, (width, height)),
             "region_mask": torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device),
         }
 

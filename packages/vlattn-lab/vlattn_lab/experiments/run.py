@@ -27,7 +27,7 @@ from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings
 
 NAMES = (
     *("scores", "congruence", "value", "weighted_relevancy", "robust", "flow", "pruning", "sinks", "hybrid"),
-    *("planted_circuits", "distillation", "evidence", "recipes", "indexer"),
+    *("planted_circuits", "distillation", "evidence", "recipes", "indexer", "known_heads"),
 )
 # Experiments that take trained models, and the trainings of these.
 MODELS = {

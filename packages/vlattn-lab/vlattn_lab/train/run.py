@@ -23,8 +23,10 @@ from vlattn_lab import clip as clip_model
 from vlattn_lab import hybrid as hybrid_model
 from vlattn_lab import lxmert as lxmert_model
 from vlattn_lab import mapper as mapper_model
+from vlattn_lab import twins as twin_model
 from vlattn_lab import uniter as uniter_model
-from vlattn_lab.train import clip, hybrid, lxmert, mapper, uniter
+from vlattn_lab.grids import CUES
+from vlattn_lab.train import clip, hybrid, lxmert, mapper, twins, uniter
 from vlattn_lab.weights import DATA
 
 EVALUATED = {
@@ -35,6 +37,7 @@ EVALUATED = {
     "captions": 1000,
     "hybrid": 400,
     "transformer": 400,
+    "twin": 500,
 }  # test scenes per measure
 
 
@@ -78,6 +81,7 @@ TRAININGS = {
     "vqa": _mapper("vqa", 5000),
     "captions": _mapper("captions", 3000),
     **{kind: _beside_image(kind) for kind in hybrid_model.WEIGHTS},
+    "twin": Training(twin_model.WEIGHTS, 6000, twins.train, twins.evaluate, lambda model: asdict(twin_model.CONFIG)),
 }
 
 
@@ -95,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name in ("uniter", "lxmert"):
             options.add_argument("--validate", action="store_true", help="train on 'fit' and measure on 'validation' scans")
             options.add_argument("--recipe", choices=[*uniter.RECIPES], default="located", help="the losses")
+        if name == "twin":
+            options.add_argument("--cue", choices=CUES, default=CUES[0], help="what could tell the answer without the objects")
+            options.add_argument("--told", action="store_true", help="it does tell the answer; otherwise it is drawn at random")
     chosen = parser.parse_args(arguments)
     try:
         for option, least in (("steps", 1), ("seed", 0), ("threads", 1)):
@@ -118,6 +125,7 @@ def run(chosen: argparse.Namespace) -> None:
         measured, held, more["split"] = "validation", {"split": "validation"}, "fit"
     recipe = getattr(chosen, "recipe", "located")
     more |= {"recipe": recipe} if hasattr(chosen, "recipe") else {}
+    more |= {"cue": chosen.cue, "told": chosen.told} if chosen.name == "twin" else {}
     origin = commit()
     began, cpu_began = time.perf_counter(), time.process_time()
     model = training.train(chosen.steps, seed=chosen.seed, **more)
@@ -131,6 +139,7 @@ def run(chosen: argparse.Namespace) -> None:
     write_tensors(weights, state)  # before the measurements, which take long
     command = f"{chosen.name} --steps {chosen.steps} --seed {chosen.seed} --threads {chosen.threads}" + " --validate" * validate
     command += f" --recipe {recipe}" * (recipe != "located")
+    command += f" --cue {chosen.cue}" + " --told" * chosen.told if chosen.name == "twin" else ""
     if more.get("clip", DATA) != DATA:  # else the command would not repeat this training
         command += f" --clip {shlex.quote(str(chosen.clip))}"
     report = {

@@ -105,7 +105,7 @@ def measures_on_planted(circuit: Circuit, ranking: Samples, tested: Samples, see
     with Observer(model, [Frozen()]):
         held = attribute_edges(model, ranking.inputs, ranking.groups, **asked)
     true = intervene_each(model, ranking.inputs, plain)
-    kept = [number for number, edge in enumerate(plain) if not circuit.is_causal or _is_causal(ranking.groups, edge)]
+    kept = [number for number, edge in enumerate(plain) if not circuit.is_causal or is_causal(ranking.groups, edge)]
     lists = {TRUE: true.effects, FIRST_ORDER: plain.effects, HELD: held.effects}
     by_name = {name: effects[kept].double().mean(1) for name, effects in lists.items()}
     edges = [("", plain[number]) for number in kept]
@@ -122,7 +122,7 @@ def measures_on_planted(circuit: Circuit, ranking: Samples, tested: Samples, see
     return {"edges": len(edges), "alone": round(circuits.faithfulness(planted), 4), "places": places, "areas": areas}
 
 
-def _is_causal(groups: Mapping[str, Tensor], edge: Edge) -> bool:
+def is_causal(groups: Mapping[str, Tensor], edge: Edge) -> bool:
     """Whether in some sample a token of `to` may see one of `from_`."""
     numbers = torch.arange(next(iter(groups.values())).shape[1])
     first = numbers.masked_fill(~groups[edge.from_], len(numbers)).amin(1)
