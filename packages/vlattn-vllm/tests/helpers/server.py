@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ANOTHER_VERSION = """
 import runpy
 from vlattn_vllm import plugin
-plugin.SUPPORTED = ("0.1.0",)
+plugin.SUPPORTED = ("0.1.0", "0.2.0")
 runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 """
 NO_PLACE = "has no place for 'vlattn'; ask at /v1/completions or /v1/chat/completions"
@@ -83,7 +83,7 @@ def main(kind: str = "") -> None:
 
 
 def another_version() -> None:
-    every_endpoint("needs vLLM 0.1.0 and found", ())
+    every_endpoint("needs vLLM 0.1.0 or 0.2.0 and found", ())
     assert answer("/v1/completions", prompt=WORDS)["choices"]
 
 
