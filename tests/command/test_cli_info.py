@@ -72,7 +72,9 @@ def test_info_is_a_table_of_operators_and_backends():
         for row in cells.values():
             assert tuple(row) == (*cli.BACKENDS, "auto")
             assert row["reference"] == row["streaming"] == "yes"
-            used.update(number for cell in row.values() for part in re.findall(r"\[(.*)\]", cell) for number in part.split(","))
+            ends = [number for cell in row.values() for number in re.findall(r"\d+(?:-\d+)?", cell.partition("[")[2])]
+            for first, _, last in (end.partition("-") for end in ends):
+                used.update(map(str, range(int(first), int(last or first) + 1)))
     assert used == set(notes)  # each reason has a number, and each number a reason
     assert len(set(notes.values())) == len(notes)  # said once
 

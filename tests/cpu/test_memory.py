@@ -56,9 +56,10 @@ def attend(kind: str) -> None:
 @pytest.mark.parametrize("kind", (*SCORES, *OTHERS, *INDEXERS))
 def test_no_map_of_a_head_is_held(kind: str) -> None:
     attend(kind)  # what is loaded at the first call
-    peak, _ = peak_of_call(lambda: attend(kind))
-    if peak is None:
+    peaks = [peak for peak, _ in (peak_of_call(lambda: attend(kind)) for _ in range(3)) if peak is not None]
+    if not peaks:
         pytest.skip("needs Linux's /proc")
+    peak = min(peaks)  # what else runs in the process adds to it
     assert peak < MAP / 4, f"{peak / 2**20:.0f} MiB; a map has {MAP / 2**20:.0f}"
 
 

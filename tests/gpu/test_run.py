@@ -36,7 +36,7 @@ SELECT = "|".join(
     (
         "^launcher$",
         "attention_map/gradient(/uniter/|/clip)",
-        "relevancy_attention/(gradient/uniter/bfloat16|step alone/uniter).cuda",
+        r"congruence_loss/cacr(/uniter/bfloat16|, forward\+backward/uniter).cuda",
         "^attention_map map gradient D64",
         "^relevancy_step$",
         "^1024 tokens of 64",
@@ -127,7 +127,7 @@ def test_verify_runs_the_compiled_kernels_and_goes_on(rehearsed):
     call, ((_, said), (_, again)) = rehearsed
     rows = call.by_item("verify")
     triton, none = (f"attention_map/gradient/uniter/bfloat16/{backend}" for backend in production.BACKENDS)
-    cuda = "relevancy_attention/gradient/uniter/bfloat16/cuda"
+    cuda = "congruence_loss/cacr/uniter/bfloat16/cuda"
     assert rows.keys() == {triton, none, cuda}, said
     assert "verify, all: passed" in said and "verify, all: passed" in again and "(0 new)" in again
     for row in rows.values():
@@ -182,7 +182,7 @@ def test_ncu_stores_times_stalls_and_pipes(rehearsed):
     assert rows["attention_map/gradient/clip triton"]["kernels"].keys() == {"_rows_kernel", "_map_kernel"}, said
     refused = rows["attention_map/gradient/clip cuda"]
     assert "does not take" in refused["not_run"] and refused["passed"] is None
-    cuda = rows["relevancy_attention/step alone/uniter cuda"]
+    cuda = rows["congruence_loss/cacr, forward+backward/uniter cuda"]
     assert all(us > 0 and name.endswith("kernel") for name, us in cuda["kernels"].items()) and bool(cuda["kernels"]) == CUDA
     profiled = rows["ncu attention_map _map_kernel triton"]
     assert profiled["passed"] and len(rows) == 5 + len(cuda["kernels"])
@@ -228,7 +228,7 @@ def test_tests_go_on_where_they_were_killed(rehearsed):
 
 def test_ncu_gets_a_process_that_launches(cuda_library):
     with emulated(int(ARCHITECTURE), library=cuda_library) as launches:
-        launch.main("cpu", "cuda", "relevancy_attention/step alone/uniter")
+        launch.main("cpu", "cuda", "congruence_loss/cacr, forward+backward/uniter")
     names = [production.function_name(one.name) for one in launches]
     assert names and names == names[: len(names) // launch.CALLS] * launch.CALLS
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import itertools
 import platform
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -120,4 +121,5 @@ def _cell(operator: str, calls: Calls, refusals: Mapping[tuple[str, str], list[s
         if len(cases) < len({name for _, name in calls}):
             concerned[f"{operator}: {', '.join(cases)}"] = None
         numbers.append(list(notes).index(reason) + 1)
-    return f"{what} [{','.join(map(str, sorted(numbers)))}]"
+    runs = [[n for _, n in run] for _, run in itertools.groupby(enumerate(sorted(numbers)), lambda place: place[1] - place[0])]
+    return f"{what} [{','.join(f'{run[0]}-{run[-1]}' if len(run) > 1 else str(run[0]) for run in runs)}]"

@@ -168,29 +168,26 @@ def _describe(
         raise ValueError(f"query must have at least one head to reduce; got {describe(query)}")
     (batch, _, queries, _), keys, (_, heads, _, dim) = query.shape, key.shape[2], index_query.shape
     shapes = (batch, heads, queries, dim), (batch, -(-keys // key_block), dim), (batch, heads, queries)
-    for name, shape in zip(FIELDS[3:], shapes, strict=True):
-        index = tensors[name]
-        check_device(name, index, "query", query)
-        if index.shape != shape:
-            raise ValueError(f"{name} must have shape {_SHAPES[name]} = {shape}; got {describe(index)}")
+    _check_index({name: (tensors[name], shape) for name, shape in zip(FIELDS[3:], shapes, strict=True)}, query)
     if topk_indices is not None:
         _check_indices(topk_indices, query)
     check_lse(teacher_lse, query, "teacher_lse")
     check_masks(query[:, :1], key, x.attn_mask, x.key_mask, x.is_causal)
-    sizes = {
-        "queries": queries,
-        "keys": keys,
-        "head_dim": query.shape[3],
-        "index_heads": heads,
-        "index_dim": dim,
-        "key_block": key_block,
-    }
+    sizes = {"queries": queries, "keys": keys, "head_dim": query.shape[3]}
+    sizes |= {"index_heads": heads, "index_dim": dim, "key_block": key_block}
     is_wide = x.attn_mask is not None and x.attn_mask.dtype == torch.float64  # the kernel takes a row's largest number off
     flags = {"topk": topk_indices is not None, "lse_of_float64": is_wide and teacher_lse is not None}
     return call_shape("indexer_divergence", query, sizes, flags)
 
 
 _plan = planning(BACKENDS, _describe)
+
+
+def _check_index(shapes: dict[str, tuple[Tensor, tuple[int, ...]]], query: Tensor) -> None:
+    for name, (index, shape) in shapes.items():
+        check_device(name, index, "query", query)
+        if index.shape != shape:
+            raise ValueError(f"{name} must have shape {_SHAPES[name]} = {shape}; got {describe(index)}")
 
 
 def _check_indices(topk_indices: Any, query: Tensor) -> None:

@@ -32,13 +32,13 @@ def indexer_divergence(
     index_weights: Tensor,
     *,
     topk_indices: Tensor | None = None,
+    teacher_lse: Tensor | None = None,
+    key_block: int = 1,
     attn_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    teacher_lse: Tensor | None = None,
-    key_block: int = 1,
 ) -> Tensor:
     """Computes the formulas of vlattn_fast.indexer_divergence; the same arguments and shapes, without `backend`."""
     dtype = compute_dtype(query)

@@ -6,7 +6,7 @@ word times, which are compared with those of the synthesiser.
 
 In: options of the experiment.
 Out: its records.
-Imports: vlattn_lab, vlattn_lab.experiments, vlattn_lab.real, and the packages that carry the models.
+Imports: vlattn_lab, vlattn_lab.experiments, vlattn_lab.real.
 """
 
 from __future__ import annotations
