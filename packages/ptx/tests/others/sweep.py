@@ -258,7 +258,7 @@ def rows_of(name: str) -> list[dict[str, str]]:
 
 
 JUDGED = {
-    "liger group_norm": "real, Triton's, in the last bit: [a fused square](../../findings/triton_fused_square.md)",
+    "liger group_norm": "Triton's, by reading, in the last bit: [a fused square](../../findings/triton_fused_square.md)",
     "liger rope": "harmless: in place, threads that do not store load the same element; with 512 elements nothing is found",
     "fla chunk_gla": "harmless: elements above the diagonal, which `tl.where` drops next",
 }

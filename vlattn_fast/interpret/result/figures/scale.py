@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-# The colour map of relevancy, in figures, overlays, pages, galleries and the widget. Over a photo 0 is transparent, and without
+# The colour map of relevancy, in figures, overlays, pages and galleries. Over a photo 0 is transparent, and without
 # one it is the map's first colour, so that white is never an amount.
 RELEVANCY = "inferno"
 KINDS = ("max", "quantile")
