@@ -102,10 +102,15 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
         found, mine = _recalls(records, arm), [record["arms"][arm] for record in records]
         half = len(found) // 2
         truths = [[record["dense"] for record in records], *[[record[when] for record in mine] for when in ("between", "after")]]
-        places = [spread(found[place], ".2f") for place in (0, half - 1, half, -1)]
-        lines.append([arm, *places, *[spread(values, ".2f") for values in truths]])
+        places = [shown(found[place]) for place in (0, half - 1, half, -1)]
+        lines.append([arm, *places, *[shown(values) for values in truths]])
     recall = [f"recall: {when}" for when in ("first step", "end of the first stage", "start of the second", "its end")]
     yield markdown(["arm", *recall, "true captions: dense, before", "between the stages, sparse", "after both, sparse"], lines)
+
+
+def shown(values: Sequence[float]) -> str:
+    """One seed has no spread."""
+    return spread(values, ".2f") if len(values) > 1 else f"{values[0]:.2f}"
 
 
 def figure(records: Sequence[Record]) -> Figure:

@@ -25,7 +25,18 @@ from vlattn_fast.measuring.provenance import fingerprint
 from vlattn_fast.measuring.records import having, markdown, mean_and_deviation, spread
 from vlattn_lab.clip import caption_accuracy
 from vlattn_lab.evaluation import residual_shares, run
-from vlattn_lab.experiments.experiment import Cell, Effect, Experiment, Record, Settings, Stage, effects_of, holm, paired_test
+from vlattn_lab.experiments.experiment import (
+    Cell,
+    Effect,
+    Experiment,
+    Record,
+    Settings,
+    Stage,
+    effects_of,
+    holm,
+    paired_change,
+    paired_test,
+)
 from vlattn_lab.mapper import prompt_accuracy, question_accuracy
 from vlattn_lab.tasks import TASKS
 from vlattn_lab.train.fit import seeded
@@ -178,6 +189,7 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
     """How well the models do; the weights; the margin of every rule; pointing and mass."""
     yield _of_models(records)
     yield _of_shares(records)
+    yield _of_widths(records)
     yield _of_rules(records, [(task, f"{MARGIN} {part}", f"{name}, {part}") for task, name in MODELS.items() for part in PARTS])
     boxes = ("pointing", "mass")
     yield _of_rules(records, [(task, f"{test} image", f"{name}, {test}") for task, name in MODELS.items() for test in boxes])
@@ -207,6 +219,23 @@ def _of_shares(records: Sequence[Record]) -> str:
         )
     head = ["model", "tower", "form", "weights", "attentions", "smallest mean", "largest mean", "widest 5 % to 95 % of tokens"]
     return markdown(head, lines, words=(0, 1, 2, 3))
+
+
+def widths(records: Sequence[Record], state: str) -> list[float]:
+    """How much the shares of one attention's tokens differ, 5 % to 95 %, with norms held fixed: for each seed the mean over
+    models, of the mean over attentions."""
+    found = []
+    for seed in sorted({record["seed"] for record in records}):
+        of_models = [having(one["shares"], form="norms held fixed", state=state) for one in having(records, seed=seed)]
+        means = [sum(one["p95"] - one["p5"] for one in shares) / len(shares) for shares in of_models]
+        found.append(sum(means) / len(means))
+    return found
+
+
+def _of_widths(records: Sequence[Record]) -> str:
+    trained, redrawn = (widths(records, state) for state in ("trained", "untrained"))
+    line = [spread(trained), spread(redrawn), *paired_change(redrawn, trained)]
+    return markdown(["5 % to 95 % of tokens, norms held fixed: trained", "matrices drawn anew", "anew less trained", "p"], [line])
 
 
 def _of_rules(records: Sequence[Record], columns: Sequence[tuple[str, str, str]]) -> str:

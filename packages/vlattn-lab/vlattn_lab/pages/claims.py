@@ -2,6 +2,7 @@
 
 Effects are those of the experiments' pages, with their correction, or are taken of the rows here and corrected among those of
 their paper. An effect is positive in the direction of its claim: it is reproduced if p is below 0.05 then, and not otherwise.
+What is positive by construction has no p, and its result is stated.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from vlattn_lab.checkout import ROOT
 from vlattn_lab.experiments.congruence.training import value_name
 from vlattn_lab.experiments.experiment import Effect, Record, effects_of, less
 from vlattn_lab.experiments.scores.page import compared, tasks, values
-from vlattn_lab.experiments.weighted_relevancy import PARTS
+from vlattn_lab.experiments.weighted_relevancy import PARTS, widths
 from vlattn_lab.pages.experiment_page import report_of
 
 README = ROOT / "packages" / "vlattn-lab" / "README.md"
@@ -26,54 +27,47 @@ HEAD = ["claim", "effect of", "mean, 95 % interval", "of", "p (Holm)", "detectab
 
 
 class Claim(NamedTuple):
-    """effect: or what has none. result: None = what the effect says."""
+    """effect: or what has none. result: None = what the effect says. positive: it is so by construction, so no test is of use."""
 
     text: str
     effect: Effect | str
     unlike: str
     result: str | None = None
+    positive: bool = False
 
 
 def line_of(claim: Claim) -> list[str]:
     if isinstance(effect := claim.effect, str):
         return [claim.text, effect, *["none"] * 4, claim.unlike, claim.result or UNTESTED]
     said = REPRODUCED if effect.effect > 0 and effect.holm < 0.05 else NOT
+    p = "< 0.001" if effect.holm < 0.001 else f"{effect.holm:.3f}"
+    tested = ("none", "none") if claim.positive else (p, f"{effect.detectable:.3f}")
     return [
         *(claim.text, f"{effect.claim}: {effect.measured}", f"{effect.effect:+.3f} ({effect.low:+.3f} to {effect.high:+.3f})"),
-        *(f"{effect.seeds} seeds", "< 0.001" if effect.holm < 0.001 else f"{effect.holm:.3f}", f"{effect.detectable:.3f}"),
+        *(f"{effect.seeds} seeds", *tested),
         *(claim.unlike, claim.result or said),
     ]
 
 
 def weighted_relevancy(rows: Sequence[Record], stated: Sequence[Effect]) -> list[Claim]:
-    trained, redrawn = (
-        [_width(having(rows, seed=seed), state) for seed in sorted({row["seed"] for row in rows})]
-        for state in ("trained", "untrained")
-    )
+    trained, redrawn = (widths(rows, state) for state in ("trained", "untrained"))
     what = "width (5 % to 95 % of tokens) of the residual stream's share, mean of four models"
-    width, learned = effects_of([("trained", what, trained), ("trained less matrices drawn anew", what, less(trained, redrawn))])
+    [width] = effects_of([("trained", what, trained)])
+    [learned] = effects_of([("trained less matrices drawn anew", what, less(trained, redrawn))])
     ours = {one.measured: one for one in of_claims(stated, "`contribution`, rows divided, published")}
     rest = [one for one in of_claims(stated, "`magnitude`", "gradient") if one.measured == "all models, mean"]
     unlike = "our reading of the equations; small models"
-    bounded = "norms held fixed: published, a LayerNorm on the sum makes each share one half. A width is never negative"
+    fixed = "norms held fixed: published, a LayerNorm on the sum makes each share one half"
+    bounded = f"{fixed}. A width is never negative, and redrawn matrices have more"
     tested = [(f"ahead in perturbation tests of {task}", f"{task}, {part}") for task in ("answers", "captions") for part in PARTS]
     return [
-        Claim("the importance of tokens differs before and after attention", width, bounded),
+        Claim("the importance of tokens differs before and after attention", width, bounded, REPRODUCED, positive=True),
         Claim("training makes it differ", learned, "a control of ours", UNCLAIMED),
         Claim("weights distort less than equal accumulation", ours["all models, mean"], unlike),
         *(Claim(text, ours[measured], unlike) for text, measured in tested),
         Claim("CLIPMapper with self- and cross-attention", "whether a form of ours is the paper's", "no public code"),
         *(Claim("another rule is ahead of the plain rule", one, "rules of ours", UNCLAIMED) for one in rest),
     ]
-
-
-def _width(rows: Sequence[Record], state: str) -> float:
-    """The mean over models, of the mean over attentions, with norms held fixed."""
-    widths = []
-    for row in rows:
-        found = having(row["shares"], form="norms held fixed", state=state)
-        widths.append(sum(one["p95"] - one["p5"] for one in found) / len(found))
-    return sum(widths) / len(widths)
 
 
 def scores(rows: Sequence[Record], stated: Sequence[Effect]) -> list[Claim]:

@@ -11,6 +11,7 @@ Imports: vlattn_lab, vlattn_lab.experiments, vlattn_lab.real.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -108,8 +109,7 @@ def _of_ranks(records: Sequence[Record]) -> str:
 
 
 def _median(places: Sequence[float]) -> str:
-    ordered = sorted(places)
-    return f"{ordered[len(ordered) // 2]:g} ({ordered[0]:g} to {ordered[-1]:g})"
+    return f"{statistics.median(places):g} ({min(places):g} to {max(places):g})"
 
 
 def _of_mapper(records: Sequence[Record]) -> str:

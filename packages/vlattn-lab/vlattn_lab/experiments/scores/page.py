@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.records import grouped, markdown, mean_and_deviation, number, spread
-from vlattn_lab.experiments.experiment import Effect, Record, band, holm, paired_change, paired_test, spearman
+from vlattn_lab.experiments.experiment import Effect, Record, band, effects_of, holm, less, paired_change, paired_test, spearman
 from vlattn_lab.experiments.scores import control
 from vlattn_lab.experiments.scores.attend import GENERAL, PLAIN, UNIFORM
 from vlattn_lab.experiments.scores.conditions import FACTORS, OPTIONS, arm_of
@@ -115,6 +116,7 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
         yield more_table(records, task)
     for task in ("matching", "answering"):
         yield forms_table(records, task)
+    yield shares_table(records)
     yield conditions_table(records)
     yield control_table(records)
     yield choice_table(records)
@@ -162,6 +164,24 @@ def forms_table(records: Sequence[Record], task: str) -> str:
     return markdown([f"general, {task}", *head, "difference in accuracy", "p"], lines)
 
 
+def shares_table(records: Sequence[Record]) -> str:
+    """Rank correlations over scores between accuracy and the gap of areas as a share of it: a model of low accuracy has little
+    to lose."""
+    lines = []
+    for task in tasks(records):
+        accuracy, gap = (means_of(records, task, name) for name in ("accuracy", "gap"))
+        each = {arm: [values(records, task, arm, name) for name in ("gap", "accuracy")] for arm in accuracy}
+        ways = [
+            {arm: gap[arm] / accuracy[arm] for arm in accuracy},
+            {arm: statistics.fmean(map(operator.truediv, *both)) for arm, both in each.items()},
+        ]
+        one, *shares = (torch.tensor([*way.values()], dtype=torch.float64) for way in (accuracy, *ways))
+        found = [(float(spearman(one, two)), chance_of(one, two)) for two in shares]
+        lines.append([task, *itertools.chain(*([f"{rho:+.3f}", f"{p:.4f}"] for rho, p in found))])
+    head = ["accuracy and gap / accuracy", "of the means over seeds", "p", "of each seed", "p"]
+    return markdown(head, lines)
+
+
 def conditions_table(records: Sequence[Record]) -> str:
     """Each condition, and the paired difference in accuracy from the same score without one."""
     names = ("accuracy", "share", "pointing", "pointing_head", "agreement", "gap")
@@ -175,14 +195,19 @@ def conditions_table(records: Sequence[Record]) -> str:
 
 
 def control_table(records: Sequence[Record]) -> str:
-    """Answering with MAC's control unit, and the paired difference in accuracy from the same score without it."""
+    """Answering with MAC's control unit, and the paired difference in accuracy from the same score without it, with its 95 %
+    interval."""
     names = ("accuracy", *KINDS, "pointing", "agreement", "gap")
     lines = []
     for arm, (score, _) in control.OPTIONS.items():
         accuracy, *cells = (values(records, "control", arm, name) for name in names)
-        change = paired_change(accuracy, values(records, "control", score, "accuracy")) if arm != score else ("", "")
-        lines.append([arm, spread(accuracy), *change, *map(spread, cells)])
-    head = ["answering", "accuracy", "difference", "p", *(INTERPRETABILITY.get(name, name) for name in names[1:])]
+        without = values(records, "control", score, "accuracy")
+        change, p = paired_change(accuracy, without) if arm != score else ("", "")
+        found = effects_of([(arm, "accuracy", less(accuracy, without))]) if arm != score else []
+        interval = f"{found[0].low:+.3f} to {found[0].high:+.3f}" if found else ""
+        lines.append([arm, spread(accuracy), change, interval, p, *map(spread, cells)])
+    more = [INTERPRETABILITY.get(name, name) for name in names[1:]]
+    head = ["answering", "accuracy", "difference", "95 % interval", "p", *more]
     return markdown(head, lines)
 
 
