@@ -1,9 +1,10 @@
-// Scores of a tile that sum over hidden units, and their gradients, by one block of WARPS warps: additive, sum_a u_a tanh(x_ia + y_ja),
-// and Hadamard with PRODUCTS, sum_a u_a (factor tanh(argument x_ia y_ja) + offset): tanh, or the logistic function with halves.
+// Scores of a tile that sum over hidden units, and their gradients, by one block of WARPS warps: additive, sum_a u_a
+// tanh(x_ia + y_ja), and Hadamard with PRODUCTS, sum_a u_a (factor tanh(argument x_ia y_ja) + offset): tanh, or the logistic
+// function with halves.
 //
-// Additive: tanh(x+y) = 2/d - 1 with d = 1 + e^-2x e^-2y, whose exponentials are taken once a row and once a column of a tile and lie
-// in shared memory. Two hidden units share one reciprocal: w1/d1 + w2/d2 = (w1 d2 + w2 d1) / (d1 d2). 2/d - 1 has few digits where
-// x + y is small: heads in which it is small throughout take tanh from sums.
+// Additive: tanh(x+y) = 2/d - 1 with d = 1 + e^-2x e^-2y, whose exponentials are taken once a row and once a column of a tile and
+// lie in shared memory. Two hidden units share one reciprocal: w1/d1 + w2/d2 = (w1 d2 + w2 d1) / (d1 d2). 2/d - 1 has few digits
+// where x + y is small: heads in which it is small throughout take tanh from sums.
 // Hadamard: shared memory holds the units themselves, those of the rows times `argument`. Of 16 bits tanh is one instruction.
 #pragma once
 
@@ -92,16 +93,16 @@ struct Shared {
     }
 };
 
-// What lies in shared memory of x: its product with a factor, or e^-2x, with x held between -LARGEST and LARGEST. Of 16-bit types x
-// is much less exact than the instruction.
+// What lies in shared memory of x: its product with a factor, or e^-2x, with x held between -LARGEST and LARGEST. Of 16-bit types
+// x is much less exact than the instruction.
 template <bool PRODUCTS, class T> __device__ __forceinline__ float staged(float x, float factor) {
     if (PRODUCTS) return x * factor;
     x = fminf(fmaxf(x, -LARGEST), LARGEST);
     return std::is_same_v<T, float> ? expf(-2.0f * x) : fast_exp2(-2.0f * LOG2_E * x);
 }
 
-// put(row, pair of units, staged, staged) for ROWS rows from `first` on. Outside of the matrix x is 0, or 1 for products: zero times
-// infinity would be NaN.
+// put(row, pair of units, staged, staged) for ROWS rows from `first` on. Outside of the matrix x is 0, or 1 for products: zero
+// times infinity would be NaN.
 template <int ROWS, bool PRODUCTS, class T, class Put>
 __device__ __forceinline__ void stage_units(const Side<T>& side, int64_t first, int A, float factor, Put put) {
     constexpr int VECTOR = 16 / sizeof(T);
@@ -225,8 +226,8 @@ template <bool EXACT> __device__ __forceinline__ float reciprocal_of(float x) {
 // EXACT, for float32. Of 16-bit types the error of 2^-11 is a quarter of what they round.
 template <bool EXACT> __device__ __forceinline__ float tanh_by(float x) { return EXACT ? tanh_of(x) : fast_tanh(x); }
 
-// What a hidden unit of a pair is computed from: additive from products of exponentials, products that are held at CLAMP, or sums;
-// Hadamard from products of units.
+// What a hidden unit of a pair is computed from: additive from products of exponentials, products that are held at CLAMP, or
+// sums; Hadamard from products of units.
 enum class Way { PRODUCT, CLAMPED, SUM, UNITS };
 
 // The denominator 1 + e^-2x e^-2y. CLAMPED: since the product of two might overflow, what is added to 1 is held at CLAMP.
@@ -234,10 +235,10 @@ template <bool CLAMPED> __device__ __forceinline__ float denominator(float u, fl
     return CLAMPED ? 1.0f + fminf(u * v, CLAMP) : fmaf(u, v, 1.0f);
 }
 
-// Way::UNITS: adds the sums of w tanh(x y). Else: adds half the sums of w tanh(x + y) = w (2/d - 1) over pairs of hidden units with one reciprocal for both: w1/d1 + w2/d2 =
-// (D w2 + d2) / (D d2) with D = d1/w1, which takes no more than d1. Where D d2 overflows, both terms are below 1e-11 of the largest
-// weight, and become 0. EXACT: (w1 d2 + w2 d1) / (d1 d2) with (w1+w2)/2 taken off, since the sum of all weights may be much larger
-// than the score.
+// Way::UNITS: adds the sums of w tanh(x y). Else: adds half the sums of w tanh(x + y) = w (2/d - 1) over pairs of hidden units
+// with one reciprocal for both: w1/d1 + w2/d2 = (D w2 + d2) / (D d2) with D = d1/w1, which takes no more than d1. Where D d2
+// overflows, both terms are below 1e-11 of the largest weight, and become 0. EXACT: (w1 d2 + w2 d1) / (d1 d2) with (w1+w2)/2
+// taken off, since the sum of all weights may be much larger than the score.
 template <Way WAY, bool EXACT, int MT>
 __device__ __forceinline__ void sum_pairs(Tile<MT>& halves, const Shared& shared, int begin, int end) {
     constexpr bool CLAMPED = WAY == Way::CLAMPED;
@@ -302,8 +303,8 @@ __device__ __forceinline__ void sum_directly(Tile<MT>& halves, const Side<T>& ow
     }
 }
 
-// Half the unscaled scores of the warp's rows, whose first one here is `row`, with the tile's columns, here from `column` on. bound:
-// of `largest_sum`, for sums; factor and offset for products.
+// Half the unscaled scores of the warp's rows, whose first one here is `row`, with the tile's columns, here from `column` on.
+// bound: of `largest_sum`, for sums; factor and offset for products.
 template <int MT, bool PRODUCTS, class T>
 __device__ __forceinline__ void sum_units(Tile<MT>& halves, const Shared& shared, float bound, float factor, float offset,
                                           const Side<T>& own, int64_t row, const Side<T>& other, int64_t column, const T* vector,
@@ -337,18 +338,19 @@ __device__ __forceinline__ void sum_units(Tile<MT>& halves, const Shared& shared
 
 // What a lane has of the gradients of its warp's 16 rows: two hidden units of every 64, from first_unit on.
 template <int CHUNKS> struct UnitGrads {
-    float rows[CHUNKS][2]
-              [16];  // sum_j g_ij (1/4 - q_ij^2), q = tanh / 2, or sum_j g_ij (1 - tanh^2) y_j; in the order of `row_place`
-    float vector[CHUNKS][2];  // sum_ij g_ij q_ij, or of tanh
+    // sum_j g_ij (1/4 - q_ij^2), q = tanh / 2, or sum_j g_ij (1 - tanh^2) y_j; in the order of `row_place`
+    float rows[CHUNKS][2][16];
+    // sum_ij g_ij q_ij, or of tanh
+    float vector[CHUNKS][2];
 };
 
 __device__ __forceinline__ int first_unit(int chunk) { return chunk * 64 + lane_index() * 2; }
 
-// Adds a tile's gradient g (COLUMNS, GRAD_STRIDE), whose rows are in the order of `row_place`, by way of the hidden units: to `sum`
-// for the warp's rows, and for the `columns` first columns to column_sums (columns made even, stride) in global memory, which holds
-// the same sums over i, for products of what is staged of the rows. Each lane sums over its warp's rows. The warps take the columns by quarters, each another one,
-// and meet in between: a number has one writer at a time, and its terms have one order. All threads of the block come here; a warp
-// that is not `visible` adds nothing.
+// Adds a tile's gradient g (COLUMNS, GRAD_STRIDE), whose rows are in the order of `row_place`, by way of the hidden units: to
+// `sum` for the warp's rows, and for the `columns` first columns to column_sums (columns made even, stride) in global memory,
+// which holds the same sums over i, for products of what is staged of the rows. Each lane sums over its warp's rows. The warps
+// take the columns by quarters, each another one, and meet in between: a number has one writer at a time, and its terms have one
+// order. All threads of the block come here; a warp that is not `visible` adds nothing.
 template <Way WAY, bool EXACT, int CHUNKS, class T>
 __device__ __forceinline__ void through_units(UnitGrads<CHUNKS>& sum, float* column_sums, int stride, int columns, bool visible,
                                               const float* g, const Shared& shared, const Side<T>& own, int64_t warp_first,

@@ -21,18 +21,19 @@ REASONS = [
     Reason(
         "CUDA C++ rows",
         "sectors",
-        "^(relevancy|congruence|additive)_",
+        "^(congruence|units)_",
         "cuda",
         """A lane reads an operand of `mma.sync` from global memory as the instruction wants it, four bytes of a row at a time,
-  and stores results so. Dot products of rows and maps are read by the number. L1 holds the rest of the sector.""",
+  and stores results so. Hidden units are read 16 bytes a lane, each lane of another row. Dot products of rows and maps are read
+  by the number. L1 holds the rest of the sector.""",
     ),
     Reason(
         "CUDA C++ columns",
         "conflicts",
-        "^(relevancy|congruence|additive)_",
+        "^(congruence|units)_",
         "cuda",
-        """Columns of a map are copied to rows in shared memory, and lanes with hidden units of their own read the exponentials of
-  one column. Each meets three others in its bank.""",
+        """Columns of a map are copied to rows in shared memory, and lanes with hidden units of their own read those of one
+  column, or their exponentials. Each meets three others in its bank.""",
     ),
     Reason(
         "float32",

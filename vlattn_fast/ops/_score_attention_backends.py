@@ -70,11 +70,12 @@ def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
 
 
 def _cuda_limits(call: CallShape) -> list[tuple[str, bool]]:
+    most = cuda.MOST_SIZE
     return [
         ("the CUDA C++ kernel takes exact scores that sum over hidden units", "cuda" not in kind_of(call.flags["score"]).kernels),
         ("the CUDA C++ kernel has no dropout", call.flags["dropout"]),
-        ("the CUDA C++ kernel takes at most 128 hidden units", call.sizes["features"] > 128),
-        ("the CUDA C++ kernel takes value sizes of at most 128", call.sizes["value_dim"] > 128),
+        (f"the CUDA C++ kernel takes at most {most} hidden units", call.sizes["features"] > most),
+        (f"the CUDA C++ kernel takes value sizes of at most {most}", call.sizes["value_dim"] > most),
     ]
 
 

@@ -38,8 +38,9 @@ def _limits(call: CallShape, kernels: str) -> list[tuple[str, bool]]:
 
 
 def _cuda_limits(call: CallShape) -> list[tuple[str, bool]]:
-    sizes = max(call.sizes["head_dim"], call.sizes["value_dim"])
-    return [*_limits(call, "cuda"), ("the CUDA C++ kernel takes at most 128 hidden units and values of at most 128", sizes > 128)]
+    sizes, most = max(call.sizes["head_dim"], call.sizes["value_dim"]), hidden_units.MOST_SIZE
+    words = f"the CUDA C++ kernel takes at most {most} hidden units and values of at most {most}"
+    return [*_limits(call, "cuda"), (words, sizes > most)]
 
 
 def _table(of: Table, cuda: ModuleType | None) -> Table:

@@ -15,6 +15,7 @@ from vlattn_fast.backends.native import DTYPES, address, strided
 
 _forward, _backward = kernel("score_attention"), kernel("score_attention_backward")
 _rows, _step = kernel("score_attention_rows"), kernel("score_attention_step")
+MOST_SIZE = 128  # hidden units, and features of a value: too_large
 _PRODUCTS = {"hadamard_tanh": (1.0, 1.0, 0.0), "hadamard_sigmoid": (0.5, 0.5, 0.5)}  # argument, factor, offset
 _BLOCK, _GROUP = 64, 16  # keys that a block and a warp take at a time in the backward pass: BACKWARD_ROWS
 _BLOCKS = 4  # for each multiprocessor: with fewer heads, the keys of one are divided among blocks
