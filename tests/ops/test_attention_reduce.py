@@ -13,6 +13,7 @@ from vlattn_fast.backends.streaming import _tiles
 F64 = torch.float64
 FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "entropy": lambda a, i, j: torch.special.entr(a),
+    "infinite slope at 0": lambda a, i, j: a.sqrt(),
     "power": lambda a, i, j: a**3,
     "threshold": lambda a, i, j: (a > 0.15) * a,
     "distance": lambda a, i, j: a * (i - j).abs(),
@@ -44,7 +45,8 @@ def stored(query: Tensor, key: Tensor, f: Any, over: str = "keys", value: Tensor
     if options.get("is_causal"):
         seen = seen.tril()
     logits = query @ key.mT * options.get("scale", 0.5) + options.get("attn_mask", 0.0)
-    found = f(logits.masked_fill(~seen, -torch.inf).softmax(-1), torch.arange(7)[:, None], torch.arange(9)) * seen
+    a = torch.where(seen, logits.masked_fill(~seen, -torch.inf).softmax(-1), 1.0)
+    found = f(a, torch.arange(7)[:, None], torch.arange(9)) * seen
     if value is None:
         return found.sum(-1 if over == "keys" else -2)
     return found @ value.repeat_interleave(2 // value.shape[1], 1) if over == "keys" else found.mT @ value
@@ -105,6 +107,14 @@ def test_no_map_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     out.sum().backward()
 
 
+def test_sums_under_autocast_are_those_of_inputs_in_its_dtype() -> None:
+    query, key, value = torch.randn(1, 2, 7, 4), torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = va.attention_reduce(query, key, lambda a, i, j: a, value=value)
+    want = va.attention_reduce(query.bfloat16(), key.bfloat16(), lambda a, i, j: a, value=value.bfloat16())
+    assert got.dtype == torch.float32 and torch.equal(got, want)
+
+
 QUERY, KEY = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
 
 
@@ -114,7 +124,15 @@ QUERY, KEY = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
         (abs, {"over": "heads"}, ValueError, "over must be"),
         (3, {}, TypeError, "f must be a callable"),
         (None, {}, TypeError, "f must be a callable"),
-        (abs, {"over": "queries", "value": torch.zeros(1, 2, 5, 3)}, ValueError, "value must have query's batch"),
+        (
+            abs,
+            {"over": "queries", "value": torch.zeros(1, 2, 5, 3)},
+            ValueError,
+            "value must have torch.float32 and query's batch",
+        ),
+        (abs, {"over": "queries", "value": torch.zeros(1, 2, 3, 3).long()}, ValueError, "value must have torch.float32"),
+        (lambda a, i, j: None, {}, ValueError, "f must return a tensor"),
+        (lambda a, i, j: a.repeat(1, 1, 1, 2), {}, ValueError, "f must return a tensor"),
         (abs, {"value": torch.zeros(1, 2, 3, 3)}, ValueError, "value must have key's batch"),
     ],
 )

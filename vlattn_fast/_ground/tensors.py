@@ -419,3 +419,12 @@ def as_outputs(tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
 def as_fake_outputs(tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Returns the fake of `as_outputs`, with outputs like these tensors."""
     return tuple([None if x is None else x.new_empty(x.shape) for x in tensors])
+
+
+def lse_is_lost(lse: Tensor) -> Tensor:
+    """Rows whose log-sum-exp was rounded by more than 1/1024: |lse| >= 2^14 in float32, 2^43 in float64.
+
+    P = exp(logit - lse) would be wrong by more than 0.1 %, and by all of log M where every key of a row has a mask of -1e9.
+    """
+    bound = 2.0**-9 / torch.finfo(lse.dtype).eps
+    return torch.isfinite(lse) & (lse.abs() >= bound)

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vlattn_fast._ground.checks import check_attention, check_choice, check_head_dim, check_masks, check_tensor, describe
-from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._ground.checks import (
+    check_attention,
+    check_choice,
+    check_device,
+    check_head_dim,
+    check_masks,
+    check_tensor,
+    describe,
+)
+from vlattn_fast._ground.tensors import (
+    cast_by_autocast,
+    compute_dtype,
+    expand_heads,
+    mask_padding,
+    resolve_scale,
+    scaled_dot_default,
+    without_autocast,
+)
 from vlattn_fast.backends.inputs import Attention
 from vlattn_fast.backends.streaming._scores import Logits, Tile
 from vlattn_fast.backends.streaming._tiles import probabilities
@@ -62,31 +79,40 @@ def attention_reduce(
     if not callable(f):
         raise TypeError(f"f must be a callable; got {describe(f)}")
     check_attention(query, key, enable_gqa, **({} if value is None or over == "queries" else {"value": value}))
-    check_head_dim(query, key)
-    check_masks(query, key, attn_mask, key_mask, is_causal)
-    (key,), heads, dtype = mask_padding(key_mask, key), query.shape[1], compute_dtype(query)
     if value is not None and over == "queries":
         check_tensor("value", value, rank=4, shape="(B, H, N, Dv)")
-        if value.shape[:3] != query.shape[:3]:
-            raise ValueError(f"value must have query's batch, heads and length {tuple(query.shape[:3])}; got {describe(value)}")
-    elif value is not None:
-        value = expand_heads(mask_padding(key_mask, value)[0], heads)
+        check_device("value", value, "query", query)
+        if value.dtype != query.dtype or value.shape[:3] != query.shape[:3]:
+            found = f"{query.dtype} and query's batch, heads and length {tuple(query.shape[:3])}; got {describe(value)}"
+            raise ValueError(f"value must have {found}")
+    check_head_dim(query, key)
+    check_masks(query, key, attn_mask, key_mask, is_causal)
+    query, key, value = cast_by_autocast(query, key, value)
+    (key,), dtype = mask_padding(key_mask, key), compute_dtype(query)
+    if value is not None and over == "keys":
+        value = expand_heads(mask_padding(key_mask, value)[0], query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     logits = Logits(Attention(query, key, None, attn_mask, key_mask, scale=scale, is_causal=is_causal))
     of_queries = over == "keys"
     rows = query.shape[2] if of_queries else key.shape[2]
     total = query.new_zeros(*query.shape[:2], rows, 1 if value is None else value.shape[3], dtype=dtype)
-    for tile in logits.tiles():
-        place = tile if of_queries else tile[:2]
-        part = checkpoint(partial(_of_tile, f, logits, tile, value, of_queries), use_reentrant=False, preserve_rng_state=False)
-        total[place] = total[place] + part
+    with without_autocast(query):
+        for tile in logits.tiles():
+            place, part = tile if of_queries else tile[:2], partial(_of_tile, f, logits, tile, value, of_queries)
+            total[place] = total[place] + checkpoint(part, use_reentrant=False, preserve_rng_state=False)
     return total if value is not None else total[..., 0]
 
 
 def _of_tile(f: Callable[..., Tensor], logits: Logits, tile: Tile, value: Tensor | None, of_queries: bool) -> Tensor:
     x, (b, h, i) = logits.of(tile), tile
     places = [torch.arange(*ends, device=x.device) for ends in ((i.start, i.stop), (0, x.shape[3]))]
-    found = torch.where(torch.isneginf(x), 0.0, f(probabilities(x, logits.dtype), places[0][:, None], places[1]))
+    masked = torch.isneginf(x)
+    a = torch.where(masked, 0.0, probabilities(x, logits.dtype))  # else an infinite slope of f at 0 would be a NaN gradient
+    found: Any = f(a, places[0][:, None], places[1])
+    shape = found.shape[::-1] if isinstance(found, Tensor) else (0,)
+    if len(shape) > 4 or any([size not in (1, of_tile) for size, of_tile in zip(shape, x.shape[::-1], strict=False)]):
+        raise ValueError(f"f must return a tensor that broadcasts to A's shape {tuple(x.shape)}; got {describe(found)}")
+    found = torch.where(masked, 0.0, found)
     found = found if of_queries else found.mT
     if value is None:
         return found.sum(-1, keepdim=True)

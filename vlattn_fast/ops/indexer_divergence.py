@@ -39,6 +39,7 @@ from vlattn_fast.ops.attention_divergence import check_key
 def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
     return [
         ("Triton kernels take no topk_indices", call.flags["topk"]),
+        ("Triton kernels take no attn_mask of numbers with teacher_lse", call.flags["lse_of_numbers"]),
         ("Triton kernels take a key_block of 1", call.sizes["key_block"] > 1),
         ("Triton kernels take a head_dim of index_query of at most 256", call.sizes["index_dim"] > 256),
     ]
@@ -47,7 +48,7 @@ def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
 def _cpu_limits(call: CallShape) -> list[tuple[str, bool]]:
     return [
         ("C++ kernels take a key_block of 1", call.sizes["key_block"] > 1),
-        ("C++ kernels take no attn_mask in float64 with teacher_lse", call.flags["lse_of_float64"]),
+        ("C++ kernels take no attn_mask of numbers with teacher_lse", call.flags["lse_of_numbers"]),
     ]
 
 
@@ -107,7 +108,9 @@ def indexer_divergence(
             they are the indices of blocks.
         teacher_lse: (B, H, N), float32 or float64, each row's log-sum-exp of the scaled and masked scores of
             query and key, as the model's attention returns it: A_h is then exp(score - teacher_lse), without a second softmax.
-            It must be over the same keys: of sparse attention if there are topk_indices. Rows without keys have -inf.
+            It must be over the same keys: of sparse attention if there are topk_indices. Rows without keys have -inf. A detached
+            one is a constant: query and key have no gradient through their softmax then. Rows of which it has lost its digits,
+            beyond 2^14 in float32, such as those of masks of -1e9, take their own softmax.
         key_block: how many keys in a row share an index key, as where keys are compressed; index_key is (B, ceil(M / key_block),
             Di). A block without a visible key is masked. Of a mask of numbers A' has the largest in a block.
         attn_mask, key_mask, is_causal, enable_gqa: of both sides, as in score_attention; attn_mask broadcasts to (B, 1, N, M).
@@ -128,6 +131,7 @@ def indexer_divergence(
         return over_documents(indexer_divergence, locals(), ["bq"])
     x = AttentionArguments(query, key, attn_mask, key_mask, is_causal, scale, enable_gqa, backend=backend)
     plan = planned(_plan, x, index_query, index_key, index_weights, topk_indices, teacher_lse, key_block)
+    key_block = min(key_block, max(key.shape[2], 1))  # a row of a map is padded to whole blocks
     query, key, index_query, index_key, index_weights = cast_by_autocast(query, key, index_query, index_key, index_weights)
     if plan.backend == "reference":
         masks: dict[str, Any] = {"topk_indices": topk_indices, "attn_mask": attn_mask, "key_mask": key_mask}
@@ -175,8 +179,8 @@ def _describe(
     check_masks(query[:, :1], key, x.attn_mask, x.key_mask, x.is_causal)
     sizes = {"queries": queries, "keys": keys, "head_dim": query.shape[3]}
     sizes |= {"index_heads": heads, "index_dim": dim, "key_block": key_block}
-    is_wide = x.attn_mask is not None and x.attn_mask.dtype == torch.float64  # the kernel takes a row's largest number off
-    flags = {"topk": topk_indices is not None, "lse_of_float64": is_wide and teacher_lse is not None}
+    has_numbers = x.attn_mask is not None and x.attn_mask.dtype != torch.bool  # a row's log-sum-exp may lose its digits
+    flags = {"topk": topk_indices is not None, "lse_of_numbers": has_numbers and teacher_lse is not None}
     return call_shape("indexer_divergence", query, sizes, flags)
 
 

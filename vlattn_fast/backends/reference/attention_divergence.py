@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice
-from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding, product, resolve_scale, scaled_dot_default
+from vlattn_fast._ground.tensors import (
+    compute_dtype,
+    expand_heads,
+    lse_is_lost,
+    mask_padding,
+    product,
+    resolve_scale,
+    scaled_dot_default,
+)
 from vlattn_fast.backends.reference._softmax import logits
 
 KINDS = ("kl", "reverse_kl", "js", "hellinger", "total_variation")
@@ -60,7 +68,10 @@ def log_attention(scores: Tensor, head_mean: bool, lse: Tensor | None = None) ->
         empty = ~visible.any(-1, keepdim=True)
         scores = torch.where(empty, 0.0, scores)  # keeps the softmax and its gradient finite
         a = scores - scores.detach().amax(-1, keepdim=True)
-        a = a - _logsumexp(a, -1) if lse is None else scores - torch.where(empty, 0.0, lse[..., None])
+        a = a - _logsumexp(a, -1)
+        if lse is not None:
+            shift = torch.where(empty, 0.0, lse[..., None])
+            a = torch.where(lse_is_lost(shift), a, scores - shift)
         a = torch.where(visible, a, 0.0)
     else:
         a = scores

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import masked_logits
+from vlattn_fast._ground.tensors import lse_is_lost, masked_logits
 
 # 1 MB in float32; a backward pass has some ten: r Abar at CLIP ViT-L/14@336 size took as long from 2^18 to 2^22 on one core
 TILE_ELEMENTS = 1 << 18
@@ -138,15 +138,6 @@ def _of_rows(softmax: Callable[..., Tensor], logits: Tensor, of_empty: float) ->
     if empty.device.type == "cpu" and not empty.any():  # here a look at the data is free, and filling costs more than the softmax
         return softmax(logits, dim=-1)
     return softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, of_empty)
-
-
-def lse_is_lost(lse: Tensor) -> Tensor:
-    """Rows whose log-sum-exp was rounded by more than 1/1024: |lse| >= 2^14 in float32, 2^43 in float64.
-
-    P = exp(logit - lse) would be wrong by more than 0.1 %, and by all of log M where every key of a row has a mask of -1e9.
-    """
-    bound = 2.0**-9 / torch.finfo(lse.dtype).eps
-    return torch.isfinite(lse) & (lse.abs() >= bound)
 
 
 def _probabilities_from_lse(logits: Tensor, lse: Tensor) -> Tensor:

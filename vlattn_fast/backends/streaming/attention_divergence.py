@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import blocks_of_keys, compute_dtype, expand_heads, fold_heads
+from vlattn_fast._ground.tensors import blocks_of_keys, compute_dtype, expand_heads, fold_heads, lse_is_lost
 from vlattn_fast.backends.streaming._forward_mode import Named, derivatives, vjp
 from vlattn_fast.backends.streaming._scores import Tile
 from vlattn_fast.backends.streaming._tiles import Tiling, log_probabilities, log_sum_of_heads, logsumexp, mask_tile, tile_elements
@@ -188,10 +188,13 @@ class Divergence:
             kept = _kept(self.chosen[b, i], -(-self.num_keys // self.block))[:, None]
             kept = kept if of_blocks else kept.repeat_interleave(self.block, -1)[..., : self.num_keys]
             logits = logits.masked_fill(~kept, -torch.inf)
-        if "lse" in x:
-            log_p = logits - x["lse"].masked_fill(torch.isneginf(x["lse"]), 0.0)[..., None]
-        else:
+        if "lse" not in x:
             log_p = log_probabilities(logits)
+        else:
+            lse = x["lse"].masked_fill(torch.isneginf(x["lse"]), 0.0)[..., None]
+            log_p, lost = logits - lse, lse_is_lost(lse)
+            if lost.device.type != "cpu" or lost.any():
+                log_p = torch.where(lost, log_probabilities(logits), log_p)
         log_p = log_sum_of_heads(log_p) - math.log(side.heads) if self.head_mean else log_p
         return log_p if of_blocks or self.block == 1 else logsumexp(self._blocks(log_p))
 

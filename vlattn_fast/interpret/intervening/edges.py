@@ -87,7 +87,9 @@ class EdgeTable(Sequence[Edge]):
         if self.without_edges:
             lines.append(f"no edges in layers {', '.join(map(str, self.without_edges))}, which take no softmax")
         if self.gaps is not None:
-            lines.append(f"sums differ from all cuts at once by {float(self.gaps.nan_to_num().abs().max()):.2g} or less")
+            lines.append(
+                f"the whole table's sums differ from all cuts at once by {float(self.gaps.nan_to_num().abs().max()):.2g} or less"
+            )
         return "\n".join([f"{len(self)} edges, {self._kind}:", *lines])
 
     @property
