@@ -83,19 +83,18 @@ def attention_reduce(
         check_tensor("value", value, rank=4, shape="(B, H, N, Dv)")
         check_device("value", value, "query", query)
         if value.dtype != query.dtype or value.shape[:3] != query.shape[:3]:
-            found = f"{query.dtype} and query's batch, heads and length {tuple(query.shape[:3])}; got {describe(value)}"
-            raise ValueError(f"value must have {found}")
+            raise ValueError(f"value must be {query.dtype} {(*query.shape[:3], 'Dv')}, as query is; got {describe(value)}")
     check_head_dim(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)
     query, key, value = cast_by_autocast(query, key, value)
-    (key,), dtype = mask_padding(key_mask, key), compute_dtype(query)
+    (key,) = mask_padding(key_mask, key)
     if value is not None and over == "keys":
         value = expand_heads(mask_padding(key_mask, value)[0], query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     logits = Logits(Attention(query, key, None, attn_mask, key_mask, scale=scale, is_causal=is_causal))
     of_queries = over == "keys"
-    rows = query.shape[2] if of_queries else key.shape[2]
-    total = query.new_zeros(*query.shape[:2], rows, 1 if value is None else value.shape[3], dtype=dtype)
+    sizes = query.shape[2] if of_queries else key.shape[2], 1 if value is None else value.shape[3]
+    total = query.new_zeros(*query.shape[:2], *sizes, dtype=compute_dtype(query))
     with without_autocast(query):
         for tile in logits.tiles():
             place, part = tile if of_queries else tile[:2], partial(_of_tile, f, logits, tile, value, of_queries)
