@@ -51,7 +51,7 @@ def in_documents(call: Example) -> Example:
 def test_as_with_a_mask_between_documents(backend: str, operator: str) -> None:
     for call in calls(operator, backend, SMALL):
         if "lse" not in call.options:  # of the row without a mask
-            check(in_documents(call), backend, scale=1.0)  # one key's weight is 1: its gradients cancel
+            check(in_documents(call), backend, scale=1.0)  # one key's weight is 1: divergences and gradients cancel
 
 
 def test_derivatives() -> None:
