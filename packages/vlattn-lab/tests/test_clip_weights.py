@@ -155,8 +155,8 @@ def test_the_page_says_what_is_stored():
     for kind in ("digit", "relation", "order"):
         row = percent(*(clip["caption_accuracy"][pairs][kind] for pairs in ("all", "seen", "held_out")))
         assert f"(`{kind}`) | {row} |" in page
-    for share in clip["retrieval"].values():
-        assert f" in {percent(share)}" in page
+    true_caption, true_image = (f"{100 * share:.0f} %" for name, share in clip["retrieval"].items() if "true" in name)
+    assert f"true of the image in {true_caption}, and" in page and f"shows what the caption says in {true_image}." in page
     for name in ("uniter", *FILES):
         seconds = json.loads((DATA / f"{name}_digitscenes.json").read_text())["cpu_seconds"]
         assert f"{seconds:.0f} s ({name})" in page
