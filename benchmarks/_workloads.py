@@ -47,9 +47,7 @@ UNITER_DENSE = workload("uniter-dense", "UNITER, no padding", "B 256, H 12, L 60
 FEW_QUERIES = workload("few-queries", "four queries of a decoder", "B 32, H 32, N 4, M 4096, D 128", "B 1, H 12", "M 1024")
 ONE_QUERY = workload("one-query", "one query of a decoder", "B 32, H 32, N 1, M 4096, D 128", "B 1, H 12", "M 1024")
 LLAVA = workload("llava", "LLaVA-7B", "B 4, H 32, N 704, D 128, causal 1", "B 1, H 4", "H 1")
-# One layer of a decoder
-KNOCKOUTS = [
-    LLAVA,
+LONG_LLAVA = [
     workload("llava-2048", "LLaVA-7B, 2,048 tokens", "B 1, H 32, N 2048, D 128, causal 1", "H 4", "H 1, N 1024"),
     workload("llava-8192", "LLaVA-7B, 8,192 tokens", "B 1, H 32, N 8192, D 128, causal 1", "H 1", "N 2048"),
 ]

@@ -30,7 +30,7 @@ from vlattn_fast.benchmarks._measure import (
     randoms,
     taking,
 )
-from vlattn_fast.benchmarks._workloads import CLIP, KNOCKOUTS, LLAVA, UNITER, Sizes
+from vlattn_fast.benchmarks._workloads import CLIP, LLAVA, LONG_LLAVA, UNITER, Sizes
 
 STATISTICS = ("mass", "entropy", "maximum", "received")
 
@@ -95,4 +95,4 @@ BENCHMARKS = [
 BENCHMARKS += [
     Benchmark(__name__, f"token_scores, {rule}", LLAVA, partial(_token_scores.build, rule)) for rule in _token_scores.RULES
 ]
-BENCHMARKS += [Benchmark(__name__, "received, forward", workload, build_received) for workload in KNOCKOUTS[1:]]
+BENCHMARKS += [Benchmark(__name__, "received, forward", workload, build_received) for workload in LONG_LLAVA]

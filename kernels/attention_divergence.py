@@ -204,15 +204,14 @@ def side_of(
     scale: float,
     lse: Tensor | None = None,
 ) -> Side:
-    """A given lse (B, H, N) stands for the largest logit of a row, whose weight is then 1."""
+    """A given lse (B, H, N), which has no mask of numbers beside it, stands for the largest logit of a row, whose weight is 1."""
     attention = _masked(inputs)._replace(query=query, key=key, scale=scale)
     heads = query.shape[1]
     if lse is None:
         maximum = AttentionStatisticsInputs(attention, None, num_groups=0, statistics="maximum", backend=inputs.backend)
         _, _, p_weight, _, _, _, p_max, _ = _statistics(maximum)
     else:
-        folded = scale <= 0.0 or masks_and_kind(attention, query)[1] >= FLOAT_MASK.value
-        p_max = (lse * LOG2_E if folded else lse / scale).masked_fill(lse == -torch.inf, torch.inf).contiguous()
+        p_max = (lse * LOG2_E if scale <= 0.0 else lse / scale).masked_fill(lse == -torch.inf, torch.inf).contiguous()
         p_weight = torch.ones_like(p_max)
     return Side(heads_of(query), heads_of(key), p_max, p_weight, heads, heads // max(1, key.shape[1]), scale * LOG2_E)
 
