@@ -463,6 +463,10 @@ LINES: dict[str, list[Line]] = {
         _line((64, 64, 4, 1), _AS_DIVERGENCE, size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
+    "indexer_divergence chosen": [
+        _line((16, 64, 4, 2), "rows are heads of one query; gathered keys of two steps fit", size=64),
+        _line((16, 32, 4, 1), _WIDER),
+    ],
     "congruence_loss map": [  # whole: tiles hold the rows of a head
         _whole((64, 8, 2), "eight warps share the registers of whole rows", whole=True, size=64),
         _whole((64, 8, 1), "eight warps share the registers of whole rows", whole=True),

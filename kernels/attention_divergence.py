@@ -373,16 +373,15 @@ def _backward_kv_kernel(own, other, masks, strip, p_grad, p_mean, p_grad_k, N, M
 @triton.jit
 def _queries(side, i_b, i_h, o_q, N, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """A tile of queries [q,D] of one head, and of each row the largest logit and log2 of the largest weight."""
-    b_max, b_largest = _largest(side, i_b * side.H + i_h, o_q, N)
+    b_max, b_largest = largest_of(side, (i_b * side.H + i_h) * N + o_q, o_q < N)
     return head_tile(side.q, i_b, i_h, o_q, N, D, BLOCK_D), b_max, b_largest
 
 
 @triton.jit
-def _largest(side, i_map, o_q, N):
-    """Of each row [q] of a map the largest logit and log2 of the largest weight."""
-    o_row = i_map * N + o_q
-    b_max = tl.load(side.p_max + o_row, mask=o_q < N, other=float("inf"))
-    b_weight = tl.load(side.p_weight + o_row, mask=o_q < N, other=1.0)
+def largest_of(side, o_row, m_row):
+    """Of rows of a map the largest logit and log2 of the largest weight."""
+    b_max = tl.load(side.p_max + o_row, mask=m_row, other=float("inf"))
+    b_weight = tl.load(side.p_weight + o_row, mask=m_row, other=1.0)
     return b_max, tl.log2(tl.where(b_weight == 0.0, 1.0, b_weight))  # 0 in a row without keys, whose largest logit is inf
 
 
@@ -413,7 +412,7 @@ def _log_map(
         return _log_mean(side, masks, i_b, start, o_q, o_kv, N, M, D, BLOCK_D, FOLDED, C)
     else:
         b_s = index_logits(side, masks_at(masks, i_b, 0, M), i_b, start, o_q, o_kv, N, M, D, BLOCK_D, FOLDED, C)
-        b_max, b_largest = _largest(side, i_b, o_q, N)
+        b_max, b_largest = largest_of(side, i_b * N + o_q, o_q < N)
         return below_max(b_s, b_max, side.scale_log2, FOLDED) + b_largest[:, None]
 
 
@@ -484,14 +483,14 @@ def add_small(b_sums, b_ds, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _difference(b_a, b_b):
+def difference(b_a, b_b):
     """ln p - ln q of a = log2 p and b = log2 q; 0 for masked pairs."""
     masked = (b_a == float("-inf")) | (b_b == float("-inf"))
     return tl.where(masked, 0.0, b_a - b_b) * 0.6931471805599453
 
 
 @triton.jit
-def _kl(b_p, b_q, b_d):
+def kl(b_p, b_q, b_d):
     """p (d - 1 + e^-d) for d = ln p - ln q, a power series where that would cancel."""
     b = b_d * -2.505210838544172e-08 + 2.755731922398589e-07  # (-d)^n / (n + 2)!, n from 9 to 0
     b = b * b_d - 2.755731922398589e-06
@@ -522,14 +521,14 @@ def _divergence(b_a, b_b, beta, C: tl.constexpr):
     differences of all keys add up to 0, so that its own is what the others leave: the larger of the sums of positive and negative
     terms is the divergence.
     """
-    b_d = _difference(b_a, b_b)
+    b_d = difference(b_a, b_b)
     b_p, b_q = tl.exp2(b_a), tl.exp2(b_b)
     if C.KIND == "kl":
-        return _kl(b_p, b_q, b_d)
+        return kl(b_p, b_q, b_d)
     elif C.KIND == "js":
         b_m = beta * b_p + (1.0 - beta) * b_q
         b_to, b_from = _from_mixture(b_d, beta, C.PRECISION)
-        return beta * _kl(b_p, b_m, b_to) + (1.0 - beta) * _kl(b_q, b_m, b_from)
+        return beta * kl(b_p, b_m, b_to) + (1.0 - beta) * kl(b_q, b_m, b_from)
     elif C.KIND == "hellinger":
         b_root = tl.exp2(b_a * 0.5) - tl.exp2(b_b * 0.5)
         return b_root * b_root * 0.5
@@ -540,7 +539,7 @@ def _divergence(b_a, b_b, beta, C: tl.constexpr):
 @triton.jit
 def _weighted(b_a, b_b, beta, C: tl.constexpr):
     """p df/dp of a = log2 p and b = log2 q, up to a constant times p, which drops out."""
-    b_d = _difference(b_a, b_b)
+    b_d = difference(b_a, b_b)
     b_p, b_q = tl.exp2(b_a), tl.exp2(b_b)
     if C.KIND == "kl":
         return b_p * b_d

@@ -10,7 +10,7 @@ dw_ih = sum_j dI_ij relu(z_hij), and dz_hij = w_ih dI_ij where z_hij > 0. Not me
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,12 +20,12 @@ from torch import Tensor
 from vlattn_fast.backends.streaming import indexer_divergence as streaming
 from vlattn_fast.backends.streaming.attention_divergence import AttentionDivergenceBackwardInputs
 from vlattn_fast.backends.streaming.indexer_divergence import IndexerDivergenceBackwardInputs, IndexerDivergenceInputs
+from vlattn_fast.kernels._chosen_keys import chosen_once, fill_rows, indexer_gradients, store_row, terms_of_chosen, with_logits
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     aligned,
-    below_max,
     block_and_head,
     cdiv,
     heads_of,
@@ -53,6 +53,13 @@ from vlattn_fast.kernels.attention_divergence import (
 )
 
 
+class _Chosen(NamedTuple):
+    """The chosen keys (B, N, K), each once, and the arguments that the kernels which gather them share."""
+
+    keys: Tensor
+    call: dict[str, Any]
+
+
 @on_device
 def forward(inputs: IndexerDivergenceInputs) -> Tensor:
     """D (B, N)."""
@@ -61,22 +68,32 @@ def forward(inputs: IndexerDivergenceInputs) -> Tensor:
     if 0 in (*rows, inputs.key.shape[2]):
         return query.new_zeros(rows, dtype=torch.float32)
     of_means = _of_means(inputs)
-    return divergences(of_means, *_sides(of_means, inputs.index_weights, inputs.teacher_lse), "kl")[:, 0]
+    attention, indexer, chosen = _sides(of_means, inputs)
+    if chosen is not None:
+        return terms_of_chosen(chosen.call, attention, indexer, chosen.keys, None)
+    return divergences(of_means, attention, indexer, "kl")[:, 0]
 
 
 @on_device
 def backward(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of streaming's FIELDS; None for a side that needs none. Those of an attention with a given log-sum-exp are
-    streaming's."""
+    """Gradients of streaming's FIELDS; None for a side that needs none. Those of an attention with a given log-sum-exp, or with
+    chosen keys, are streaming's."""
     query, num_k = inputs.query, inputs.key.shape[2]
-    if (inputs.need_attention and inputs.teacher_lse is not None) or 0 in (query.shape[0], query.shape[2], num_k):
+    if 0 in (query.shape[0], query.shape[2], num_k):
         return streaming.backward(inputs)
     made: list[Tensor | None] = [None] * 6
     of_means = _of_means(inputs, inputs.grad)
-    attention, indexer = _sides(of_means, inputs.index_weights, inputs.teacher_lse)
-    if inputs.need_attention:
+    attention, indexer, chosen = _sides(of_means, inputs)
+    if inputs.need_attention and (chosen is not None or inputs.teacher_lse is not None):
+        made[:3] = streaming.backward(inputs._replace(need_index=False))[:3]
+    elif inputs.need_attention:
         made[:2] = gradients(of_means, attention, indexer, "kl", 0.5, inputs.scale, None)[:2]
-    if inputs.need_index:
+    if inputs.need_index and chosen is not None:
+        by_logit = terms_of_chosen(chosen.call, attention, indexer, chosen.keys, inputs.grad.float().contiguous())
+        grads = _no_gradients(of_means)
+        indexer_gradients(chosen.call, indexer, chosen.keys, by_logit, grads)
+        made[3:] = grads
+    elif inputs.need_index:
         made[3:] = _of_indexer(of_means, attention, indexer)
     return tuple(made)
 
@@ -106,24 +123,45 @@ def _of_means(
     )
 
 
-def _sides(inputs: AttentionDivergenceBackwardInputs, weights: Tensor, lse: Tensor | None) -> tuple[Side, Side]:
-    """The attention, and the indexer with each row's largest logit and weight."""
+def _sides(
+    inputs: AttentionDivergenceBackwardInputs, of: IndexerDivergenceInputs | IndexerDivergenceBackwardInputs
+) -> tuple[Side, Side, _Chosen | None]:
+    """The attention and the indexer, over all keys or the chosen ones, with each row's largest logit and weight."""
+    query, lse, indexer = inputs.query, of.teacher_lse, _indexer(inputs, of.index_weights)
+    if of.topk_indices is None:
+        attention = side_of(inputs, query, inputs.key, inputs.scale, lse)
+        call, config = _call(inputs, attention, indexer, "rows")
+        _rows_kernel[(cdiv(query.shape[2], config["BLOCK_Q"]) * query.shape[0],)](**call, indexer=indexer)
+        return attention, indexer, None
+    zeros = query.new_zeros(query.shape[:3], dtype=torch.float32)  # in their place comes what the kernel finds
+    attention = side_of(inputs, query, inputs.key, inputs.scale, zeros if lse is None else lse)
+    call, _ = _call(inputs, attention, indexer, "chosen")
+    chosen = _Chosen(chosen_once(of.topk_indices, inputs.key.shape[2]), call)
+    for side in (attention, indexer) if lse is None else (indexer,):
+        fill_rows(call, side, chosen.keys)
+    return attention, indexer, chosen
+
+
+def _indexer(inputs: AttentionDivergenceBackwardInputs, weights: Tensor) -> Side:
+    """With places for each row's largest logit and weight."""
     query, key = inputs.other_query, inputs.other_key
     batch, heads, num_q, _ = query.shape
-    attention = side_of(inputs, inputs.query, inputs.key, inputs.scale, lse)
     largest, weight = query.new_empty((2, batch, num_q), dtype=torch.float32)
-    indexer = Side(heads_of(query), heads_of(key), largest, weight, heads, 1, LOG2_E, weights.contiguous())
-    call, config = _call(inputs, attention, indexer, "rows")
-    _rows_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch,)](**call)
-    return attention, indexer
+    return Side(heads_of(query), heads_of(key), largest, weight, heads, max(1, heads), LOG2_E, weights.contiguous())
+
+
+def _no_gradients(inputs: AttentionDivergenceBackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros for those of index_query, index_key and index_weights."""
+    query, key = inputs.other_query, inputs.other_key
+    grad_q, grad_k = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key[:, 0]))
+    return grad_q, grad_k, query.new_zeros(query.shape[:3])
 
 
 def _of_indexer(inputs: AttentionDivergenceBackwardInputs, attention: Side, indexer: Side) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of index_query, index_key and index_weights."""
     query, key = inputs.other_query, inputs.other_key
     (batch, heads, num_q, _), num_k = query.shape, key.shape[2]
-    grad_q, grad_k = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key[:, 0]))
-    grad_weights = query.new_zeros((batch, heads, num_q))
+    grad_q, grad_k, grad_weights = _no_gradients(inputs)
     of_means, config_r = call_of(inputs, indexer, attention, "reverse_kl", 0.5, "terms")
     call, config = _call(inputs, attention, indexer, "backward_q")
     call_k, config_k = _call(inputs, attention, indexer, "backward_kv")
@@ -137,9 +175,9 @@ def _of_indexer(inputs: AttentionDivergenceBackwardInputs, attention: Side, inde
         part = {"p_strip": strip, "p_grad": grad, "first": first, "rows": size}
         if heads > 0:
             grid = (cdiv(size, config["BLOCK_Q"]) * batch * heads,)
-            _backward_q_kernel[grid](**call, **part, p_grad_q=grad_q, p_grad_factors=grad_weights)
+            _backward_q_kernel[grid](**call, **part, indexer=indexer, p_grad_q=grad_q, p_grad_factors=grad_weights)
         grid = (cdiv(num_k, config_k["BLOCK_KV"]) * batch,)
-        _backward_kv_kernel[grid](**call_k, **part, p_grad_k=parts[-1])
+        _backward_kv_kernel[grid](**call_k, **part, indexer=indexer, p_grad_k=parts[-1])
         if len(parts) > 1:
             parts[0] += parts[1]
     return grad_q, parts[0].to(key.dtype), grad_weights
@@ -151,9 +189,10 @@ def _call(
     """The named arguments that a kernel here shares with the others, and its configuration. C.D counts the indexer's features."""
     call, _ = call_of(inputs, indexer, attention, "reverse_kl", 0.5, "terms")
     query = inputs.other_query
-    facts = {"dtype": query.dtype, "size": query.shape[3], "masked": inputs.attn_mask is not None}
+    size = max(query.shape[3], inputs.query.shape[3]) if kernel == "chosen" else query.shape[3]
+    facts = {"dtype": query.dtype, "size": size, "masked": inputs.attn_mask is not None}
     config = configuration("indexer_divergence", kernel, **facts)
-    return launched({"indexer": indexer, **{name: call[name] for name in ("masks", "N", "M", "C")}}, config), config
+    return launched({name: call[name] for name in ("masks", "N", "M", "C")}, config), config
 
 
 @triton.jit
@@ -168,15 +207,8 @@ def _rows_kernel(indexer, masks, N, M, C: tl.constexpr):
     for start in range(0, end, C.BLOCK_KV):
         o_kv = start + tl.arange(0, C.BLOCK_KV)
         b_s = index_logits(indexer, at_head, i_b, start, o_q, o_kv, N, M, C.D, C.BLOCK_D, C.FOLDED, C)
-        b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
-        b_less = below_max(b_max[:, None], b_new, indexer.scale_log2, C.FOLDED)
-        b_sum *= tl.exp2(tl.sum(b_less, axis=1))
-        b_sum += tl.sum(tl.exp2(below_max(b_s, b_new, indexer.scale_log2, C.FOLDED)), axis=1)
-        b_max = b_new
-    empty = b_sum == 0.0
-    o_row = i_b * N + o_q
-    tl.store(indexer.p_max + o_row, tl.where(empty, float("inf"), b_max), mask=o_q < N)
-    tl.store(indexer.p_weight + o_row, tl.where(empty, 0.0, tl.div_rn(1.0, tl.where(empty, 1.0, b_sum))), mask=o_q < N)
+        b_max, b_sum = with_logits(b_max, b_sum, b_s, indexer.scale_log2, C.FOLDED)
+    store_row(indexer, i_b * N + o_q, o_q < N, b_max, b_sum)
 
 
 @triton.jit

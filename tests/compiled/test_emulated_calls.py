@@ -49,7 +49,9 @@ KERNELS = {
         attention_divergence._backward_q_kernel attention_divergence._backward_kv_kernel""",
     "indexer_divergence": """attention_statistics._rows_kernel attention_divergence._terms_kernel
         attention_divergence._backward_q_kernel attention_divergence._backward_kv_kernel
-        indexer_divergence._rows_kernel indexer_divergence._backward_q_kernel indexer_divergence._backward_kv_kernel""",
+        indexer_divergence._rows_kernel indexer_divergence._backward_q_kernel indexer_divergence._backward_kv_kernel
+        _chosen_keys._chosen_rows_kernel _chosen_keys._chosen_terms_kernel
+        _chosen_keys._chosen_backward_q_kernel _chosen_keys._chosen_backward_k_kernel""",
     "congruence_loss": """congruence_maps.map_kernel congruence_maps.statistics_kernel congruence_maps.gradient_kernel
         congruence_maps.gradient_q_kernel congruence_loss._divergence_kernel congruence_loss._target_backward_kernel""",
     "maxsim": "maxsim._largest_kernel maxsim._query_gradient_kernel maxsim._document_gradient_kernel",
@@ -80,7 +82,7 @@ FEWEST: dict[str, tuple[str, ...]] = {
     "core_scores": (),
     "attention_statistics": ("few queries",),
     "attention_divergence": ("kl, long",),
-    "indexer_divergence": ("padding, long",),
+    "indexer_divergence": ("padding, long", "chosen keys"),
     "congruence_loss": ("cacr, long", "cacr"),
     "maxsim": ("all tokens, long",),
     "relevancy_residual": ("contribution, long",),

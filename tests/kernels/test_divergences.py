@@ -89,7 +89,21 @@ def test_rows_of_many_features_on_the_other_side_are_refused(operator: str) -> N
     assert_refused("triton", "at most 256", partial(run(operator)[0], **x))
 
 
-def test_chosen_keys_are_refused() -> None:
-    x = make(INDEXER, 3, 4, 8, 8, dtype=torch.float32)
-    chosen = torch.zeros(1, 3, 2, dtype=torch.int64)
-    assert_refused("triton", "take no topk_indices", partial(run(INDEXER, topk_indices=chosen)[0], **x))
+def test_chosen_keys_of_many_heads() -> None:
+    """More heads than a block of 16 has share a key head, beside another; more indexer heads, too, and more keys than a step."""
+    shapes = {"query": (40, 5, 8), "key": (2, 90, 8), "index_query": (18, 5, 12), "index_key": (90, 12), "index_weights": (18, 5)}
+    x = {name: torch.randn(1, *shape) for name, shape in shapes.items()}
+    chosen = torch.randint(-1, 90, (1, 5, 140))  # some twice
+    calls = run(INDEXER, topk_indices=chosen, attn_mask=torch.rand(1, 1, 5, 90) < 0.8)
+    assert_all_close_to(*calls, x, [torch.randn(1, 5)])
+
+
+def test_chosen_keys_alone_are_read() -> None:
+    """NaN in the others does not show."""
+    x = make(INDEXER, 3, 40, 8, 8, dtype=torch.float32)
+    chosen = torch.tensor([[[3, 8, 30], [30, 9, 3], [8, -1, 9]]])
+    ours, _ = run(INDEXER, topk_indices=chosen)
+    want = ours(**x)
+    hidden = torch.ones(40, dtype=torch.bool).index_fill(0, torch.tensor([3, 8, 9, 30]), False)
+    filled = {name: y.masked_fill(hidden[:, None], torch.nan) if name.endswith("key") else y for name, y in x.items()}
+    assert torch.equal(ours(**filled), want)

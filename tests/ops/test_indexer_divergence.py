@@ -13,7 +13,6 @@ from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_gra
 from tests.helpers.ops.backends import F64, assert_refused, each, finest, on
 
 FAST = ("streaming", "cpu", "triton")
-CHOOSING = FAST[:2]  # these take topk_indices
 TILE_ELEMENTS = 500  # streaming crosses several tiles
 
 
@@ -68,13 +67,13 @@ def test_an_indexer_of_one_head_without_a_negative_product_is_an_attention(backe
     torch.testing.assert_close(got, want, rtol=0, atol=450 * torch.finfo(got.dtype).eps)
 
 
-@on("reference", *CHOOSING)
+@on("reference", *FAST)
 def test_one_chosen_key_has_no_divergence(backend: str) -> None:
     x = as_dtype(tensors(), finest(backend))
     assert not va.indexer_divergence(**x, topk_indices=torch.tensor([1, -1]).expand(2, 7, 2), backend=backend).any()
 
 
-@on("reference", *CHOOSING)
+@on("reference", *FAST)
 def test_chosen_keys_are_those_of_a_mask(backend: str) -> None:
     x, indices = as_dtype(tensors(), finest(backend)), chosen()
     kept = torch.zeros(2, 1, 7, 9, dtype=torch.bool)
@@ -98,7 +97,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # each mask by itself and with chosen ke
 }
 
 
-@each("name", **dict.fromkeys(CHOOSING, OPTIONS), triton=("scale",))
+@each("name", **dict.fromkeys(FAST, OPTIONS))
 def test_options(backend: str, name: str) -> None:
     x = as_dtype(tensors(), finest(backend))
     ours = partial(va.indexer_divergence, **OPTIONS[name], backend=backend)

@@ -38,7 +38,6 @@ from vlattn_fast.ops.attention_divergence import check_key
 
 def _triton_limits(call: CallShape) -> list[tuple[str, bool]]:
     return [
-        ("Triton kernels take no topk_indices", call.flags["topk"]),
         ("Triton kernels take no attn_mask of numbers with teacher_lse", call.flags["lse_of_numbers"]),
         ("Triton kernels take a key_block of 1", call.sizes["key_block"] > 1),
         ("Triton kernels take a head_dim of index_query of at most 256", call.sizes["index_dim"] > 256),
@@ -180,7 +179,7 @@ def _describe(
     sizes = {"queries": queries, "keys": keys, "head_dim": query.shape[3]}
     sizes |= {"index_heads": heads, "index_dim": dim, "key_block": key_block}
     has_numbers = x.attn_mask is not None and x.attn_mask.dtype != torch.bool  # a row's log-sum-exp may lose its digits
-    flags = {"topk": topk_indices is not None, "lse_of_numbers": has_numbers and teacher_lse is not None}
+    flags = {"lse_of_numbers": has_numbers and teacher_lse is not None}
     return call_shape("indexer_divergence", query, sizes, flags)
 
 

@@ -89,6 +89,8 @@ CALLS = {
     ("indexer_divergence", "causal"): """attention_statistics._rows_kernel attention_divergence._terms_kernel
         attention_divergence._backward_q_kernel attention_divergence._backward_kv_kernel
         indexer_divergence._rows_kernel indexer_divergence._backward_q_kernel indexer_divergence._backward_kv_kernel""",
+    ("indexer_divergence", "chosen keys"): """_chosen_keys._chosen_rows_kernel _chosen_keys._chosen_terms_kernel
+        _chosen_keys._chosen_backward_q_kernel _chosen_keys._chosen_backward_k_kernel""",
     ("congruence_loss", "iais_singular"): """congruence_maps.map_kernel congruence_maps.gradient_kernel
         congruence_loss._divergence_kernel congruence_loss._target_backward_kernel""",
     ("congruence_loss", "iais_singular, long rows"): """congruence_maps.statistics_kernel congruence_maps.map_kernel

@@ -25,13 +25,13 @@ def calls_of(operator: str, architecture: int) -> Iterator[Example]:
 
     Compiling takes nearly all of the time. So sm_90 has the first third of those of `vlattn verify` and sm_80 the others, which
     launch the same kernels. Kernels of maps run in one call alone, on both, and one call has a backward pass, with all of it; the
-    sink of statistics has kernels of its own, on both, too. So has a bias of groups.
+    sink of statistics has kernels of its own, on both, too. So have a bias of groups and chosen keys.
     """
     verified = [case for case in verify.cases(operators=[operator]) if _runs(case, architecture)]
     if operator not in ("attention_map", "attention_statistics"):
         third = -(-len(verified) // 3)
-        groups = [case for case in verified[third:] if "group_bias" in case.tensors]
-        verified = verified[:third] + groups if architecture == 90 else verified[third:]
+        apart = [case for case in verified[third:] if "group_bias" in case.tensors or "topk_indices" in case.options]
+        verified = verified[:third] + apart if architecture == 90 else verified[third:]
     for case in (*verified, *_longer(operator)):
         backward = "largest" in case.name if operator == "attention_map" else case.name != "one row"
         yield replace(case, differentiable=case.differentiable and backward)
