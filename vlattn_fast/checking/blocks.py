@@ -23,7 +23,7 @@ from vlattn_fast.backends.streaming._dropout import keep_factor
 
 NUMBERS = 2**25  # of a block's map: 256 MiB in float64
 # arguments whose third axis is that of the queries
-PER_QUERY = ("query", "other_query", "index_query", "index_weights", "grad_output", "relevancy")
+PER_QUERY = ("query", "other_query", "index_query", "index_weights", "teacher_lse", "grad_output", "relevancy")
 SHARED = ("key", "other_key", "index_key", "value")  # arguments that every block of queries reads
 QUERIES = {"attention_map": 1, "indexer_divergence": 1}  # the axis of the queries in a result; that of the other operators is 2
 SUMS = {"relevancy_step": (0,), "attention_statistics": (4,)}  # results that are sums over the queries

@@ -54,7 +54,7 @@ def indexer_divergence(
     masks = blocks_of_keys(masks, key_block, -torch.inf).amax(-1)
     index_scores = torch.where(torch.isneginf(masks), -torch.inf, index_scores + masks)
     if topk_indices is not None:
-        chosen = _chosen(topk_indices, index_scores.shape[-1])
+        chosen = chosen_keys(topk_indices, index_scores.shape[-1])
         index_scores = index_scores.masked_fill(~chosen, -torch.inf)
         scores = scores.masked_fill(~chosen.repeat_interleave(key_block, -1)[..., : scores.shape[-1]], -torch.inf)
     a, visible = log_attention(scores, head_mean=True, lse=teacher_lse)
@@ -68,7 +68,7 @@ def indexer_divergence(
     return torch.where(visible, terms, 0.0).sum(-1)[:, 0].to(dtype)
 
 
-def _chosen(topk_indices: Tensor, keys: int) -> Tensor:
+def chosen_keys(topk_indices: Tensor, keys: int) -> Tensor:
     """bool (B, 1, N, M): the keys that are among a query's indices."""
     inside = (topk_indices >= 0) & (topk_indices < keys)
     chosen = torch.zeros(*topk_indices.shape[:2], keys + 1, dtype=torch.bool, device=topk_indices.device)

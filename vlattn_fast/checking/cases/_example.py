@@ -39,8 +39,9 @@ class Example:
     """A call of the public function `call`. `name` says which kind of call it is; the plain one has none.
 
     `arrange(tensors)` makes keyword arguments of the tensors, and of others with the same names; `options` are the remaining
-    arguments. Lengths belong to the tensors: `arrange` reads them there. `floats` are options that are numbers, with values that
-    they may take. The tensors `in_float32` stay so in calls of 16 bits. Without `differentiable` no gradient is asked for.
+    arguments, and `complete` adds what follows from both. Lengths belong to the tensors: `arrange` reads them there. `floats` are
+    options that are numbers, with values that they may take. The tensors `in_float32` stay so in calls of 16 bits. Without
+    `differentiable` no gradient is asked for.
     """
 
     call: Callable[..., Any]
@@ -51,6 +52,7 @@ class Example:
     floats: Mapping[str, Sequence[float]] = field(default_factory=dict)
     in_float32: tuple[str, ...] = ()
     differentiable: bool = True
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
     @property
     def operator(self) -> str:
@@ -67,7 +69,7 @@ class Example:
 
     def arguments(self, tensors: Tensors) -> dict[str, Any]:
         """The keyword arguments of the call with these tensors, whose device the options are moved to."""
-        return {**self.arrange(tensors), **self.placed_options(tensors)}
+        return self.complete({**self.arrange(tensors), **self.placed_options(tensors)})
 
     def placed_options(self, tensors: Tensors) -> dict[str, Any]:
         """The options on the tensors' device; those in float64 in the dtype of the call's sums."""
