@@ -116,7 +116,8 @@ def _divergence(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardI
 
 class Divergence:
     """The divergence of two sides, tile by tile; with all heads of both in a tile if their means are compared. block: that of
-    their sums over so many keys each. chosen: indices (B, N, K) of the blocks that each query keeps; others are none."""
+    their sums over so many keys each. chosen: indices (B, N, K) of the blocks that each query keeps; others are none. Of these
+    all but the products is computed."""
 
     def __init__(
         self,
@@ -128,8 +129,8 @@ class Divergence:
         chosen: Tensor | None = None,
         block: int = 1,
     ) -> None:
-        self.query, self.num_keys, self.sides, self.chosen = inputs.query, inputs.key.shape[2], sides, chosen
-        self.block = block
+        self.query, self.num_keys, self.sides, self.block = inputs.query, inputs.key.shape[2], sides, block
+        self.chosen = None if chosen is None else _once(chosen, -(-self.num_keys // block))
         self.inputs, self.terms, self.head_mean = inputs, partial(_terms, kind, beta), head_mean
 
     def forward(self) -> Tensor:
@@ -185,9 +186,10 @@ class Divergence:
             masks = self._blocks(logits).amax(-1)  # a block has the largest of its keys
             logits = (score + masks).masked_fill(torch.isneginf(masks), -torch.inf)
         if self.chosen is not None:
-            kept = _kept(self.chosen[b, i], -(-self.num_keys // self.block))[:, None]
-            kept = kept if of_blocks else kept.repeat_interleave(self.block, -1)[..., : self.num_keys]
-            logits = logits.masked_fill(~kept, -torch.inf)
+            blocks = logits[..., None] if of_blocks or self.block == 1 else self._blocks(logits)
+            slots, none = self.chosen[b, None, i, :, None], blocks.shape[3]
+            found = blocks.gather(3, slots.clamp(max=none - 1).expand(*blocks.shape[:3], -1, blocks.shape[4]))
+            logits = found.masked_fill(slots == none, -torch.inf).flatten(3)
         if "lse" not in x:
             log_p = log_probabilities(logits)
         else:
@@ -202,10 +204,11 @@ class Divergence:
         return blocks_of_keys(x, self.block, -torch.inf)
 
 
-def _kept(chosen: Tensor, keys: int) -> Tensor:
-    """bool (b, i, M) of indices (b, i, K)."""
-    slots = torch.where((chosen >= 0) & (chosen < keys), chosen, keys).long()
-    return slots.new_zeros(*slots.shape[:-1], keys + 1, dtype=torch.bool).scatter_(-1, slots, value=True)[..., :keys]
+def _once(chosen: Tensor, keys: int) -> Tensor:
+    """Of indices (B, N, K) each once, at most `keys`; `keys` stands for none."""
+    slots = torch.where((chosen >= 0) & (chosen < keys), chosen, keys).long().sort(-1).values
+    repeated = slots.diff(prepend=slots.new_full((*slots.shape[:-1], 1), -1)) == 0
+    return slots.masked_fill(repeated, keys).sort(-1).values[..., :keys]
 
 
 def _terms(kind: str, beta: float, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
