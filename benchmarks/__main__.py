@@ -1,4 +1,4 @@
-"""Times operators and tasks, or only their host code (`host`)."""
+"""Times operators and tasks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ from vlattn_fast.benchmarks._run import run
 
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] == ["host"]:
-        from vlattn_fast.benchmarks import host
-
-        return host.main(words[1:])
     parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", help="Benchmarks or files of them (see --list). Default: all. Or `host`.")
+    parser.add_argument("names", nargs="*", help="Benchmarks or files of them (see --list). Default: all.")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="Device. Default: cpu.")
     parser.add_argument("--quick", action="store_true", help="Use small sizes and few rounds; store results only with --out.")
     parser.add_argument("--no-compile", dest="compiled", action="store_false", help="Leave out variants under torch.compile.")

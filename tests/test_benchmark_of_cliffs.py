@@ -18,7 +18,6 @@ from torch import Tensor
 from tools import cliffs
 from tools.pages import report
 from vlattn_fast.backends.native import library
-from vlattn_fast.benchmarks import __main__ as command
 from vlattn_fast.benchmarks import _choice
 from vlattn_fast.checking.cases import Example
 from vlattn_fast.ops import OPERATORS
@@ -113,14 +112,14 @@ def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
     pytest.importorskip("pytest_benchmark")
     from triton.runtime.jit import KernelInterface
 
-    from vlattn_fast.benchmarks import host
+    from tools import host
     from vlattn_fast.dispatch import call as calls
     from vlattn_fast.ops import OPERATORS
 
     before = KernelInterface.__getitem__, calls.on_cpu
     monkeypatch.setattr(host, "STORAGE", tmp_path / "storage")
-    assert command.main(["host", "--rounds", "2", "--out", str(tmp_path / "first"), "--benchmark-autosave"]) == 0
-    assert command.main(["host", "--rounds", "2", "--out", str(tmp_path), "-k", "maxsim", "--benchmark-compare"]) == 0
+    host.main(["--rounds", "2", "--out", str(tmp_path / "first"), "--benchmark-autosave"])
+    host.main(["--rounds", "2", "--out", str(tmp_path), "-k", "maxsim", "--benchmark-compare"])
     compared = capsys.readouterr().out
     assert "maxsim, forward] (NOW)" in compared and "maxsim, forward] (0001" in compared
     chosen = json.loads((tmp_path / "host-cpu.json").read_text())
@@ -163,6 +162,6 @@ def test_the_host_is_timed_without_the_interpreter(tmp_path):
     pytest.importorskip("triton")
     pytest.importorskip("pytest_benchmark")
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "vlattn_fast.benchmarks", "host", "--rounds", "1", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "tools.host", "--rounds", "1", "--out", str(tmp_path)]
     subprocess.run(command, check=True, env=plain)
     assert "triton" in {row["backend"] for row in json.loads((tmp_path / "host-cpu.json").read_text())}

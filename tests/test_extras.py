@@ -79,7 +79,7 @@ def test_a_package_that_is_not_there() -> None:
 
 
 ROOT = Path(__file__).parent.parent
-OF_OTHER_DOORS = {"triton", "cli", "bench", "docs", "all", "test"}  # no call imports them through `extra`
+OF_OTHER_DOORS = {"triton", "cli", "docs", "all", "test"}  # no call imports them through `extra`
 
 
 def test_every_extra_has_code():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from vlattn_fast.benchmarks.host import without_launches
+from tools.host import without_launches
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example
 from vlattn_fast.dispatch.choice import load

@@ -19,9 +19,8 @@ from tests.helpers.ops import every_call
 from tests.helpers.ops.properties import Turn
 from tests.ops import test_edited_outputs, test_foreign_tensors, test_host_cost
 from tests.ops.properties import test_empty_sizes, test_options_and_sizes
-from tools import cliffs
+from tools import cliffs, host
 from vlattn_fast.backends import reference
-from vlattn_fast.benchmarks import host
 from vlattn_fast.checking import fuzz, info, verify
 from vlattn_fast.checking.cases import Example, Sizes
 from vlattn_fast.checking.cases._dice import DIMS, LENGTHS, Dice

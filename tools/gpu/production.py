@@ -20,11 +20,11 @@ from torch import Tensor
 
 from tools.compiled.tile_times import PRODUCTS
 from tools.gpu import full
+from tools.host import without_launches
 from vlattn_fast._ground.score_kinds import UNIT_KINDS
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._choice import MODULES, choose
 from vlattn_fast.benchmarks._gpu import GRAPH
-from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.benchmarks.score_attention import FLEX, FLEX_FLASH
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example, Sizes

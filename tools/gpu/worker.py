@@ -214,7 +214,7 @@ def problem_of(row: Row) -> str:
 def benchmarked(item: Item, device: str) -> Row:
     """The rows of a benchmark, for the device's file of rows."""
     if item["item"] == "host":
-        from vlattn_fast.benchmarks.host import measure
+        from tools.host import measure
 
         return {"passed": True, "rows": measure(device, rounds=QUICK_ROUNDS[device])}
     rows = measurement(item, device).run()

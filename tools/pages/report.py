@@ -31,7 +31,7 @@ baseline over ours.
 """
 HOST = """The table has the time of Python and torch in a call of one short head, in microseconds above that of
 F.scaled_dot_product_attention, with the goal in brackets. The columns of Triton leave launches out; in the columns of *cpu* the
-kernels run on a few hundred numbers. `python -m vlattn_fast.benchmarks host` measures these times.
+kernels run on a few hundred numbers. `python -m tools.host` measures these times.
 """
 INTRODUCTION = """## How it was measured
 

@@ -2,7 +2,7 @@
 
     python -m tests.helpers.host_time [CALL ...] [--rounds 1500]
 
-CALL: of `python -m vlattn_fast.benchmarks host`. Its kernels are compiled into an archive, and launched over a stand-in for
+CALL: of `python -m tools.host`. Its kernels are compiled into an archive, and launched over a stand-in for
 CUDA's driver that does nothing: no GPU is needed. A time is the least of all rounds, which take the calls in turns, so that other
 work on the machine hardly counts. As there, torch's operators compute a few hundred numbers, of projections for example.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from tests.helpers import launching
-from vlattn_fast.benchmarks import host
+from tools import host
 from vlattn_native.compiling import launches_in, write
 
 ARCHITECTURE, REPEATS = 90, 10

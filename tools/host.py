@@ -1,6 +1,6 @@
 """The time that Python spends on a call, beside the time that Python spends on torch's attention.
 
-    python -m vlattn_fast.benchmarks host [--device cuda] [--rounds 400] [--out FOLDER] [--benchmark-compare ...]
+    python -m tools.host [--device cuda] [--rounds 400] [--out FOLDER] [--benchmark-compare ...]
 
 Forward without gradients, and forward and backward, of each operator on one short head. pytest-benchmark times them and compares
 runs: after `--benchmark-autosave`, `--benchmark-compare` shows the next run beside the stored one.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast._ground.extras import extra
 from vlattn_fast._ground.origin import device_name
 from vlattn_fast.backends.native import library
 from vlattn_fast.benchmarks._measure import percentiles
@@ -188,12 +188,10 @@ def measure(device: str = "cpu", *, rounds: int = ROUNDS, options: Sequence[str]
     """A record for each pass of each operator: microseconds of the host, and microseconds above SDPA's. `options` are pytest's.
 
     Raises:
-        ModuleNotFoundError: pytest-benchmark is not installed.
         RuntimeError: a call failed; pytest has printed it.
     """
-    with extra("bench"):
-        import pytest
-        import pytest_benchmark  # noqa: F401
+    import pytest
+
     calls = _Calls(check_device(device), rounds)
     folder = Path(__file__).parent
     alone = [
@@ -219,9 +217,9 @@ def measure(device: str = "cpu", *, rounds: int = ROUNDS, options: Sequence[str]
     return [x.record(float(sdpa[backend, what])) for x in done for backend, _, what in [x.key]]
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m vlattn_fast.benchmarks host",
+        prog="python -m tools.host",
         description=(__doc__ or "").splitlines()[0],
         epilog="Other options go to pytest-benchmark, such as --benchmark-autosave and --benchmark-compare.",
     )
@@ -230,8 +228,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="Folder of host-<device>.json, to which results are added.")
     options, pytest_options = parser.parse_known_args(arguments)
     place = check_device(options.device)
-    command = shlex.join(["python", "-m", "vlattn_fast.benchmarks", "host", *arguments])
+    command = shlex.join(["python", "-m", "tools.host", *arguments])
     origin = {"device": device_name(place), **provenance(command)}
     records = measure(options.device, rounds=options.rounds, options=pytest_options)
     append([{**record, **origin} for record in records], options.out / f"host-{slug(place)}.json")
-    return 0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
