@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast.backends.streaming import indexer_divergence as streaming
 from vlattn_fast.backends.streaming.attention_divergence import AttentionDivergenceBackwardInputs
 from vlattn_fast.backends.streaming.indexer_divergence import IndexerDivergenceBackwardInputs, IndexerDivergenceInputs
 from vlattn_fast.kernels._chosen_keys import chosen_once, fill_rows, indexer_gradients, store_row, terms_of_chosen, with_logits
@@ -76,17 +75,12 @@ def forward(inputs: IndexerDivergenceInputs) -> Tensor:
 
 @on_device
 def backward(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of streaming's FIELDS; None for a side that needs none. Those of an attention with a given log-sum-exp, or with
-    chosen keys, are streaming's."""
-    query, num_k = inputs.query, inputs.key.shape[2]
-    if 0 in (query.shape[0], query.shape[2], num_k):
-        return streaming.backward(inputs)
+    """Gradients of streaming's FIELDS; None for a side that needs none. There is a query and a key; with need_attention no
+    given log-sum-exp, and no chosen keys."""
     made: list[Tensor | None] = [None] * 6
     of_means = _of_means(inputs, inputs.grad)
     attention, indexer, chosen = _sides(of_means, inputs)
-    if inputs.need_attention and (chosen is not None or inputs.teacher_lse is not None):
-        made[:3] = streaming.backward(inputs._replace(need_index=False))[:3]
-    elif inputs.need_attention:
+    if inputs.need_attention:
         made[:2] = gradients(of_means, attention, indexer, "kl", 0.5, inputs.scale, None)[:2]
     if inputs.need_index and chosen is not None:
         by_logit = terms_of_chosen(chosen.call, attention, indexer, chosen.keys, inputs.grad.float().contiguous())

@@ -207,13 +207,31 @@ def _forward_fake(inputs: Any) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], dtype=compute_dtype(query))
 
 
+_launched = launcher(BACKENDS, streaming.backward)
+
+
+def _backward(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
+    """No kernel has the gradients of an attention with a given log-sum-exp, and Triton none of one with chosen keys."""
+    chosen = inputs.topk_indices is not None and inputs.backend == "triton"
+    if 0 in (inputs.query.shape[0], inputs.query.shape[2], inputs.key.shape[2]):
+        return streaming.backward(inputs)
+    if not inputs.need_attention or (inputs.teacher_lse is None and not chosen):
+        return _launched(inputs)
+    made = streaming.backward(inputs._replace(need_index=False))
+    return *made[:3], *(_launched(inputs._replace(need_attention=False))[3:] if inputs.need_index else made[3:])
+
+
 _derivatives = Derivatives(
     "indexer_divergence",
     (IndexerDivergenceInputs, IndexerDivergenceBackwardInputs),
     FIELDS,
     outputs=("divergence",),
     grads={"grad": "divergence"},
-    passes=[launcher(BACKENDS, each) for each in (streaming.forward, streaming.backward, streaming.jvp, streaming.second)],
+    passes=(
+        launcher(BACKENDS, streaming.forward),
+        _backward,
+        *[launcher(BACKENDS, f) for f in (streaming.jvp, streaming.second)],
+    ),
     fake=_forward_fake,
     needs={"need_attention": FIELDS[:3], "need_index": FIELDS[3:]},
 )

@@ -359,16 +359,21 @@ def indexer_divergence(
     index_weights: Tensor,
     *,
     topk_indices: Tensor | None = None,
+    key_block: int = 1,
     scale: float | None = None,
     **masks: Any,
 ) -> Outputs:
     if topk_indices is not None:
-        kept = (topk_indices[..., None] == torch.arange(key.shape[2])).any(2)[:, None]
+        kept = (topk_indices[..., None] == torch.arange(index_key.shape[1])).any(2)[:, None]
+        kept = kept.repeat_interleave(key_block, -1)[..., : key.shape[2]]
         masks["attn_mask"] = kept if masks.get("attn_mask") is None else kept & masks["attn_mask"]
     p = attention(query, key, scale=scale, **masks)[0].mean(1)
+    if key_block > 1:  # no other mask then
+        p = F.pad(p, (0, -p.shape[-1] % key_block)).unflatten(-1, (-1, key_block)).sum(-1)
+        masks = {"attn_mask": (p > 0)[:, None]}
     index_key = without_padding(index_key[:, None], masks.get("key_mask"))
     terms = index_weights[..., None] * (index_query @ index_key.mT).relu()
-    units = torch.eye(key.shape[2], dtype=terms.dtype).expand(len(terms), 1, -1, -1)
+    units = torch.eye(index_key.shape[2], dtype=terms.dtype).expand(len(terms), 1, -1, -1)
     q = attention(terms.sum(1, keepdim=True), units, scale=1.0, **masks)[0][:, 0]
     seen = p > 0
     p, q = (torch.where(seen, x, torch.ones_like(x)) for x in (p, q))

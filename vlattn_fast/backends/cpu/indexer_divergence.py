@@ -9,7 +9,6 @@ from torch import Tensor
 
 from vlattn_fast.backends.cpu.attention_divergence import empty_gradients, side_of
 from vlattn_fast.backends.native import address, kernel, strided
-from vlattn_fast.backends.streaming import indexer_divergence as streaming
 from vlattn_fast.backends.streaming.indexer_divergence import IndexerDivergenceBackwardInputs, IndexerDivergenceInputs
 
 _run = kernel("indexer_divergence")
@@ -23,10 +22,8 @@ def forward(inputs: IndexerDivergenceInputs) -> Tensor:
 
 
 def backward(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of streaming's FIELDS; None for a side that needs none. Those of an attention with a given log-sum-exp are
-    streaming's."""
-    if inputs.need_attention and inputs.teacher_lse is not None:
-        return streaming.backward(inputs)
+    """Gradients of streaming's FIELDS; None for a side that needs none. With need_attention there is no given
+    log-sum-exp."""
     grad = inputs.grad.float().contiguous()
     query, key = empty_gradients((inputs.query, inputs.key), inputs.need_attention)
     indexer = inputs.index_query, inputs.index_key, inputs.index_weights
