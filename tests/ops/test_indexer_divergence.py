@@ -132,6 +132,15 @@ def test_a_given_lse_is_the_sum_of_a_softmax(backend: str, name: str, detached: 
     assert got["grad index_key"].any() and bool(got["grad key"].any()) != detached
 
 
+@on(*FAST)
+def test_a_detached_lse_is_a_constant(backend: str) -> None:
+    """Query and key have the gradients of scores less a constant, which no softmax's are."""
+    x = as_dtype(tensors(), finest(backend))
+    lse = {"teacher_lse": lse_of(x["query"], x["key"])}
+    ours, formula = (partial(call, **lse) for call in (va.indexer_divergence, va.reference.indexer_divergence))
+    assert_all_close_to(partial(ours, backend=backend), formula, x, [torch.randn(2, 7)])
+
+
 def test_second_derivatives_with_a_given_lse() -> None:
     x = tensors(n=3, m=4)
 
