@@ -9,7 +9,7 @@
 // A block has 128 keys of a key head and goes through the queries, 64 at a time. Each of its two warp groups has the 64 keys of
 // one half, whose A and dA are rows [key, query] of the products K Q^T and V dO^T; dk and dv stay in registers. A and dS enter
 // dv += A dO and dk += dS Q from registers, too. dS lies in shared memory as well: dq of a tile is its product with all 128 keys,
-// of which each warp group has half of the features. A third warp group copies tiles and has the turns, and gives up registers.
+// of which each warp group has half of the features.
 // dq is a sum over blocks. They take turns: a number for each tile of queries says how many have added to it, and the order is
 // that of the keys, so that results have the same bits in each run. The first block writes its sum, those between add with
 // instructions that do not wait, and the last one reads the sum and writes dq. A block only waits for blocks that began before it,
@@ -57,9 +57,7 @@ struct Relevancy {
 
 namespace {
 
-constexpr int KEYS = 128, QUERIES = 64, FEATURES = 128, PRODUCTS = 2 * WARP_GROUP, THREADS = PRODUCTS + WARP_GROUP;
-constexpr int COPYING = 2 * WARP;  // threads of the last warp group that copy
-constexpr int TURNS = PRODUCTS + COPYING;  // the thread of it that waits for turns and passes them on
+constexpr int KEYS = 128, QUERIES = 64, FEATURES = 128, THREADS = 2 * WARP_GROUP;
 constexpr int STAGES = 3;  // tiles of queries: products may read the one before while the one after is copied
 enum RowData { SHIFT, DELTA, CARRIED, ROW_DATA };  // of each query; CARRIED: r b / H
 
@@ -167,15 +165,15 @@ struct Step {
 template <class T>
 __device__ __forceinline__ void copy_queries(const Relevancy& call, const Keys& keys, const Step& step, uint32_t shared) {
     const int first = step.tile * QUERIES, last = static_cast<int>(call.N) - 1;
-    copy_rows<T, QUERIES, COPYING>(shared + QUERY + step.stage * QUERY_BYTES, call.query.at<const T>(keys.b, step.h),
-                                   call.query.stride_n, first, last, call.D);
-    copy_rows<T, QUERIES, COPYING>(shared + GRAD_OUT + step.stage * QUERY_BYTES, call.grad_out.at<const T>(keys.b, step.h),
-                                   call.grad_out.stride_n, first, last, call.DV);
+    copy_rows<T, QUERIES>(shared + QUERY + step.stage * QUERY_BYTES, call.query.at<const T>(keys.b, step.h), call.query.stride_n,
+                          first, last, call.D);
+    copy_rows<T, QUERIES>(shared + GRAD_OUT + step.stage * QUERY_BYTES, call.grad_out.at<const T>(keys.b, step.h),
+                          call.grad_out.stride_n, first, last, call.DV);
     constexpr int PIECES = QUERIES / 4;
-    const int thread = threadIdx.x - PRODUCTS, what = thread / PIECES, piece = thread % PIECES;
-    if (what >= ROW_DATA) return;
+    if (threadIdx.x >= ROW_DATA * PIECES) return;
+    const int what = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
     const int64_t at = ((what * call.B + keys.b) * call.H + step.h) * padded(call) + first + 4 * piece;
-    copy_16_bytes(shared + ROWS + step.stage * ROW_BYTES + thread * 16, call.rows + at, true);
+    copy_16_bytes(shared + ROWS + step.stage * ROW_BYTES + threadIdx.x * 16, call.rows + at, true);
 }
 
 // Numbers of queries 8 n + 2t, 8 n + 2t+1 of a tile.
@@ -202,12 +200,13 @@ __device__ __forceinline__ void add_grad_query(const Relevancy& call, const Keys
         }
         return;
     }
+    float4 before[8];
+#pragma unroll
+    for (int n = 0; n < 8; ++n)  // read while the product runs
+        before[n] = is_first ? float4{} : __ldcg(reinterpret_cast<const float4*>(sums + n * PIECE));
     wait_for_products<1>();
 #pragma unroll
-    for (int n = 0; n < 8 && !is_first; ++n) {
-        const float4 before = __ldcg(reinterpret_cast<const float4*>(sums + n * PIECE));
-        x[n][0] += before.x, x[n][1] += before.y, x[n][2] += before.z, x[n][3] += before.w;
-    }
+    for (int n = 0; n < 8; ++n) x[n][0] += before[n].x, x[n][1] += before[n].y, x[n][2] += before[n].z, x[n][3] += before[n].w;
 #pragma unroll
     for (int e = 0; e < 16; ++e) {
         const int n = e / 2, r = e % 2, column = group * HALF + 8 * n + 2 * lane_column();
@@ -248,45 +247,23 @@ template <class T> __global__ void __launch_bounds__(THREADS, 1) relevancy_long_
     const int first_key = keys.block * KEYS, first_row = threadIdx.x / WARP * 16;  // of the block, and of this warp in it
     const auto turn = [&](int h, int tile) { return call.turns + 1 + (keys.b * call.H + h) * keys.tiles + tile; };
     const auto pass_turn = [&](int h, int tile) { set_turn(turn(h, tile), keys.turn(causal, tile) + 1); };
+    copy_rows<T, KEYS>(shared + KEY, call.key.at<const T>(keys.b, keys.key_head), call.key.stride_n, first_key, N - 1, call.D);
+    copy_rows<T, KEYS>(
+        shared + VALUE, call.value.at<const T>(keys.b, keys.key_head), call.value.stride_n, first_key, N - 1, call.DV);
+    copy_queries<T>(call, keys, {keys.key_head * heads, keys.first, 0}, shared);
+
+    float grad_key[16][4] = {}, grad_value[16][4] = {}, r_abar[2] = {0.0f, 0.0f};
     const float scale = call.scale * LOG2_E;
     const int first_head = keys.key_head * heads, end = first_head + heads;
-    const Step begin = {first_head, keys.first, 0};
-    if (group == 2) {  // copies and turns, with the barriers of those that have products and no fence of the whole GPU
-        set_registers<40, false>();
-        const bool copies = threadIdx.x < TURNS;
-        if (copies) copy_queries<T>(call, keys, begin, shared);
 #pragma unroll 1
-        for (Step step = begin; step.h < end;) {
-            wait_for_copies();
-            show_to_products();
-            __syncthreads();
-            Step next = step;
-            next.advance(keys);
-            if (copies && next.h < end) copy_queries<T>(call, keys, next, shared);
-            if (threadIdx.x == TURNS) {
-                if (step.tile > keys.first) pass_turn(step.h, step.tile - 1);
-                else if (step.h > first_head) pass_turn(step.h - 1, keys.tiles - 1);
-                while (turn_of(turn(step.h, step.tile)) != keys.turn(causal, step.tile)) continue;
-            }
-            __syncthreads();
-            step = next;
-        }
-        __syncthreads();
-        if (threadIdx.x == TURNS) pass_turn(end - 1, keys.tiles - 1);
-        return;
-    }
-    set_registers<232, true>();
-    const auto copy_keys = [&](uint32_t to, const StridedTensor& from, int columns) {
-        copy_rows<T, KEYS, PRODUCTS>(to, from.at<const T>(keys.b, keys.key_head), from.stride_n, first_key, N - 1, columns);
-    };
-    copy_keys(shared + KEY, call.key, call.D);
-    copy_keys(shared + VALUE, call.value, call.DV);
-    wait_for_copies();
-    show_to_products();
-    float grad_key[16][4] = {}, grad_value[16][4] = {}, r_abar[2] = {0.0f, 0.0f};
-#pragma unroll 1
-    for (Step step = begin; step.h < end; step.advance(keys)) {
+    for (Step step = {first_head, keys.first, 0}; step.h < end; step.advance(keys)) {
+        wait_for_copies();
+        show_to_products();
         __syncthreads();  // the tile is here, and dq of the tile before is added
+        Step next = step;
+        next.advance(keys);
+        if (next.h < end) copy_queries<T>(call, keys, next, shared);
+
         const uint64_t query = matrix_at(shared + QUERY + step.stage * QUERY_BYTES, QUERIES * TILE_ROW);
         const uint64_t grad_out = matrix_at(shared + GRAD_OUT + step.stage * QUERY_BYTES, QUERIES * TILE_ROW);
         const uint64_t key = matrix_at(shared + KEY + group * (64 * TILE_ROW)),
@@ -305,6 +282,12 @@ template <class T> __global__ void __launch_bounds__(THREADS, 1) relevancy_long_
             product<T, false, false>(dp, matrix_after(value, of_keys), matrix_after(grad_out, of_queries), k > 0);
         }
         end_group();
+
+        if (threadIdx.x == 0) {  // while these products run
+            if (step.tile > keys.first) pass_turn(step.h, step.tile - 1);
+            else if (step.h > first_head) pass_turn(step.h - 1, keys.tiles - 1);
+            while (turn_of(turn(step.h, step.tile)) != keys.turn(causal, step.tile)) continue;
+        }
 
         const float* rows = reinterpret_cast<const float*>(tiles + ROWS + step.stage * ROW_BYTES);
         const int first_query = step.tile * QUERIES;
@@ -370,9 +353,11 @@ template <class T> __global__ void __launch_bounds__(THREADS, 1) relevancy_long_
         for (int k = 0; k < 4; ++k) product<T>(grad_key, left_ds[k], matrix_after(query, k * 16 * TILE_ROW));
         end_group();
         add_grad_query<T>(call, keys, step, group, grad_query);
-        wait_for_products<0>();  // sums that stay in flight from tile to tile would have ptxas end each product (C7515)
     }
+    wait_for_products<0>();
     __syncthreads();
+    if (threadIdx.x == 0) pass_turn(end - 1, keys.tiles - 1);
+
     const int first = first_key + first_row;
     store_keys<T>(grad_key, call.scale, call.grad_key, keys, first, N, call.D);
     store_keys<T>(grad_value, 1.0f, call.grad_value, keys, first, N, call.DV);

@@ -14,17 +14,15 @@ namespace vlattn {
 constexpr int WARP_GROUP = 4 * WARP;
 constexpr int TILE_ROW = 128;  // bytes
 
-// Copies ROWS rows of a matrix (.., columns), the first at `first`, to tiles in shared memory, two side by side, by THREADS threads
-// that follow each other, the first a multiple of them.
+// Copies ROWS rows of a matrix (.., columns), the first at `first`, to tiles in shared memory, two side by side, by 256 threads.
 // Rows beyond `last` are copies of it: a row of zeros would make NaN of an infinite number. Missing columns are zeros.
-template <class T, int ROWS, int THREADS>
+template <class T, int ROWS>
 __device__ __forceinline__ void copy_rows(uint32_t tiles, const T* matrix, int64_t stride, int first, int last, int columns) {
-    const int piece = threadIdx.x % 16, row = threadIdx.x % THREADS / 16;
+    const int piece = threadIdx.x % 16, row = threadIdx.x / 16;
     const uint32_t to = tiles + piece / 8 * (ROWS * TILE_ROW) + row * TILE_ROW + (piece ^ row) % 8 * 16;
-#pragma unroll 8
-    for (int r = 0; r < ROWS; r += THREADS / 16)
-        copy_16_bytes(
-            (to ^ r % 8 * 16) + r * TILE_ROW, matrix + min(first + row + r, last) * stride + piece * 8, piece * 8 < columns);
+#pragma unroll
+    for (int r = 0; r < ROWS; r += 16)
+        copy_16_bytes(to + r * TILE_ROW, matrix + min(first + row + r, last) * stride + piece * 8, piece * 8 < columns);
 }
 
 // What threads have written to shared memory so far becomes visible to products, after a barrier.
@@ -36,12 +34,6 @@ __device__ __forceinline__ uint64_t matrix_at(uint32_t address, int to_second = 
     return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(to_second >> 4) << 16 | EIGHT_ROWS >> 4 << 32 | EXCHANGED << 62;
 }
 __device__ __forceinline__ uint64_t matrix_after(uint64_t matrix, int bytes) { return matrix + (bytes >> 4); }
-
-// Changes how many registers each thread of this warp group may use; ask for more only where others have given them up.
-template <int COUNT, bool MORE> __device__ __forceinline__ void set_registers() {
-    if constexpr (MORE) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
-    else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
 
 // The compiler computes these numbers here, and not behind `begin_products`.
 template <int COUNT> __device__ __forceinline__ void computed(uint32_t (&x)[COUNT][4]) {
