@@ -55,7 +55,8 @@ def nvcc() -> None:
 
 
 # bytes of a thread; hidden units of 32 rows a warp take every register that three blocks leave, long sequences every one
-MOST_STACK = {"units_forward_kernel": 24, "congruence_gradient_kernel": 128, "relevancy_long_kernel": 24}
+MOST_STACK = {"units_forward_kernel": 24, "units_step_kernel": 16, "units_rows_kernel": 128, "units_backward_kernel": 8}
+MOST_STACK |= {"congruence_gradient_kernel": 128, "relevancy_long_kernel": 24}
 
 WITHOUT_PRODUCTS = ("units_query_kernel", "relevancy_rows_kernel")
 
