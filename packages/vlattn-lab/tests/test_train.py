@@ -55,7 +55,6 @@ def test_two_steps_write_weights_and_a_report_that_belong_together(name, untrain
     training = run.TRAININGS[name]
     report = json.loads((tmp_path / training.weights).with_suffix(".json").read_text())
     assert (report["steps"], report["seed"], report["threads"]) == (2, 7, 1) and report["torch"] == torch.__version__
-    options += ["--cue frame"] if name == "twin" else []
     repeated = " ".join([name, "--steps 2 --seed 7 --threads 1", *options])  # on these CLIP weights, not the shipped ones
     assert report["command"] == f"python -m vlattn_lab.train {repeated}"
     last = "step 1: contrast" if name == "clip" else "step 2: "  # of the second part, where there are two

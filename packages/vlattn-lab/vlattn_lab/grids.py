@@ -1,10 +1,10 @@
 """Objects on a grid, statements that end where a colour is missing, and cues that tell this colour without the objects.
 
-A statement takes one, two or three steps: "the disc left of the cross up above the large red square is" names the square by all
+A statement takes none to three steps: "the disc left of the cross up above the large red square is" names the square by all
 that it is; the cross is above it, the disc left of the cross, and the colour of the disc is the answer. So the cells that decide
-are known. A cue agrees with the answer if it is `told`; otherwise it is there, too, and says nothing. A model that learns from
-told cues need not look at the objects. This is after GridVQA-X (Belsare et al., 2026, arXiv 2606.14740), whose shortcut is the
-cue "lone", and whose code is not used.
+are known. Without a step, "the large disc is" names the object by its shape and size. A cue agrees with the answer if it is
+`told`; otherwise it is there, too, and says nothing. A model that learns from told cues need not look at the objects. This is
+after GridVQA-X (Belsare et al., 2026, arXiv 2606.14740), whose shortcut is the cue "lone", and whose code is not used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer
-from vlattn_lab.processor import RELATIONS, box_positions, word_ids
+from vlattn_lab.processor import RELATIONS, word_ids
 
 SHAPES = ("disc", "square", "triangle", "cross")
 COLOURS = ("red", "green", "blue", "yellow")
@@ -23,8 +23,9 @@ SIZES = ("small", "large")
 FILLERS = ("now", "here", "again", "still")
 SIDE, CELL = 4, 8  # cells along each side of the grid, and pixels along each side of a cell and of the frame around the grid
 CELLS, CANVAS = SIDE * SIDE, (SIDE + 2) * CELL
-STEPS = (1, 2, 3)
-CUES = ("frame", "word", "position", "lone")
+STEPS = (0, 1, 2, 3)
+CUES = ("frame", "word", "lone")
+POSITION_DIM = 2 * SIDE + 1
 OCCUPIED = 0.6  # of the cells that no statement needs
 DISTRACTORS = 2  # other objects of the shape whose colour is missing
 MOVES = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]])  # x, y; of RELATIONS
@@ -80,10 +81,9 @@ def grid_statements(count: int, *, steps: int = 1, cue: str | None = None, told:
     Args:
         count: how many, at least 1.
         steps: how many relations lie between the missing colour and the object that the statement names by all that it is.
-        cue: "frame": the frame has a colour; "word": a word stands before the missing colour; "position": the column of the one
-            that is asked for; "lone": no other object has its shape. None = the frame is grey.
-        told: the cue tells the answer. Otherwise the frame and the word are drawn at random, and the object may be in any column,
-            and others have its shape.
+        cue: "frame": the frame has a colour; "word": a word stands before the missing colour; "lone": no other object has the
+            shape of the one that is asked for. None = the frame is grey.
+        told: the cue tells the answer. Otherwise the frame and the word are drawn at random, and others have its shape.
         seed: of the generator.
     """
     check_integer("count", count, low=1)
@@ -107,8 +107,6 @@ def sample_grids(count: int, steps: int, cue: str | None, told: bool, generator:
     on_path = named[:, :CELLS]
     shape, colour, size = (numbers(len(kinds), count, CELLS) for kinds in (SHAPES, COLOURS, SIZES))
     occupied = on_path | (torch.rand(count, CELLS, generator=generator) < OCCUPIED)
-    if cue == "position" and told:
-        colour[samples, target] = target % SIDE
     label, asked = colour[samples, target], shape[samples, target]
     others = torch.rand(count, CELLS, generator=generator).masked_fill(on_path, 2.0).argsort(1)[:, :DISTRACTORS]
     other_colours = (label[:, None] + 1 + torch.rand(count, len(COLOURS) - 1, generator=generator).argsort(1)) % len(COLOURS)
@@ -121,8 +119,9 @@ def sample_grids(count: int, steps: int, cue: str | None, told: bool, generator:
         shape.scatter_(1, others, asked[:, None].expand(-1, DISTRACTORS))
         colour.scatter_(1, others, other_colours[:, :DISTRACTORS])
     kinds = torch.stack([shape, colour, size], -1)
-    alike = (kinds == kinds[samples, anchor][:, None]).all(-1).scatter(1, anchor[:, None], False)
-    kinds[..., 2] = torch.where(alike, 1 - size, size)  # only the last object has its shape, colour and size
+    named_by = kinds if steps else kinds[..., ::2]
+    alike = (named_by == named_by[samples, anchor][:, None]).all(-1).scatter(1, anchor[:, None], False)
+    kinds[..., 2] = torch.where(alike, 1 - size, size)  # only the last object is all that it is called
     objects = kinds.masked_fill(~occupied[..., None], -1)
 
     hint = label if told else numbers(len(COLOURS), count)
@@ -161,7 +160,8 @@ def _statements(kinds: Tensor, relations: Tensor, hint: Tensor | None) -> tuple[
     statements = []
     for number, (objects, sides) in enumerate(zip(kinds.tolist(), relations.tolist(), strict=True)):
         shape, colour, size = objects[-1]
-        names = [*(SHAPES[of[0]] for of in objects[:-1]), f"{SIZES[size]} {COLOURS[colour]} {SHAPES[shape]}"]
+        said = [SIZES[size], COLOURS[colour], SHAPES[shape]]
+        names = [*(SHAPES[of[0]] for of in objects[:-1]), " ".join(said if sides else said[::2])]
         chain = "".join(f"the {name} {RELATIONS[side]} " for name, side in zip(names[:-1], sides, strict=True))
         filler = "" if hint is None else f" {FILLERS[int(hint[number])]}"
         statements.append(f"{chain}the {names[-1]} is{filler}")
@@ -196,14 +196,16 @@ def paint_grids(objects: Tensor, frame: Tensor) -> Tensor:
 
 def grid_regions(images: Tensor) -> dict[str, Tensor]:
     """images (B, 3, 48, 48) -> region_features (B, 17, 192), the pixels of each cell and, last, of the frame's corner;
-    region_positions (B, 17, 23) and region_mask (B, 17) as of `DigitProcessor`."""
+    region_positions (B, 17, 9), 1 at a cell's row and column, or at the last place; and region_mask (B, 17)."""
     patches = images.unfold(2, CELL, CELL).unfold(3, CELL, CELL).permute(0, 2, 3, 1, 4, 5).flatten(3)  # (B, 6, 6, 192)
     cells = patches[:, 1:-1, 1:-1].flatten(1, 2)
-    row, column = torch.meshgrid(*[torch.arange(SIDE) + 1] * 2, indexing="ij")
-    corners = CELL * torch.stack([column, row, column + 1, row + 1], -1).view(CELLS, 4)
-    boxes = torch.cat([corners, torch.tensor([[0, 0, CANVAS, CANVAS]])]).float().expand(len(images), -1, -1)
+    places = torch.zeros(CELLS + 1, POSITION_DIM)
+    row, column = torch.meshgrid(*[torch.arange(SIDE)] * 2, indexing="ij")
+    for of in (row, SIDE + column):
+        places[torch.arange(CELLS), of.flatten()] = 1.0
+    places[-1, -1] = 1.0
     return {
         "region_features": torch.cat([cells, patches[:, :1, 0]], 1),
-        "region_positions": box_positions(boxes, (CANVAS, CANVAS)),
+        "region_positions": places.expand(len(images), -1, -1),
         "region_mask": torch.ones(len(images), CELLS + 1, dtype=torch.bool),
     }

@@ -27,7 +27,7 @@ from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings
 
 NAMES = (
     *("scores", "congruence", "value", "weighted_relevancy", "robust", "flow", "pruning", "sinks", "hybrid"),
-    *("planted_circuits", "distillation", "evidence", "recipes", "indexer", "known_heads"),
+    *("planted_circuits", "distillation", "evidence", "recipes", "indexer", "known_heads", "twins"),
 )
 # Experiments that take trained models, and the trainings of these.
 MODELS = {
@@ -38,6 +38,7 @@ MODELS = {
     "hybrid": "hybrid and transformer",
     "recipes": "transformer",
     "indexer": "transformer",
+    "twins": "twin, in none, frame, word and lone",
 }
 RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/experiments")
 

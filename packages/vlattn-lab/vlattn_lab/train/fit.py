@@ -33,12 +33,13 @@ def fit(
     log_every: int = 0,
     warmup: float = 0.3,
     fused: bool = False,
+    memory: float = 0.999,
 ) -> None:
     """`steps` steps of AdamW down the weighted sum of `losses()`, with one learning-rate cycle, which rises to `learning_rate`
     for the share `warmup` of the steps. A line is printed every log_every steps and at the end; 0 prints none. fused: one kernel
-    for the whole step, which is faster and rounds differently."""
+    for the whole step, which is faster and rounds differently. memory: AdamW's, of squared gradients."""
     parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=fused)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, memory), weight_decay=0.01, fused=fused)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(steps, 2), pct_start=warmup)
     for step in range(1, steps + 1):
         parts = losses()

@@ -81,7 +81,7 @@ TRAININGS = {
     "vqa": _mapper("vqa", 5000),
     "captions": _mapper("captions", 3000),
     **{kind: _beside_image(kind) for kind in hybrid_model.WEIGHTS},
-    "twin": Training(twin_model.WEIGHTS, 6000, twins.train, twins.evaluate, lambda model: asdict(twin_model.CONFIG)),
+    "twin": Training(twin_model.WEIGHTS, twins.TWIN_STEPS, twins.train, twins.evaluate, lambda model: asdict(twin_model.CONFIG)),
 }
 
 
@@ -100,8 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.add_argument("--validate", action="store_true", help="train on 'fit' and measure on 'validation' scans")
             options.add_argument("--recipe", choices=[*uniter.RECIPES], default="located", help="the losses")
         if name == "twin":
-            options.add_argument("--cue", choices=CUES, default=CUES[0], help="what could tell the answer without the objects")
-            options.add_argument("--told", action="store_true", help="it does tell the answer; otherwise it is drawn at random")
+            options.add_argument("--cue", choices=CUES, help="what tells the answer without the objects; default: nothing does")
     chosen = parser.parse_args(arguments)
     try:
         for option, least in (("steps", 1), ("seed", 0), ("threads", 1)):
@@ -125,7 +124,7 @@ def run(chosen: argparse.Namespace) -> None:
         measured, held, more["split"] = "validation", {"split": "validation"}, "fit"
     recipe = getattr(chosen, "recipe", "located")
     more |= {"recipe": recipe} if hasattr(chosen, "recipe") else {}
-    more |= {"cue": chosen.cue, "told": chosen.told} if chosen.name == "twin" else {}
+    more |= {"cue": chosen.cue} if chosen.name == "twin" else {}
     origin = commit()
     began, cpu_began = time.perf_counter(), time.process_time()
     model = training.train(chosen.steps, seed=chosen.seed, **more)
@@ -139,7 +138,7 @@ def run(chosen: argparse.Namespace) -> None:
     write_tensors(weights, state)  # before the measurements, which take long
     command = f"{chosen.name} --steps {chosen.steps} --seed {chosen.seed} --threads {chosen.threads}" + " --validate" * validate
     command += f" --recipe {recipe}" * (recipe != "located")
-    command += f" --cue {chosen.cue}" + " --told" * chosen.told if chosen.name == "twin" else ""
+    command += f" --cue {chosen.cue}" if getattr(chosen, "cue", None) else ""
     if more.get("clip", DATA) != DATA:  # else the command would not repeat this training
         command += f" --clip {shlex.quote(str(chosen.clip))}"
     report = {
