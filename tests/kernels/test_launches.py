@@ -87,4 +87,4 @@ def test_tuples_in_a_tuple_have_a_constant_behind_them() -> None:
             if not OPERATORS[case.operator].refusals("triton", case.arguments(tensors)):
                 verify._run(case, tensors, "triton")
     assert [(file, name) for file, name, behind in held if not behind and name in names_in_loops(Path(file).read_text())] == []
-    assert {name for _, name, _ in held} == {"x", "qs", "ks", "grads", "attention", "own", "other", "indexer", "rows"}
+    assert {name for _, name, _ in held} == {"x", "qs", "ks", "grads", "attention", "own", "other", "indexer", "rows", "side"}

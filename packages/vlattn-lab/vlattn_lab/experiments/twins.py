@@ -225,7 +225,7 @@ def effects(records: Sequence[Record]) -> list[Effect]:
     found = learned(records)
     return effects_of(
         [
-            (f"{cue}: {way} tells the twins apart", "AUROC - 0.5", [value - 0.5 for value in _values(found, cue, "auroc", way)])
+            (f"{cue}: {way}", "AUROC - 0.5", [value - 0.5 for value in _values(found, cue, "auroc", way)])
             for cue in CUES
             for way in WAYS
             if way != RANDOM
