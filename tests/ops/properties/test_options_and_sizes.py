@@ -76,6 +76,8 @@ def test_tiles_of_streaming(backend: str, operator: str, turn: Turn, monkeypatch
 @pytest.mark.slow("triton", "cuda")  # calls of the other tests have more keys than a tile, too
 def test_edges_of_tiles(backend: str, operator: str, turn: Turn) -> None:
     pairs = [pair for pair in turn.choices if len(turn.choices) == 1 or max(pair) < 200]  # blocks of keys each by itself
+    if (backend, operator) == ("cuda", "congruence_loss"):
+        pairs = [(min(n, 100), min(m, 100)) for n, m in pairs]  # its maps are in shared memory
     for n, m in pairs:
         sizes = SMALL._replace(queries=n, keys=m, regions=m, words=max(4, n), heads=2)
         first = None if turn.first is None else turn.first + pairs.index((n, m))
